@@ -1,0 +1,69 @@
+# make demo           install and watch three islands learn while one of them is killed
+# make test           install and run all tests
+# make check          lint, types, layers
+# make bench          speed and memory against bare loops (results in benchmarks/results)
+# make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
+# make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
+#
+# PYTHON=python3.12 picks the interpreter (3.11 or newer), PIP_ARGS="..." goes to pip install (for example the index
+# of another torch build), ARGS="..." goes to the command of the target (make test ARGS="-k ledger -x").
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test check bench bench-quality clean distclean
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+demo: $(RUN_STAMP)
+	$(BIN)/atoll demo $(ARGS)
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/unit/test_layers.py
+
+bench: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-quality: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./runs -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# The stamps are as new as the last install: a second call installs nothing until a requirement changes.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Atoll needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "\n  try:   make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing into $(VENV) (this once; torch is large) ..."
+	$(INSTALL) -e .
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	@echo "installing what the tests need ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Pure judgement of failures, and the tools that cause them on purpose."""

@@ -1,0 +1,1 @@
+"""The brain: decides membership, exchanges, leases and placement; command line and reports."""

@@ -1,0 +1,63 @@
+"""`atoll config show | validate | schema`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import click
+
+from orchestrator.cli.lazy import HelpfulGroup
+from orchestrator.cli.options import json_option, set_option
+
+
+@click.group(cls=HelpfulGroup)
+def config() -> None:
+    """Show and check configurations.
+
+    RUN is the name of a preset (debug, demo, diloco, ddp), the path of a TOML file, or a run directory.
+    """
+
+
+@config.command()
+@click.argument("run")
+@set_option
+@click.option("--origin", is_flag=True, help="Say behind each value where it came from.")
+@json_option
+def show(run: str, overrides: Sequence[str], origin: bool, as_json: bool) -> int:
+    """Print the resolved configuration of RUN, with every default."""
+    from orchestrator.config import load_config
+
+    loaded = load_config(run, overrides=overrides)
+    if as_json:
+        values = loaded.config.model_dump(mode="json")
+        click.echo(json.dumps({"config": values, "origins": dict(loaded.origins)} if origin else values, indent=2))
+    else:
+        click.echo(loaded.to_toml() if origin else loaded.config.to_toml(), nl=False)
+    return 0
+
+
+@config.command()
+@click.argument("run")
+@set_option
+def validate(run: str, overrides: Sequence[str]) -> int:
+    """Check RUN and the folders that it names.
+
+    Exit code 2 with one message when something is wrong.
+    """
+    from orchestrator.config import load_config
+    from orchestrator.preflight import check_files
+
+    loaded = load_config(run, overrides=overrides)
+    check_files(loaded.config)
+    click.echo(f"{loaded.source} is valid")
+    return 0
+
+
+@config.command()
+def schema() -> int:
+    """Print the JSON schema of a configuration, for editors."""
+    from orchestrator.config import config_schema
+
+    click.echo(json.dumps(config_schema(), indent=2))
+    return 0

@@ -1,0 +1,91 @@
+"""`atoll data`: text to packs of tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from workers.data.index import PackIndex
+
+
+@click.group()
+def data() -> None:
+    """Prepare training data."""
+
+
+@data.command("pack")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to make; an existing pack is replaced."
+)
+@click.option(
+    "--tokenizer",
+    default="bytes",
+    show_default=True,
+    metavar="bytes|FILE",
+    help="Bytes, or a tokenizer.json of your own.",
+)
+@click.option("--text-field", metavar="NAME", help="Field of .jsonl rows that holds the text.")
+@click.option("--text-column", metavar="NAME", help="Column of .parquet files that holds the text.")
+@click.option("--seq-len", default=128, show_default=True, type=int, help="Tokens in one training sample.")
+@click.option(
+    "--val-fraction", default=0.05, show_default=True, type=float, help="Share of the text kept for validation."
+)
+def pack_command(
+    sources: tuple[Path, ...],
+    out: Path,
+    tokenizer: str,
+    text_field: str | None,
+    text_column: str | None,
+    seq_len: int,
+    val_fraction: float,
+) -> None:
+    """Turn text into a pack: token shards with an index, ready to train on.
+
+    SOURCE is a .txt, .md, .py, .jsonl or .parquet file with UTF-8 text, or a folder of them. Memory stays small
+    whatever the size.
+    """
+    from workers.data.pack import pack
+
+    with _progress() as on_progress:
+        index = pack(
+            sources,
+            out,
+            tokenizer=tokenizer,
+            text_field=text_field,
+            text_column=text_column,
+            seq_len=seq_len,
+            val_fraction=val_fraction,
+            on_progress=on_progress,
+        )
+    click.echo(_summary(index, out))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on the error stream, where it does not mix with the result."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("packing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("packing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _summary(index: PackIndex, out: Path) -> str:
+    train, val = index.splits["train"], index.splits["val"]
+    return (
+        f"{index.num_documents:,} documents, {train.num_tokens + val.num_tokens:,} tokens "
+        f"({index.tokenizer.kind}, vocabulary {index.vocab_size:,})\n"
+        f"train {train.num_samples:,} samples of {index.seq_len} tokens, validation {val.num_samples:,}\n"
+        f"digest {index.digest}\n"
+        f"{out}"
+    )

@@ -1,0 +1,119 @@
+"""The command `atoll`: the list of commands, and the one place where errors become messages and exit codes.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 3 stopped by the user and resumable, 4 cluster not reachable,
+5 verification failed. (130: a command other than a run was interrupted; 141: the reader of the output went away.)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from orchestrator.cli.lazy import LazyCommand, LazyGroup
+from orchestrator.version import VERSION
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+READER_GONE = 141
+
+COMMANDS = {
+    "demo": LazyCommand(
+        target="orchestrator.cli.train:demo", help="Train three islands, kill one of them, and show what happened."
+    ),
+    "train": LazyCommand(target="orchestrator.cli.train:train", help="Train a model."),
+    "status": LazyCommand(target="orchestrator.cli.inspect:status", help="Show where a run is."),
+    "report": LazyCommand(target="orchestrator.cli.report:report", help="Write the report of a run, or compare two."),
+    "ledger": LazyCommand(
+        target="orchestrator.cli.inspect:ledger", help="Recompute from the journal that every sample was counted once."
+    ),
+    "export": LazyCommand(
+        target="orchestrator.cli.artifacts:export", help="Write the trained model as a Hugging Face folder."
+    ),
+    "sample": LazyCommand(target="orchestrator.cli.artifacts:sample", help="Let the trained model go on with a text."),
+    "runs": LazyCommand(target="orchestrator.cli.inspect:runs", help="List the runs."),
+    "data": LazyCommand(target="orchestrator.cli.data:data", help="Pack text into token shards."),
+    "config": LazyCommand(target="orchestrator.cli.config:config", help="Show and check configurations."),
+}
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"atoll {VERSION}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="The version."
+)
+@click.option("--traceback", "show_traceback", is_flag=True, help="Show where in the code an error was raised.")
+@click.pass_context
+def cli(ctx: click.Context, show_traceback: bool) -> None:
+    """Train one language model on several machines that synchronise rarely."""
+    ctx.find_root().meta["atoll.traceback"] = show_traceback
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; mistakes of the user end in one message on stderr."""
+    # Before anything imports Ray: it sends no statistics of use.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = cli.main(args=arguments, prog_name="atoll", standalone_mode=False)
+        sys.stdout.flush()
+    except click.Abort:
+        return INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return BAD_INPUT
+    except click.ClickException as error:
+        return _fail(error.format_message(), code=BAD_INPUT, remedy=_usage_hint(error))
+    except BrokenPipeError:
+        # Nobody reads on (`atoll config show demo | head`); keep the interpreter from complaining at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except ValueError as error:
+        return _report(error, show_traceback="--traceback" in arguments)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.strerror}: {error.filename}"
+        return _fail(message, code=BAD_INPUT, show_traceback="--traceback" in arguments)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: ValueError, *, show_traceback: bool) -> int:
+    """A mistake of the user: `UserError`, or a ValueError of a lower layer, which may have place and remedy too."""
+    return _fail(
+        str(getattr(error, "message", None) or error),
+        code=int(getattr(error, "exit_code", BAD_INPUT)),
+        place=getattr(error, "place", None),
+        remedy=getattr(error, "remedy", None),
+        show_traceback=show_traceback,
+    )
+
+
+def _fail(
+    message: str, *, code: int, place: str | None = None, remedy: str | None = None, show_traceback: bool = False
+) -> int:
+    if show_traceback:
+        traceback.print_exc()
+    click.echo(f"error: {message}", err=True)
+    if place:
+        click.echo(f"  place: {place}", err=True)
+    if remedy:
+        click.echo(f"  try:   {remedy}", err=True)
+    return code
+
+
+def _usage_hint(error: click.ClickException) -> str | None:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if isinstance(context, click.Context) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

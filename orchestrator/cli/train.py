@@ -1,0 +1,106 @@
+"""`atoll train` and `atoll demo`: check everything that can be checked, then start the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestrator.cli.options import json_option, set_option
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
+    from orchestrator.rundir import RunDir
+
+# Keys that change how a run is kept, and nothing of what it computes.
+RESUME_KEYS = (
+    "run.address",
+    "run.start_timeout_s",
+    "run.snapshot_every_s",
+    "run.replace",
+    "run.max_restarts",
+)
+
+
+@click.command()
+@click.argument("run", required=False)
+@set_option
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run [runs/<name>-<date>-<4 hex>].")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the run in this directory.")
+@click.option("--fault", "faults", metavar="SPEC", multiple=True, help="Cause a failure: kill:island-1@round=15.")
+@json_option
+def train(
+    run: str | None,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    resume: Path | None,
+    faults: Sequence[str],
+    as_json: bool,
+) -> int:
+    """Train a model.
+
+    RUN is the name of a preset (debug, demo, diloco, ddp) or the path of a TOML file.
+    """
+    if resume is not None:
+        if run is not None or run_dir is not None:
+            raise click.UsageError("--resume goes on with its own configuration and directory: no RUN, no --run-dir")
+        return _resume(resume, overrides, faults=faults, as_json=as_json)
+    if run is None:
+        raise click.UsageError("which run? Name a preset or a TOML file, for example: atoll train demo")
+    from orchestrator.config import load_config
+    from orchestrator.preflight import check_files
+    from orchestrator.rundir import create_run_dir
+
+    config = load_config(run, overrides=overrides).config
+    check_files(config)
+    directory = create_run_dir(config.run.name, path=run_dir)
+    return _launch(config, directory, faults=faults, resume=False, as_json=as_json)
+
+
+@click.command()
+@set_option
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run [runs/demo-<date>-<4 hex>].")
+@json_option
+def demo(overrides: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
+    """Train three islands, kill one of them, and show what happened.
+
+    Trains the preset demo on Python's own standard library, kills one island with SIGKILL on the way, and writes
+    a report that shows the loss, the failure and the recovery.
+    """
+    from orchestrator.config import load_config
+
+    load_config("demo", overrides=overrides)  # a mistake in --set is reported before torch and Ray are imported
+    from orchestrator.launch import demo as run_demo
+
+    return run_demo(run_dir, list(overrides), as_json)
+
+
+def _resume(path: Path, overrides: Sequence[str], *, faults: Sequence[str], as_json: bool) -> int:
+    from orchestrator.config import load_config
+    from orchestrator.errors import UserError
+    from orchestrator.preflight import check_files
+    from orchestrator.rundir import open_run_dir
+
+    directory = open_run_dir(path)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in RESUME_KEYS:
+            message = f"{key} cannot change in the middle of a run"
+            remedy = f"a new run; with --resume only {', '.join(RESUME_KEYS)}"
+            raise UserError(message, place=f"--set {override}", remedy=remedy)
+    config = load_config(directory.config, overrides=overrides).config
+    check_files(config)
+    return _launch(config, directory, faults=faults, resume=True, as_json=as_json)
+
+
+def _launch(config: RunConfig, directory: RunDir, *, faults: Sequence[str], resume: bool, as_json: bool) -> int:
+    with directory.lock():
+        directory.record(config.to_toml())
+        from orchestrator.launch import train as run_train
+
+        code = run_train(config, directory.path, faults=list(faults), resume=resume, as_json=as_json)
+    # The last line names the directory; with --json stdout belongs to the machine that reads it.
+    click.echo(f"run directory: {directory.path}", err=as_json)
+    return code

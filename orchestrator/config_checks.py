@@ -1,0 +1,129 @@
+"""Checks of a run configuration that look at several settings together, and need neither data nor a cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
+
+MEMBER_NAME = re.compile(r"island-(0|[1-9][0-9]*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Two settings that do not fit: the key that is most likely wrong, what is wrong, what to do."""
+
+    key: str
+    message: str
+    remedy: str
+
+
+def find_problems(config: RunConfig) -> Iterator[Problem]:
+    """All contradictions of a configuration whose single values are right."""
+    yield from check_data(config)
+    yield from check_model(config)
+    yield from check_training(config)
+    yield from check_islands(config)
+    yield from check_strategy(config)
+    yield from check_exchange(config)
+
+
+def check_data(config: RunConfig) -> Iterator[Problem]:
+    """The tokens come from exactly one place."""
+    path, corpus = config.data.path, config.data.corpus
+    if path is None and corpus is None:
+        remedy = "data.corpus = 'stdlib', or data.path = a folder made by `atoll data pack`"
+        yield Problem(key="data.path", message="neither data.path nor data.corpus is set", remedy=remedy)
+    if path is not None and corpus is not None:
+        message = f"data.path = {path!r} and data.corpus = {corpus!r} are both set, a run takes one of them"
+        yield Problem(key="data.corpus", message=message, remedy="remove one; `--set data.corpus=` unsets it")
+
+
+def check_model(config: RunConfig) -> Iterator[Problem]:
+    """The sizes of the built-in decoder fit together, and another model's settings are not mixed with them."""
+    model = config.model
+    if model.factory is not None:
+        if model.init_from is not None:
+            message = f"model.init_from = {model.init_from!r} belongs to the built-in model, model.factory is set too"
+            yield Problem(key="model.init_from", message=message, remedy="load the weights inside the factory")
+        return
+    if model.options:
+        message = f"model.options = {model.options!r} is handed to model.factory, which is not set"
+        yield Problem(key="model.options", message=message, remedy="set model.factory, or remove model.options")
+    kv_heads = model.kv_heads or model.heads
+    if model.dim % model.heads:
+        message = f"model.heads = {model.heads} does not divide model.dim = {model.dim}"
+        yield Problem(key="model.heads", message=message, remedy=f"one of {_divisors(model.dim)}")
+    elif model.dim // model.heads % 2:
+        width = model.dim // model.heads
+        message = f"model.dim / model.heads = {width} is odd, the rotary embedding turns pairs of values"
+        yield Problem(key="model.heads", message=message, remedy="choose heads so that dim / heads is even")
+    if model.heads % kv_heads:
+        message = f"model.kv_heads = {kv_heads} does not divide model.heads = {model.heads}"
+        yield Problem(key="model.kv_heads", message=message, remedy=f"one of {_divisors(model.heads)}")
+
+
+def check_training(config: RunConfig) -> Iterator[Problem]:
+    """Micro-batches are of equal size, otherwise the mean of their losses is not the loss of the batch."""
+    names = ["", *config.train.per_island]
+    for name in names:
+        train = config.train.for_island(name)
+        if train.batch_size % train.accumulation:
+            key = f"train.per_island.{name}" if name else "train.accumulation"
+            message = f"train.accumulation = {train.accumulation} does not divide train.batch_size = {train.batch_size}"
+            where = f" for {name}" if name else ""
+            yield Problem(key=key, message=message + where, remedy=f"one of {_divisors(train.batch_size)}")
+
+
+def check_islands(config: RunConfig) -> Iterator[Problem]:
+    """Settings of single islands name islands that the run has."""
+    islands = config.run.islands
+    for name in config.train.per_island:
+        match = MEMBER_NAME.fullmatch(name)
+        known = match is not None and (islands == "auto" or int(match[1]) < islands)
+        if not known:
+            last = "" if islands == "auto" else f" to island-{islands - 1}"
+            message = f"train.per_island.{name}: the run has no island of this name"
+            yield Problem(key="train.per_island", message=message, remedy=f"islands are called island-0{last}")
+    if islands != "auto" and config.exchange.min_members > islands:
+        message = f"exchange.min_members = {config.exchange.min_members} is more than run.islands = {islands}"
+        yield Problem(key="exchange.min_members", message=message, remedy=f"at most {islands}")
+
+
+def check_strategy(config: RunConfig) -> Iterator[Problem]:
+    """Data parallel training exchanges gradients after every step and has its optimizer outside."""
+    strategy = config.strategy
+    if strategy.name != "ddp":
+        return
+    if strategy.inner_steps != 1:
+        message = f"strategy.inner_steps = {strategy.inner_steps}, but strategy.name = 'ddp' exchanges every step"
+        yield Problem(key="strategy.inner_steps", message=message, remedy="strategy.inner_steps = 1")
+    if strategy.warmup_sync:
+        message = f"strategy.warmup_sync = {strategy.warmup_sync} has no meaning with strategy.name = 'ddp'"
+        yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
+    if config.train.optimizer != "adamw":
+        message = f"train.optimizer = {config.train.optimizer!r} is not available with strategy.name = 'ddp'"
+        yield Problem(key="train.optimizer", message=message, remedy="train.optimizer = 'adamw'")
+
+
+def check_exchange(config: RunConfig) -> Iterator[Problem]:
+    """Time limits are in their order, and chunks are cut at the codec's block borders."""
+    exchange, codec = config.exchange, config.codec
+    ladder = (("heartbeat_s", exchange.heartbeat_s), ("suspect_s", exchange.suspect_s), ("limbo_s", exchange.limbo_s))
+    for (short, short_s), (long, long_s) in pairwise(ladder):
+        if short_s >= long_s:
+            message = f"exchange.{long} = {long_s:g} is not longer than exchange.{short} = {short_s:g}"
+            yield Problem(key=f"exchange.{long}", message=message, remedy=f"more than {short_s:g}")
+    if exchange.chunk_values is not None and codec.name == "int8" and exchange.chunk_values % codec.block:
+        message = f"exchange.chunk_values = {exchange.chunk_values} is no multiple of codec.block = {codec.block}"
+        yield Problem(key="exchange.chunk_values", message=message, remedy=f"a multiple of {codec.block}")
+
+
+def _divisors(number: int) -> str:
+    found = [n for n in range(1, min(number, 256) + 1) if number % n == 0]
+    return ", ".join(str(n) for n in found)

@@ -1,0 +1,167 @@
+"""Say what is wrong with a configuration: the key, its value, where it came from, what is allowed, the nearest name."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from orchestrator.errors import UserError
+from orchestrator.names import nearest
+from orchestrator.toml_writer import format_value
+
+CROSS_CHECK = "cross_check"
+MAX_SHOWN_CHARACTERS = 60
+
+Locate = Callable[[str], str]
+
+
+def explain(error: ValidationError, model: type[BaseModel], locate: Locate) -> UserError:
+    """The first problem of a failed validation as one error, with the keys of the others named.
+
+    Args:
+        error: what pydantic found.
+        model: the model that was validated.
+        locate: where the value of a dotted key came from.
+    """
+    found: dict[str, UserError] = {}
+    for details in error.errors(include_url=False):
+        key, problem = explain_one(details, model, locate)
+        found.setdefault(key, problem)
+    first, *others = found.items()
+    key, problem = first
+    more = f" (and wrong as well: {', '.join(name for name, _ in others)})" if others else ""
+    return UserError(problem.message + more, place=problem.place, remedy=problem.remedy)
+
+
+def explain_one(details: ErrorDetails, model: type[BaseModel], locate: Locate) -> tuple[str, UserError]:
+    """The key that one of pydantic's errors is about, and the error in our words."""
+    if details["type"] == CROSS_CHECK:
+        context = details.get("ctx", {})
+        key = str(context["key"])
+        return key, UserError(str(context["message"]), place=locate(key), remedy=str(context["remedy"]))
+    path, owner = _walk(model, details["loc"])
+    key = ".".join(path)
+    if details["type"] == "extra_forbidden":
+        return key, unknown_key(path, owner, model, place=locate(key))
+    return key, _wrong_value(key, path[-1], owner, details["input"], place=locate(key))
+
+
+def unknown_key(path: Sequence[str], owner: type[BaseModel], model: type[BaseModel], *, place: str) -> UserError:
+    """An error that names the nearest key: in the same section first, then anywhere."""
+    *parents, name = path
+    prefix = ".".join(parents)
+    what = f"unknown key {name!r} in [{prefix}]" if prefix else f"unknown section or key {name!r}"
+    near = nearest(name, list(owner.model_fields)) if prefix else None
+    if near is not None:
+        return UserError(what, place=place, remedy=f"{prefix}.{near}")
+    dotted = list(dotted_keys(model))
+    same_name = [key for key in dotted if key.rpartition(".")[2] == name]
+    sections = list(model.model_fields)
+    anywhere = same_name[0] if same_name else (nearest(name, sections) if not prefix else None)
+    anywhere = anywhere or nearest(".".join(path), dotted) or _nearest_last_name(name, dotted)
+    if anywhere is not None:
+        return UserError(what, place=place, remedy=anywhere)
+    choices = ", ".join(owner.model_fields if prefix else sections)
+    return UserError(what, place=place, remedy=f"one of {choices}")
+
+
+def dotted_keys(model: type[BaseModel]) -> Iterator[str]:
+    """All "section.key" names of a model of sections."""
+    for section, field in model.model_fields.items():
+        inner = _model_inside(field.annotation)
+        if inner is not None:
+            yield from (f"{section}.{key}" for key in inner.model_fields)
+
+
+def allowed_values(model: type[BaseModel], name: str) -> str:
+    """The values a field takes, in words: type, choices and range."""
+    return _describe(model.model_json_schema()["properties"][name])
+
+
+def _nearest_last_name(name: str, dotted: Sequence[str]) -> str | None:
+    by_last_name = {key.rpartition(".")[2]: key for key in reversed(dotted)}
+    near = nearest(name, list(by_last_name))
+    return None if near is None else by_last_name[near]
+
+
+def _wrong_value(key: str, name: str, owner: type[BaseModel], value: Any, *, place: str) -> UserError:
+    if name not in owner.model_fields:
+        return UserError(f"{key} = {_shown(value)} has the wrong type", place=place)
+    if _model_inside(owner.model_fields[name].annotation) is not None:
+        remedy = f"[{key}] in a file, --set {key}.<name>=<value> on the command line"
+        return UserError(f"{key} = {_shown(value)}: {key} is a table of settings", place=place, remedy=remedy)
+    field, takes = owner.model_fields[name], allowed_values(owner, name)
+    default = field.get_default(call_default_factory=True)
+    remedy = "leave it out" if default is None else f"the default, {_shown(default)}"
+    remedy += f" ({field.description.rstrip('.')})" if field.description else ""
+    if isinstance(value, int | float) and takes.startswith("text"):
+        remedy = f'quotes: {key} = "{value}" in a file, --set \'{key}="{value}"\' on the command line'
+    return UserError(f"{key} = {_shown(value)} is not allowed: it takes {takes}", place=place, remedy=remedy)
+
+
+def _walk(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The names of a location without pydantic's tags for unions, and the model that owns the last one."""
+    path: list[str] = []
+    owner: type[BaseModel] = model
+    inside: type[BaseModel] | None = model
+    names_follow = False
+    for part in map(str, location):
+        if names_follow:
+            path.append(part)
+            names_follow = False
+            continue
+        if inside is None:
+            break
+        path.append(part)
+        owner = inside
+        if part not in inside.model_fields:
+            break
+        annotation = inside.model_fields[part].annotation
+        inside = _model_inside(annotation)
+        names_follow = typing.get_origin(annotation) is dict
+    return path, owner
+
+
+def _model_inside(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Model`, `Model | None` or `dict[str, Model]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in typing.get_args(annotation):
+        inner = _model_inside(argument)
+        if inner is not None:
+            return inner
+    return None
+
+
+def _describe(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_describe(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        return ("an integer" if kind == "integer" else "a number") + _range(schema)
+    if kind == "string":
+        return f"text matching {schema['pattern']}" if "pattern" in schema else "text"
+    return {"boolean": "true or false", "object": "a table", "array": "a list"}.get(str(kind), "another type")
+
+
+def _range(schema: dict[str, Any]) -> str:
+    words = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "up to", "exclusiveMaximum": "below"}
+    limits = [f"{word} {schema[name]}" for name, word in words.items() if name in schema]
+    return "".join(f" {limit}" for limit in limits)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = format_value(value)
+    except ValueError:
+        text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."

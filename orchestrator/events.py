@@ -1,0 +1,143 @@
+"""What goes into the coordinator and what comes out of it: frozen values, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from workers.messages import Batch, Envelope
+from workers.records import MemberId, Row
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Received:
+    """An envelope arrived from a member's process."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flushed:
+    """Every row up to and including number `seq` is durable."""
+
+    seq: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalFullNow:
+    """The last append left nothing behind (no space): commits stop until it works again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessDied:
+    """The process with this nonce (or any process of `name`, if none joined yet) is known to be dead."""
+
+    name: str
+    nonce: str | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultInjected:
+    """Somebody made something go wrong on purpose."""
+
+    fault: str
+    member: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRequested:
+    """The user wants the run to stop, resumable; `save` = let members save their local state first."""
+
+    save: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+Event = Received | Flushed | JournalFullNow | ProcessDied | FaultInjected | StopRequested | Tick
+
+# ---------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Append:
+    """Write these rows and flush them, then say `Flushed`."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Send:
+    """Deliver a batch to the process with the batch's nonce."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spawn:
+    """Start a new process for a member."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """End the process with this nonce (it was fenced or is not needed any more)."""
+
+    name: str
+    nonce: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """A row for metrics.jsonl."""
+
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Say:
+    """A decision with its reason, for the log and for people."""
+
+    text: str
+    member: str = ""
+    level: str = "info"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finish:
+    """The run is over; `reason` is done, stopped or failed."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Die:
+    """A higher term exists: this controller must end without another word."""
+
+    why: str
+
+
+Command = Append | Send | Spawn | End | Metric | Say | Finish | Die
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultTrack:
+    """One fault from injection to recovery; seconds since the run's start, None while unknown."""
+
+    fault: str
+    member: str
+    injected_s: float | None
+    detected_s: float
+    victim: MemberId
+    next_commit_s: float | None = None
+    back_s: float | None = None
+    contributed_s: float | None = None

@@ -1,0 +1,100 @@
+"""How samples are leased: how far ahead, in which order, and how the last ones are shared (protocol 1.8).
+
+Pure functions on a `RunState`. Grants are made for all live members at once, in member order, from the lowest free
+positions, when a commit (or a join, or a settlement) makes room: the same journal always gives the same grants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.run_state import RunState
+from workers import ranges
+from workers.ranges import Range
+from workers.records import LeaseRecord, MemberId
+
+MIN_WINDOW_STEPS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How many samples the run has, and how many steps ahead a member may be leased."""
+
+    total_samples: int
+    inner_steps: int
+    bound_rounds: float
+
+    @property
+    def low_steps(self) -> int:
+        """A member with fewer steps ahead of its watermark is given more."""
+        return max(self.inner_steps, MIN_WINDOW_STEPS // 2)
+
+    @property
+    def high_steps(self) -> int:
+        """Steps ahead of its watermark that a member is filled up to at a commit."""
+        return max(2 * self.inner_steps, MIN_WINDOW_STEPS)
+
+    @property
+    def bound_steps(self) -> int:
+        """Steps that a member may be ahead of its watermark at most."""
+        return max(int(self.bound_rounds * self.inner_steps), self.high_steps)
+
+
+def left_to_issue(state: RunState, plan: Plan) -> int:
+    """Samples that may still be leased: what is free again and what was never issued."""
+    fresh = max(plan.total_samples - state.next_position, 0)
+    return ranges.count(state.free) + fresh
+
+
+def wanted(state: RunState, member: MemberId, batch: int, consumed: int, plan: Plan) -> int:
+    """Samples that `member` should be given now; whole batches; 0 if it has enough ahead."""
+    entry = state.members[member]
+    watermark = min(entry.watermarks, default=0)
+    ahead = entry.num_leased - watermark
+    if ahead < plan.low_steps * batch + 1:
+        return max(plan.high_steps * batch - ahead, 0)
+    unused = entry.num_leased - max(consumed, watermark)
+    if unused < plan.low_steps * batch // 2 and ahead < plan.bound_steps * batch:
+        return min(plan.low_steps * batch, plan.bound_steps * batch - ahead)
+    return 0
+
+
+def share_out(demands: Mapping[MemberId, tuple[int, int]], supply: int) -> dict[MemberId, int]:
+    """Grants for `{member: (wanted, batch)}`. A supply that is too small is shared equally, in whole batches."""
+    if sum(want for want, _ in demands.values()) <= supply:
+        return {member: want for member, (want, _) in demands.items() if want}
+    grants = dict.fromkeys(sorted(demands), 0)
+    while supply > 0:
+        open_ = [m for m in grants if grants[m] < demands[m][0]]
+        if not open_:
+            break
+        for member in open_:
+            batch = min(demands[member][1], supply, demands[member][0] - grants[member])
+            grants[member] += batch
+            supply -= batch
+    return {member: grant for member, grant in grants.items() if grant}
+
+
+def grant(state: RunState, members: Mapping[MemberId, tuple[int, int]], plan: Plan) -> list[LeaseRecord]:
+    """Lease records for `{member: (batch, consumed)}`; apply them in this order."""
+    demands = {
+        member: (wanted(state, member, batch, consumed, plan), batch)
+        for member, (batch, consumed) in sorted(members.items())
+    }
+    records: list[LeaseRecord] = []
+    free, position = state.free, state.next_position
+    for member, num in share_out(demands, left_to_issue(state, plan)).items():
+        taken, free = ranges.take(free, num)
+        fresh = num - ranges.count(taken)
+        given: list[Range] = list(taken)
+        if fresh:
+            given.append((position, position + fresh))
+            position += fresh
+        records.append(
+            LeaseRecord(
+                member=member.name, incarnation=member.incarnation, index=state.members[member].num_leased,
+                ranges=tuple(given),
+            )
+        )  # fmt: skip
+    return records

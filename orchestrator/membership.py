@@ -1,0 +1,92 @@
+"""Who is here: the processes behind the members, when they were heard, and what they last said. Pure; clock passed in.
+
+The journal decides who is a member; this table is what a controller knows in memory about the processes, and is
+rebuilt from heartbeats after a restart. Suspicion is reversible and costs nothing; only a fence (journalled) is final.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from workers.messages import FragmentReport, Hello, ProcessInfo
+from workers.records import MemberId
+
+Status = Literal["joining", "healthy", "suspect"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Process:
+    """A live incarnation's process. Times are the controller's own clock."""
+
+    id: MemberId
+    nonce: str
+    info: ProcessInfo
+    joined_s: float
+    heard_s: float
+    status: Status = "joining"
+    reason: str = "joined"
+    hello: Hello | None = None
+    first_step_s: float | None = None
+    rows_sent: int = 0
+    steps_base: int | None = None
+
+    @property
+    def consumed(self) -> int:
+        """Samples it has consumed, by its last heartbeat."""
+        return self.hello.consumed if self.hello else 0
+
+    @property
+    def stepped(self) -> bool:
+        """Whether this incarnation has made an inner step."""
+        return self.hello is not None and self.hello.consumed > 0
+
+    def report(self, fragment: int) -> FragmentReport | None:
+        """What it last said about one fragment."""
+        if self.hello is None or fragment >= len(self.hello.fragments):
+            return None
+        return self.hello.fragments[fragment]
+
+    def ready(self) -> bool:
+        """Whether it holds a state of every fragment, so that it can train, offer and own parts."""
+        return self.hello is not None and bool(self.hello.fragments) and all(f.n >= 0 for f in self.hello.fragments)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A change of judgement on a member, with its reason."""
+
+    id: MemberId
+    verdict: Literal["suspect", "healthy", "fence"]
+    reason: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Roll:
+    """The processes of all live incarnations."""
+
+    suspect_s: float
+    limbo_s: float
+    processes: dict[MemberId, Process] = field(default_factory=dict)
+
+    def heard(self, member: MemberId, now: float) -> Verdict | None:
+        """A message arrived from `member`."""
+        process = self.processes[member]
+        process.heard_s = now
+        if process.status != "suspect":
+            return None
+        process.status, process.reason = "healthy", "heard again"
+        return Verdict(id=member, verdict="healthy", reason="heard again")
+
+    def judge(self, now: float) -> list[Verdict]:
+        """Silence: suspect after `suspect_s` (reversible), fence when limbo is over (final)."""
+        out: list[Verdict] = []
+        for process in self.processes.values():
+            silence = now - process.heard_s
+            if silence > self.limbo_s:
+                out.append(Verdict(id=process.id, verdict="fence", reason=f"silent for {silence:.1f} s, limbo is over"))
+            elif silence > self.suspect_s and process.status != "suspect":
+                process.status = "suspect"
+                process.reason = f"silent for {silence:.1f} s"
+                out.append(Verdict(id=process.id, verdict="suspect", reason=process.reason))
+        return out

@@ -1,0 +1,198 @@
+"""Reads a run directory for the report: config.toml, summary.json, metrics.jsonl, each of which may be missing."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orchestrator.errors import UserError
+from orchestrator.metrics import (
+    EvalRow,
+    ExchangeRow,
+    FaultEvent,
+    ReadProblems,
+    SpanRow,
+    StepRow,
+    latest_faults,
+    read_rows,
+)
+from orchestrator.summary import Summary, SummaryError, load_summary
+
+_FILES = ("config.toml", "summary.json", "metrics.jsonl")
+
+
+class ReportError(UserError):
+    """A report cannot be made: there is no run, or no room for the file."""
+
+
+class SpeedPoint(NamedTuple):
+    """One step as `summary.fault_free_speed` needs it."""
+
+    member: str
+    t_s: float
+    tokens_per_s: float
+
+
+@dataclass(kw_only=True, slots=True)
+class StepColumns:
+    """Steps of one incarnation, by column (a long run has millions of them). An unknown loss is NaN."""
+
+    step: array[int] = field(default_factory=lambda: array("q"))
+    t_s: array[float] = field(default_factory=lambda: array("d"))
+    progress: array[float] = field(default_factory=lambda: array("d"))
+    loss: array[float] = field(default_factory=lambda: array("d"))
+    tokens_per_s: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, row: StepRow) -> None:
+        """Append one step."""
+        self.step.append(row.step)
+        self.t_s.append(row.t_s)
+        self.progress.append(row.progress)
+        self.loss.append(row.loss if row.loss is not None else float("nan"))
+        self.tokens_per_s.append(row.tokens_per_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunData:
+    """Everything the report knows of one run. `notes` are sentences on what is missing."""
+
+    run_dir: Path
+    name: str
+    config: Mapping[str, Any]
+    config_text: str
+    summary: Summary | None
+    members: tuple[str, ...]
+    steps: Mapping[tuple[str, int], StepColumns]
+    evals: tuple[EvalRow, ...]
+    spans: tuple[SpanRow, ...]
+    exchanges: tuple[ExchangeRow, ...]
+    faults: tuple[FaultEvent, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def end_s(self) -> float:
+        """Last moment that the run directory knows of, seconds since the start."""
+        last = [columns.t_s[-1] for columns in self.steps.values()]
+        last += [span.end_s for span in self.spans]
+        last += [rows[-1].t_s for rows in (self.evals, self.exchanges) if rows]
+        return max([*last, self.summary.seconds if self.summary else 0.0])
+
+    @property
+    def tokens_committed(self) -> int:
+        """Committed tokens, from the summary or else from the last exchange."""
+        if self.summary:
+            return self.summary.tokens_committed
+        return max((row.tokens_committed for row in self.exchanges), default=0)
+
+    @property
+    def tokens_target(self) -> int | None:
+        """`train.tokens` of the configuration."""
+        value = self.setting("train", "tokens")
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload bytes of all members, from the summary or else from the exchanges."""
+        return self.summary.bytes_sent if self.summary else sum(row.bytes for row in self.exchanges)
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the configuration, None where it is not there."""
+        values = self.config.get(section)
+        return values.get(key) if isinstance(values, Mapping) else None
+
+    def num_member_steps(self) -> int:
+        """Inner steps of all members, whether an incarnation goes on counting or starts at one again."""
+        total = 0
+        for member in self.members:
+            previous = 0
+            for (name, _), columns in sorted(self.steps.items()):
+                if name == member:
+                    first, last = columns.step[0], columns.step[-1]
+                    total += last - previous if first > previous else last
+                    previous = last
+        return total
+
+    def speed_points(self) -> Iterator[SpeedPoint]:
+        """All steps, for the fault-free speed."""
+        for (member, _), columns in self.steps.items():
+            for t_s, speed in zip(columns.t_s, columns.tokens_per_s, strict=True):
+                yield SpeedPoint(member, t_s, speed)
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Read what there is of a run. Raises ReportError where `run_dir` holds no run at all."""
+    if not any((run_dir / name).is_file() for name in _FILES):
+        raise ReportError(
+            f"{run_dir} is not a run directory: it has none of {', '.join(_FILES)}",
+            remedy="the directory that `atoll train` named in its last line; `atoll runs` lists them",
+        )
+    notes: list[str] = []
+    config, config_text = _load_config(run_dir, notes)
+    summary = _load_summary(run_dir, notes)
+    rows = _load_metrics(run_dir, notes)
+    name = summary.run_id if summary else run_dir.resolve().name
+    return RunData(
+        run_dir=run_dir, name=name, config=config, config_text=config_text, summary=summary, notes=tuple(notes), **rows
+    )
+
+
+def _load_config(run_dir: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
+    try:
+        text = (run_dir / "config.toml").read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"The configuration is missing (config.toml: {error.strerror}).")
+        return {}, ""
+    try:
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as error:
+        notes.append(f"The configuration could not be read (config.toml: {error}).")
+        return {}, text
+
+
+def _load_summary(run_dir: Path, notes: list[str]) -> Summary | None:
+    try:
+        return load_summary(run_dir)
+    except FileNotFoundError:
+        notes.append(
+            "There is no summary: the run is still going on, or it was cut off before its end. "
+            "Figures below are computed from the metrics so far."
+        )
+    except (OSError, SummaryError) as error:
+        notes.append(f"The summary could not be read: {error}")
+    return None
+
+
+def _load_metrics(run_dir: Path, notes: list[str]) -> dict[str, Any]:
+    steps: dict[tuple[str, int], StepColumns] = {}
+    by_kind: dict[type, list[Any]] = {kind: [] for kind in (EvalRow, SpanRow, ExchangeRow, FaultEvent)}
+    members: set[str] = set()
+    problems = ReadProblems()
+    try:
+        for row in read_rows(run_dir / "metrics.jsonl", problems):
+            if isinstance(row, StepRow):
+                steps.setdefault((row.member, row.incarnation), StepColumns()).add(row)
+            else:
+                by_kind[type(row)].append(row)
+            if isinstance(row, (StepRow, SpanRow)):
+                members.add(row.member)
+    except OSError as error:
+        notes.append(f"The metrics are missing (metrics.jsonl: {error.strerror}): there is nothing to plot.")
+    notes.extend(problems.sentences())
+    return {
+        "steps": steps,
+        "members": tuple(sorted(members, key=_natural)),
+        "evals": tuple(sorted(by_kind[EvalRow], key=lambda row: (row.progress, row.t_s))),
+        "spans": tuple(sorted(by_kind[SpanRow], key=lambda row: row.start_s)),
+        "exchanges": tuple(by_kind[ExchangeRow]),
+        "faults": tuple(latest_faults(by_kind[FaultEvent])),
+    }
+
+
+def _natural(name: str) -> list[str | int]:
+    """island-2 before island-10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

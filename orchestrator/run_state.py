@@ -1,0 +1,266 @@
+"""What the journal says: the pure replay of its records (protocol 1.2, 1.8).
+
+The controller's durable state is this and nothing else. Open exchanges, reports, suspicion and timers are not here:
+they are lost at a restart, harmlessly. Every record is checked as it is applied; `JournalContradiction` means a bug or
+an altered journal, never a user's mistake.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from workers import ranges
+from workers.messages import Version
+from workers.ranges import Range
+from workers.records import (
+    CommitRecord,
+    DropRecord,
+    EvaluationRecord,
+    FenceRecord,
+    GenesisRecord,
+    JoinRecord,
+    LeaseRecord,
+    MemberId,
+    Record,
+    RevokeRecord,
+    SettleRecord,
+    StopRecord,
+    Term,
+    TermRecord,
+)
+
+GENESIS_CHAIN = "genesis"
+
+
+class JournalContradiction(AssertionError):
+    """A record that cannot follow the ones before it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Membership:
+    """One incarnation as the journal knows it. `watermarks[f]`: samples of its leases that fragment f has settled."""
+
+    id: MemberId
+    nonce: str
+    node: str
+    watermarks: list[int]
+    live: bool = True
+    settled: bool = False
+    refused: bool = False
+    dropped_upto: int = 0
+    leases: list[Range] = field(default_factory=list)
+
+    @property
+    def num_leased(self) -> int:
+        """Samples ever leased to this incarnation."""
+        return ranges.count(self.leases)
+
+
+@dataclass(kw_only=True, slots=True)
+class Head:
+    """Newest committed version of a fragment."""
+
+    version: Version
+    digest: str
+
+
+class RunState:
+    """Replay of a journal; `apply` is the only way to change it."""
+
+    def __init__(self) -> None:
+        """An empty journal: no term, no genesis, no members."""
+        self.term: Term | None = None
+        self.num_params = 0
+        self.num_chunks: tuple[int, ...] = ()
+        self.heads: list[Head] = []
+        self.history: list[list[CommitRecord]] = []
+        self.digests: list[dict[int, str]] = []
+        self.members: dict[MemberId, Membership] = {}
+        self.current: dict[str, MemberId] = {}
+        self.last_incarnation: dict[str, int] = {}
+        self.nonces: dict[str, MemberId] = {}
+        self.next_position = 0
+        self.free: tuple[Range, ...] = ()
+        self.tainted: tuple[Range, ...] = ()
+        self.partial: tuple[Range, ...] = ()
+        self.dropped: tuple[Range, ...] = ()
+        self.committed: list[int] = []
+        self.settled_full = 0
+        self.reissued = 0
+        self.evaluations: list[EvaluationRecord] = []
+        self.stopped: StopRecord | None = None
+
+    # ------------------------------------------------------------ questions
+
+    @property
+    def num_fragments(self) -> int:
+        """Fragments of the run; 0 before genesis."""
+        return len(self.heads)
+
+    def live(self) -> list[MemberId]:
+        """Live incarnations in the order that rosters use."""
+        return sorted(self.current.values())
+
+    def samples_committed(self) -> int:
+        """Samples that every fragment has committed."""
+        return self.settled_full + sum(min(m.watermarks) for m in self.members.values() if not m.settled and m.watermarks)
+
+    def samples_accounted(self) -> int:
+        """Samples with a final fate: full, partial or dropped."""
+        return self.samples_committed() + ranges.count(self.partial) + ranges.count(self.dropped)
+
+    def offered_ranges(self, member: MemberId, since: int, upto: int) -> tuple[Range, ...]:
+        """What `member` was leased between two consumption counts."""
+        return ranges.cut(self.members[member].leases, since, upto)
+
+    # ------------------------------------------------------------ replay
+
+    def apply(self, record: Record) -> None:
+        """Replay one record."""
+        handler = self._HANDLERS.get(type(record))
+        if handler is not None:
+            handler(self, record)
+
+    def _term(self, r: TermRecord) -> None:
+        term = Term(lineage=r.lineage, number=r.number, controller=r.controller)
+        _must(self.term is None or term.rank > self.term.rank, f"term {term} does not rise above {self.term}")
+        self.term, self.stopped = term, None
+
+    def _genesis(self, r: GenesisRecord) -> None:
+        _must(not self.heads, "a second genesis")
+        self.heads = [Head(version=Version(n=0, chain=GENESIS_CHAIN), digest=digest) for digest in r.digests]
+        self.history = [[] for _ in r.digests]
+        self.digests = [{0: digest} for digest in r.digests]
+        self.committed = [0 for _ in r.digests]
+        self.num_params, self.num_chunks = r.num_params, r.num_chunks
+        for member in self.members.values():
+            member.watermarks = [0] * len(r.digests)
+
+    def _join(self, r: JoinRecord) -> None:
+        member = MemberId(name=r.member, incarnation=r.incarnation)
+        _must(r.member not in self.current, f"{member} joins while {self.current.get(r.member)} lives")
+        _must(r.incarnation == self.last_incarnation.get(r.member, 0) + 1, f"{member} skips an incarnation")
+        _must(r.nonce not in self.nonces, f"nonce of {member} was used before")
+        self.members[member] = Membership(
+            id=member, nonce=r.nonce, node=r.node, watermarks=[0] * self.num_fragments
+        )
+        self.current[r.member] = member
+        self.last_incarnation[r.member] = r.incarnation
+        self.nonces[r.nonce] = member
+
+    def _fence(self, r: FenceRecord) -> None:
+        member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
+        _must(member.live, f"{member.id} is fenced twice")
+        member.live, member.refused = False, r.refused
+        del self.current[r.member]
+
+    def _lease(self, r: LeaseRecord) -> None:
+        member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
+        _must(member.live, f"lease to {member.id}, which is fenced")
+        _must(r.index == member.num_leased, f"lease {r.index} of {member.id} leaves a gap")
+        new = [(a, b) for a, b in r.ranges if a >= self.next_position]
+        old = [(a, b) for a, b in r.ranges if a < self.next_position]
+        _must(ranges.subtract(old, self.free) == (), f"lease of {member.id} takes samples that are not free")
+        self.free = ranges.subtract(self.free, old)
+        self.reissued += ranges.count(old)
+        for start, stop in new:
+            _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
+            self.next_position = stop
+        ranges.append(member.leases, r.ranges)
+
+    def _commit(self, r: CommitRecord) -> None:
+        head = self.heads[r.fragment]
+        _must(
+            r.n == head.version.n + 1 and r.prev_chain == head.version.chain,
+            f"commit {r.n} of fragment {r.fragment} does not extend the head {head.version.n}",
+        )
+        for entry in r.roster:
+            member = self.members[entry.offer.member]
+            _must(not member.settled, f"commit names {member.id}, which is settled")
+            _must(member.watermarks[r.fragment] == entry.since, f"gap or overlap in the coverage of {member.id}")
+            _must(entry.ranges == ranges.cut(member.leases, entry.since, entry.upto), f"{member.id} was not leased that")
+            member.watermarks[r.fragment] = entry.upto
+            self.committed[r.fragment] += entry.upto - entry.since
+        self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
+        self.history[r.fragment].append(r)
+        self.digests[r.fragment][r.n] = r.digest
+
+    def _settle(self, r: SettleRecord) -> None:
+        member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
+        _must(not member.live and not member.settled, f"{member.id} cannot be settled")
+        member.settled = True
+        low, high = (min(member.watermarks), max(member.watermarks)) if member.watermarks else (0, 0)
+        self.settled_full += low
+        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
+        self._give_back(ranges.cut(member.leases, high, member.num_leased), refused=member.refused)
+
+    def _give_back(self, returned: tuple[Range, ...], *, refused: bool) -> None:
+        if refused:
+            again = ranges.intersect(returned, self.tainted)
+            self.dropped = ranges.union(self.dropped, again)
+            returned = ranges.subtract(returned, again)
+            self.tainted = ranges.union(self.tainted, returned)
+        self.free = ranges.union(self.free, returned)
+
+    def _drop(self, r: DropRecord) -> None:
+        member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
+        low, high = min(member.watermarks), max(member.watermarks)
+        _must(member.live and high <= r.upto <= member.num_leased, f"drop of {member.id} up to {r.upto} is out of range")
+        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
+        self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, high, r.upto))
+        self.settled_full -= r.upto - low
+        member.watermarks = [r.upto] * self.num_fragments
+        member.dropped_upto = r.upto
+
+    def _revoke(self, r: RevokeRecord) -> None:
+        commit = self.history[r.fragment].pop()
+        head = self.heads[r.fragment].version
+        _must((head.n, head.chain) == (r.n, r.chain) == (commit.n, commit.chain), "revoke of something else than the head")
+        del self.digests[r.fragment][r.n]
+        previous = Version(n=r.n - 1, chain=commit.prev_chain)
+        self.heads[r.fragment] = Head(version=previous, digest=self.digests[r.fragment][r.n - 1])
+        for entry in commit.roster:
+            self.committed[r.fragment] -= entry.upto - entry.since
+            self._take_back(self.members[entry.offer.member], r.fragment, entry.since, entry.upto)
+
+    def _take_back(self, member: Membership, fragment: int, since: int, upto: int) -> None:
+        if since < member.dropped_upto:  # its process kept nothing of that work: it cannot be offered again
+            if self.num_fragments == 1:
+                self.settled_full -= upto - since
+                self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, since, upto))
+            return
+        before_low, before_high = min(member.watermarks), max(member.watermarks)
+        member.watermarks[fragment] = since
+        if not member.settled:
+            return
+        low, high = min(member.watermarks), max(member.watermarks)
+        self.settled_full -= before_low - low
+        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, before_low))
+        returned = ranges.cut(member.leases, high, before_high)
+        self.partial = ranges.subtract(self.partial, returned)
+        self.free = ranges.union(self.free, returned)
+
+    def _evaluation(self, r: EvaluationRecord) -> None:
+        self.evaluations.append(r)
+
+    def _stop(self, r: StopRecord) -> None:
+        self.stopped = r
+
+    _HANDLERS = {
+        TermRecord: _term,
+        GenesisRecord: _genesis,
+        JoinRecord: _join,
+        FenceRecord: _fence,
+        LeaseRecord: _lease,
+        CommitRecord: _commit,
+        SettleRecord: _settle,
+        DropRecord: _drop,
+        RevokeRecord: _revoke,
+        EvaluationRecord: _evaluation,
+        StopRecord: _stop,
+    }  # type: ignore[var-annotated]  # fmt: skip
+
+
+def _must(condition: bool, story: str) -> None:
+    if not condition:
+        raise JournalContradiction(story)

@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: no Ray, no clock, no global randomness, no I/O."""

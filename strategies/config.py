@@ -1,0 +1,43 @@
+"""Settings of strategies and codecs (no torch here: the controller and the command line read them)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of every section of a run configuration: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StrategyConfig(Section):
+    """`[strategy]`: when members synchronise and what the outer step does with the result."""
+
+    name: Literal["diloco", "ddp"] = Field("diloco", description="Synchronisation algorithm.")
+    inner_steps: int = Field(100, ge=1, le=1_000_000, description="Local optimizer steps between synchronisations (H).")
+    outer: Literal["nesterov", "average"] = Field(
+        "nesterov", description="Outer optimizer; 'average' is plain parameter averaging."
+    )
+    outer_lr: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer step.")
+    outer_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the outer step.")
+    num_fragments: int = Field(1, ge=1, le=4096, description="Number of fragments that are synchronised separately.")
+    pattern: Literal["sequential", "strided"] = Field("strided", description="How layers are dealt to fragments.")
+    warmup_sync: float = Field(
+        0.0, ge=0, le=1, description="Share of the run's tokens trained with averaging after every step first."
+    )
+
+    def inner_steps_at(self, progress: float) -> int:
+        """Local steps of a round that starts at `progress` (0 to 1): a function of nothing else, so that all agree."""
+        return 1 if self.name == "ddp" or progress < self.warmup_sync else self.inner_steps
+
+
+class CodecConfig(Section):
+    """`[codec]`: how values become bytes on the wire."""
+
+    name: Literal["fp32", "bf16", "int8"] = Field("int8", description="Encoding of contributions and results.")
+    block: int = Field(4096, ge=32, le=1 << 20, description="Values that share one scale (blockwise codecs).")
+    error_feedback: bool = Field(False, description="Keep what the codec lost and add it to the next contribution.")
+    feedback_decay: float = Field(1.0, gt=0, le=1, description="Decay of the error-feedback residual.")

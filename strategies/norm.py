@@ -1,0 +1,66 @@
+"""Sums and norms that have the same bits everywhere.
+
+`torch.sum` adds in an order that depends on the vector width of the CPU. A sum by halving (the second half added to
+the first, elementwise, until one value is left) has one order, one rounding per addition, and an error that grows
+with log2 N only. Squares of fp32 values are exact in fp64 and cannot overflow there.
+Suffixes: N values, R rows, W values of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from strategies.elementwise import scalar_like, values_per_pass
+
+CLIP_EPS = 1e-6
+# Part of the definition of the sum, the same on every device: another width is another order of additions.
+ROW_VALUES = 32_768
+
+
+def halving_sum(values_RW: Tensor) -> Tensor:
+    """Return the sums of the rows of a tensor (a view of its first column); `values_RW` is overwritten. W >= 1."""
+    remaining = values_RW.shape[-1]
+    while remaining > 1:
+        kept = (remaining + 1) // 2
+        values_RW[..., : remaining - kept].add_(values_RW[..., kept:remaining])
+        remaining = kept
+    return values_RW[..., 0]
+
+
+def sum_of_squares(values_N: Tensor) -> Tensor:
+    """Return the sum of squares of a flat tensor as a 0-dim fp64 tensor, with the same bits on every device."""
+    num_rows, rest = divmod(values_N.numel(), ROW_VALUES)
+    rows_RW = values_N[: num_rows * ROW_VALUES].view(num_rows, ROW_VALUES)
+    stride = max(values_per_pass(values_N) // ROW_VALUES, 1)
+    parts = [rows_RW[first : first + stride] for first in range(0, num_rows, stride)]
+    if rest:
+        parts.append(values_N[-rest:].view(1, rest))
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=values_N.device)
+    # clone: the sums alone are kept, not the squares they are views of.
+    sums_R = torch.cat([halving_sum(_squares(part)).clone() for part in parts])
+    return halving_sum(sums_R).clone()
+
+
+def _squares(values: Tensor) -> Tensor:
+    wide = values.to(torch.float64)
+    return wide.mul_(wide)
+
+
+def clip_scale(chunks: Iterable[Tensor], max_norm: float) -> Tensor | None:
+    """Return the factor that brings the norm of all chunks together to at most `max_norm`, 0-dim fp32.
+
+    As `torch.nn.utils.clip_grad_norm_`: min(1, max_norm / (norm + 1e-6)). None when there is no chunk.
+    """
+    total: Tensor | None = None
+    for chunk in chunks:
+        squares = sum_of_squares(chunk)
+        total = squares if total is None else torch.add(total, squares)
+    if total is None:
+        return None
+    norm = torch.add(torch.sqrt(total), scalar_like(CLIP_EPS, total))
+    factor = torch.div(scalar_like(max_norm, total), norm)
+    return torch.minimum(factor, scalar_like(1.0, total)).to(torch.float32)

@@ -1,0 +1,68 @@
+"""A strategy is a record of parts: when to synchronise, what is sent and how, and what is done with the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from strategies.codecs.base import Codec
+from strategies.fragments import Pattern
+from strategies.outer import Average, OuterStep
+
+Contribution = Literal["displacement", "gradient"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strategy:
+    """One algorithm with its settings. `progress` is the share of the run's tokens committed, 0 to 1.
+
+    contribution      "displacement": anchor minus live parameters after local steps; "gradient": the gradient of one
+                      batch, the live parameters being the anchor itself
+    inner_steps       progress -> local steps between two contributions of a fragment
+    outer_at          progress -> the outer step; all of them keep the same number of states
+    error_feedback    whether residuals are kept; never with a codec that loses nothing
+    overlap_steps     inner steps between a contribution and the step at which its result is due; 0: wait for it
+    merge_alpha       weight of the local point when a result is applied (`merge.advance_included`)
+    merge_kappa       how much of the progress made in flight is kept
+    num_fragments, pattern   how the parameters are divided (`fragments.plan_fragments`)
+    """
+
+    name: str
+    contribution: Contribution
+    inner_steps: Callable[[float], int]
+    outer_at: Callable[[float], OuterStep]
+    codec: Codec
+    error_feedback: bool = False
+    feedback_decay: float = 1.0
+    overlap_steps: int = 0
+    merge_alpha: float = 0.0
+    merge_kappa: float = 1.0
+    num_fragments: int = 1
+    pattern: Pattern = "strided"
+
+    @property
+    def num_states(self) -> int:
+        """Number of state vectors that the outer step keeps beside the anchor."""
+        return self.outer_at(0.0).num_states
+
+
+def with_warmup_sync(strategy: Strategy, share: float) -> Strategy:
+    """Return the strategy with plain averaging after every inner step while progress < `share`.
+
+    The states of the outer step stay as they are (zero) until then. Source: DiLoCo (arXiv 2311.08105), section 3.1,
+    starts from a model trained synchronously. Raises ValueError for a strategy that sends gradients: it is
+    synchronous already.
+    """
+    if share == 0.0:
+        return strategy
+    if strategy.contribution != "displacement":
+        raise ValueError(
+            f"strategy.warmup_sync = {share}: strategy {strategy.name!r} is synchronous throughout; remove the key"
+        )
+    average = Average(num_states=strategy.num_states)
+    return replace(
+        strategy,
+        inner_steps=lambda progress: 1 if progress < share else strategy.inner_steps(progress),
+        outer_at=lambda progress: average if progress < share else strategy.outer_at(progress),
+    )

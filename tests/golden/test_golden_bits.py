@@ -1,0 +1,72 @@
+"""The numbers that members must agree on are the same bytes under every instruction set and on CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# In the order in which CPUs acquired them; "default" runs everywhere.
+CAPABILITIES = ["default", "avx2", "avx512"]
+
+
+@cache
+def run_golden(capability: str, device: str = "cpu") -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": capability,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "golden_bits.py"), "--device", device],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def require(capability: str) -> None:
+    """Skip if this CPU lacks the capability: forcing it would end the process with an illegal instruction."""
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    available = CAPABILITIES[: CAPABILITIES.index(best) + 1] if best in CAPABILITIES else CAPABILITIES[:1]
+    if capability not in available:
+        pytest.skip(f"this machine's best capability is {best}: {capability} cannot be checked here")
+
+
+def golden() -> dict[str, str]:
+    return dict(json.loads((HERE / "strategies.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_same_bits_under_every_cpu_capability(capability: str) -> None:
+    require(capability)
+    result = run_golden(capability)
+    assert result["capability"].lower() == capability, "the capability was not used, so nothing was checked"
+    assert result["digests"] == golden()
+
+
+def test_the_input_tells_one_rounding_from_two() -> None:
+    require("avx2")
+    assert run_golden("default")["control"] != run_golden("avx2")["control"], (
+        "`alpha=` gives the same bits with and without AVX2 here, so the test above could not see a fused operation"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_same_bits_on_cuda() -> None:
+    assert run_golden("default", "cuda")["digests"] == golden()

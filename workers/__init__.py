@@ -1,0 +1,1 @@
+"""The hands: train, encode, move bytes."""

@@ -1,0 +1,1 @@
+"""Data: packs of tokens, their reader, and the keyed order of samples."""

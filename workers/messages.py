@@ -1,0 +1,404 @@
+"""Control messages between members and the controller: small frozen values, never a tensor.
+
+A member sends an `Envelope` of bodies, the controller a `Batch`. Every envelope names the run, the term the sender
+obeys, the member with its incarnation and the nonce of its process; whatever is not current is dropped and counted by
+the receiver and answered with what the sender lacks. All bodies are idempotent: they may be lost, doubled or late.
+The numbered steps of an exchange that each body belongs to are in `docs/protocol.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.ranges import Range
+from workers.records import MemberId, OfferId, RosterEntry, Row, Term, canonical, chain_hash
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version:
+    """Version of a fragment: number and chain id (hash of everything committed to reach it)."""
+
+    n: int
+    chain: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeId:
+    """Names one exchange for ever: a term is one controller life, so serials never collide."""
+
+    term: Term
+    serial: int
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Order of exchanges."""
+        return (*self.term.rank, self.serial)
+
+    def __str__(self) -> str:
+        """`0.1-17`."""
+        return f"{self.term}-{self.serial}"
+
+
+def results_digest(chunk_digests: tuple[str, ...]) -> str:
+    """One name for all result chunks of a fragment, in chunk order."""
+    return chain_hash("results", canonical({"chunks": chunk_digests}))
+
+
+# ---------------------------------------------------------------- member -> controller
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessInfo:
+    """What a member's process is: transport address, node, tokens and samples of one inner step."""
+
+    address: str
+    node: str
+    weight: int
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Join:
+    """A process asks to be a member. A nonce that lives in the journal (a resumed process) keeps its incarnation."""
+
+    info: ProcessInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenesisMade:
+    """The maker holds version 0; one digest and one number of chunks per fragment."""
+
+    digests: tuple[str, ...]
+    num_params: int
+    num_chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FragmentReport:
+    """What a member holds of one fragment (`n = -1`: nothing yet)."""
+
+    n: int
+    chain: str
+    holds_next: bool
+    barred: int | None
+    watermark: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """Heartbeat with progress; also the request for whatever the member lacks."""
+
+    info: ProcessInfo
+    journal_len: int
+    num_leased: int
+    consumed: int
+    steps: int
+    bytes_sent: int
+    fragments: tuple[FragmentReport, ...]
+    waiting: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """A contribution to the transition of a fragment from `base` to the next version (protocol 1.4)."""
+
+    fragment: int
+    base: Version
+    seq: int
+    born: int
+    since: int
+    upto: int
+    ranges: tuple[Range, ...]
+    num_steps: int
+    weight: int
+    chunk_digests: tuple[str, ...]
+    sumsq: tuple[float, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Missing:
+    """An owner could not get pieces of an offer."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+    offer: OfferId
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """An owner found a piece that must not count (not finite, not what was announced)."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+    offer: OfferId
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduced:
+    """An owner reduced chunks: `(chunk, digest)` each."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+    roster_digest: str
+    chunks: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Have:
+    """A member holds every result chunk and computed the digest of the next anchor, without applying it."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+    results: str
+    next_digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RevokeAnswer:
+    """Answer to `RevokeQuery`; `lacks` is a promise not to fetch or apply that version meanwhile."""
+
+    fragment: int
+    nonce: int
+    lacks: bool
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """Validation loss of the anchor, nats per token."""
+
+    versions: tuple[int, ...]
+    samples: int
+    val_loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropRequest:
+    """The member must drop its uncommitted work by a rule (stale, reset) up to a consumption count."""
+
+    upto: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A snapshot or the local state is complete on disk."""
+
+    name: str
+    versions: tuple[int, ...]
+    local: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observed:
+    """Rows for metrics.jsonl; times as seconds before the sending, since clocks of two hosts are never compared."""
+
+    rows: tuple[tuple[float, dict[str, object]], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultSeen:
+    """A member noticed a fault (corrupt anchor, diverged state, unreachable peer)."""
+
+    fault: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandIn:
+    """The member's copy of the journal, for a controller of a new lineage (protocol 1.2 rule 5)."""
+
+    rows: tuple[Row, ...]
+
+
+MemberBody = (
+    Join | GenesisMade | Hello | Offer | Missing | Refused | Reduced | Have | RevokeAnswer | Evaluated | DropRequest
+    | Saved | Observed | FaultSeen | HandIn
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Envelope:
+    """Bodies from one member process to the controller."""
+
+    run_id: str
+    term: Term | None
+    name: str
+    incarnation: int | None
+    nonce: str
+    bodies: tuple[MemberBody, ...]
+
+
+# ---------------------------------------------------------------- controller -> member
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Welcome:
+    """The process is now `incarnation` of its member."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejoin:
+    """This nonce was admitted and fenced before: take a new one and join again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fenced:
+    """The incarnation is fenced: back to the anchor, join with a new nonce."""
+
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MakeGenesis:
+    """Build version 0 from the seed or the given weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseGrant:
+    """Samples to train on, in consumption order; `index` = samples granted before."""
+
+    index: int
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peers:
+    """Transport addresses and the versions that peers are known to hold: `(member, address, (n of each fragment))`."""
+
+    peers: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Announce:
+    """An offer was accepted: its owners may pull its pieces at once. `owners[chunk]` is provisional."""
+
+    offer_by: MemberId
+    address: str
+    offer: Offer
+    owners: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assign:
+    """Roster, coefficients and owners of one attempt. `owners[chunk]` names a member incarnation."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+    base: Version
+    base_samples: int
+    roster: tuple[RosterEntry, ...]
+    roster_digest: str
+    owners: tuple[MemberId, ...]
+    owner_addresses: tuple[tuple[str, str], ...]
+    offers: tuple[tuple[MemberId, str, Offer], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """All parts are reduced: the digest of every result chunk."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+    chunk_digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verify:
+    """Next anchors differ: hash your present anchor against the sealed digest, then report `Have` again."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Discarded:
+    """The exchange ended without a commit; offers stay pending and are sent again."""
+
+    fragment: int
+    exchange: ExchangeId
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RevokeQuery:
+    """Does anybody hold this version?"""
+
+    fragment: int
+    version: Version
+    nonce: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RevokeCancel:
+    """The question is void; promises given for it are released."""
+
+    fragment: int
+    nonce: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Evaluate the anchor once every fragment has reached `versions`."""
+
+    versions: tuple[int, ...]
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Save:
+    """Write a snapshot of the anchor (`local = False`) or the whole local state (`local = True`)."""
+
+    name: str
+    local: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tail:
+    """No further samples will be leased for now: offer what you have when the leases are used up."""
+
+    active: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop:
+    """Stop training. `save` = finish the step and save the local state first."""
+
+    save: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attach:
+    """A controller of a new lineage asks for the journal copy: the member obeys the new term first."""
+
+
+ControllerBody = (
+    Welcome | Rejoin | Fenced | MakeGenesis | LeaseGrant | Peers | Announce | Assign | Spread | Verify | Discarded
+    | RevokeQuery | RevokeCancel | Evaluate | Save | Tail | Stop | Attach
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Bodies from the controller to one member process, with the journal rows it lacks (`rows_from` onwards)."""
+
+    run_id: str
+    term: Term
+    name: str
+    incarnation: int | None
+    nonce: str
+    rows_from: int
+    rows: tuple[Row, ...]
+    bodies: tuple[ControllerBody, ...]

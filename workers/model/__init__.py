@@ -1,0 +1,1 @@
+"""Models: the built-in decoder, factories of the user, export and sampling."""

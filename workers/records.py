@@ -1,0 +1,342 @@
+"""Journal records: everything that was ever decided in a run, as frozen values with a hash chain.
+
+The controller writes them, members keep copies, `atoll ledger` recomputes the run from them. A row of the journal is
+one JSON object `{"seq", "prev", "hash", "kind", ...fields}`; `hash` covers `prev` and the fields, so that a row that
+was deleted, doubled, swapped or edited breaks the chain at its place.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, get_type_hints
+
+from blake3 import blake3
+
+from workers.ranges import Range
+
+GENESIS_HASH = "0" * 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class MemberId:
+    """One incarnation of a member: `name.incarnation`."""
+
+    name: str
+    incarnation: int
+
+    def __str__(self) -> str:
+        """`island-1.2`: the form used in keys, logs and the journal."""
+        return f"{self.name}.{self.incarnation}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One life of a controller; it fences every lower term. `lineage` rises only when a lost journal is rebuilt."""
+
+    lineage: int
+    number: int
+    controller: str
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """What terms are compared by."""
+        return (self.lineage, self.number)
+
+    def __str__(self) -> str:
+        """`lineage.number`."""
+        return f"{self.lineage}.{self.number}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfferId:
+    """Names one offer: member, incarnation, sequence number."""
+
+    member: MemberId
+    seq: int
+
+    def __str__(self) -> str:
+        """`island-1.2/7`."""
+        return f"{self.member}/{self.seq}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RosterEntry:
+    """One contribution of a commit: which samples, how many steps, with which coefficient (fp32)."""
+
+    member: str
+    incarnation: int
+    seq: int
+    since: int
+    upto: int
+    ranges: tuple[Range, ...]
+    num_steps: int
+    coefficient: float
+
+    @property
+    def offer(self) -> OfferId:
+        """Id of the offer that this entry includes."""
+        return OfferId(member=MemberId(name=self.member, incarnation=self.incarnation), seq=self.seq)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """Base of all records."""
+
+    kind: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TermRecord(Record):
+    """A controller took over; `continues` is the hash of the row before."""
+
+    kind: ClassVar[str] = "term"
+    lineage: int
+    number: int
+    controller: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenesisRecord(Record):
+    """Version 0 of every fragment: made once by `maker`, shipped to the others, never derived again."""
+
+    kind: ClassVar[str] = "genesis"
+    maker: str
+    digests: tuple[str, ...]
+    num_params: int
+    num_chunks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JoinRecord(Record):
+    """A process became the live incarnation of a member."""
+
+    kind: ClassVar[str] = "join"
+    member: str
+    incarnation: int
+    nonce: str
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FenceRecord(Record):
+    """Final verdict on an incarnation: nothing it does from now on counts."""
+
+    kind: ClassVar[str] = "fence"
+    member: str
+    incarnation: int
+    why: str
+    refused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseRecord(Record):
+    """Samples given to an incarnation; `index` = samples it had been given before."""
+
+    kind: ClassVar[str] = "lease"
+    member: str
+    incarnation: int
+    index: int
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRecord(Record):
+    """Fragment `fragment` moved from version `n - 1` to `n`; the roster alone decides who was in."""
+
+    kind: ClassVar[str] = "commit"
+    fragment: int
+    n: int
+    prev_chain: str
+    chain: str
+    serial: int
+    attempt: int
+    roster: tuple[RosterEntry, ...]
+    roster_digest: str
+    chunk_digests: tuple[str, ...]
+    digest: str
+    base_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettleRecord(Record):
+    """The samples of a fenced incarnation got their fates: full, partial, or free again."""
+
+    kind: ClassVar[str] = "settle"
+    member: str
+    incarnation: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropRecord(Record):
+    """Work of a living incarnation up to consumption count `upto` was dropped by rule `why`; it restarts from the anchor."""
+
+    kind: ClassVar[str] = "drop"
+    member: str
+    incarnation: int
+    upto: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RevokeRecord(Record):
+    """Version `n` of a fragment is held by nobody and is taken back."""
+
+    kind: ClassVar[str] = "revoke"
+    fragment: int
+    n: int
+    chain: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultRecord(Record):
+    """Something went wrong or was made to go wrong; times in seconds since the run's start."""
+
+    kind: ClassVar[str] = "fault"
+    fault: str
+    member: str
+    injected: bool
+    t_s: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRecord(Record):
+    """Validation loss of the anchor at `versions` (one number per fragment), nats per token."""
+
+    kind: ClassVar[str] = "evaluation"
+    member: str
+    versions: tuple[int, ...]
+    samples: int
+    val_loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotRecord(Record):
+    """A durable snapshot of the anchor is complete."""
+
+    kind: ClassVar[str] = "snapshot"
+    name: str
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRecord(Record):
+    """The run stopped: `reason` is done, stopped or failed."""
+
+    kind: ClassVar[str] = "stop"
+    reason: str
+    detail: str = ""
+
+
+KINDS: dict[str, type[Record]] = {
+    cls.kind: cls
+    for cls in (
+        TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
+        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, StopRecord,
+    )
+}  # fmt: skip
+_HINTS: dict[str, dict[str, Any]] = {kind: get_type_hints(cls) for kind, cls in KINDS.items()}
+
+
+class RecordError(ValueError):
+    """A journal row that cannot be read; says which field and why."""
+
+
+def to_body(record: Record) -> dict[str, Any]:
+    """JSON-ready fields of a record, `kind` first."""
+    return {"kind": record.kind, **asdict(record)}
+
+
+def canonical(body: dict[str, Any]) -> bytes:
+    """The one byte form of a body that hashes are taken of."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def chain_hash(prev: str, payload: bytes) -> str:
+    """BLAKE3 (128 bit, hex) of the previous hash and a payload."""
+    return blake3(prev.encode() + payload).hexdigest(length=16)
+
+
+def roster_digest(roster: tuple[RosterEntry, ...]) -> str:
+    """Digest of a roster with its coefficients: names what a reduced part was made of."""
+    return chain_hash("roster", canonical({"roster": [asdict(entry) for entry in roster]}))
+
+
+def version_chain(prev_chain: str, record_fields: dict[str, Any]) -> str:
+    """Chain id of the version that a commit makes: hash of the previous chain and the commit's content."""
+    return chain_hash(prev_chain, canonical(record_fields))
+
+
+def _ranges(value: Any) -> tuple[Range, ...]:
+    return tuple((int(start), int(stop)) for start, stop in value)
+
+
+def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
+    if name == "ranges":
+        return _ranges(value)
+    if name == "roster":
+        names = {field.name for field in fields(RosterEntry)}
+        if any(set(entry) != names for entry in value):
+            raise RecordError(f"record {kind!r}: a roster entry has other fields than {sorted(names)}")
+        return tuple(RosterEntry(**{**entry, "ranges": _ranges(entry["ranges"])}) for entry in value)
+    if isinstance(value, list):
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise RecordError(f"record {kind!r}: field {name} is {value!r}, expected {hint.__name__}")
+    return value
+
+
+def from_body(body: dict[str, Any]) -> Record:
+    """The record of a JSON body; `RecordError` names an unknown kind, a missing, extra or mistyped field."""
+    kind = body.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise RecordError(f"unknown record kind {kind!r}; known: {', '.join(sorted(KINDS))}")
+    cls, hints = KINDS[kind], _HINTS[kind]
+    known = {field.name for field in fields(cls)}
+    given = set(body) - {"kind"}
+    if given - known:
+        raise RecordError(f"record {kind!r} has unknown fields {sorted(given - known)}")
+    try:
+        values = {name: _convert(name, hints[name], body[name], kind) for name in given}
+        return cls(**values)
+    except (TypeError, ValueError, KeyError) as error:
+        raise RecordError(f"record {kind!r} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row of the journal: its number, chain hashes and record."""
+
+    seq: int
+    prev: str
+    hash: str
+    record: Record
+
+
+def make_row(seq: int, prev: str, record: Record) -> Row:
+    """Row `seq` of a journal whose last hash is `prev`."""
+    return Row(seq=seq, prev=prev, hash=chain_hash(prev, canonical({"seq": seq, **to_body(record)})), record=record)
+
+
+def dump_row(row: Row) -> bytes:
+    """The JSON line of a row, newline included."""
+    body = {"seq": row.seq, "prev": row.prev, "hash": row.hash, **to_body(row.record)}
+    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def load_row(line: bytes) -> Row:
+    """The row of a JSON line; `RecordError` if it is not one or its own hash is wrong."""
+    try:
+        body = json.loads(line)
+    except ValueError as error:
+        raise RecordError(f"not JSON: {error}") from error
+    if not isinstance(body, dict) or not {"seq", "prev", "hash"} <= set(body):
+        raise RecordError("not a journal row: it lacks seq, prev or hash")
+    seq, prev, stated = body.pop("seq"), body.pop("prev"), body.pop("hash")
+    row = make_row(seq, prev, from_body(body))
+    if row.hash != stated:
+        raise RecordError(f"row {seq} was altered: its hash is {stated}, its content gives {row.hash}")
+    return row

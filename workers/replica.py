@@ -1,0 +1,378 @@
+"""The tensors of one member: anchors, outer states, live parameters, residuals (protocol 1.4, 1.5, 1.7).
+
+Pure arithmetic around the strategy's parts; knows nothing of members, messages or time. Live parameters are touched by
+the training thread only (`encode`, `apply`, `install`, `reset`, `hold_displacement`); everything that reads anchors from
+another thread takes `lock`, which the training thread holds while it changes them.
+Suffixes: N values of a fragment, C values of one chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strategies.aggregate import accumulate
+from strategies.codecs.feedback import encode_with_feedback
+from strategies.fragments import FragmentSpec, gather, scatter
+from strategies.merge import advance_included, rebase
+from strategies.norm import sum_of_squares
+from strategies.registry import decode_payload
+from strategies.strategy import Strategy
+from workers.digest import combine, digest
+
+
+class BadPiece(ValueError):
+    """A contribution that must not count: malformed, not finite, or not what its offer announced."""
+
+
+class StateTorn(RuntimeError):
+    """A state that was applied or fetched has another digest than its record."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """One contribution, chunk by chunk: payloads, their digests, sums of squares of what they decode to."""
+
+    payloads: tuple[Tensor, ...]
+    digests: tuple[str, ...]
+    sumsq: tuple[float, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateChunk:
+    """One chunk of a served state: version and values of anchor and outer states."""
+
+    n: int
+    chain: str
+    values: tuple[Tensor, ...]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Part:
+    """Tensors of one fragment."""
+
+    anchor: Tensor
+    states: tuple[Tensor, ...]
+    n: int = -1
+    chain: str = ""
+    residual: Tensor | None = None
+    next_residual: Tensor | None = None
+    displacement: Tensor | None = None
+    sent: bool = False
+    gradients: Tensor | None = None
+
+
+class Replica:
+    """Anchors and live parameters of one member."""
+
+    def __init__(
+        self, *, specs: Sequence[FragmentSpec], strategy: Strategy, tensors: Mapping[str, Tensor], total_samples: int
+    ) -> None:
+        """`tensors`: the live parameters by name, fp32; they are read and written in place."""
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"parameter {name!r} is {tensor.dtype}; synchronised parameters must be float32 "
+                    "(train.precision = 'bf16' computes in bf16 and keeps them in float32)"
+                )
+        self.specs, self.strategy, self.tensors = tuple(specs), strategy, tensors
+        self.total_samples = total_samples
+        self.lock = threading.RLock()
+        device = next(iter(tensors.values())).device
+        self.parts = [
+            _Part(
+                anchor=torch.zeros(spec.numel, device=device),
+                states=tuple(torch.zeros(spec.numel, device=device) for _ in range(strategy.num_states)),
+            )
+            for spec in self.specs
+        ]
+
+    # ------------------------------------------------------------ versions
+
+    def make_genesis(self, chain: str) -> tuple[str, ...]:
+        """Version 0 from the live parameters; returns one digest per fragment."""
+        with self.lock:
+            for spec, part in zip(self.specs, self.parts, strict=True):
+                gather(spec, self.tensors, part.anchor)
+                part.n, part.chain = 0, chain
+            return tuple(self.digest(f) for f in range(len(self.parts)))
+
+    def digest(self, fragment: int) -> str:
+        """Digest of anchor and outer states: what commits seal."""
+        part, spec = self.parts[fragment], self.specs[fragment]
+        with self.lock:
+            return combine([d for c in range(spec.num_chunks) for d in self._chunk_digests(part, spec.chunk_slice(c))])
+
+    @staticmethod
+    def _chunk_digests(part: _Part, where: slice) -> list[str]:
+        return [digest(as_bytes(values[where])) for values in (part.anchor, *part.states)]
+
+    def anchor_tensors(self) -> dict[str, Tensor]:
+        """The anchor as named tensors: views where possible, never copies; for reading only."""
+        out: dict[str, Tensor] = {}
+        for spec, part in zip(self.specs, self.parts, strict=True):
+            offset = 0
+            for tensor in spec.tensors:
+                out[tensor.name] = part.anchor[offset : offset + tensor.numel].view(tensor.shape)
+                offset += tensor.numel
+        return out
+
+    # ------------------------------------------------------------ contributing
+
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add one batch's gradients to what is offered next (strategies that contribute gradients)."""
+        for spec, part in zip(self.specs, self.parts, strict=True):
+            if part.gradients is None:
+                part.gradients = gather(spec, gradients)
+            else:
+                part.gradients.add_(gather(spec, gradients))
+
+    def encode(self, fragment: int, *, lossless: bool = False) -> Encoded:
+        """Encode the contribution: displacement `D = A - theta` (or the gradients) plus the residual, in chunks.
+
+        Raises `NonFiniteError` if it is not finite. The residual it leaves counts only once the record lists it (C8).
+        """
+        part, spec, strategy = self.parts[fragment], self.specs[fragment], self.strategy
+        feedback = strategy.error_feedback and not lossless
+        payloads: list[Tensor] = []
+        next_residual = torch.empty_like(part.anchor) if feedback else None
+        sums: list[float] = []
+        for chunk in range(spec.num_chunks):
+            where = spec.chunk_slice(chunk)
+            values_C = self._contribution(part, spec, where)
+            if feedback and next_residual is not None:
+                residual = part.residual[where] if part.residual is not None else None
+                done = encode_with_feedback(strategy.codec, values_C, residual, decay=strategy.feedback_decay)
+                payload = done.payload
+                next_residual[where] = done.next_residual_N
+            else:
+                payload = strategy.codec.encode(values_C)
+            sent_C = decode_payload(payload, num_values=values_C.numel()) if strategy.codec.lossy else values_C
+            sums.append(float(sum_of_squares(sent_C)))
+            payloads.append(payload.cpu())
+        part.next_residual, part.displacement, part.sent = next_residual, None, True
+        digests = tuple(digest(as_bytes(payload)) for payload in payloads)
+        return Encoded(
+            payloads=tuple(payloads), digests=digests, sumsq=tuple(sums), num_bytes=sum(p.numel() for p in payloads)
+        )
+
+    def _contribution(self, part: _Part, spec: FragmentSpec, where: slice) -> Tensor:
+        if self.strategy.contribution == "gradient":
+            assert part.gradients is not None, "an offer without gradients"
+            return part.gradients[where]
+        return part.anchor[where] - gather(spec, self.tensors, values=where)
+
+    def hold_displacement(self) -> None:
+        """Before the first step after an offer: keep what was offered, so that progress can be told from it."""
+        for spec, part in zip(self.specs, self.parts, strict=True):
+            if part.sent and part.displacement is None:
+                if self.strategy.contribution == "gradient":
+                    assert part.gradients is not None
+                    part.displacement = part.gradients.clone()
+                else:
+                    part.displacement = part.anchor - gather(spec, self.tensors)
+
+    # ------------------------------------------------------------ reducing
+
+    def reduce(self, fragment: int, chunk: int, pieces: Sequence[tuple[Tensor, float, float]]) -> Tensor:
+        """Result payload of one chunk from `(payload, coefficient, sum of squares)` in roster order.
+
+        Raises `BadPiece`, whose second argument is the place in `pieces`, for a piece that must not count.
+        """
+        spec = self.specs[fragment]
+        where = spec.chunk_slice(chunk)
+        num = where.stop - where.start
+        acc: Tensor | None = None
+        device = self.parts[fragment].anchor.device
+        for place, (payload, coefficient, sumsq) in enumerate(pieces):
+            try:
+                decoded = decode_payload(payload.to(device), num_values=num)
+            except ValueError as error:
+                raise BadPiece(f"it cannot be decoded: {error}", place) from error
+            found = float(sum_of_squares(decoded))
+            if not np.isfinite(found):
+                raise BadPiece("it is not finite", place)
+            if found != sumsq:
+                raise BadPiece(f"its sum of squares is {found!r}, announced was {sumsq!r}", place)
+            acc = accumulate(acc, decoded, coefficient)
+        assert acc is not None, "a roster without contributions"
+        return self.strategy.codec.encode(acc).cpu()
+
+    # ------------------------------------------------------------ the next version
+
+    def next_digest(self, fragment: int, payloads: Sequence[Tensor], *, base_samples: int) -> str:
+        """Digest of the next version under a result, computed chunk by chunk and not stored."""
+        spec, part = self.specs[fragment], self.parts[fragment]
+        with self.lock:
+            scale = self._scale(fragment, payloads, base_samples)
+            out: list[str] = []
+            for chunk, payload in enumerate(payloads):
+                where = spec.chunk_slice(chunk)
+                anchor, states = self._step(fragment, where, payload, scale, part.n, base_samples)
+                out += [digest(as_bytes(values)) for values in (anchor, *states)]
+            return combine(out)
+
+    def _progress(self, base_samples: int) -> float:
+        return min(base_samples / self.total_samples, 1.0)
+
+    def _scale(self, fragment: int, payloads: Sequence[Tensor], base_samples: int) -> Tensor | None:
+        outer, spec = self.strategy.outer_at(self._progress(base_samples)), self.specs[fragment]
+        return outer.prepare(
+            self._decode(payload, spec.chunk_slice(chunk), fragment) for chunk, payload in enumerate(payloads)
+        )
+
+    def _decode(self, payload: Tensor, where: slice, fragment: int) -> Tensor:
+        device = self.parts[fragment].anchor.device
+        return decode_payload(payload.to(device), num_values=where.stop - where.start)
+
+    def _step(
+        self, fragment: int, where: slice, payload: Tensor, scale: Tensor | None, n: int, base_samples: int,
+        base: tuple[Tensor, tuple[Tensor, ...]] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        part = self.parts[fragment]
+        anchor, states = base or (part.anchor[where], tuple(s[where] for s in part.states))
+        progress = self._progress(base_samples)
+        return self.strategy.outer_at(progress).step(
+            anchor, states, self._decode(payload, where, fragment), scale=scale, version=n, progress=progress,
+            spec=self.specs[fragment], start=where.start,
+        )  # fmt: skip
+
+    def apply(
+        self, fragment: int, payloads: Sequence[Tensor], *, n: int, chain: str, base_samples: int, sealed: str, included: bool
+    ) -> None:
+        """Move to version `n`: new anchor and states, live parameters by merge (included) or translation (not).
+
+        Raises `StateTorn` if the new version has another digest than its record sealed; the state must be fetched.
+        """
+        spec, part = self.specs[fragment], self.parts[fragment]
+        digests: list[str] = []
+        with self.lock:
+            scale = self._scale(fragment, payloads, base_samples)
+            for chunk, payload in enumerate(payloads):
+                where = spec.chunk_slice(chunk)
+                anchor_C, states = self._step(fragment, where, payload, scale, part.n, base_samples)
+                self._move(part, spec, where, anchor_C, included=included)
+                part.anchor[where] = anchor_C
+                for state, new in zip(part.states, states, strict=True):
+                    state[where] = new
+                digests += [digest(as_bytes(values)) for values in (anchor_C, *states)]
+            part.n, part.chain = n, chain
+        self._conclude(part, included=included)
+        if combine(digests) != sealed:
+            raise StateTorn(f"fragment {fragment} version {n}: applied state differs from the sealed digest")
+
+    def _move(self, part: _Part, spec: FragmentSpec, where: slice, new_C: Tensor, *, included: bool) -> None:
+        if self.strategy.contribution == "gradient":
+            scatter(spec, new_C, self.tensors, values=where)
+            return
+        theta_C = gather(spec, self.tensors, values=where)
+        if included:
+            displacement = part.displacement[where] if part.displacement is not None else None
+            alpha, kappa = self.strategy.merge_alpha, self.strategy.merge_kappa
+            advance_included(theta_C, part.anchor[where], new_C, displacement, alpha=alpha, kappa=kappa)
+        else:
+            rebase(theta_C, part.anchor[where], new_C)
+        scatter(spec, theta_C, self.tensors, values=where)
+
+    def _conclude(self, part: _Part, *, included: bool) -> None:
+        if included:
+            part.residual = part.next_residual if self.strategy.error_feedback else None
+            if part.gradients is not None:
+                if part.displacement is None:
+                    part.gradients = None
+                else:
+                    part.gradients.sub_(part.displacement)
+        part.next_residual, part.displacement, part.sent = None, None, False
+
+    # ------------------------------------------------------------ states of others
+
+    def serve(self, fragment: int, chunk: int) -> bytes:
+        """One chunk of the present state with its version, as bytes."""
+        spec, part = self.specs[fragment], self.parts[fragment]
+        with self.lock:
+            if part.n < 0:
+                raise KeyError(f"no state of fragment {fragment} yet")
+            where = spec.chunk_slice(chunk)
+            head = json.dumps({"n": part.n, "chain": part.chain}).encode()
+            body = b"".join(as_bytes(values[where]).tobytes() for values in (part.anchor, *part.states))
+        return len(head).to_bytes(4, "little") + head + body
+
+    def parse_state(self, fragment: int, chunk: int, data: memoryview) -> StateChunk:
+        """The chunk that a donor served; `BadPiece` if it is malformed."""
+        spec = self.specs[fragment]
+        where = spec.chunk_slice(chunk)
+        num, vectors = where.stop - where.start, 1 + self.strategy.num_states
+        size = int.from_bytes(data[:4], "little")
+        if size > 4096 or len(data) != 4 + size + 4 * num * vectors:
+            raise BadPiece(f"state chunk {chunk} has {len(data)} bytes", 0)
+        try:
+            head = json.loads(bytes(data[4 : 4 + size]))
+            n, chain = int(head["n"]), str(head["chain"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadPiece(f"state chunk {chunk} has no readable header", 0) from error
+        flat = torch.from_numpy(np.frombuffer(data, dtype=np.float32, offset=4 + size).copy())
+        return StateChunk(n=n, chain=chain, values=tuple(flat.view(vectors, num)))
+
+    def step_chunk(
+        self, fragment: int, chunk: int, state: StateChunk, payloads: Sequence[Tensor], *, n: int, chain: str, base_samples: int
+    ) -> StateChunk:
+        """Bring a fetched chunk from version n-1 to `n` with that version's result (H10)."""
+        where = self.specs[fragment].chunk_slice(chunk)
+        device = self.parts[fragment].anchor.device
+        base = (state.values[0].to(device), tuple(v.to(device) for v in state.values[1:]))
+        scale = self._scale(fragment, payloads, base_samples)
+        anchor, states = self._step(fragment, where, payloads[chunk], scale, n - 1, base_samples, base)
+        return StateChunk(n=n, chain=chain, values=(anchor.cpu(), *(s.cpu() for s in states)))
+
+    @staticmethod
+    def digest_of_chunks(chunks: Sequence[StateChunk]) -> str:
+        """Digest that `digest` would give for these chunks."""
+        return combine([digest(as_bytes(values)) for chunk in chunks for values in chunk.values])
+
+    def install(self, fragment: int, chunks: Sequence[StateChunk], *, included: bool, fresh: bool) -> None:
+        """Take over a fetched state. `fresh`: live := anchor; else live parameters keep their uncommitted displacement."""
+        spec, part = self.specs[fragment], self.parts[fragment]
+        with self.lock:
+            for chunk, state in enumerate(chunks):
+                where = spec.chunk_slice(chunk)
+                new_C = state.values[0].to(part.anchor.device)
+                if not fresh and self.strategy.contribution == "displacement":
+                    theta_C = gather(spec, self.tensors, values=where)
+                    left = part.anchor[where] - theta_C
+                    if included:
+                        left = left - (part.displacement[where] if part.displacement is not None else left)
+                    scatter(spec, new_C - left, self.tensors, values=where)
+                part.anchor[where] = new_C
+                for own, value in zip(part.states, state.values[1:], strict=True):
+                    own[where] = value.to(own.device)
+            part.n, part.chain = chunks[0].n, chunks[0].chain
+        if fresh:
+            self._clear(fragment)
+        else:
+            self._conclude(part, included=included)
+            if self.strategy.contribution == "gradient":
+                scatter(spec, part.anchor, self.tensors)
+
+    def reset(self) -> None:
+        """Drop everything that is not committed: live := anchor, residual := 0 (H4, H9)."""
+        for fragment, part in enumerate(self.parts):
+            if part.n >= 0:
+                self._clear(fragment)
+
+    def _clear(self, fragment: int) -> None:
+        part = self.parts[fragment]
+        scatter(self.specs[fragment], part.anchor, self.tensors)
+        part.residual = part.next_residual = part.displacement = part.gradients = None
+        part.sent = False
+
+
+def as_bytes(values: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor, without a copy on the CPU."""
+    return values.detach().contiguous().cpu().view(torch.uint8).numpy()

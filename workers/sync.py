@@ -1,0 +1,588 @@
+"""The shell around a member's machine: queue, threads, transport, and the step boundary of the training thread.
+
+    controller --deliver()--> queue --> MemberMachine --> commands --> transport, replica --> events --> queue
+    training thread --boundary()--> what to do next: train on these samples, evaluate, save, wait, stop
+
+With an executor of threads the queue has a thread of its own and fetches run beside training. Without one everything
+happens inside `pump()` and `boundary()`: islands in one process, deterministic, for tests and benchmarks.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strategies.codecs.base import NonFiniteError
+from workers import member_events as ev
+from workers import messages as msg
+from workers import ranges
+from workers.digest import digest
+from workers.member import MemberMachine
+from workers.ranges import Range
+from workers.records import CommitRecord, FenceRecord, JoinRecord, OfferId
+from workers.replica import BadPiece, Replica, StateChunk, StateTorn, as_bytes
+from workers.state_fetch import fetch_state
+from workers.store import BlobStore, StoredBlob
+from workers.transport.base import Transport
+from workers.transport.errors import TransportError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncSettings:
+    """Times in seconds; see `[exchange]`."""
+
+    batch_size: int
+    timeout_s: float
+    wait_s: float
+    heartbeat_s: float
+    bound_rounds: float
+    total_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOn:
+    """Make one inner step on these sample positions."""
+
+    ranges: tuple[Range, ...]
+    progress: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateNow:
+    """Evaluate the anchor, then call `evaluated`."""
+
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveNow:
+    """Write a snapshot or the local state, then call `saved`."""
+
+    order: msg.Save
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitFor:
+    """Nothing to do yet: wait for a change, at most `timeout_s`."""
+
+    reason: str
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The controller asks to stop; `save` = write the local state first."""
+
+    save: bool
+
+
+Action = TrainOn | EvaluateNow | SaveNow | WaitFor | Finished
+
+
+class MemberStore(BlobStore):
+    """A member's blobs, and its present state under `state/<fragment>/<chunk>` made when asked for."""
+
+    replica: Replica | None = None
+
+    def find(self, key: str) -> StoredBlob | None:
+        """A stored blob, or a chunk of the present state."""
+        if not key.startswith("state/"):
+            return super().find(key)
+        _, fragment, chunk = key.split("/")
+        try:
+            assert self.replica is not None
+            data = self.replica.serve(int(fragment), int(chunk))
+        except (KeyError, IndexError, ValueError):
+            return None
+        return StoredBlob(data=memoryview(data), digest=digest(data))
+
+
+def piece_key(fragment: int, offer: object, chunk: int) -> str:
+    """Key of one chunk of a contribution."""
+    return f"piece/{fragment}/{offer}/{chunk}"
+
+
+def content_key(fragment: int, digest_hex: str) -> str:
+    """Key of a result chunk by its content: any holder may serve it."""
+    return f"content/{fragment}/{digest_hex}"
+
+
+def name_key(fragment: int, roster_digest: str, chunk: int) -> str:
+    """Key of a result chunk by what it was made of: known before it exists."""
+    return f"result/{fragment}/{roster_digest}/{chunk}"
+
+
+class IslandSync:
+    """One member: its machine, its tensors and its transport."""
+
+    def __init__(
+        self,
+        *,
+        machine: MemberMachine,
+        replica: Replica,
+        store: MemberStore,
+        transport: Transport,
+        post: Callable[[msg.Envelope], None],
+        clock: Callable[[], float],
+        settings: SyncSettings,
+        executor: Executor | None = None,
+    ) -> None:
+        """`post` hands an envelope to the controller and must not block; `executor` None = everything inline."""
+        self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
+        self.post, self.clock, self.settings, self.executor = post, clock, settings, executor
+        store.replica = replica
+        self.changed = threading.Condition(threading.RLock())
+        self.events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
+        self.bodies: list[msg.MemberBody] = []
+        self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
+        self.rows: list[tuple[float, dict[str, object]]] = []
+        self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
+        self.marks = [0 for _ in machine.fragments]
+        self.total_steps = 0
+        self.waiting_since: float | None = None
+        self.stopped = False
+        self.failure: BaseException | None = None
+        self.staged_chunks: dict[int, list[StateChunk]] = {}
+        self._thread: threading.Thread | None = None
+        self._fleet_share = 1.0
+        self._base_samples = 0
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Serve, and ask to be a member. With an executor, start the control thread."""
+        self._carry_out(self.machine.join_now(self.clock()))
+        if self.executor is not None:
+            self._thread = threading.Thread(target=self._run, name=f"sync-{self.machine.name}", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End the control thread; the transport is the caller's to stop."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+        self.events.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+
+    def deliver(self, batch: msg.Batch) -> None:
+        """A batch from the controller arrived (any thread)."""
+        self.events.put(ev.Delivered(batch=batch))
+
+    def _run(self) -> None:
+        next_tick = self.clock() + self.settings.heartbeat_s
+        while True:
+            try:
+                event = self.events.get(timeout=max(next_tick - self.clock(), 0.001))
+            except queue.Empty:
+                event = ev.Tick()
+            if event is None:
+                return
+            if isinstance(event, ev.Tick) or self.clock() >= next_tick:
+                next_tick = self.clock() + self.settings.heartbeat_s
+                self._handle(ev.Tick())
+            if not isinstance(event, ev.Tick):
+                self._handle(event)
+
+    def pump(self) -> bool:
+        """Inline mode: handle everything that is queued; whether there was anything."""
+        busy = False
+        while not self.events.empty():
+            event = self.events.get()
+            if event is not None:
+                busy = True
+                self._handle(event)
+        return busy
+
+    def tick(self) -> None:
+        """Inline mode: time passed."""
+        self._handle(ev.Tick())
+
+    def _handle(self, event: ev.Event) -> None:
+        with self.changed:
+            self.machine.bytes_sent = self.transport.bytes_sent
+            commands = self.machine.handle(event, self.clock())
+            self._carry_out(commands)
+
+    # ------------------------------------------------------------ commands
+
+    def _carry_out(self, commands: Sequence[ev.Command]) -> None:
+        for command in commands:
+            match command:
+                case ev.Post(body=body):
+                    self.bodies.append(body)
+                case ev.Wake():
+                    self.changed.notify_all()
+                case ev.Order(body=body):
+                    self.orders.append(body)
+                    self.changed.notify_all()
+                case ev.Forget():
+                    self._forget(command)
+                case ev.BuildGenesis():
+                    self._work(lambda: ev.GenesisBuilt(
+                        digests=self.replica.make_genesis("genesis"), num_params=sum(s.numel for s in self.replica.specs)
+                    ))  # fmt: skip
+                case ev.FetchPieces():
+                    self._work(lambda c=command: self._fetch_pieces(c))  # type: ignore[misc]
+                case ev.Reduce():
+                    self._work(lambda c=command: self._reduce(c))  # type: ignore[misc]
+                case ev.FetchResults():
+                    self._work(lambda c=command: self._fetch_results(c))  # type: ignore[misc]
+                case ev.ComputeNext():
+                    self._work(lambda c=command: self._compute_next(c))  # type: ignore[misc]
+                case ev.VerifyAnchor():
+                    self._work(lambda c=command: self._verify_anchor(c))  # type: ignore[misc]
+                case ev.FetchState():
+                    self._work(lambda c=command: self._fetch_state(c))  # type: ignore[misc]
+        self._flush()
+
+    def _flush(self) -> None:
+        if self.rows and any(isinstance(body, msg.Hello) for body in self.bodies):
+            now = self.clock()
+            self.bodies.append(msg.Observed(rows=tuple((now - at, row) for at, row in self.rows)))
+            self.rows = []
+        if self.bodies:
+            bodies, self.bodies = tuple(self.bodies), []
+            self.post(self.machine.envelope(*bodies))
+
+    def _work(self, job: Callable[[], ev.Event | None]) -> None:
+        if self.executor is None:
+            self._do(job)
+        else:
+            self.executor.submit(self._do, job)
+
+    def _do(self, job: Callable[[], ev.Event | None]) -> None:
+        try:
+            event = job()
+        except BaseException as error:  # the training thread must hear of a bug here, whatever it is
+            with self.changed:
+                self.failure = error
+                self.changed.notify_all()
+            return
+        if event is not None:
+            self.events.put(event)
+
+    def _forget(self, command: ev.Forget) -> None:
+        for prefix in command.prefixes:
+            self.store.discard(prefix)
+        for digest_hex in command.digests:
+            self.store.discard(content_key(command.fragment, digest_hex))
+        self.store.discard(f"result/{command.fragment}")
+
+    # ------------------------------------------------------------ jobs
+
+    def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:
+        wait_s = self.settings.timeout_s if wait and self.executor is not None else 0.0
+        blobs = self.transport.fetch(
+            address, keys, timeout_s=self.settings.timeout_s + wait_s, wait_s=wait_s, max_bytes=max_bytes
+        )
+        return [torch.from_numpy(blob.data) for blob in blobs]
+
+    def _chunk_bytes(self, fragment: int, num_chunks: int) -> int:
+        spec = self.replica.specs[fragment]
+        return num_chunks * (4 * spec.chunk_values + 4096)
+
+    def _fetch_pieces(self, c: ev.FetchPieces) -> ev.Event:
+        offer = OfferId(member=c.offer_by, seq=c.offer.seq)
+        keys = [piece_key(c.fragment, offer, chunk) for chunk in c.chunks]
+        try:
+            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)))
+        except TransportError as error:
+            return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=c.chunks, why=str(error))
+        for key, chunk, payload in zip(keys, c.chunks, payloads, strict=True):
+            if digest(as_bytes(payload)) != c.offer.chunk_digests[chunk]:
+                return ev.PieceRejected(fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced")
+            self.store.put(key, as_bytes(payload), digest_hex=c.offer.chunk_digests[chunk])
+        return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
+
+    def _reduce(self, c: ev.Reduce) -> ev.Event | None:
+        offers = {(m, o.seq): o for m, _, o in c.assign.offers}
+        done: list[tuple[int, str]] = []
+        for chunk in c.chunks:
+            pieces: list[tuple[Tensor, float, float]] = []
+            for entry in c.assign.roster:
+                data = self.store.get(piece_key(c.assign.fragment, entry.offer, chunk))
+                if data is None:  # superseded meanwhile
+                    return None
+                sumsq = offers[entry.offer.member, entry.seq].sumsq[chunk]
+                pieces.append((_tensor(data), entry.coefficient, sumsq))
+            try:
+                payload = self.replica.reduce(c.assign.fragment, chunk, pieces)
+            except BadPiece as error:
+                offer = c.assign.roster[error.args[1]].offer
+                return ev.PieceRejected(fragment=c.assign.fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
+            done.append((chunk, self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, payload)))
+        return ev.ChunksReduced(fragment=c.assign.fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
+
+    def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Tensor) -> str:
+        data = as_bytes(payload)
+        digest_hex = digest(data)
+        self.store.put(content_key(fragment, digest_hex), data, digest_hex=digest_hex)
+        self.store.put(name_key(fragment, roster, chunk), data, digest_hex=digest_hex)
+        return digest_hex
+
+    def _fetch_results(self, c: ev.FetchResults) -> ev.Event:
+        if c.digests:
+            keys = [content_key(c.fragment, digest_hex) for digest_hex in c.digests]
+        else:
+            keys = [name_key(c.fragment, c.roster_digest, chunk) for chunk in c.chunks]
+        try:
+            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)), wait=not c.digests)
+        except TransportError as error:
+            return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=str(error))
+        done: list[tuple[int, str]] = []
+        for place, (chunk, payload) in enumerate(zip(c.chunks, payloads, strict=True)):
+            digest_hex = self._publish_result(c.fragment, c.roster_digest, chunk, payload)
+            if c.digests and digest_hex != c.digests[place]:
+                why = "the content is not what its name says"
+                return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=why)
+            done.append((chunk, digest_hex))
+        return ev.ResultsFetched(fragment=c.fragment, chunks=tuple(done))
+
+    def _payloads(self, fragment: int, digests: Sequence[str]) -> list[Tensor] | None:
+        out: list[Tensor] = []
+        for digest_hex in digests:
+            data = self.store.get(content_key(fragment, digest_hex))
+            if data is None:
+                return None
+            out.append(_tensor(data))
+        return out
+
+    def _compute_next(self, c: ev.ComputeNext) -> ev.Event | None:
+        payloads = self._payloads(c.assign.fragment, c.chunk_digests)
+        with self.replica.lock:
+            if payloads is None or self.replica.parts[c.assign.fragment].chain != c.assign.base.chain:
+                return None
+            digest_hex = self.replica.next_digest(c.assign.fragment, payloads, base_samples=c.assign.base_samples)
+        return ev.NextComputed(
+            fragment=c.assign.fragment, exchange=c.assign.exchange, attempt=c.assign.attempt, digest=digest_hex
+        )
+
+    def _verify_anchor(self, c: ev.VerifyAnchor) -> ev.Event:
+        intact = self.replica.digest(c.fragment) == c.digest
+        return ev.AnchorVerified(fragment=c.fragment, intact=intact, exchange=c.exchange, attempt=c.attempt)
+
+    def _fetch_state(self, c: ev.FetchState) -> ev.Event:
+        try:
+            chunks = fetch_state(self, c.fragment, c.donors)
+        except TransportError as error:
+            return ev.StateFailed(fragment=c.fragment, why=str(error))
+        self.staged_chunks[c.fragment] = chunks
+        return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
+
+    # ------------------------------------------------------------ the step boundary (training thread)
+
+    def progress(self) -> float:
+        """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet."""
+        open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
+        return min((self._base_samples + open_ * self._fleet_share) / self.settings.total_samples, 1.0)
+
+    def boundary(self) -> Action:
+        """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
+        with self.changed:
+            if self.failure is not None:
+                raise self.failure
+            self._reset_if_wanted()
+            self._take_states()
+            self._apply_due()
+            order = self._next_order()
+            if order is not None:
+                return order
+            if not self.machine.holds_all() or self.machine.reset_wanted:
+                return self._wait("state")
+            self._send_due()
+            return self._wait("drop") if self.machine.drop_asked else self._next_batch()
+
+    def wait(self, timeout_s: float) -> None:
+        """Threads only: sleep until something changes."""
+        with self.changed:
+            if not self.orders and not self.stopped:
+                self.changed.wait(timeout_s)
+
+    def _wait(self, reason: str) -> WaitFor:
+        if self.machine.waiting != reason:
+            self.machine.waiting = reason
+            self.events.put(ev.Tick())
+        return WaitFor(reason=reason, timeout_s=self.settings.heartbeat_s)
+
+    def _reset_if_wanted(self) -> None:
+        if self.machine.reset_wanted:
+            self.replica.reset()
+            self.steps_done.clear()
+            self.store.discard("piece")
+            self._carry_out(self.machine.was_reset(self.clock()))
+            self.marks = [self.total_steps for _ in self.marks]
+
+    def _take_states(self) -> None:
+        for fragment, state in enumerate(self.machine.fragments):
+            if state.staged is None:
+                continue
+            record = self.machine.log.next(fragment, state.chain) if state.n >= 0 else None
+            pending = state.pending
+            included = record is not None and pending is not None and any(e.offer == pending.id for e in record.roster)
+            fresh = not self.steps_done  # nothing uncommitted: the live parameters are the anchor
+            self.replica.install(fragment, self.staged_chunks.pop(fragment), included=included, fresh=fresh)
+            self._carry_out(self.machine.installed(fragment, self.clock()))
+            self.marks[fragment] = self.total_steps
+            self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
+
+    def _apply_due(self) -> None:
+        for fragment in range(len(self.machine.fragments)):
+            while (due := self.machine.due(fragment)) is not None:
+                payloads = self._payloads(fragment, due.record.chunk_digests)
+                assert payloads is not None, "a due result is not in the store"
+                try:
+                    self.replica.apply(
+                        fragment, payloads, n=due.record.n, chain=due.record.chain, base_samples=due.record.base_samples,
+                        sealed=due.record.digest, included=due.included,
+                    )  # fmt: skip
+                except StateTorn as error:
+                    self._torn(fragment, due.record, str(error))
+                    return
+                self._carry_out(self.machine.applied(fragment, due.record, self.clock()))
+                self.marks[fragment] = self.total_steps
+                self._moved(due.record)
+                self._trim()
+
+    def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
+        """The state is not what everybody else has: say so, and fetch it whole."""
+        self._carry_out(self.machine.applied(fragment, record, self.clock()))
+        self._carry_out(self.machine.lost_state(fragment, "diverged", why, self.clock()))
+
+    def _moved(self, record: CommitRecord | None) -> None:
+        """Progress as of the newest version: what its commit had, and what it added."""
+        live = max(len(self._live_weights()), 1)
+        self._fleet_share = float(live)
+        if record is not None:
+            added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
+            self._base_samples = max(self._base_samples, record.base_samples + added)
+
+    def _live_weights(self) -> set[str]:
+        live: set[str] = set()
+        for row in self.machine.log.rows:
+            match row.record:
+                case JoinRecord(member=member, incarnation=incarnation):
+                    live.add(f"{member}.{incarnation}")
+                case FenceRecord(member=member, incarnation=incarnation):
+                    live.discard(f"{member}.{incarnation}")
+                case _:
+                    pass
+        return live
+
+    def _trim(self) -> None:
+        lowest = min(state.watermark for state in self.machine.fragments)
+        while self.steps_done and self.steps_done[0][0] <= lowest:
+            self.steps_done.popleft()
+
+    def open_steps(self, fragment: int) -> int:
+        """Inner steps that this fragment has not committed."""
+        watermark = self.machine.fragments[fragment].watermark
+        return sum(1 for end, _ in self.steps_done if end > watermark)
+
+    def _round(self) -> int:
+        return max(self.replica.strategy.inner_steps(self._anchor_progress()), 1)
+
+    def _anchor_progress(self) -> float:
+        return min(self._base_samples / self.settings.total_samples, 1.0)
+
+    def _bound(self) -> int:
+        return max(int(self.settings.bound_rounds * self._round()), 1)
+
+    def _send_due(self) -> None:
+        leased_out = self.machine.tail and self.machine.consumed >= self.machine.num_leased()
+        for fragment, state in enumerate(self.machine.fragments):
+            steps = self.open_steps(fragment)
+            if state.pending is not None or steps == 0 or state.staged is not None:
+                continue
+            if self.machine.log.next(fragment, state.chain) is not None:
+                continue  # a newer version is known: this base can't be offered for any more
+            on_time = self.total_steps - self.marks[fragment] >= self._round()
+            if on_time or (state.late and self.machine.open_seen(fragment)) or leased_out or steps >= self._bound():
+                self._send(fragment, steps)
+
+    def _send(self, fragment: int, steps: int) -> None:
+        state = self.machine.fragments[fragment]
+        try:
+            encoded = self.replica.encode(fragment)
+        except NonFiniteError as error:
+            self.bodies.append(msg.FaultSeen(fault="non_finite", detail=str(error)))
+            self._carry_out(self.machine.request_drop(f"its update is not finite: {error}", self.clock()))
+            return
+        seq = state.seq + 1
+        offer_id = OfferId(member=self.machine.id, seq=seq)
+        for chunk, payload in enumerate(encoded.payloads):
+            self.store.put(piece_key(fragment, offer_id, chunk), as_bytes(payload), digest_hex=encoded.digests[chunk])
+        since, upto = state.watermark, self.machine.consumed
+        born = next(versions[fragment] for end, versions in self.steps_done if end > since)
+        offer = msg.Offer(
+            fragment=fragment, base=state.version, seq=seq, born=born, since=since, upto=upto,
+            ranges=ranges.cut(self.machine.leases, since, upto), num_steps=steps, weight=self.machine.info.weight,
+            chunk_digests=encoded.digests, sumsq=encoded.sumsq, num_bytes=encoded.num_bytes,
+        )  # fmt: skip
+        self.waiting_since = self.clock()
+        self._carry_out(self.machine.offered(offer, self.clock()))
+
+    def _next_order(self) -> Action | None:
+        if not self.orders:
+            return None
+        order = self.orders[0]
+        if isinstance(order, msg.Evaluate):
+            here = tuple(state.n for state in self.machine.fragments)
+            if any(mine < asked for mine, asked in zip(here, order.versions, strict=True)):
+                return None
+            self.orders.popleft()
+            return EvaluateNow(samples=order.samples if here == order.versions else self._base_samples)
+        self.orders.popleft()
+        return SaveNow(order=order) if isinstance(order, msg.Save) else Finished(save=order.save)
+
+    def _next_batch(self) -> Action:
+        pending = [state for state in self.machine.fragments if state.pending is not None]
+        if pending and self.replica.strategy.overlap_steps == 0:
+            waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())
+            if waited < self.settings.wait_s or self.executor is None:
+                return self._wait("exchange")
+        if max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound():
+            return self._wait("bound")
+        todo = self.machine.next_ranges(self.settings.batch_size)
+        if not todo:
+            return self._wait("leases")
+        self.machine.waiting = ""
+        if pending:
+            self.replica.hold_displacement()
+        return TrainOn(ranges=todo, progress=self.progress())
+
+    # ------------------------------------------------------------ facts from the training thread
+
+    def stepped(self, num_samples: int) -> None:
+        """One inner step on `num_samples` samples is done."""
+        with self.changed:
+            self.total_steps += 1
+            end = self.machine.consumed + num_samples
+            self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
+            first = self.machine.consumed == 0
+            self.machine.consumed_to(end, self.total_steps)
+            if first:
+                self.events.put(ev.Tick())
+
+    def observe(self, row: dict[str, object]) -> None:
+        """A row for metrics.jsonl; travels with the next heartbeat."""
+        with self.changed:
+            self.rows.append((self.clock(), row))
+
+    def say(self, body: msg.MemberBody) -> None:
+        """Send one body to the controller now."""
+        with self.changed:
+            self.bodies.append(body)
+            self._flush()
+
+
+def _tensor(data: memoryview) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
