@@ -127,19 +127,25 @@ def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None
     return None
 
 
-def offers_needed(config: ExchangeConfig, num_live: int) -> int:
-    """Offers that make a quorum: more than the share, or all, never less than `min_members`."""
-    share = num_live if config.quorum >= 1 else int(config.quorum * num_live) + 1
-    return max(min(share, num_live), config.min_members, 1)
+def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
+    """Who may offer: live members with samples leased beyond their watermark, suspect ones too (H11)."""
+    return [m for m in fleet.members.values() if m.id in open_.offers or ranges.count(m.leases) > m.watermark]
+
+
+def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
+    """Offers that make a quorum: more than the share of those expected, or all."""
+    share = num_expected if config.quorum >= 1 else int(config.quorum * num_expected) + 1
+    return max(min(share, num_expected), 1)
 
 
 def close_reason(open_: OpenExchange, fleet: Fleet, config: ExchangeConfig, now: float) -> str | None:
     """Why the exchange closes now, or None: everybody who can has offered, or quorum plus grace is over (H2)."""
-    if len(open_.offers) < offers_needed(config, len(fleet.members)):
+    expected = expected_members(open_, fleet)
+    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < config.min_members:
         return None
-    awaited = [m for m in fleet.members.values() if m.ready and not m.suspect and m.id not in open_.offers]
+    awaited = [m for m in expected if m.ready and not m.suspect and m.id not in open_.offers]
     if not awaited:
-        return "all members that are ready have offered"
+        return "all members that can offer have offered"
     if config.quorum >= 1 or open_.quorum_s is None or now < open_.quorum_s + config.grace_s:
         return None
     return f"quorum and {config.grace_s:g} s of grace; not waiting for {', '.join(str(m.id) for m in awaited)}"
@@ -278,8 +284,6 @@ class FragmentExchange:
         if self.open.state != "open" or sender in self.open.offers:
             return []
         self.open.offers[sender] = (member.address, offer)
-        if self.open.quorum_s is None and len(self.open.offers) >= offers_needed(self.config, len(fleet.members)):
-            self.open.quorum_s = now
         owners = deal_chunks(self.num_chunks, self._able(fleet) or [sender])
         announce = msg.Announce(
             offer_by=sender, address=member.address, offer=offer, owners=tuple(str(owner) for owner in owners)
@@ -496,7 +500,7 @@ class FragmentExchange:
         if open_ is None:
             return []
         if open_.state == "open":
-            needed = offers_needed(self.config, len(fleet.members))
+            needed = offers_needed(self.config, len(expected_members(open_, fleet)))
             if open_.quorum_s is None and len(open_.offers) >= needed:
                 open_.quorum_s = now
             because = close_reason(open_, fleet, self.config, now)

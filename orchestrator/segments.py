@@ -137,11 +137,13 @@ def read_history(paths: Iterable[Path], fs: FileSystem | None = None) -> History
 
 
 def parse_segment(path: Path, data: bytes) -> Segment:
-    """The rows of one segment. A torn tail is cut: no newline, or broken JSON on the very last line.
+    """The rows of one segment. A torn tail is cut: no newline, or broken JSON on the very last line, or zero bytes.
 
+    Zeros are space that was reserved and not written: whatever is behind them belongs to a write that was never flushed.
     Raises JournalError for any other row that is broken or does not continue the one before it.
     """
-    lines = data.split(b"\n")
+    hole = data.find(b"\0")
+    lines = (data if hole < 0 else data[:hole]).split(b"\n")
     tail = lines.pop()
     if not tail and lines and not _is_json(lines[-1]):
         tail = lines.pop() + b"\n"
@@ -157,7 +159,7 @@ def parse_segment(path: Path, data: bytes) -> Segment:
         if problem is not None:
             raise JournalError(problem, path=path, line=line, seq=row.seq)
         rows.append(row)
-    return Segment(path=path, rows=rows, torn=len(tail))
+    return Segment(path=path, rows=rows, torn=len(tail) + (len(data) - hole if hole >= 0 else 0))
 
 
 def _load(text: bytes) -> Row:

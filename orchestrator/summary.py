@@ -252,25 +252,25 @@ def first_joins(spans: Iterable[SpanRow]) -> dict[str, float]:
 
 def fault_rows(events: Iterable[FaultEvent]) -> tuple[FaultRow, ...]:
     """Summary rows of the faults; a fault of unknown moment is counted from its detection and marked estimated."""
-    rows = []
-    for event in latest_faults(events):
-        moment_s = event.injected_s if event.injected_s is not None else event.detected_s
+    return tuple(_fault_row(event) for event in latest_faults(events))
 
-        def after(then_s: float | None, moment_s: float | None = moment_s) -> float | None:
-            return then_s - moment_s if then_s is not None and moment_s is not None else None
 
-        rows.append(
-            FaultRow(
-                kind=event.fault,
-                member=event.member,
-                detected_after_s=after(event.detected_s) if event.injected_s is not None else None,
-                next_commit_after_s=after(event.next_commit_s),
-                back_after_s=after(event.back_s),
-                contributed_after_s=after(event.contributed_s),
-                estimated=event.estimated or event.injected_s is None,
-            )
-        )
-    return tuple(rows)
+def _fault_row(event: FaultEvent) -> FaultRow:
+    known = event.injected_s is not None
+    moment_s = event.injected_s if known else event.detected_s
+    return FaultRow(
+        kind=event.fault,
+        member=event.member,
+        detected_after_s=_elapsed(moment_s, event.detected_s) if known else None,
+        next_commit_after_s=_elapsed(moment_s, event.next_commit_s),
+        back_after_s=_elapsed(moment_s, event.back_s),
+        contributed_after_s=_elapsed(moment_s, event.contributed_s),
+        estimated=event.estimated or not known,
+    )
+
+
+def _elapsed(start_s: float | None, end_s: float | None) -> float | None:
+    return end_s - start_s if start_s is not None and end_s is not None else None
 
 
 class _Speed(NamedTuple):

@@ -10,6 +10,8 @@ from strategies.config import Section
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
+FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+
 
 class IslandOverrides(Section):
     """`[train.per_island.island-N]`: what one island does otherwise than the rest; unset = as in `[train]`."""
@@ -43,6 +45,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = autocast; refused where unsupported.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the model, the data order and everything random.")
     threads: int = Field(1, ge=1, le=4096, description="CPU threads of one island.")
+    loop: FunctionPath | None = Field(
+        None, description="'package.module:function' that trains with its own loop; called without arguments."
+    )
     device: Device = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
     per_island: dict[str, IslandOverrides] = Field(
         default_factory=dict, description="Batch size, accumulation, threads and device of single islands, by name."
@@ -73,9 +78,8 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """`[model]`: the built-in decoder, or a factory of the user."""
 
-    factory: str | None = Field(
+    factory: FunctionPath | None = Field(
         None,
-        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
         description="'package.module:function' that builds another model.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Handed to the factory.")

@@ -9,12 +9,16 @@ Source: https://github.com/BLAKE3-team/BLAKE3-specs/blob/master/blake3.pdf (any 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from blake3 import blake3
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer  # collections.abc.Buffer from Python 3.12 on
+    import numpy as np
+    from typing_extensions import Buffer
+
+    # numpy declares its arrays as buffers from Python 3.12 on only.
+    AnyBuffer = Buffer | np.ndarray[Any, Any] | np.generic
 
 DIGEST_BYTES = 16
 """Length of a digest in bytes; its hexadecimal form has twice as many characters."""
@@ -22,13 +26,13 @@ DIGEST_BYTES = 16
 _COMBINE_CONTEXT = "atoll 2025-01-01 ordered list of digests"
 
 
-def byte_view(buffer: Buffer) -> memoryview:
+def byte_view(buffer: AnyBuffer) -> memoryview:
     """Return a read-only, one-dimensional view of the bytes of ``buffer``, without copying.
 
     Anything that supports the buffer protocol will do (bytes, numpy arrays, numpy views of torch memory).
     Raises ``ValueError`` when the memory is not C-contiguous.
     """
-    view = memoryview(buffer)
+    view = memoryview(cast("Buffer", buffer))
     if not view.c_contiguous:
         raise ValueError(
             f"buffer of shape {view.shape} and strides {view.strides} is not C-contiguous: "
@@ -39,7 +43,7 @@ def byte_view(buffer: Buffer) -> memoryview:
     return view.cast("B").toreadonly()
 
 
-def digest(buffer: Buffer) -> str:
+def digest(buffer: AnyBuffer) -> str:
     """Return the digest of the bytes of ``buffer`` (32 hex characters); 5 to 9 GB/s on one core with AVX-512."""
     return blake3(byte_view(buffer)).hexdigest(length=DIGEST_BYTES)
 

@@ -121,6 +121,7 @@ class MemberMachine:
         self.initialised = False
         self.dropped_to: int | None = None
         self.drop_asked = ""
+        self.resumed = False
         self.waiting = ""
         self.bytes_sent = 0
         self.stale = 0
@@ -303,11 +304,31 @@ class MemberMachine:
         """An inner step was finished."""
         self.consumed, self.steps = consumed, steps
 
-    def restore(self, *, incarnation: int, nonce: str, consumed: int, steps: int, fragments: Sequence[FragmentState]) -> None:
+    def member_id(self, incarnation: int) -> MemberId:
+        """This member under an incarnation."""
+        return MemberId(name=self.name, incarnation=incarnation)
+
+    def restore(
+        self,
+        *,
+        incarnation: int,
+        nonce: str,
+        consumed: int,
+        steps: int,
+        leases: Sequence[Range],
+        fragments: Sequence[FragmentState],
+    ) -> None:
         """Take up the saved local state of a stopped process: same nonce, same incarnation."""
         self.first_nonce = self.nonce = nonce
         self.incarnation, self.consumed, self.steps = incarnation, consumed, steps
-        self.fragments = list(fragments)
+        self.leases, self.fragments, self.resumed = list(leases), list(fragments), True
+
+    def _decide_resumed(self) -> None:
+        """An offer that was open when the run stopped: its exchange ended with the old controller unless committed."""
+        self.resumed = False
+        for fragment, state in enumerate(self.fragments):
+            if state.pending is not None and self.log.next(fragment, state.chain) is None:
+                state.pending = None
 
     # ------------------------------------------------------------ messages in
 
@@ -332,6 +353,8 @@ class MemberMachine:
             self._hello()
         else:
             self._rows(new)
+            if self.resumed and new:
+                self._decide_resumed()
         for body in batch.bodies:
             self._body(body, batch)
         if new:

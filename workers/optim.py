@@ -122,7 +122,7 @@ def _adamw(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Ad
 # The state as tensors --------------------------------------------------------------------------------------------
 #
 # "state/<parameter>/<key>" and "group/<index>/<key>", with a suffix where the value was no tensor:
-# "#int", "#float", "#bool", or "#floats" for a tuple of numbers. So any torch optimizer comes back exactly.
+# "#int", "#float", "#bool", or "#floats" for a tuple of floats. So any torch optimizer comes back exactly.
 
 _ENCODERS: dict[type, tuple[str, torch.dtype]] = {
     bool: ("#bool", torch.bool),
@@ -138,13 +138,22 @@ _DECODERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 def export_state(optimizer: InnerOptimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Copy the optimizer's whole state into named CPU tensors (moments, step counts, numbers of the groups)."""
+    """Copy the optimizer's whole state into named CPU tensors (moments, step counts, numbers of the groups).
+
+    What a group holds besides numbers (switches such as `foreach`) comes from building the optimizer again.
+    Raises ModelError for an optimizer that keeps something else per parameter, such as LBFGS.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for part in _parts(optimizer):
         for parameter, state in part.state.items():
             for key, value in state.items():
-                _encode(tensors, f"state/{names[id(parameter)]}/{key}", value)
+                name = f"state/{names[id(parameter)]}/{key}"
+                if not _encode(tensors, name, value) and value is not None:
+                    raise ModelError(
+                        f"the optimizer {type(part).__qualname__} keeps a {type(value).__qualname__} as {name!r}; "
+                        "only tensors and numbers can be saved: use an optimizer that keeps those"
+                    )
     for index, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
             if key != "params":
@@ -183,14 +192,18 @@ def _parts(optimizer: InnerOptimizer) -> tuple[torch.optim.Optimizer, ...]:
     return (optimizer,)
 
 
-def _encode(tensors: dict[str, Tensor], name: str, value: object) -> None:
+def _encode(tensors: dict[str, Tensor], name: str, value: object) -> bool:
+    """Add one value, if it is of a kind that comes back exactly."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().to("cpu", copy=True)
     elif type(value) in _ENCODERS:
         suffix, dtype = _ENCODERS[type(value)]
         tensors[name + suffix] = torch.tensor(value, dtype=dtype)
-    elif isinstance(value, tuple) and all(isinstance(item, (int, float)) for item in value):
+    elif isinstance(value, tuple) and all(type(item) is float for item in value):
         tensors[name + "#floats"] = torch.tensor(value, dtype=torch.float64)
+    else:
+        return False
+    return True
 
 
 def _decode(key: str, tensor: Tensor) -> tuple[str, Any]:
@@ -201,7 +214,9 @@ def _decode(key: str, tensor: Tensor) -> tuple[str, Any]:
 def _placed(full_name: str, key: str, value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if value.numel() != 1 and value.shape != parameter.shape:
+    # Factored moments (Adafactor) have the parameter's shape with ones in it; other ranks are the optimizer's affair.
+    fits = value.ndim != parameter.ndim or all(a in (1, b) for a, b in zip(value.shape, parameter.shape, strict=True))
+    if not fits:
         raise ModelError(
             f"saved optimizer state {full_name!r} has shape {tuple(value.shape)}, "
             f"the parameter has {tuple(parameter.shape)}"

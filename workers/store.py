@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from workers.digest import byte_view, digest
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from workers.digest import AnyBuffer
 
 
 def content_key(digest_hex: str) -> str:
@@ -81,7 +81,7 @@ class BlobStore:
         with self._changed:
             return [key for key in self._blobs if _is_below(key, prefix)]
 
-    def put(self, key: str, buffer: Buffer, *, digest_hex: str | None = None, content_key: str | None = None) -> str:
+    def put(self, key: str, buffer: AnyBuffer, *, digest_hex: str | None = None, content_key: str | None = None) -> str:
         """Store ``buffer`` under ``key`` without copying it, wake whoever waits for it, and return its digest.
 
         ``digest_hex`` is the digest, where the caller has it already; else it is computed here, before the lock.

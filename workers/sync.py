@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,10 +134,12 @@ class IslandSync:
         clock: Callable[[], float],
         settings: SyncSettings,
         executor: Executor | None = None,
+        on_reset: Callable[[], None] | None = None,
     ) -> None:
         """`post` hands an envelope to the controller and must not block; `executor` None = everything inline."""
         self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
         self.post, self.clock, self.settings, self.executor = post, clock, settings, executor
+        self.on_reset = on_reset
         store.replica = replica
         self.changed = threading.Condition(threading.RLock())
         self.events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
@@ -153,7 +155,7 @@ class IslandSync:
         self.staged_chunks: dict[int, list[StateChunk]] = {}
         self._thread: threading.Thread | None = None
         self._fleet_share = 1.0
-        self._base_samples = 0
+        self.base_samples = 0
 
     # ------------------------------------------------------------ life
 
@@ -254,20 +256,21 @@ class IslandSync:
             self.post(self.machine.envelope(*bodies))
 
     def _work(self, job: Callable[[], ev.Event | None]) -> None:
-        if self.executor is None:
-            self._do(job)
-        else:
-            self.executor.submit(self._do, job)
+        if self.executor is not None:
+            self.executor.submit(job).add_done_callback(self._finished)
+        elif (event := job()) is not None:
+            self.events.put(event)
 
-    def _do(self, job: Callable[[], ev.Event | None]) -> None:
-        try:
-            event = job()
-        except BaseException as error:  # the training thread must hear of a bug here, whatever it is
+    def _finished(self, done: Future[ev.Event | None]) -> None:
+        """A job ended on its thread; a bug in it must reach the training thread."""
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is not None:
             with self.changed:
                 self.failure = error
                 self.changed.notify_all()
-            return
-        if event is not None:
+        elif (event := done.result()) is not None:
             self.events.put(event)
 
     def _forget(self, command: ev.Forget) -> None:
@@ -383,7 +386,7 @@ class IslandSync:
     def progress(self) -> float:
         """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet."""
         open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
-        return min((self._base_samples + open_ * self._fleet_share) / self.settings.total_samples, 1.0)
+        return min((self.base_samples + open_ * self._fleet_share) / self.settings.total_samples, 1.0)
 
     def boundary(self) -> Action:
         """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
@@ -416,6 +419,8 @@ class IslandSync:
     def _reset_if_wanted(self) -> None:
         if self.machine.reset_wanted:
             self.replica.reset()
+            if self.on_reset is not None:
+                self.on_reset()
             self.steps_done.clear()
             self.store.discard("piece")
             self._carry_out(self.machine.was_reset(self.clock()))
@@ -463,7 +468,7 @@ class IslandSync:
         self._fleet_share = float(live)
         if record is not None:
             added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
-            self._base_samples = max(self._base_samples, record.base_samples + added)
+            self.base_samples = max(self.base_samples, record.base_samples + added)
 
     def _live_weights(self) -> set[str]:
         live: set[str] = set()
@@ -491,7 +496,7 @@ class IslandSync:
         return max(self.replica.strategy.inner_steps(self._anchor_progress()), 1)
 
     def _anchor_progress(self) -> float:
-        return min(self._base_samples / self.settings.total_samples, 1.0)
+        return min(self.base_samples / self.settings.total_samples, 1.0)
 
     def _bound(self) -> int:
         return max(int(self.settings.bound_rounds * self._round()), 1)
@@ -539,7 +544,7 @@ class IslandSync:
             if any(mine < asked for mine, asked in zip(here, order.versions, strict=True)):
                 return None
             self.orders.popleft()
-            return EvaluateNow(samples=order.samples if here == order.versions else self._base_samples)
+            return EvaluateNow(samples=order.samples if here == order.versions else self.base_samples)
         self.orders.popleft()
         return SaveNow(order=order) if isinstance(order, msg.Save) else Finished(save=order.save)
 
@@ -572,10 +577,19 @@ class IslandSync:
             if first:
                 self.events.put(ev.Tick())
 
-    def observe(self, row: dict[str, object]) -> None:
-        """A row for metrics.jsonl; travels with the next heartbeat."""
+    def observe(self, at_s: float, row: dict[str, object]) -> None:
+        """A row for metrics.jsonl, stamped with this member's clock; travels with the next heartbeat."""
         with self.changed:
-            self.rows.append((self.clock(), row))
+            self.rows.append((at_s, row))
+
+    def flush_rows(self) -> None:
+        """Send the rows that are left: the last act of an island."""
+        with self.changed:
+            now = self.clock()
+            if self.rows:
+                self.bodies.append(msg.Observed(rows=tuple((now - at, row) for at, row in self.rows)))
+                self.rows = []
+            self._flush()
 
     def say(self, body: msg.MemberBody) -> None:
         """Send one body to the controller now."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 
 from orchestrator.report import format as fmt
-from orchestrator.report import sections
+from orchestrator.report import sections, tables
 from orchestrator.report.html import Child, Markup, el, join
 from orchestrator.report.load import RunData
 from orchestrator.report.timeline import phase_table, timeline_chart
@@ -49,7 +49,7 @@ def single_run_page(run: RunData) -> str:
     """The report of one run."""
     figures = headline(run)
     more: list[Child] = []
-    exchanges = sections.exchange_table(run)
+    exchanges = tables.exchange_table(run)
     if exchanges:
         more.append(fold(f"Exchanges ({len(run.exchanges)})", exchanges))
     if run.config_text:
@@ -70,7 +70,7 @@ def _charts(run: RunData, figures: Headline) -> list[Markup]:
     return [
         section("Loss", grid(sections.loss_chart(run, over="progress"), sections.loss_chart(run, over="time"))),
         section("Time", timeline_chart(run), phase_table(run)),
-        section("Faults", sections.fault_table(run, figures)),
+        section("Faults", tables.fault_table(run, figures)),
         section(
             "Speed and traffic",
             grid(

@@ -154,7 +154,7 @@
       const chosen = items();
       item = clamp(item, 0, chosen.length - 1);
       const [start, end, what, incarnation] = chosen[item];
-      const left = toPixel(axis, start), top = data.top + row * data.pitch + 4;
+      const left = toPixel(axis, start), top = data.top + row * data.pitch + data.gap / 2;
       box.setAttribute("x", left);
       box.setAttribute("y", top);
       box.setAttribute("width", Math.max(1, toPixel(axis, end) - left));
@@ -171,7 +171,8 @@
         rows.push(line("head", `${clock(start)} to ${clock(end)}`));
       }
       for (const [member, kind, at] of data.faults) {
-        if (member === name && Math.abs(toPixel(axis, at) - (left + toPixel(axis, end)) / 2) < 9) {
+        const x = toPixel(axis, at);
+        if (member === name && x > left - 6 && x < toPixel(axis, end) + 6) {
           rows.push(line("head", `${kind} at ${clock(at)}`));
         }
       }

@@ -7,7 +7,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from orchestrator.metrics import PHASES, Phase, SpanRow, decimate
 from orchestrator.report.load import RunData
@@ -28,21 +28,23 @@ class MemberCurve:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over up to `window` values (fewer at the start)."""
-    smoothed: list[float] = []
-    total = 0.0
-    for i, value in enumerate(values):
-        total += value
-        if i >= window:
-            total -= values[i - window]
-        smoothed.append(total / min(i + 1, window))
+    """Mean over about `window` values around each.
+
+    At the start, where losses fall steeply, over fewer but as many on both sides; at the end over those that are left.
+    """
+    sums = [0.0, *accumulate(values)]
+    half = window // 2
+    smoothed = []
+    for i in range(len(values)):
+        start, end = i - min(half, i), min(i + min(half, i) + 1, len(values))
+        smoothed.append((sums[end] - sums[start]) / (end - start))
     return smoothed
 
 
 def member_curves(run: RunData, quantity: str, *, smoothed: bool) -> list[MemberCurve]:
     """Curves of `quantity` ('loss' or 'tokens_per_s') for every member, thinned to what a chart can show.
 
-    smoothed: a trailing mean over a fortieth of the member's steps (at most 100); values that are not finite cut the
+    smoothed: a mean over a fortieth of the member's steps (at most 100); values that are not finite cut the
     curve.
     """
     curves = []

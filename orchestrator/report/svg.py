@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.report.html import Child, Markup, data_block, el, join
 from orchestrator.report.scale import Axis, Scale
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 640, 54, 18, 26, 40
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 640, 54, 26, 26, 40
 
 
 def empty_chart(title: str, why: str) -> Markup:

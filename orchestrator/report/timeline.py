@@ -37,7 +37,10 @@ def timeline_chart(run: RunData) -> Markup:
     rows_svg = [_row(row, TOP + i * pitch, pitch, scale) for i, row in enumerate(rows)]
     faults = [_fault_mark(fault, rows, pitch, scale) for fault in run.faults]
     hover = el(
-        "g", el("rect", class_="pick", x=0, y=0, width=1, height=pitch - 8, rx=2), class_="hover", visibility="hidden"
+        "g",
+        el("rect", class_="pick", x=0, y=0, width=1, height=pitch - _gap(pitch), rx=2),
+        class_="hover",
+        visibility="hidden",
     )
     label = f"Timeline of {fmt.plural(len(rows), 'island')} over {fmt.duration(run.end_s)}."
     svg = drawing(
@@ -73,7 +76,13 @@ def phase_table(run: RunData) -> Markup | None:
         total = sum(row.seconds.values()) or 1.0
         cells.append([row.member, *(_share_cell(row.seconds[phase], total) for phase in phases), fmt.duration(total)])
     head = ["island", *(WORDS[phase] for phase in phases), "all"]
-    return table(head, cells, caption="Where the time of each island went", numeric=range(1, len(head)), css="tall")
+    return table(
+        head,
+        cells,
+        caption="Where the time of each island went",
+        numeric=range(1, len(head)),
+        css="tall" if len(rows) > 12 else "",
+    )
 
 
 def _share_cell(seconds: float, total: float) -> Markup:
@@ -90,7 +99,8 @@ def _note(rows: Sequence[TimelineRow], run: RunData) -> str:
 
 
 def _row(row: TimelineRow, top: float, pitch: int, scale: Scale) -> Markup:
-    bar_top, bar_height = top + 4, pitch - 8
+    gap = _gap(pitch)
+    bar_top, bar_height = top + gap / 2, pitch - gap
     total = sum(row.seconds.values()) or 1.0
     middle = top + pitch / 2
     paths: dict[str, str] = dict.fromkeys(PHASES, "")
@@ -125,6 +135,11 @@ def _row(row: TimelineRow, top: float, pitch: int, scale: Scale) -> Markup:
     )
 
 
+def _gap(pitch: int) -> int:
+    """Pixels between two rows."""
+    return 8 if pitch > 20 else 4
+
+
 def _axis(end_s: float, scale: Scale, height: int) -> Markup:
     axis = Axis(title="", unit="time")
     parts: list[Child] = []
@@ -154,7 +169,7 @@ def _fault_mark(fault: FaultEvent, rows: Sequence[TimelineRow], pitch: int, scal
         return None
     x, y = scale(moment_s), TOP + index * pitch + pitch / 2
     parts: list[Child] = [
-        el("circle", cx=f"{x:.1f}", cy=y, r=7.5, class_="fault-disc"),
+        el("circle", cx=f"{x:.1f}", cy=y, r=min(7.5, pitch / 2), class_="fault-disc"),
         el("path", d=f"M{x - 3:.1f} {y - 3}l6 6m0 -6l-6 6", class_="fault-cross"),
     ]
     if fault.contributed_s is not None:
@@ -212,6 +227,7 @@ def _data(run: RunData, rows: Sequence[TimelineRow], pitch: int, scale: Scale) -
         "end": scale.end_px,
         "top": TOP,
         "pitch": pitch,
+        "gap": _gap(pitch),
         "phases": list(PHASES),
         "words": [WORDS[phase] for phase in PHASES],
         "rows": [

@@ -65,6 +65,10 @@ class Page:
         """One command to this page."""
         return self.browser.call(method, session=self.session, **params)
 
+    def wait_until_loaded(self) -> None:
+        """Return after the load event of the address that was asked for last."""
+        self.browser.pump(lambda: self.loaded, "the load event")
+
     def evaluate(self, expression: str) -> Any:
         """The JSON value of a JavaScript expression; a thrown error is raised here."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -93,8 +97,9 @@ class Page:
         """Press and release a key, e.g. 'ArrowRight' or 'Tab'."""
         codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38}
         codes |= {"ArrowRight": 39, "ArrowDown": 40}
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **text)
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Write a PNG of the page, or of its visible part."""
@@ -155,7 +160,7 @@ class Chromium:
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
         page.call("Page.navigate", url=url)
-        self._pump(lambda: page.loaded, f"the load event of {url}")
+        page.wait_until_loaded()
         return page
 
     def call(self, method: str, *, session: str | None = None, **params: Any) -> dict[str, Any]:
@@ -166,14 +171,15 @@ class Chromium:
         if session is not None:
             message["sessionId"] = session
         os.write(self._to_browser, json.dumps(message).encode() + b"\0")
-        self._pump(lambda: number in self._answers, f"the answer to {method}")
+        self.pump(lambda: number in self._answers, f"the answer to {method}")
         answer = self._answers.pop(number)
         if "error" in answer:
             raise BrowserError(f"{method}: {answer['error']['message']}")
         result: dict[str, Any] = answer["result"]
         return result
 
-    def _pump(self, done: Callable[[], bool], awaited: str) -> None:
+    def pump(self, done: Callable[[], bool], awaited: str) -> None:
+        """Take what the browser sends until `done()`; raises BrowserError after the timeout."""
         deadline = time.monotonic() + self._timeout_s
         while not done():
             ready, _, _ = select.select([self._from_browser], [], [], max(0.0, deadline - time.monotonic()))

@@ -1,7 +1,8 @@
 """Digests of everything in `strategies/` that must have the same bits on all members.
 
-For one device and one CPU capability. Run as a program: prints one JSON object. `--write` stores the digests in strategies.json: do that only when a
-change of the numbers is meant, since members of one run with different numbers cannot work together.
+Run as a program, for one device and one CPU capability: prints one JSON object. `--write` stores the digests in
+strategies.json: do that only when a change of the numbers is meant, since members of one run with different numbers
+cannot work together.
 The input comes from an integer hash, never from torch.randn, which differs between CPUs.
 """
 

@@ -139,7 +139,7 @@ class CallSet:
 
     @contextmanager
     def call(self, peer: str, cancel: CancelToken | None) -> Iterator[CancelToken]:
-        """Give a call a token of its own that `close` and ``cancel`` both cancel; raises `Cancelled` if that was before."""
+        """Give a call a token that `close` and ``cancel`` both cancel; raises `Cancelled` if that was before."""
         token = CancelToken()
         with self._lock:
             if not self._is_open:

@@ -1,7 +1,7 @@
 """Warm gRPC connections, several per peer.
 
-One TCP stream is capped by the sender's kernel buffer (4 MiB on Linux) over the round trip, so a fast distant link needs
-several. They stay open between exchanges: a fresh one begins slowly.
+One TCP stream is capped by the sender's kernel buffer (4 MiB on Linux) over the round trip, so a fast distant link
+needs several. They stay open between exchanges: a fresh one begins slowly.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def channel_options(
     """Return the gRPC options of a connection. What each is there for, as measured with gRPC in pyarrow 26:
 
     - Without a subchannel pool of its own, a client shares the connection of the others to the same address.
-    - ``keepalive_*``: a ping after ``keepalive_time`` of silence. ``keepalive_timeout`` acts as TCP_USER_TIMEOUT alone: it
-      notices a cut link and a dead host. A frozen process, whose kernel goes on acknowledging, is noticed by
-      ``ping_timeout`` (60 s unless set).
-    - ``max_pings_without_data`` = 0: otherwise a stream that only waits sends two pings and then never notices anything.
-    - ``bdp_probe`` = 0, with a fixed window instead: bandwidth probes are pings too and fall under ``ping_timeout``, so a
-      slow but living link with full buffers would be declared dead.
+    - ``keepalive_*``: a ping after ``keepalive_time`` of silence. ``keepalive_timeout`` acts as TCP_USER_TIMEOUT
+      alone: it notices a cut link and a dead host. A frozen process, whose kernel goes on acknowledging, is noticed
+      by ``ping_timeout`` (60 s unless set).
+    - ``max_pings_without_data`` = 0: otherwise a stream that only waits sends two pings and then never notices
+      anything.
+    - ``bdp_probe`` = 0, with a fixed window instead: bandwidth probes are pings too and fall under ``ping_timeout``,
+      so a slow but living link with full buffers would be declared dead.
     - ``min_reconnect_backoff`` is also the time limit of connecting, 20 s unless set.
     """
     return [
@@ -94,9 +95,7 @@ class ConnectionPool:
         identity = (
             {"cert_chain": self._tls.cert_chain, "private_key": self._tls.private_key} if self._tls.verify_peers else {}
         )
-        return fl.FlightClient(
-            address, tls_root_certs=self._tls.root_certs, generic_options=self._options, **identity
-        )
+        return fl.FlightClient(address, tls_root_certs=self._tls.root_certs, generic_options=self._options, **identity)
 
 
 def _ms(seconds: float) -> int:

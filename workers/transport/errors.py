@@ -72,7 +72,9 @@ class BlobMissing(TransportError):
 class BlobCorrupt(TransportError):
     """What arrived is not what the peer said it would send: cut short, or with another digest."""
 
-    remedy = "fetch from another holder; if it happens again with the same peer, exclude it and check its memory and link"
+    remedy = (
+        "fetch from another holder; if it happens again with the same peer, exclude it and check its memory and link"
+    )
 
 
 class BadMessage(BlobCorrupt):

@@ -1,7 +1,7 @@
 """Arrow Flight between members: gRPC streams of raw bytes over several warm connections, with a token and optional TLS.
 
-A fetch of up to ``max_bytes`` is spread over as many streams as it has megabytes, at most one per connection; large blobs
-are cut, small ones go round (`workers.transport.wire`). Nothing is pickled on either side.
+A fetch of up to ``max_bytes`` is spread over as many streams as it has megabytes, at most one per connection; large
+blobs are cut, small ones go round (`workers.transport.wire`). Nothing is pickled on either side.
 
 Trust: the token keeps the members of another run out. Without TLS it travels in clear, as do the blobs, so it is no
 defence against whoever can read the network (`docs/assumptions.md`).
@@ -21,7 +21,7 @@ from workers.transport.assembly import Assembly
 from workers.transport.base import Blob, CallSet, CancelToken, check_fetch
 from workers.transport.connections import ConnectionPool, channel_options
 from workers.transport.errors import BadMessage, PeerUnreachable, TransportError, TransportTimeout
-from workers.transport.flight_server import TOKEN_HEADER, BlobServer, TlsConfig, start_server
+from workers.transport.flight_server import TOKEN_HEADER, WAITING_EVERY_S, BlobServer, TlsConfig, start_server
 from workers.transport.flight_stream import StreamReader, Streams, explain
 from workers.transport.wire import Ticket, streams_for
 
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 class FlightTransport:
     """A `workers.transport.base.Transport` over `pyarrow.flight`.
 
-    ``host`` is the address to listen on and, unless ``advertise_host`` is given, the one that others dial; ``port`` 0 takes
-    any free one. ``token`` is the secret of the run. A dead host or cut link is noticed ``keepalive_time_s`` +
-    ``keepalive_timeout_s`` after the last sign of life, a killed process at once, a frozen one after ``ping_timeout_s``
-    more than ``keepalive_time_s`` (long, as a slow link may delay a ping by that much). ``stop`` waits up to
-    ``stop_timeout_s`` for streams to end.
+    ``host`` is the address to listen on and, unless ``advertise_host`` is given, the one that others dial; ``port`` 0
+    takes any free one. ``token`` is the secret of the run. A dead host or cut link is noticed ``keepalive_time_s`` +
+    ``keepalive_timeout_s`` after the last sign of life, a killed process at once, a frozen one after
+    ``ping_timeout_s`` more than ``keepalive_time_s`` (long, as a slow link may delay a ping by that much). ``stop``
+    waits up to ``stop_timeout_s`` for streams to end.
     """
 
     def __init__(
@@ -61,6 +61,11 @@ class FlightTransport:
             raise ValueError(f"num_connections={num_connections}: at least 1 is needed")
         if advertise_host is None and host in ("0.0.0.0", "::", "[::]"):
             raise ValueError(f"host={host} listens everywhere, but nobody can dial it: give advertise_host too")
+        if keepalive_time_s < WAITING_EVERY_S / 2:
+            raise ValueError(
+                f"keepalive_time_s={keepalive_time_s}: a peer closes connections that ping it more often than every "
+                f"{WAITING_EVERY_S / 2:g} s"
+            )
         self._store = store
         self._host = host
         self._port = port
@@ -160,7 +165,7 @@ class FlightTransport:
         return assembly.blobs()
 
     def warm(self, address: str, *, timeout_s: float) -> None:
-        """Open all connections to a peer now, so that the first exchange does not pay for it; raises as `fetch` does."""
+        """Open all connections to a peer now, so that the first exchange need not; raises as `fetch` does."""
         options = self._call_options(timeout_s)
         for index in range(self._num_connections):
             client = self._pool.client(address, index)

@@ -1,7 +1,7 @@
 """The serving half of the Flight transport: blobs as streams of record batches over their own memory.
 
-pyarrow runs each call in a thread of its own that gRPC makes as needed, so a reader that waits for a key holds up nobody;
-`MAX_WAITING` bounds how many threads can be spent on waiting. gRPC listens from the constructor of a
+pyarrow runs each call in a thread of its own that gRPC makes as needed, so a reader that waits for a key holds up
+nobody; `MAX_WAITING` bounds how many threads can be spent on waiting. gRPC listens from the constructor of a
 ``FlightServerBase`` on, which is why one is only made by `start_server`.
 
 Source: https://arrow.apache.org/docs/format/Flight.html
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ Message = tuple[pa.RecordBatch, bytes | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsConfig:
-    """PEM texts for TLS. ``root_certs`` also verifies the client certificates of peers where ``verify_peers`` is set."""
+    """PEM texts. ``root_certs`` verify servers and, where ``verify_peers`` is set, the certificates of clients too."""
 
     cert_chain: bytes
     private_key: bytes
@@ -139,7 +139,7 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
                 yield _empty(Missing(keys=tuple(pending), cause=cause))
                 return
 
-    def _await_any(self, pending: dict[int, str], wait_until: float) -> Iterator[Message]:
+    def _await_any(self, pending: dict[int, str], wait_until: float) -> Generator[Message, None, str]:
         """Wait for one of the keys, with a sign of life every second; returns why it will not wait, or ""."""
         if not self._waiting_slots.acquire(blocking=False):
             return f"not in the peer's store, and {MAX_WAITING} readers wait there already"
@@ -186,7 +186,7 @@ def start_server(
     on_sent: Callable[[int], None],
     batch_bytes: int = BATCH_BYTES,
 ) -> BlobServer:
-    """Open a port of ``host`` (0 = any free one, see ``.port``) and serve ``store`` on it; ``OSError`` if it is taken."""
+    """Open a port of ``host`` (0 = any free one, see ``.port``) and serve on it; ``OSError`` if it is taken."""
     scheme = "grpc+tcp" if tls is None else "grpc+tls"
     try:
         return BlobServer(f"{scheme}://{host}:{port}", store, token, tls=tls, batch_bytes=batch_bytes, on_sent=on_sent)

@@ -128,7 +128,8 @@ class Streams:
     def start(self) -> list[threading.Thread]:
         """Start and return one daemon thread per stream."""
         threads = [
-            threading.Thread(target=self._run, args=(reader,), name="atoll-fetch", daemon=True) for reader in self._readers
+            threading.Thread(target=self._run, args=(reader,), name="atoll-fetch", daemon=True)
+            for reader in self._readers
         ]
         for thread in threads:
             thread.start()

@@ -1,15 +1,15 @@
 """The messages of the Flight transport, as pure functions: no socket, no thread, no clock.
 
-A fetch is one to ``num_streams`` Flight ``DoGet`` calls. Each carries the same `Ticket` but for its ``stream`` number and
-returns record batches of one ``uint8`` column. A batch that carries JSON in ``app_metadata`` opens something; one without
-continues the piece opened last:
+A fetch is one to ``num_streams`` Flight ``DoGet`` calls. Each carries the same `Ticket` but for its ``stream`` number
+and returns record batches of one ``uint8`` column. A batch that carries JSON in ``app_metadata`` opens something; one
+without continues the piece opened last:
 
 - a `PieceHeader`: bytes ``offset`` to ``offset + size`` of blob number ``key`` follow, in this batch and the next ones;
 - ``{"waiting": n}``: nothing yet, n keys are not here (sent every second, so that a dead peer is noticed);
 - ``{"missing": [..], "cause": ".."}``: these keys will not come; the stream ends here.
 
-Which part of a blob travels in which stream follows from its length and place alone (`piece_of`): both sides compute it,
-so neither has to ask. JSON, never pickle: a peer can at worst send wrong numbers, and those are checked.
+Which part of a blob travels in which stream follows from its length and place alone (`piece_of`): both sides compute
+it, so neither has to ask. JSON, never pickle: a peer can at worst send wrong numbers, and those are checked.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Missing:
 def piece_of(length: int, *, key: int, stream: int, num_streams: int) -> tuple[int, int]:
     """Return (offset, size) of the part of blob number ``key`` that travels in ``stream``; size 0 = no part.
 
-    A blob is cut into as many nearly equal pieces as there are streams, but none under `MIN_PIECE_BYTES`; piece j of blob
-    i goes to stream (i + j) mod num_streams, so that small blobs go round. Only stream ``key mod num_streams`` announces an
-    empty blob.
+    A blob is cut into as many nearly equal pieces as there are streams, but none under `MIN_PIECE_BYTES`; piece j of
+    blob i goes to stream (i + j) mod num_streams, so that small blobs go round. Only stream ``key mod num_streams``
+    announces an empty blob.
     """
     num_pieces = max(1, min(num_streams, length // MIN_PIECE_BYTES))
     piece = (stream - key) % num_streams
@@ -99,7 +99,7 @@ def announces(length: int, *, key: int, stream: int, num_streams: int) -> bool:
 
 
 def streams_for(max_bytes: int, *, num_connections: int) -> int:
-    """Return over how many streams to spread a fetch of at most ``max_bytes``: one per `BATCH_BYTES`, as far as they go."""
+    """Return how many streams a fetch of at most ``max_bytes`` gets: one per `BATCH_BYTES`, as far as they go."""
     return max(1, min(num_connections, MAX_STREAMS, max_bytes // BATCH_BYTES))
 
 

@@ -20,7 +20,7 @@ def test_a_child_is_found_until_it_is_gone() -> None:
 
 def test_an_orphan_is_found_by_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     before = leaks.our_processes()
-    shell = "sleep 60 >/dev/null & echo $!"
+    shell = "sleep 60 >/dev/null 2>&1 & echo $!"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=10, check=True)
     orphan = int(done.stdout)
     monkeypatch.setattr(leaks, "LEAK_TIMEOUT_S", 0.0)

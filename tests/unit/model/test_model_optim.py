@@ -98,10 +98,14 @@ def build_plain_adam(model: nn.Module, _: TrainConfig) -> InnerOptimizer:
     return torch.optim.Adam(model.parameters(), lr=0.01, amsgrad=True, foreach=False)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd", "adam"])
+def build_adafactor(model: nn.Module, _: TrainConfig) -> InnerOptimizer:
+    return torch.optim.Adafactor(model.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd", "adam", "adafactor"])
 def test_a_resume_is_bit_for_bit_the_uninterrupted_run(kind: str) -> None:
     train = TrainConfig(optimizer="muon" if kind == "muon" else "adamw", warmup=0.5)
-    build = {"sgd": build_sgd, "adam": build_plain_adam}.get(kind, build_optimizer)
+    build = {"sgd": build_sgd, "adam": build_plain_adam, "adafactor": build_adafactor}.get(kind, build_optimizer)
 
     def run(part: ModelBundle, optimizer: InnerOptimizer, steps: range) -> list[float]:
         loop = InnerLoop(part, optimizer, train, CPU)
@@ -153,6 +157,21 @@ def test_state_that_belongs_to_another_model_is_named() -> None:
     wrong = {"state/model.norm.weight/exp_avg": torch.zeros(3)}
     with pytest.raises(ModelError, match=r"model.norm.weight/exp_avg' has shape \(3,\), the parameter has \(32,\)"):
         import_state(target, part.model, state | wrong)
+
+
+def test_an_optimizer_whose_state_is_no_tensor_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 2)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    with pytest.raises(ModelError, match=r"LBFGS keeps a list as 'state/weight/\w+'; only tensors and numbers"):
+        export_state(optimizer, model)
 
 
 def test_the_facade_keeps_torch_state_dicts() -> None:

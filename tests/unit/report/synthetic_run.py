@@ -156,13 +156,12 @@ class SyntheticRun:
 
         for number in range(1, rounds + 1):
             victim = members[1] if number == self.kill_round and self.islands > 1 else None
-            if tokens / self.tokens_target >= next_eval:
-                rows += self._evaluation(members[number % self.islands], number - 1, now, tokens)
-                next_eval += 0.1
-                evaluator = members[number % self.islands]
-            else:
-                evaluator = ""
             here = [member for member in members if away_until.get(member, 0.0) <= now]
+            evaluator = ""
+            if tokens / self.tokens_target >= next_eval:
+                evaluator = here[number % len(here)]
+                rows += self._evaluation(evaluator, number - 1, now, tokens)
+                next_eval += 0.1
             for member in here:
                 if member in away_until:
                     del away_until[member]

@@ -125,23 +125,25 @@ def test_decay_without_fragment_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "outer",
-    [Nesterov(lr=0.7, momentum=0.9), Average(), Average(num_states=1), settings_of_adamw(0.01, 0.0, weight_decay=0.0)],
+    [Nesterov(lr=0.7, momentum=0.9), Average(), Average(num_states=1), settings_of_adamw(0.01, 0.0)],
     ids=["nesterov", "average", "average-1", "adamw"],
 )
 def test_chunks_and_in_place_give_the_same_bits_and_arguments_stay(outer: OuterStep) -> None:
     num = 2 * PASS_VALUES + 1001
+    specs = [TensorSpec(name=n, shape=s) for n, s in (("w", (300, 200)), ("b", (7000,)), ("v", (num - 67_000, 1)))]
+    (spec,) = plan_fragments(specs, num_fragments=1, pattern="strided")
     anchor, g = gaussian(num), gaussian(num, 1)
     states = tuple(gaussian(num, 2 + i).abs() for i in range(outer.num_states))
     inputs = [anchor, g, *states]
     copies = [x.clone() for x in inputs]
-    whole, whole_states = outer.step(anchor, states, g, scale=None, version=5, progress=0.3)
+    whole, whole_states = outer.step(anchor, states, g, scale=None, version=5, progress=0.3, spec=spec)
     assert all(torch.equal(x, y) for x, y in zip(inputs, copies, strict=True))
     for length in (1000, 37_777, num):
         in_place, in_place_states = anchor.clone(), tuple(s.clone() for s in states)
         for start in range(0, num, length):
             part = slice(start, min(start + length, num))
             views = in_place[part], tuple(s[part] for s in in_place_states)
-            outer.step(*views, g[part], scale=None, version=5, progress=0.3, out=views)
+            outer.step(*views, g[part], scale=None, version=5, progress=0.3, spec=spec, start=start, out=views)
         assert torch.equal(in_place, whole)
         assert all(torch.equal(x, y) for x, y in zip(in_place_states, whole_states, strict=True))
 

@@ -1,0 +1,92 @@
+"""From a resolved configuration to what the coordinator and the islands are given (no torch, no Ray)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from orchestrator.config import RunConfig
+from orchestrator.coordinator import RunPlan
+from workers.context import IslandSpec
+from workers.data.index import load_index
+
+
+def island_name(index: int) -> str:
+    """`island-0`, `island-1`, ..."""
+    return f"island-{index}"
+
+
+def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
+    """Replace what depends on this machine or on the corpus: `run.islands = "auto"`, the embedded corpus' digest."""
+    values: dict[str, object] = {}
+    if config.run.islands == "auto":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        values["run.islands"] = num_gpus or max(cores // config.train.threads, 1)
+    if config.data.corpus is not None and config.data.digest is None:
+        from workers.data.corpus import corpus_digest
+
+        values["data.digest"] = corpus_digest(config.data.corpus)
+    return config.with_values(values) if values else config
+
+
+def pack_path(config: RunConfig) -> Path:
+    """The folder of the run's tokens; packs the embedded corpus into the cache if it is not there yet."""
+    if config.data.corpus is not None:
+        from workers.data.corpus import resolve_corpus
+
+        return resolve_corpus(config.data.corpus, seq_len=config.data.seq_len)
+    assert config.data.path is not None, "checked when the configuration was read"
+    return Path(config.data.path).expanduser().resolve()
+
+
+def num_islands(config: RunConfig) -> int:
+    """Islands of a resolved configuration."""
+    assert isinstance(config.run.islands, int), "resolve() first"
+    return config.run.islands
+
+
+def run_plan(config: RunConfig, *, run_id: str, pack: Path) -> RunPlan:
+    """What the coordinator decides by."""
+    seq_len = load_index(pack).seq_len
+    return RunPlan(
+        run_id=run_id,
+        islands=tuple(island_name(i) for i in range(num_islands(config))),
+        total_samples=-(-config.train.tokens // seq_len),
+        seq_len=seq_len,
+        exchange=config.exchange,
+        strategy=config.strategy,
+        eval_every=config.eval.every,
+        start_timeout_s=config.run.start_timeout_s,
+        snapshot_every_s=config.run.snapshot_every_s,
+        replace_dead=config.run.replace,
+        max_restarts=config.run.max_restarts,
+    )
+
+
+def island_spec(config: RunConfig, index: int, *, run_id: str, run_dir: Path, pack: Path, resume: bool) -> IslandSpec:
+    """Settings of one island; what `train.per_island` says of it takes the place of `[train]`."""
+    name = island_name(index)
+    train = config.train
+    own = train.per_island.get(name)
+    if own is not None:
+        train = train.model_copy(update=own.model_dump(exclude_none=True))
+    return IslandSpec(
+        run_id=run_id,
+        name=name,
+        index=index,
+        num_islands=num_islands(config),
+        run_dir=run_dir.resolve(),
+        pack=pack,
+        train=train,
+        data=config.data,
+        model=config.model,
+        strategy=config.strategy,
+        codec=config.codec,
+        eval=config.eval,
+        chunk_values=config.exchange.chunk_values,
+        timeout_s=config.exchange.timeout_s,
+        wait_s=config.exchange.wait_s,
+        heartbeat_s=config.exchange.heartbeat_s,
+        bound_rounds=config.exchange.bound_rounds,
+        resume=resume,
+    )

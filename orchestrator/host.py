@@ -1,0 +1,203 @@
+"""The shell around a coordinator that does not depend on where members run: journal, metrics, log, summary.
+
+A host turns commands into effects and effects into events. Subclasses or owners provide three callbacks: deliver a
+batch to a process, start a process, end a process. Used by the Ray controller and by runs in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator import events as ev
+from orchestrator.coordinator import Coordinator, RunPlan
+from orchestrator.journal import FileJournal, JournalFull, open_segment
+from orchestrator.metrics import FaultEvent, MetricsWriteError, MetricsWriter, RowError, row_from_dict
+from orchestrator.rundir import RunDir
+from workers.messages import Batch, Envelope
+
+log = logging.getLogger("atoll.controller")
+
+FULL_RETRY_S = 1.0
+
+
+class Host:
+    """One controller life: a coordinator on a journal file."""
+
+    def __init__(
+        self,
+        *,
+        plan: RunPlan,
+        run_dir: Path,
+        controller: str,
+        clock: Callable[[], float],
+        deliver: Callable[[Batch], None],
+        spawn: Callable[[str, str], None],
+        end: Callable[[str, str], None],
+    ) -> None:
+        """`clock`: monotonic seconds; `deliver`, `spawn(name, why)`, `end(name, nonce)` must not block."""
+        self.plan, self.run_dir, self.clock = plan, RunDir(run_dir), clock
+        self.controller = controller
+        self._deliver, self._spawn, self._end = deliver, spawn, end
+        self.finished: ev.Finish | None = None
+        self.died: ev.Die | None = None
+        self.counts: Counter[str] = Counter()
+        self.blocked: deque[ev.Append] = deque()
+        self.blocked_since = 0.0
+        self.fault_rows_written: dict[tuple[str, float], FaultEvent] = {}
+        self.started_s = 0.0
+
+    def open(self) -> None:
+        """Take over the journal and begin. Raises JournalError, Fenced."""
+        self.journal: FileJournal = open_segment(self.run_dir.path, controller=self.controller)
+        self.metrics = MetricsWriter(self.run_dir.metrics).open()
+        before = _seconds_so_far(self.run_dir)
+        self.coordinator = Coordinator(
+            self.plan, self.journal.rows, self.journal.term, now=self.clock(), started_s=before
+        )
+
+    def close(self) -> None:
+        """End this life; merge the journal's segments after a clean end."""
+        self.metrics.close()
+        self.journal.close(merge=self.finished is not None)
+
+    # ------------------------------------------------------------ events
+
+    def receive(self, envelope: Envelope) -> None:
+        """An envelope from a member."""
+        self.counts["control_bytes"] += len(pickle.dumps(envelope, protocol=5))
+        self.handle(ev.Received(envelope=envelope))
+
+    def tick(self) -> None:
+        """Time passed; a full disk is tried again."""
+        if self.blocked:
+            if self.clock() - self.blocked_since < FULL_RETRY_S:
+                return
+            self._retry()
+        self.handle(ev.Tick())
+        self._write_faults()
+
+    def handle(self, event: ev.Event) -> None:
+        """One event, and everything that follows from it."""
+        todo: deque[ev.Event] = deque([event])
+        while todo and self.died is None:
+            for command in self.coordinator.handle(todo.popleft(), self.clock()):
+                answer = self._carry_out(command)
+                if answer is not None:
+                    todo.append(answer)
+
+    def _carry_out(self, command: ev.Command) -> ev.Event | None:
+        match command:
+            case ev.Append():
+                return self._append(command)
+            case ev.Send(batch=batch):
+                self.counts["control_bytes"] += len(pickle.dumps(batch, protocol=5))
+                self._deliver(batch)
+            case ev.Spawn(name=name, why=why):
+                self._spawn(name, why)
+            case ev.End(name=name, nonce=nonce):
+                self._end(name, nonce)
+            case ev.Metric(row=row):
+                self._metric(row)
+            case ev.Say(text=text, member=member, level=level):
+                log.log(getattr(logging, level.upper()), text, extra={"member": member})
+            case ev.Finish():
+                self._write_faults()
+                self.finished = command
+            case ev.Die():
+                self.died = command
+        return None
+
+    def _append(self, command: ev.Append) -> ev.Event | None:
+        """Write and flush; only then may anybody hear of it. A journal that fails otherwise ends this controller."""
+        if self.blocked:
+            self.blocked.append(command)
+            return None
+        try:
+            self.journal.append_rows(command.rows)
+        except JournalFull as error:
+            log.warning("%s", error)
+            self.blocked.append(command)
+            self.blocked_since = self.clock()
+            return ev.JournalFullNow()
+        return ev.Flushed(seq=command.rows[-1].seq)
+
+    def _retry(self) -> None:
+        while self.blocked:
+            command = self.blocked[0]
+            try:
+                self.journal.append_rows(command.rows)
+            except JournalFull:
+                self.blocked_since = self.clock()
+                return
+            self.blocked.popleft()
+            self.handle(ev.Flushed(seq=command.rows[-1].seq))
+
+    # ------------------------------------------------------------ metrics
+
+    def _metric(self, values: dict[str, object]) -> None:
+        try:
+            row = row_from_dict(values)
+            if row is not None:
+                self.metrics.append(row)
+        except RowError as error:
+            self.counts["bad_rows"] += 1
+            log.warning("a metrics row was dropped: %s", error)
+        except MetricsWriteError as error:
+            self.counts["lost_rows"] += 1
+            log.warning("%s", error)
+
+    def _write_faults(self) -> None:
+        for track in self.coordinator.faults:
+            row = FaultEvent(
+                t_s=track.detected_s, fault=track.fault, member=track.member, injected_s=track.injected_s,
+                detected_s=track.detected_s, next_commit_s=track.next_commit_s, back_s=track.back_s,
+                contributed_s=track.contributed_s, estimated=track.injected_s is None,
+            )  # fmt: skip
+            key = (track.member, track.detected_s)
+            if self.fault_rows_written.get(key) != row:
+                self.fault_rows_written[key] = row
+                try:
+                    self.metrics.append(row)
+                except MetricsWriteError as error:
+                    log.warning("%s", error)
+
+
+def _seconds_so_far(run_dir: RunDir) -> float:
+    """Run time that earlier controllers have seen, from the last metrics row; 0 for a new run."""
+    from orchestrator.metrics import read_rows
+
+    if not run_dir.metrics.exists():
+        return 0.0
+    latest = 0.0
+    for row in read_rows(run_dir.metrics):
+        latest = max(latest, getattr(row, "t_s", 0.0), getattr(row, "end_s", 0.0))
+    return latest
+
+
+class Pulse:
+    """Calls a function every `seconds` on a thread of its own until it is stopped."""
+
+    def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+        """Nothing runs before `start`."""
+        self._seconds, self._function = seconds, function
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for the call under way."""
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            self._function()

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from journal_histories import Story, chain_rows
+
+from workers.records import (
+    GENESIS_HASH,
+    KINDS,
+    CommitRecord,
+    EvaluationRecord,
+    FaultRecord,
+    FenceRecord,
+    MemberId,
+    OfferId,
+    Record,
+    RecordError,
+    StopRecord,
+    Term,
+    canonical,
+    dump_row,
+    from_body,
+    load_row,
+    make_row,
+    roster_digest,
+    to_body,
+    version_chain,
+)
+
+ROWS = [
+    *chain_rows(
+        [*Story(1, num_fragments=2).run(150).records, StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode')]
+    )
+]
+
+
+def body_of(line: bytes) -> dict[str, Any]:
+    body = json.loads(line)
+    assert isinstance(body, dict)
+    return body
+
+
+def one_of(kind: str) -> bytes:
+    return next(dump_row(row) for row in ROWS if row.record.kind == kind)
+
+
+def test_the_rows_here_are_of_every_kind() -> None:
+    assert {row.record.kind for row in ROWS} == set(KINDS)
+
+
+def test_every_row_survives_a_round_trip() -> None:
+    for row in ROWS:
+        line = dump_row(row)
+        assert line.endswith(b"\n")
+        assert line.count(b"\n") == 1
+        assert load_row(line) == row
+
+
+@given(st.builds(FaultRecord, fault=st.text(), member=st.text(), injected=st.booleans(), t_s=st.floats(0, 1e300)))
+def test_any_text_and_number_survives_a_round_trip(record: FaultRecord) -> None:
+    row = make_row(3, GENESIS_HASH, record)
+    assert load_row(dump_row(row)) == row
+
+
+def test_a_whole_number_in_a_float_field_reads_as_a_float() -> None:
+    record = from_body({"kind": "fault", "fault": "x", "member": "m", "injected": True, "t_s": 2})
+    assert isinstance(record, FaultRecord)
+    assert isinstance(record.t_s, float)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_one_changed_value_is_noticed(kind: str) -> None:
+    line = one_of(kind)
+    for name, value in body_of(line).items():
+        if name == "kind" or isinstance(value, (list, dict)):
+            continue
+        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, (int, float)) else value + "x"
+        with pytest.raises(RecordError):
+            load_row(json.dumps({**body_of(line), name: other}).encode())
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_missing_or_extra_field_is_named(kind: str) -> None:
+    body = body_of(one_of(kind))
+    with pytest.raises(RecordError, match="surplus"):
+        load_row(json.dumps({**body, "surplus": 1}).encode())
+    required = [field.name for field in fields(KINDS[kind]) if field.default is MISSING]
+    for name in required:
+        with pytest.raises(RecordError, match=name):
+            from_body({k: v for k, v in body.items() if k not in ("seq", "prev", "hash", name)})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"null", b"[]", b"7", b'"row"', b"{}", b"\xff\xfe", b'{"seq":0', b'{"seq":0,"prev":"","hash":""}'],
+)
+def test_what_is_no_row_is_refused(line: bytes) -> None:
+    with pytest.raises(RecordError):
+        load_row(line)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        ("commit", {"n": "1"}, "n is '1'"),
+        ("commit", {"fragment": None}, "fragment"),
+        ("commit", {"roster": [{"member": "a"}]}, "roster"),
+        ("commit", {"roster": 5}, "commit"),
+        ("lease", {"ranges": [[1]]}, "lease"),
+        ("lease", {"ranges": [["a", "b"]]}, "lease"),
+        ("lease", {"ranges": None}, "lease"),
+        ("fence", {"refused": 1}, "refused"),
+        ("join", {"member": 3}, "member"),
+        ("term", {"kind": "terms"}, "terms"),
+        ("term", {"kind": 5}, "kind 5"),
+    ],
+)
+def test_a_mistyped_field_is_refused(kind: str, changes: dict[str, Any], named: str) -> None:
+    body = {k: v for k, v in body_of(one_of(kind)).items() if k not in ("seq", "prev", "hash")}
+    with pytest.raises(RecordError, match=named):
+        from_body({**body, **changes})
+
+
+def test_numbers_that_json_does_not_have_are_refused() -> None:
+    record = EvaluationRecord(member="m", versions=(1,), samples=1, val_loss=math.nan)
+    with pytest.raises(ValueError, match="JSON"):
+        make_row(0, GENESIS_HASH, record)
+    with pytest.raises(ValueError, match="JSON"):
+        canonical(to_body(record))
+
+
+def test_the_hash_covers_number_predecessor_and_content() -> None:
+    record = FenceRecord(member="a", incarnation=1, why="w")
+    hashes = {
+        make_row(1, GENESIS_HASH, record).hash,
+        make_row(2, GENESIS_HASH, record).hash,
+        make_row(1, "1" * 32, record).hash,
+        make_row(1, GENESIS_HASH, FenceRecord(member="a", incarnation=1, why="w", refused=True)).hash,
+    }
+    assert len(hashes) == 4
+    assert all(len(h) == 32 for h in hashes)
+
+
+def test_the_hash_does_not_depend_on_the_order_of_fields() -> None:
+    line = one_of("commit")
+    shuffled = json.dumps(dict(reversed(body_of(line).items()))).encode()
+    assert load_row(shuffled) == load_row(line)
+
+
+def test_a_roster_digest_names_every_value() -> None:
+    commit = next(row.record for row in ROWS if isinstance(row.record, CommitRecord))
+    assert roster_digest(commit.roster) == commit.roster_digest
+    first = commit.roster[0]
+    for changed in (
+        replace(first, coefficient=first.coefficient * 0.5),
+        replace(first, upto=first.upto + 1),
+        replace(first, ranges=((0, 1), *first.ranges)),
+    ):
+        assert roster_digest((changed, *commit.roster[1:])) != commit.roster_digest
+    assert version_chain("a", {"n": 1}) != version_chain("b", {"n": 1}) != version_chain("b", {"n": 2})
+
+
+def test_names() -> None:
+    member = MemberId(name="island-1", incarnation=2)
+    assert str(member) == "island-1.2"
+    assert str(OfferId(member=member, seq=7)) == "island-1.2/7"
+    assert str(Term(lineage=1, number=4, controller="c")) == "1.4"
+    assert Term(lineage=1, number=1, controller="a").rank > Term(lineage=0, number=9, controller="b").rank
+    assert member < MemberId(name="island-1", incarnation=3) < MemberId(name="island-2", incarnation=1)
+
+
+def test_every_record_has_a_kind_of_its_own() -> None:
+    assert all(kind == cls.kind and issubclass(cls, Record) for kind, cls in KINDS.items())
+    with pytest.raises(RecordError, match="unknown record kind"):
+        from_body({"kind": "nonsense"})

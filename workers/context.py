@@ -1,0 +1,79 @@
+"""Where an island runs: everything its process was given, without any module-global process group.
+
+A run's process (a Ray actor, or a thread of a local run) makes one `IslandContext` and enters it on the training
+thread; `Island` finds it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from strategies.config import CodecConfig, StrategyConfig
+from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from workers.messages import Batch, Envelope
+from workers.store import BlobStore
+from workers.transport.base import Transport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IslandSpec:
+    """Settings of one island, resolved: no `auto` is left but the device."""
+
+    run_id: str
+    name: str
+    index: int
+    num_islands: int
+    run_dir: Path
+    pack: Path
+    train: TrainConfig
+    data: DataConfig
+    model: ModelConfig
+    strategy: StrategyConfig
+    codec: CodecConfig
+    eval: EvalConfig
+    chunk_values: int | None
+    timeout_s: float
+    wait_s: float
+    heartbeat_s: float
+    bound_rounds: float
+    pace_s: float = 0.0
+    resume: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class IslandContext:
+    """What the process around an island gives it. `post` hands an envelope to the controller and never blocks."""
+
+    spec: IslandSpec
+    nonce: str
+    node: str
+    store: BlobStore
+    transport: Transport
+    post: Callable[[Envelope], None]
+    clock: Callable[[], float]
+    executor: Executor | None = None
+    deliver: Callable[[Batch], None] | None = None
+    on_step: Callable[[], None] | None = None
+
+
+_CURRENT: ContextVar[IslandContext | None] = ContextVar("atoll_island", default=None)
+
+
+def current() -> IslandContext | None:
+    """The context of this thread, if it trains an island."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def enter(context: IslandContext) -> Iterator[IslandContext]:
+    """Make `context` the current one on this thread."""
+    token = _CURRENT.set(context)
+    try:
+        yield context
+    finally:
+        _CURRENT.reset(token)

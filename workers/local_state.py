@@ -1,0 +1,177 @@
+"""The whole local state of an island on disk, so that a stopped run goes on exactly where it was.
+
+One folder a member: `tensors.safetensors` (live parameters, anchors, outer states, residuals, optimizer) and
+`member.json` (identity, watermarks, positions, random state). The JSON is written last and names the tensors' digest:
+a folder without it, or with another digest, is not a state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from workers.config import TrainConfig
+from workers.digest import digest
+from workers.member import FragmentState, MemberMachine, Pending
+from workers.messages import Offer, Version
+from workers.optim import InnerOptimizer, export_state, import_state
+from workers.records import OfferId
+from workers.replica import Replica
+from workers.sync import IslandSync
+
+TENSORS, META = "tensors.safetensors", "member.json"
+SCHEMA = 1
+
+
+class LocalStateError(ValueError):
+    """A saved local state that cannot be used; says why and what to do."""
+
+
+def save_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: InnerOptimizer) -> None:
+    """Write the state of an island between two steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / META).unlink(missing_ok=True)
+    with sync.changed:
+        sync.replica.hold_displacement()
+        tensors = {f"optimizer/{name}": value for name, value in export_state(optimizer, model).items()}
+        tensors |= {f"live/{name}": value.detach().cpu() for name, value in model.state_dict().items()}
+        tensors |= _replica_tensors(sync.replica)
+        tensors["random/torch"] = torch.get_rng_state()
+        meta = _machine_meta(sync)
+    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
+    temporary = folder / (TENSORS + ".tmp")
+    save_file(tensors, temporary)
+    _sync_file(temporary)
+    temporary.rename(folder / TENSORS)
+    meta["tensors_digest"] = digest((folder / TENSORS).read_bytes())
+    temporary = folder / (META + ".tmp")
+    temporary.write_text(json.dumps(meta))
+    _sync_file(temporary)
+    temporary.rename(folder / META)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _replica_tensors(replica: Replica) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for fragment, part in enumerate(replica.parts):
+        out[f"anchor/{fragment}"] = part.anchor.cpu()
+        for place, state in enumerate(part.states):
+            out[f"state/{fragment}/{place}"] = state.cpu()
+        for name in ("residual", "next_residual", "displacement", "gradients"):
+            value = getattr(part, name)
+            if value is not None:
+                out[f"{name}/{fragment}"] = value.cpu()
+    return out
+
+
+def _machine_meta(sync: IslandSync) -> dict[str, Any]:
+    machine, replica = sync.machine, sync.replica
+    return {
+        "schema": SCHEMA,
+        "run_id": machine.run_id,
+        "name": machine.name,
+        "nonce": machine.nonce,
+        "incarnation": machine.incarnation,
+        "consumed": machine.consumed,
+        "leases": machine.leases,
+        "steps": machine.steps,
+        "total_steps": sync.total_steps,
+        "marks": sync.marks,
+        "steps_done": list(sync.steps_done),
+        "base_samples": sync.base_samples,
+        "fragments": [
+            {
+                "n": state.n,
+                "chain": state.chain,
+                "watermark": state.watermark,
+                "seq": state.seq,
+                "late": state.late,
+                "sent": replica.parts[fragment].sent,
+                "pending": asdict(state.pending.offer) if state.pending else None,
+            }
+            for fragment, state in enumerate(machine.fragments)
+        ],
+    }
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What a saved state says of itself; None if there is no complete one."""
+    path = folder / META
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise LocalStateError(f"{path}: not readable ({error}); remove the folder to start this island afresh") from error
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
+        raise LocalStateError(f"{path}: schema {meta.get('schema')!r}, this version reads {SCHEMA}")
+    return meta
+
+
+def load_local(
+    folder: Path, meta: dict[str, Any], sync: IslandSync, model: nn.Module, optimizer: InnerOptimizer, train: TrainConfig
+) -> None:
+    """Put a saved state back, bit for bit, and remove it: from now on the process is ahead of it."""
+    path = folder / TENSORS
+    if not path.exists() or digest(path.read_bytes()) != meta["tensors_digest"]:
+        raise LocalStateError(f"{path}: missing or altered; remove the folder to start this island afresh")
+    tensors = load_file(path)
+    model.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("live/")})
+    import_state(optimizer, model, {n[10:]: v for n, v in tensors.items() if n.startswith("optimizer/")})
+    for fragment, part in enumerate(sync.replica.parts):
+        part.anchor.copy_(tensors[f"anchor/{fragment}"])
+        for place, state in enumerate(part.states):
+            state.copy_(tensors[f"state/{fragment}/{place}"])
+        for name in ("residual", "next_residual", "displacement", "gradients"):
+            value = tensors.get(f"{name}/{fragment}")
+            setattr(part, name, value.to(part.anchor.device) if value is not None else None)
+        saved = meta["fragments"][fragment]
+        part.n, part.chain, part.sent = saved["n"], saved["chain"], saved["sent"]
+    torch.set_rng_state(tensors["random/torch"])
+    _restore_machine(sync.machine, meta)
+    sync.total_steps, sync.marks = meta["total_steps"], list(meta["marks"])
+    sync.steps_done = deque((end, tuple(versions)) for end, versions in meta["steps_done"])
+    sync.base_samples = meta["base_samples"]
+    (folder / META).unlink()
+
+
+def _restore_machine(machine: MemberMachine, meta: dict[str, Any]) -> None:
+    fragments = []
+    for saved in meta["fragments"]:
+        state = FragmentState(
+            n=saved["n"], chain=saved["chain"], watermark=saved["watermark"], seq=saved["seq"], late=saved["late"]
+        )
+        if saved["pending"] is not None:
+            offer = _offer(saved["pending"])
+            member = f"{meta['name']}.{meta['incarnation']}"
+            assert meta["incarnation"] is not None, f"{member} offered before it was a member"
+            state.pending = Pending(offer=offer, id=OfferId(member=machine.member_id(meta["incarnation"]), seq=offer.seq))
+        fragments.append(state)
+    machine.restore(
+        incarnation=meta["incarnation"], nonce=meta["nonce"], consumed=meta["consumed"], steps=meta["steps"],
+        leases=[(start, stop) for start, stop in meta["leases"]], fragments=fragments,
+    )  # fmt: skip
+
+
+def _offer(saved: dict[str, Any]) -> Offer:
+    return Offer(
+        **{
+            **saved,
+            "base": Version(**saved["base"]),
+            "ranges": tuple((a, b) for a, b in saved["ranges"]),
+            "chunk_digests": tuple(saved["chunk_digests"]),
+            "sumsq": tuple(saved["sumsq"]),
+        }
+    )

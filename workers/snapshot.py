@@ -1,0 +1,102 @@
+"""Durable snapshots of the anchor: one folder, tensors first, manifest last.
+
+A snapshot holds anchor and outer states of every fragment with their versions and sealed digests, under parameter
+names, so that `export` and `sample` read it without the run's code. A folder without a manifest is not a snapshot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workers.digest import digest
+from workers.replica import Replica
+
+MANIFEST = "manifest.json"
+KEEP = 3
+
+
+class SnapshotError(ValueError):
+    """A snapshot that is missing, incomplete or altered."""
+
+
+def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]:
+    """Write the present anchor as `folder/name`; returns the versions. Older numbered snapshots beyond `KEEP` go."""
+    with replica.lock:
+        tensors = {f"anchor/{key}": value.detach().cpu().clone() for key, value in replica.anchor_tensors().items()}
+        states = {
+            f"state/{f}/{place}": state.detach().cpu().clone()
+            for f, part in enumerate(replica.parts)
+            for place, state in enumerate(part.states)
+        }
+        versions = tuple(part.n for part in replica.parts)
+        chains = [part.chain for part in replica.parts]
+        digests = [replica.digest(f) for f in range(len(replica.parts))]
+    target, temporary = folder / name, folder / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file, content in (("anchor.safetensors", tensors), ("states.safetensors", states)):
+        save_file(content, temporary / file)
+    manifest = {
+        "schema": 1,
+        "versions": versions,
+        "chains": chains,
+        "digests": digests,
+        "files": {file: digest((temporary / file).read_bytes()) for file in ("anchor.safetensors", "states.safetensors")},
+    }
+    with (temporary / MANIFEST).open("w") as out:
+        json.dump(manifest, out)
+        out.flush()
+        os.fsync(out.fileno())
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    _retain(folder)
+    return versions
+
+
+def _retain(folder: Path) -> None:
+    numbered = sorted((p for p in folder.glob("v*") if p.name[1:].isdigit()), key=lambda p: int(p.name[1:]))
+    for old in numbered[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a snapshot; `SnapshotError` if there is none."""
+    file = path / MANIFEST
+    if not file.exists():
+        raise SnapshotError(f"{path} is no complete snapshot: it has no {MANIFEST}; use another one of the run")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise SnapshotError(f"{file} cannot be read ({error}); use another snapshot of the run") from error
+    return manifest
+
+
+def load_anchor(path: Path) -> dict[str, Tensor]:
+    """The anchor's tensors by parameter name, checked against the manifest."""
+    manifest = read_manifest(path)
+    return {name[7:]: value for name, value in _load(path, manifest, "anchor.safetensors").items()}
+
+
+def load_states(path: Path) -> dict[str, Tensor]:
+    """Outer states as `state/<fragment>/<place>`, checked against the manifest."""
+    return _load(path, read_manifest(path), "states.safetensors")
+
+
+def _load(path: Path, manifest: dict[str, Any], file: str) -> dict[str, Tensor]:
+    target = path / file
+    if not target.exists() or digest(target.read_bytes()) != manifest["files"][file]:
+        raise SnapshotError(f"{target} is missing or altered; use another snapshot of the run")
+    return load_file(target)
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete snapshot with the newest versions, or None."""
+    complete = [p for p in folder.iterdir() if p.is_dir() and (p / MANIFEST).exists()] if folder.exists() else []
+    return max(complete, key=lambda p: sum(read_manifest(p)["versions"]), default=None)
