@@ -3,9 +3,9 @@
     python benchmarks/transport.py                      # 5 pairs of 20 s each per number of connections
     python benchmarks/transport.py --seconds 2 --json   # a smoke run
 
-"plain" is a Flight stream of the same bytes in 1 MiB batches that the client drops unread: no copy, digest or token, one
-connection. "atoll" is `FlightTransport.fetch`: its own memory, digest checked. A pair measures one after the other, in
-alternating order; the ratio is the median over the pairs. The exit code is 1 below ``--at-least`` MB/s.
+"plain" is a Flight stream of the same bytes in 1 MiB batches that the client drops unread: no copy, digest or token,
+one connection. "atoll" is `FlightTransport.fetch`: its own memory, digest checked. A pair measures one after the other,
+in alternating order; the ratio is the median over the pairs. The exit code is 1 below ``--at-least`` MB/s.
 """
 
 from __future__ import annotations

@@ -100,7 +100,10 @@ class Coordinator:
         self.ended = False
         self.stale_messages = 0
         self.discarded_before = 0
-        self.control_rows: dict[str, int] = defaultdict(int)
+        self.first_joins: dict[str, float] = {}
+        self.sent: dict[str, int] = {}
+        self.consumed_at_end: dict[MemberId, int] = {}
+        self.samples_lost = 0
         self._open_exchanges()
 
     # ------------------------------------------------------------ entry
@@ -131,6 +134,10 @@ class Coordinator:
     def seconds(self) -> float:
         """Run time: seconds since the run's start on the controller's clock."""
         return self.now - self.zero_s
+
+    def bytes_sent(self) -> int:
+        """Payload bytes that all processes of this run have sent, by their last heartbeats."""
+        return sum(self.sent.values())
 
     def progress(self) -> float:
         """Committed share of the run's samples."""
@@ -270,6 +277,7 @@ class Coordinator:
             JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node)
         )
         self._attach_process(member, envelope.nonce, body.info)
+        self.first_joins.setdefault(envelope.name, self.seconds())
         self.missing_since.pop(envelope.name, None)
         self._say(f"{member} joined on {body.info.node}", member=envelope.name)
         self._tell(member, msg.Welcome(incarnation=incarnation))
@@ -345,6 +353,7 @@ class Coordinator:
         process = self.roll.processes[member]
         first_step = not process.stepped and hello.consumed > 0
         was_ready, had = process.ready(), process.hello
+        self.sent[process.nonce.split("+")[0]] = hello.bytes_sent
         process.hello = hello
         if process.status == "joining" and process.ready():
             process.status, process.reason = "healthy", "holds the state"
@@ -546,6 +555,7 @@ class Coordinator:
         self._say(f"{member} is fenced: {why}", member=member.name, level="warning")
         process = self.roll.processes.pop(member, None)
         if process is not None:
+            self.consumed_at_end[member] = process.consumed
             self._tell(process.nonce, msg.Fenced(why=why))
         for exchange in self.exchanges:
             self._effects(exchange, exchange.on_gone(member, self._fleet(exchange.fragment), self.now))
@@ -563,6 +573,8 @@ class Coordinator:
         for member, entry in self.state.members.items():
             if not entry.live and not entry.settled and may_settle(member, self.exchanges):
                 self._log(SettleRecord(member=member.name, incarnation=member.incarnation))
+                trained = self.consumed_at_end.get(member, 0)
+                self.samples_lost += max(trained - max(entry.watermarks, default=0), 0)
         self._grant()
         self._finish_if_done()
 

@@ -102,6 +102,8 @@ class Summary(BaseModel):
     peak_memory_bytes: int | None = Field(None, ge=0, description="Largest peak memory of any island, bytes.")
     anchor_digest: str | None = Field(None, description="BLAKE3 digest (hex) of the last committed anchor.")
     faults: tuple[FaultRow, ...] = Field((), description="Every fault of the run, in order.")
+    journal_rows: int | None = Field(None, ge=0, description="Rows of the journal: a truncated one is noticed.")
+    journal_hash: str | None = Field(None, description="Hash of the journal's last row.")
 
 
 def save_summary(summary: Summary, run_dir: Path) -> Path:

@@ -178,7 +178,7 @@ class Streams:
 
 def explain(error: Exception, *, peer: str) -> TransportError:
     """Return the error of ours for one of pyarrow's."""
-    text = str(error).splitlines()[0].split(". gRPC client debug context")[0][:300]
+    text = str(error).splitlines()[0].split(". gRPC client debug context")[0].split("with message: ")[-1][:300]
     if isinstance(error, fl.FlightUnauthenticatedError | fl.FlightUnauthorizedError):
         return Unauthorized(peer=peer, cause=text)
     if isinstance(error, fl.FlightTimedOutError):

@@ -17,6 +17,7 @@ from orchestrator.metrics import MetricsWriter, StepRow
 from orchestrator.report import ReportError, build_report
 from orchestrator.report.load import load_run
 from orchestrator.report.series import first_reach, smooth, timeline, value_at
+from orchestrator.report.timeline import LEFT, RIGHT, WIDTH, timeline_chart
 from orchestrator.report.verdict import headline, learning
 from tests.unit.report.synthetic_run import TOKENS_PER_STEP, SyntheticRun
 
@@ -291,6 +292,19 @@ def test_a_long_timeline_is_drawn_by_slots_that_keep_every_second(tmp_path: Path
         for phase, seconds in enumerate(row.seconds.values()):
             assert sum(shares[phase] for _, _, shares in row.slots) * width_s == pytest.approx(seconds, abs=1e-6)
         assert max(sum(shares) for _, _, shares in row.slots) < 1 + 1e-6
+
+
+def test_the_timeline_is_as_wide_as_the_time_it_shows(demo: Path) -> None:
+    run = load_run(demo)
+    drawing = timeline_chart(run)
+    for number, row in enumerate(timeline(run, num_slots=800)):
+        for phase, seconds in row.seconds.items():
+            paths = re.findall(rf'd="([^"]*)" class="phase {phase}"', drawing.split('class="row-name')[number + 1])
+            assert len(paths) == (seconds > 0)
+            widths = [float(width) for path in paths for width in re.findall(r"h(\d[\d.]*)", path)]
+            pixels = seconds / run.end_s * (WIDTH - LEFT - RIGHT)
+            # A span narrower than a pixel is drawn one pixel wide.
+            assert pixels * 0.99 - 0.1 <= sum(widths) <= pixels * 1.01 + len(widths)
 
 
 def test_smoothing_keeps_the_mean_of_a_line_and_its_start() -> None:

@@ -1,0 +1,194 @@
+"""Starting a run on Ray and watching it: what `atoll train` and `atoll demo` do after everything was checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from faults.plan import PlannedFault, parse_fault
+from orchestrator.build import island_name, num_islands, pack_path, resolve
+from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.progress import Progress
+from orchestrator.rundir import RunDir, create_run_dir
+from orchestrator.summary import load_summary
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from orchestrator.config import RunConfig
+
+EXIT = {"done": 0, "failed": 1, "stopped": 3}
+POLL_S = 0.25
+OBJECT_STORE_BYTES = 100 * 1024 * 1024
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def train(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bool, as_json: bool) -> int:
+    """Run to the end (or to Ctrl-C) and return the exit code; the caller holds the directory's lock."""
+    config = resolve(config, num_gpus=_num_gpus(config))
+    plan = _check(config, faults)
+    RunDir(run_dir).record(config.to_toml())
+    pack = pack_path(config)
+    with RaySession(config) as session:
+        return session.run(run_dir.resolve(), pack, plan, resume=resume, as_json=as_json)
+
+
+def _num_gpus(config: RunConfig) -> int:
+    if config.run.islands != "auto" or config.train.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check(config: RunConfig, faults: Sequence[str]) -> list[PlannedFault]:
+    """Everything that can be found wrong before a process starts."""
+    names = [island_name(i) for i in range(num_islands(config))]
+    if config.model.factory is not None:
+        from workers.model.factory import load_factory
+
+        load_factory(config.model.factory)
+    if config.train.loop is not None:
+        from workers.island import load_loop
+
+        load_loop(config.train.loop)
+    for name in config.train.per_island:
+        if name not in names:
+            raise UserError(f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island")
+    return [parse_fault(fault, names) for fault in faults]
+
+
+class RaySession:
+    """A connection to Ray: a cluster of its own on this machine, or the one at `run.address`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Nothing is started before the session is entered."""
+        self.config = config
+        self.controller: ActorHandle | None = None
+
+    def __enter__(self) -> RaySession:
+        """Start or join the cluster; raises `ClusterUnreachable`."""
+        os.environ.update(RAY_ENVIRONMENT)
+        paths = [str(Path.cwd()), str(Path(__file__).resolve().parents[1])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [*paths, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        )
+        import ray
+
+        from orchestrator.actors import NAMESPACE, WORKER_RESOURCE
+
+        options: dict[str, Any] = {
+            "namespace": NAMESPACE, "logging_level": "ERROR", "log_to_driver": False, "configure_logging": False,
+        }  # fmt: skip
+        if self.config.run.address is None:
+            slots = num_islands(self.config) + 2  # a replacement may start before the dead one's slot is free
+            options |= {
+                "num_cpus": os.cpu_count() or 1, "resources": {WORKER_RESOURCE: slots}, "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+            }  # fmt: skip
+        else:
+            options["address"] = self.config.run.address
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise ClusterUnreachable(
+                f"no Ray cluster answers at {self.config.run.address!r}: {error}", place="run.address",
+                remedy="start one there, or remove run.address to run on this machine",
+            ) from error  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what this session started."""
+        import ray
+
+        if self.controller is not None:
+            ray.kill(self.controller)
+        ray.shutdown()
+
+    def start(self, run_dir: Path, pack: Path, faults: list[PlannedFault], *, resume: bool) -> ActorHandle:
+        """Create the run's controller, which starts the islands."""
+        import ray
+
+        from orchestrator.actors import NAMESPACE, ControllerActor, controller_name
+
+        run_id = run_dir.name
+        self.controller = ControllerActor.options(
+            name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached"
+        ).remote(self.config.to_tables(), run_id, str(run_dir), str(pack), secrets.token_hex(16), faults, resume)
+        ray.get(self.controller.begin.remote(), timeout=60)
+        return self.controller
+
+    def run(self, run_dir: Path, pack: Path, faults: list[PlannedFault], *, resume: bool, as_json: bool) -> int:
+        """Start, watch, and return the exit code."""
+        controller = self.start(run_dir, pack, faults, resume=resume)
+        with Progress(self.config, quiet=as_json) as progress:
+            status = watch(controller, progress)
+        summary = load_summary(run_dir)
+        if as_json:
+            print(summary.model_dump_json(indent=2))
+        elif status["reason"] == "failed":
+            print(f"error: the run failed: {status['detail']}", file=sys.stderr)
+        return EXIT[summary.exit_reason]
+
+
+def watch(controller: ActorHandle, progress: Progress) -> dict[str, Any]:
+    """Show the run until it is over. The first Ctrl-C asks for a resumable stop, the second stops at once."""
+    import ray
+
+    interrupts = 0
+    lost_since: float | None = None
+    while True:
+        try:
+            status: dict[str, Any] = ray.get(controller.wait.remote(POLL_S), timeout=30)
+            lost_since = None
+            progress.show(status)
+            if status["over"]:
+                return status
+        except KeyboardInterrupt:
+            interrupts += 1
+            progress.say("stopping: islands finish their step and save" if interrupts == 1 else "stopping now")
+            controller.stop.remote(interrupts == 1)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            # Ray restarts a dead controller; it answers again once it has replayed its journal.
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > 60:
+                raise ClusterUnreachable(f"the controller does not answer any more: {error}") from error
+
+
+def demo(run_dir: Path | None, overrides: list[str], as_json: bool) -> int:
+    """Train the preset `demo`, kill an island on the way, report."""
+    from rich.console import Console
+
+    from orchestrator.artifacts import sample
+    from orchestrator.config import load_config
+    from orchestrator.report import build_report
+    from orchestrator.report.console import console_table
+
+    console = Console(stderr=as_json)
+    config = load_config("demo", overrides=overrides).config
+    directory = create_run_dir(config.run.name, path=run_dir)
+    with directory.lock():
+        directory.record(config.to_toml())
+        code = train(config, directory.path, faults=["kill:island-1@round=15"], resume=False, as_json=as_json)
+        if code == 0:
+            report = build_report(directory.path, None)
+            console.rule("a sample before training, and after")
+            for when in ("genesis", None):
+                text = sample(directory.path, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
+                console.print(json.dumps(text)[1:-1] if when else text, markup=False, highlight=False)
+                console.rule()
+            console.print(console_table(load_summary(directory.path)))
+            console.print(f"report: {report}", highlight=False)
+    console.print(f"run directory: {directory.path}", highlight=False)
+    return code

@@ -1,0 +1,70 @@
+"""What a person sees while a run goes on: one line for each evaluation and fault, one live line below."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
+
+
+class Progress:
+    """A view of the controller's status; silent with `quiet`."""
+
+    def __init__(self, config: RunConfig, *, quiet: bool) -> None:
+        """Nothing is printed before it is entered."""
+        self.config, self.quiet = config, quiet
+        self._evaluations = -1
+        self._members: set[str] = set()
+        self._live = sys.stdout.isatty() and not quiet
+        self._width = 0
+
+    def __enter__(self) -> Self:
+        """Say what is about to happen."""
+        strategy = self.config.strategy
+        self.say(
+            f"{self.config.run.islands} islands, {self.config.train.tokens:,} tokens, strategy {strategy.name}, "
+            f"synchronising every {strategy.inner_steps} steps as {self.config.codec.name}"
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the terminal on a fresh line."""
+        self._clear()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            self._clear()
+            print(text, flush=True)
+
+    def show(self, status: dict[str, Any]) -> None:
+        """The newest status."""
+        members = set(status["members"])
+        for gone in sorted(self._members - members):
+            self.say(f"{status['seconds']:7.1f} s  {gone} is gone; training goes on")
+        for new in sorted(members - self._members):
+            self.say(f"{status['seconds']:7.1f} s  {new} joined")
+        self._members = members
+        if status["evaluations"] > self._evaluations and status["val_loss"] is not None:
+            self._evaluations = status["evaluations"]
+            self.say(
+                f"{status['seconds']:7.1f} s  {100 * status['progress']:5.1f} %  round {status['rounds']:4d}  "
+                f"{status['tokens']:>12,} tokens  validation loss {status['val_loss']:.4f}"
+            )
+        if self._live:
+            line = (
+                f"{status['seconds']:7.1f} s  {100 * status['progress']:5.1f} %  round {status['rounds']}  "
+                f"{len(members)} islands"
+            )
+            print("\r" + line.ljust(self._width), end="", flush=True)
+            self._width = len(line)
+
+    def _clear(self) -> None:
+        if self._live and self._width:
+            print("\r" + " " * self._width + "\r", end="", flush=True)
+            self._width = 0

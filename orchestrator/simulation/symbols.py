@@ -1,0 +1,280 @@
+"""Tensors as sets of samples: what one member holds, in symbols (the counterpart of `workers/replica.py`).
+
+A displacement is the set of samples whose gradients it sums. The codec sends each sample at once in coarse form
+(`hi`); what it rounds away (`lo`, the residual) must be delivered once, later, by error feedback. An anchor is, per
+chunk, the `hi` and `lo` that it absorbed. So "counted twice", "half a contribution" and "lost residual" are set
+algebra. Sets are integers used as bit sets; digests are short names, equal exactly for equal content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from workers.member import residual_after
+from workers.ranges import Range
+
+
+class Violation(AssertionError):
+    """An invariant of the protocol does not hold; `number` as in section 2 of the protocol, 0 for the simulator's own."""
+
+    def __init__(self, number: int, story: str) -> None:
+        super().__init__(f"invariant {number}: {story}")
+        self.number, self.story = number, story
+
+
+def must(condition: object, number: int, story: str) -> None:
+    """Raise `Violation` unless `condition`."""
+    if not condition:
+        raise Violation(number, story)
+
+
+def bits_of(spans: Iterable[Range]) -> int:
+    """Bit set of sample positions; a position that comes twice is a bug of the caller's."""
+    out = 0
+    for start, stop in spans:
+        out |= ((1 << (stop - start)) - 1) << start
+    return out
+
+
+class BadPiece(ValueError):
+    """A contribution that must not count; the second argument is its place in the roster."""
+
+
+class NonFinite(ValueError):
+    """A contribution that is not finite where it was made."""
+
+
+class StateTorn(RuntimeError):
+    """A state that was applied has another digest than its record."""
+
+
+class Names:
+    """Digests: one short name for each content, the same in every run with the same seed."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, str] = {}
+
+    def of(self, content: Hashable) -> str:
+        """The name of a content."""
+        name = self._known.get(content)
+        if name is None:
+            name = self._known[content] = f"{len(self._known):08x}"
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """An encoded chunk: of a contribution or of a result."""
+
+    hi: int
+    lo: int
+    bad: bool
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateChunk:
+    """One chunk of a served state; `trail` names everything that was ever applied to it."""
+
+    n: int
+    chain: str
+    hi: int
+    lo: int
+    trail: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Part:
+    """One fragment of a member: anchor per chunk, displacement `d`, residual `e`, and what was offered of them."""
+
+    hi: list[int]
+    lo: list[int]
+    trail: list[str]
+    n: int = -1
+    chain: str = ""
+    d: int = 0
+    e: int = 0
+    next_e: int = 0
+    sent_d: int = 0
+    held: int | None = None
+    bad: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Replica:
+    """All fragments of one process. `feedback`: whether the codec loses something and keeps it as a residual."""
+
+    names: Names
+    num_chunks: tuple[int, ...]
+    feedback: bool
+    parts: list[Part] = field(default_factory=list)
+    wrong_once: int = 0
+
+    def __post_init__(self) -> None:
+        """Empty parts: no version yet."""
+        self.parts = [Part(hi=[0] * n, lo=[0] * n, trail=[""] * n) for n in self.num_chunks]
+
+    # ------------------------------------------------------------ versions
+
+    def make_genesis(self, chain: str, maker: str) -> tuple[str, ...]:
+        """Version 0; two makers would make different bits."""
+        for fragment, part in enumerate(self.parts):
+            part.n, part.chain = 0, chain
+            part.trail = [self.names.of(("genesis", maker, fragment, c)) for c in range(len(part.trail))]
+        return tuple(self.digest(f) for f in range(len(self.parts)))
+
+    def digest(self, fragment: int) -> str:
+        """Digest of anchor and outer state."""
+        return self.names.of(("anchor", fragment, tuple(self.parts[fragment].trail)))
+
+    def step(self, *, samples: int, bad: bool) -> None:
+        """One inner step on a bit set of samples; `bad`: it made something that is not finite, or not what is said."""
+        for part in self.parts:
+            must(not part.d & samples, 6, "a member trained on a sample twice")
+            part.d |= samples
+            if bad:
+                part.bad |= samples
+
+    # ------------------------------------------------------------ contributing
+
+    def encode(self, fragment: int, *, lies: bool) -> tuple[Payload, ...]:
+        """Encode displacement and residual. Raises `NonFinite`; with `lies` a bad one is sent instead."""
+        part = self.parts[fragment]
+        bad = bool(part.bad & part.d)
+        if bad and not lies:
+            raise NonFinite("its displacement holds a step that was not finite")
+        part.next_e = part.d if self.feedback else 0
+        part.sent_d, part.held = part.d, None
+        lo = part.e if self.feedback else 0
+        return tuple(
+            Payload(part.d, lo, bad, self.names.of(("piece", fragment, c, part.d, lo, bad)))
+            for c in range(len(part.trail))
+        )
+
+    def hold_displacement(self) -> None:
+        """Before the first step after an offer: keep what was offered."""
+        for part in self.parts:
+            if part.sent_d and part.held is None:
+                part.held = part.d
+
+    def reduce(self, fragment: int, chunk: int, pieces: Sequence[tuple[Payload, float]], device: int) -> Payload:
+        """Result of one chunk from `(payload, coefficient)` in roster order; devices give different bits."""
+        hi = lo = 0
+        for place, (payload, _) in enumerate(pieces):
+            if payload.bad:
+                raise BadPiece("its sum of squares is not what was announced", place)
+            must(not hi & payload.hi, 3, "two contributions of one roster overlap")
+            must(not lo & payload.lo, 3, "two residuals of one roster overlap")
+            hi |= payload.hi
+            lo |= payload.lo
+        made_of = tuple((payload.digest, coefficient) for payload, coefficient in pieces)
+        return Payload(hi, lo, False, self.names.of(("result", fragment, chunk, made_of, device)))
+
+    # ------------------------------------------------------------ the next version
+
+    def next_digest(self, fragment: int, payloads: Sequence[Payload]) -> str:
+        """Digest of the next version under a result; a device that computes wrongly once gives another."""
+        part = self.parts[fragment]
+        trail = tuple(self.names.of((old, p.digest)) for old, p in zip(part.trail, payloads, strict=True))
+        if self.wrong_once:
+            self.wrong_once -= 1
+            return self.names.of(("wrong", trail))
+        return self.names.of(("anchor", fragment, trail))
+
+    def apply(
+        self, fragment: int, payloads: Sequence[Payload], *, n: int, chain: str, sealed: str, included: bool
+    ) -> None:
+        """Move to version `n`; raises `StateTorn` if the new version is not the sealed one."""
+        part = self.parts[fragment]
+        for chunk, payload in enumerate(payloads):
+            part.hi[chunk], part.lo[chunk], part.trail[chunk] = absorb(
+                self.names, part.hi[chunk], part.lo[chunk], part.trail[chunk], payload
+            )
+        part.n, part.chain = n, chain
+        if included:
+            part.d = 0 if part.held is None else part.d & ~part.held
+        self._conclude(part, included=included)
+        if self.digest(fragment) != sealed:
+            raise StateTorn(f"fragment {fragment} version {n}: applied state differs from the sealed digest")
+
+    def _conclude(self, part: Part, *, included: bool) -> None:
+        part.e = residual_after(part.e, part.next_e, included=included)
+        part.next_e, part.sent_d, part.held = 0, 0, None
+        part.bad &= part.d
+
+    # ------------------------------------------------------------ states of others
+
+    def serve(self, fragment: int, chunk: int) -> StateChunk | None:
+        """One chunk of the present state, or None."""
+        part = self.parts[fragment]
+        if part.n < 0:
+            return None
+        return StateChunk(part.n, part.chain, part.hi[chunk], part.lo[chunk], part.trail[chunk])
+
+    def step_chunk(self, chunk: int, state: StateChunk, payloads: Sequence[Payload], *, n: int, chain: str) -> StateChunk:
+        """Bring a fetched chunk from version n-1 to `n` with that version's result."""
+        hi, lo, trail = absorb(self.names, state.hi, state.lo, state.trail, payloads[chunk])
+        return StateChunk(n, chain, hi, lo, trail)
+
+    def digest_of_chunks(self, fragment: int, chunks: Sequence[StateChunk]) -> str:
+        """Digest that `digest` would give for these chunks."""
+        return self.names.of(("anchor", fragment, tuple(chunk.trail for chunk in chunks)))
+
+    def install(self, fragment: int, chunks: Sequence[StateChunk], *, included: bool, fresh: bool) -> None:
+        """Take over a fetched state. `fresh`: nothing is uncommitted; else the displacement is kept."""
+        part = self.parts[fragment]
+        part.hi, part.lo = [c.hi for c in chunks], [c.lo for c in chunks]
+        part.trail = [c.trail for c in chunks]
+        part.n, part.chain = chunks[0].n, chunks[0].chain
+        if fresh:
+            self._clear(part)
+            return
+        if included:
+            part.d &= ~(part.held if part.held is not None else part.d)
+        self._conclude(part, included=included)
+
+    def reset(self) -> None:
+        """Drop everything that is not committed."""
+        for part in self.parts:
+            if part.n >= 0:
+                self._clear(part)
+
+    @staticmethod
+    def _clear(part: Part) -> None:
+        part.d = part.e = part.next_e = part.sent_d = part.bad = 0
+        part.held = None
+
+
+def absorb(names: Names, hi: int, lo: int, trail: str, payload: Payload) -> tuple[int, int, str]:
+    """One chunk of an anchor after a result."""
+    must(not hi & payload.hi, 4, "a sample is counted twice in an anchor")
+    must(not lo & payload.lo, 6, "a residual is counted twice in an anchor")
+    must(not payload.lo & ~hi, 6, "a residual of work that was never included arrives")
+    return hi | payload.hi, lo | payload.lo, names.of((trail, payload.digest))
+
+
+class Store:
+    """What one process serves: pieces and results by name (grouped by their prefix), results by content."""
+
+    __slots__ = ("content", "groups")
+
+    def __init__(self) -> None:
+        self.groups: dict[str, dict[int, Payload]] = {}
+        self.content: dict[tuple[int, str], Payload] = {}
+
+    def put(self, group: str, chunk: int, payload: Payload) -> None:
+        """Store a chunk under its name."""
+        self.groups.setdefault(group, {})[chunk] = payload
+
+    def get(self, group: str, chunk: int) -> Payload | None:
+        """A chunk by name."""
+        return self.groups.get(group, {}).get(chunk)
+
+    def discard(self, prefix: str) -> None:
+        """Drop the groups at and below a prefix."""
+        below = prefix + "/"
+        for group in [g for g in self.groups if g == prefix or g.startswith(below)]:
+            del self.groups[group]
