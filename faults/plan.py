@@ -39,7 +39,9 @@ def parse_fault(text: str, members: Collection[str]) -> PlannedFault:
     if kind not in KINDS:
         raise FaultPlanError(f"--fault {text!r}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
     if member not in members:
-        raise FaultPlanError(f"--fault {text!r}: there is no member {member!r}; this run has {', '.join(sorted(members))}")
+        raise FaultPlanError(
+            f"--fault {text!r}: there is no member {member!r}; this run has {', '.join(sorted(members))}"
+        )
     return PlannedFault(kind=kind, member=member, round=at)
 
 

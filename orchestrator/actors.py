@@ -66,7 +66,7 @@ class IslandActor:
         _log_to(Path(self.log_file))
         import torch
 
-        from workers.sync import MemberStore
+        from workers.jobs import MemberStore
         from workers.transport.flight import FlightTransport
 
         torch.set_num_threads(self.spec.train.threads)
@@ -76,10 +76,15 @@ class IslandActor:
         transport.start()
         controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
         self.context = IslandContext(
-            spec=self.spec, nonce=self.nonce, node=ray.get_runtime_context().get_node_id(), store=store,
-            transport=transport, post=lambda envelope: _post(controller, envelope), clock=time.monotonic,
+            spec=self.spec,
+            nonce=self.nonce,
+            node=ray.get_runtime_context().get_node_id(),
+            store=store,
+            transport=transport,
+            post=lambda envelope: _post(controller, envelope),
+            clock=time.monotonic,
             executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
-        )  # fmt: skip
+        )
         threading.Thread(target=self._train, name="train", daemon=True).start()
         return os.getpid()
 
@@ -135,9 +140,15 @@ class ControllerActor:
     """One run's controller: an event loop around a `Host`."""
 
     def __init__(
-        self, config_tables: dict[str, Any], run_id: str, run_dir: str, pack: str, token: str,
-        faults: list[PlannedFault], resume: bool,
-    ) -> None:  # fmt: skip
+        self,
+        config_tables: dict[str, Any],
+        run_id: str,
+        run_dir: str,
+        pack: str,
+        token: str,
+        faults: list[PlannedFault],
+        resume: bool,
+    ) -> None:
         """Takes over the journal; runs again after a restart by Ray, and then finds the islands by their nonces."""
         self.run_dir, self.pack, self.run_id, self.token = Path(run_dir), Path(pack), run_id, token
         _log_to(self.run_dir / "logs" / "controller.log")
@@ -151,10 +162,14 @@ class ControllerActor:
         self.tasks: set[asyncio.Task[None]] = set()
         self.over = asyncio.Event()
         self.host = Host(
-            plan=run_plan(self.config, run_id=run_id, pack=self.pack), run_dir=self.run_dir,
-            controller=uuid.uuid4().hex[:12], clock=time.monotonic, deliver=self._deliver, spawn=self._spawn,
+            plan=run_plan(self.config, run_id=run_id, pack=self.pack),
+            run_dir=self.run_dir,
+            controller=uuid.uuid4().hex[:12],
+            clock=time.monotonic,
+            deliver=self._deliver,
+            spawn=self._spawn,
             end=self._end,
-        )  # fmt: skip
+        )
         self.began = False
 
     async def begin(self) -> bool:
@@ -259,9 +274,11 @@ class ControllerActor:
         nonce = uuid.uuid4().hex
         life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
         handle = IslandActor.options(
-            name=island_actor_name(self.run_id, nonce), namespace=NAMESPACE, lifetime="detached",
+            name=island_actor_name(self.run_id, nonce),
+            namespace=NAMESPACE,
+            lifetime="detached",
             resources={WORKER_RESOURCE: 1},
-        ).remote(spec, nonce, self.token, str(self.run_dir / "logs" / f"{name}-{life}.log"))  # fmt: skip
+        ).remote(spec, nonce, self.token, str(self.run_dir / "logs" / f"{name}-{life}.log"))
         log.info("starting %s (%s)", name, why)
         self._adopt(name, nonce, handle)
 

@@ -21,9 +21,10 @@ def _snapshot(run_dir: Path, name: str | None) -> Path:
     found = folder / name if name is not None else newest(folder)
     if found is None or not found.exists():
         raise UserError(
-            f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of the model yet", place=str(folder),
+            f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of the model yet",
+            place=str(folder),
             remedy="wait for the first one (run.snapshot_every_s), or for the end of the run",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -41,9 +42,13 @@ def export(run_dir: Path, out: Path) -> Path:
 
 
 def sample(
-    run_dir: Path, prompt: str, max_new_tokens: int = 200, temperature: float = 0.8, seed: int = 0,
+    run_dir: Path,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
     snapshot: str | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Text that the newest anchor (or the named snapshot) continues `prompt` with."""
     from workers.data.reader import PackReader
     from workers.model.factory import build_model
@@ -53,9 +58,12 @@ def sample(
     config = _load(run_dir)
     reader = PackReader(pack_path(config))
     bundle = build_model(
-        config.model, vocab_size=reader.index.vocab_size, seq_len=reader.index.seq_len, seed=config.train.seed,
+        config.model,
+        vocab_size=reader.index.vocab_size,
+        seq_len=reader.index.seq_len,
+        seed=config.train.seed,
         load_init=False,
-    )  # fmt: skip
+    )
     anchor = load_anchor(_snapshot(run_dir, snapshot))
     bundle.model.load_state_dict(anchor, strict=False)
     return generate(bundle.model, reader.tokenizer, prompt, max_new_tokens, temperature, seed)

@@ -417,6 +417,7 @@ class Coordinator:
         )
         self._open_exchanges()
         self._tell_all()
+        self._tell(member, msg.Save(name="genesis", local=False))
         self._peers()
 
     def _open_exchanges(self) -> None:

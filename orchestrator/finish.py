@@ -22,9 +22,7 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
     seconds = coordinator.seconds()
     joins = {name: 0.0 for name in plan.islands}
     joins.update(coordinator.first_joins)
-    figures = derive_figures(
-        read_rows(host.run_dir.metrics), tokens_committed=tokens, end_s=seconds, joins_s=joins
-    )
+    figures = derive_figures(read_rows(host.run_dir.metrics), tokens_committed=tokens, end_s=seconds, joins_s=joins)
     peak = max(
         (r.mem_peak_bytes for r in read_rows(host.run_dir.metrics) if isinstance(r, StepRow) and r.mem_peak_bytes),
         default=None,

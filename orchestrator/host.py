@@ -154,10 +154,16 @@ class Host:
     def _write_faults(self) -> None:
         for track in self.coordinator.faults:
             row = FaultEvent(
-                t_s=track.detected_s, fault=track.fault, member=track.member, injected_s=track.injected_s,
-                detected_s=track.detected_s, next_commit_s=track.next_commit_s, back_s=track.back_s,
-                contributed_s=track.contributed_s, estimated=track.injected_s is None,
-            )  # fmt: skip
+                t_s=track.detected_s,
+                fault=track.fault,
+                member=track.member,
+                injected_s=track.injected_s,
+                detected_s=track.detected_s,
+                next_commit_s=track.next_commit_s,
+                back_s=track.back_s,
+                contributed_s=track.contributed_s,
+                estimated=track.injected_s is None,
+            )
             key = (track.member, track.detected_s)
             if self.fault_rows_written.get(key) != row:
                 self.fault_rows_written[key] = row

@@ -65,7 +65,9 @@ def _check(config: RunConfig, faults: Sequence[str]) -> list[PlannedFault]:
         load_loop(config.train.loop)
     for name in config.train.per_island:
         if name not in names:
-            raise UserError(f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island")
+            raise UserError(
+                f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
+            )
     return [parse_fault(fault, names) for fault in faults]
 
 
@@ -89,23 +91,30 @@ class RaySession:
         from orchestrator.actors import NAMESPACE, WORKER_RESOURCE
 
         options: dict[str, Any] = {
-            "namespace": NAMESPACE, "logging_level": "ERROR", "log_to_driver": False, "configure_logging": False,
-        }  # fmt: skip
+            "namespace": NAMESPACE,
+            "logging_level": "ERROR",
+            "log_to_driver": False,
+            "configure_logging": False,
+        }
         if self.config.run.address is None:
             slots = num_islands(self.config) + 2  # a replacement may start before the dead one's slot is free
             options |= {
-                "num_cpus": os.cpu_count() or 1, "resources": {WORKER_RESOURCE: slots}, "include_dashboard": False,
+                "num_cpus": os.cpu_count() or 1,
+                "resources": {WORKER_RESOURCE: slots},
+                "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
-            }  # fmt: skip
+                "_node_ip_address": "127.0.0.1",
+            }
         else:
             options["address"] = self.config.run.address
         try:
             ray.init(**options)
         except ConnectionError as error:
             raise ClusterUnreachable(
-                f"no Ray cluster answers at {self.config.run.address!r}: {error}", place="run.address",
+                f"no Ray cluster answers at {self.config.run.address!r}: {error}",
+                place="run.address",
                 remedy="start one there, or remove run.address to run on this machine",
-            ) from error  # fmt: skip
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:

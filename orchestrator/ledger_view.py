@@ -102,7 +102,11 @@ def compare(
         if field not in summary:
             continue
         known = value is not None
-        note = "" if known else "the length of a sample is not known: no seq_len in summary.json"
+        note = (
+            ""
+            if known
+            else "the length of a sample is not known: no seq_len in summary.json, and the pack is not there"
+        )
         agrees = summary[field] == value if known else None
         out.append(Comparison(field=field, stated=summary[field], recomputed=value, agrees=agrees, note=note))
     return tuple(out)
@@ -141,16 +145,29 @@ def _read_summary(path: Path) -> tuple[Mapping[str, Any] | None, tuple[Compariso
 
 
 def _seq_len(run_dir: Path, summary: Mapping[str, Any] | None) -> int | None:
-    """Tokens in a sample: by the summary; by the configuration only for the embedded corpus, a pack has its own."""
+    """Tokens in a sample: by the summary, else by the pack that the configuration names, else by its `data.seq_len`."""
     stated = (summary or {}).get("seq_len")
     if isinstance(stated, int):
         return stated
     try:
-        data = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8")).get("data", {})
+        data = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8")).get("data")
     except (FileNotFoundError, ValueError):
         return None
-    length = data.get("seq_len") if isinstance(data, dict) and "path" not in data else None
+    if not isinstance(data, dict):
+        return None
+    if data.get("path"):
+        return _pack_seq_len(Path(str(data["path"])))
+    length = data.get("seq_len")
     return length if isinstance(length, int) else None
+
+
+def _pack_seq_len(path: Path) -> int | None:
+    from workers.data.index import load_index
+
+    try:
+        return load_index(path).seq_len
+    except (OSError, ValueError):
+        return None  # moved or gone: the sums in samples can be checked all the same
 
 
 # ---------------------------------------------------------------- for programs

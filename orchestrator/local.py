@@ -19,8 +19,8 @@ from orchestrator.events import Finish, ProcessDied, StopRequested
 from orchestrator.host import Host
 from workers.context import IslandContext
 from workers.island import BuiltinLoop
+from workers.jobs import MemberStore
 from workers.messages import Batch, Envelope
-from workers.sync import MemberStore
 from workers.transport.loopback import LoopbackNetwork, LoopbackTransport
 
 TURN_S = 0.01
@@ -56,10 +56,14 @@ class LocalRun:
         self.posted: deque[Envelope] = deque()
         self.to_spawn: list[str] = []
         self.host = Host(
-            plan=run_plan(self.config, run_id=self.run_id, pack=self.pack), run_dir=run_dir,
-            controller=f"local-{run_dir.name}", clock=self._clock, deliver=self._deliver,
-            spawn=lambda name, why: self.to_spawn.append(name), end=lambda name, nonce: None,
-        )  # fmt: skip
+            plan=run_plan(self.config, run_id=self.run_id, pack=self.pack),
+            run_dir=run_dir,
+            controller=f"local-{run_dir.name}",
+            clock=self._clock,
+            deliver=self._deliver,
+            spawn=lambda name, why: self.to_spawn.append(name),
+            end=lambda name, nonce: None,
+        )
 
     def start(self) -> None:
         """Open the journal, build the islands, let them join."""
@@ -79,9 +83,14 @@ class LocalRun:
         transport = LoopbackTransport(self.network, f"{name}-{self.generation}", store)
         transport.start()
         context = IslandContext(
-            spec=spec, nonce=f"{name}-{self.generation}-{self.host.coordinator.term}", node=name, store=store,
-            transport=transport, post=self.posted.append, clock=self._clock,
-        )  # fmt: skip
+            spec=spec,
+            nonce=f"{name}-{self.generation}-{self.host.coordinator.term}",
+            node=name,
+            store=store,
+            transport=transport,
+            post=self.posted.append,
+            clock=self._clock,
+        )
         island = LocalIsland(loop=BuiltinLoop(context), context=context, transport=transport)
         self.islands[name] = island
         island.loop.island.__enter__()

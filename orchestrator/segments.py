@@ -139,7 +139,7 @@ def read_history(paths: Iterable[Path], fs: FileSystem | None = None) -> History
 def parse_segment(path: Path, data: bytes) -> Segment:
     """The rows of one segment. A torn tail is cut: no newline, or broken JSON on the very last line, or zero bytes.
 
-    Zeros are space that was reserved and not written: whatever is behind them belongs to a write that was never flushed.
+    Zeros are space that was reserved and not written: what is behind them belongs to a write that was never flushed.
     Raises JournalError for any other row that is broken or does not continue the one before it.
     """
     hole = data.find(b"\0")

@@ -104,6 +104,7 @@ class Summary(BaseModel):
     faults: tuple[FaultRow, ...] = Field((), description="Every fault of the run, in order.")
     journal_rows: int | None = Field(None, ge=0, description="Rows of the journal: a truncated one is noticed.")
     journal_hash: str | None = Field(None, description="Hash of the journal's last row.")
+    seq_len: int | None = Field(None, ge=1, description="Tokens of one training sample, the unit of the journal.")
 
 
 def save_summary(summary: Summary, run_dir: Path) -> Path:

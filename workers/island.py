@@ -34,6 +34,7 @@ from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.device import peak_memory_bytes, resolve_device
 from workers.inner_loop import InnerLoop, StepStats, evaluate
+from workers.jobs import MemberStore
 from workers.local_state import load_local, read_meta, save_local
 from workers.member import MemberMachine
 from workers.model.factory import LossFn, ModelBundle, build_model, next_token_loss
@@ -76,9 +77,7 @@ class Island:
             raise NoContext
         self.context, self.spec = found, found.spec
         self.model, self.optimizer = model, optimizer
-        self.bundle = ModelBundle(
-            model=model, loss_fn=loss_fn or next_token_loss, flops_per_token=flops_per_token
-        )
+        self.bundle = ModelBundle(model=model, loss_fn=loss_fn or next_token_loss, flops_per_token=flops_per_token)
         self.sync: sy.IslandSync | None = None
         self.timeline = Timeline(clock=found.clock)
         self._yielded = 0
@@ -117,22 +116,38 @@ class Island:
         replica = Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
         seq_len = self.reader.index.seq_len
         info = msg.ProcessInfo(
-            address=context.transport.address, node=context.node, batch_size=spec.train.batch_size,
+            address=context.transport.address,
+            node=context.node,
+            batch_size=spec.train.batch_size,
             weight=spec.train.batch_size * seq_len,
-        )  # fmt: skip
+        )
         machine = MemberMachine(
-            run_id=spec.run_id, name=spec.name, nonce=context.nonce, info=info,
+            run_id=spec.run_id,
+            name=spec.name,
+            nonce=context.nonce,
+            info=info,
             num_chunks=[fragment.num_chunks for fragment in fragments],
-        )  # fmt: skip
+        )
         settings = sy.SyncSettings(
-            batch_size=spec.train.batch_size, timeout_s=spec.timeout_s, wait_s=spec.wait_s, heartbeat_s=spec.heartbeat_s,
-            bound_rounds=spec.bound_rounds, total_samples=self.total_samples,
-        )  # fmt: skip
-        assert isinstance(context.store, sy.MemberStore)
+            batch_size=spec.train.batch_size,
+            timeout_s=spec.timeout_s,
+            wait_s=spec.wait_s,
+            heartbeat_s=spec.heartbeat_s,
+            bound_rounds=spec.bound_rounds,
+            total_samples=self.total_samples,
+        )
+        assert isinstance(context.store, MemberStore)
         return sy.IslandSync(
-            machine=machine, replica=replica, store=context.store, transport=context.transport, post=context.post,
-            clock=context.clock, settings=settings, executor=context.executor, on_reset=self._forget_moments,
-        )  # fmt: skip
+            machine=machine,
+            replica=replica,
+            store=context.store,
+            transport=context.transport,
+            post=context.post,
+            clock=context.clock,
+            settings=settings,
+            executor=context.executor,
+            on_reset=self._forget_moments,
+        )
 
     def _forget_moments(self) -> None:
         """After a reset the inner optimizer starts afresh: its moments belong to work that was dropped (H4)."""
@@ -315,9 +330,12 @@ class BuiltinLoop:
         optimizer = build_optimizer(self.bundle.model, spec.train)
         self.inner = InnerLoop(self.bundle, optimizer, spec.train, device)
         self.island = Island(
-            self.bundle.model, optimizer, loss_fn=self.bundle.loss_fn, context=context,
+            self.bundle.model,
+            optimizer,
+            loss_fn=self.bundle.loss_fn,
+            context=context,
             flops_per_token=self.bundle.flops_per_token,
-        )  # fmt: skip
+        )
         self.gradients_only = strategy_of(spec).contribution == "gradient"
 
     def advance(self, *, blocking: bool) -> bool:

@@ -114,14 +114,21 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads(path.read_text())
     except ValueError as error:
-        raise LocalStateError(f"{path}: not readable ({error}); remove the folder to start this island afresh") from error
+        raise LocalStateError(
+            f"{path}: not readable ({error}); remove the folder to start this island afresh"
+        ) from error
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         raise LocalStateError(f"{path}: schema {meta.get('schema')!r}, this version reads {SCHEMA}")
     return meta
 
 
 def load_local(
-    folder: Path, meta: dict[str, Any], sync: IslandSync, model: nn.Module, optimizer: InnerOptimizer, train: TrainConfig
+    folder: Path,
+    meta: dict[str, Any],
+    sync: IslandSync,
+    model: nn.Module,
+    optimizer: InnerOptimizer,
+    train: TrainConfig,
 ) -> None:
     """Put a saved state back, bit for bit, and remove it: from now on the process is ahead of it."""
     path = folder / TENSORS
@@ -157,12 +164,18 @@ def _restore_machine(machine: MemberMachine, meta: dict[str, Any]) -> None:
             offer = _offer(saved["pending"])
             member = f"{meta['name']}.{meta['incarnation']}"
             assert meta["incarnation"] is not None, f"{member} offered before it was a member"
-            state.pending = Pending(offer=offer, id=OfferId(member=machine.member_id(meta["incarnation"]), seq=offer.seq))
+            state.pending = Pending(
+                offer=offer, id=OfferId(member=machine.member_id(meta["incarnation"]), seq=offer.seq)
+            )
         fragments.append(state)
     machine.restore(
-        incarnation=meta["incarnation"], nonce=meta["nonce"], consumed=meta["consumed"], steps=meta["steps"],
-        leases=[(start, stop) for start, stop in meta["leases"]], fragments=fragments,
-    )  # fmt: skip
+        incarnation=meta["incarnation"],
+        nonce=meta["nonce"],
+        consumed=meta["consumed"],
+        steps=meta["steps"],
+        leases=[(start, stop) for start, stop in meta["leases"]],
+        fragments=fragments,
+    )
 
 
 def _offer(saved: dict[str, Any]) -> Offer:

@@ -219,9 +219,22 @@ class HandIn:
 
 
 MemberBody = (
-    Join | GenesisMade | Hello | Offer | Missing | Refused | Reduced | Have | RevokeAnswer | Evaluated | DropRequest
-    | Saved | Observed | FaultSeen | HandIn
-)  # fmt: skip
+    Join
+    | GenesisMade
+    | Hello
+    | Offer
+    | Missing
+    | Refused
+    | Reduced
+    | Have
+    | RevokeAnswer
+    | Evaluated
+    | DropRequest
+    | Saved
+    | Observed
+    | FaultSeen
+    | HandIn
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -385,9 +398,25 @@ class Attach:
 
 
 ControllerBody = (
-    Welcome | Rejoin | Fenced | MakeGenesis | LeaseGrant | Peers | Announce | Assign | Spread | Verify | Discarded
-    | RevokeQuery | RevokeCancel | Evaluate | Save | Tail | Stop | Attach
-)  # fmt: skip
+    Welcome
+    | Rejoin
+    | Fenced
+    | MakeGenesis
+    | LeaseGrant
+    | Peers
+    | Announce
+    | Assign
+    | Spread
+    | Verify
+    | Discarded
+    | RevokeQuery
+    | RevokeCancel
+    | Evaluate
+    | Save
+    | Tail
+    | Stop
+    | Attach
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -233,19 +233,39 @@ class Replica:
         return decode_payload(payload.to(device), num_values=where.stop - where.start)
 
     def _step(
-        self, fragment: int, where: slice, payload: Tensor, scale: Tensor | None, n: int, base_samples: int,
+        self,
+        fragment: int,
+        where: slice,
+        payload: Tensor,
+        scale: Tensor | None,
+        n: int,
+        base_samples: int,
         base: tuple[Tensor, tuple[Tensor, ...]] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         part = self.parts[fragment]
         anchor, states = base or (part.anchor[where], tuple(s[where] for s in part.states))
         progress = self._progress(base_samples)
         return self.strategy.outer_at(progress).step(
-            anchor, states, self._decode(payload, where, fragment), scale=scale, version=n, progress=progress,
-            spec=self.specs[fragment], start=where.start,
-        )  # fmt: skip
+            anchor,
+            states,
+            self._decode(payload, where, fragment),
+            scale=scale,
+            version=n,
+            progress=progress,
+            spec=self.specs[fragment],
+            start=where.start,
+        )
 
     def apply(
-        self, fragment: int, payloads: Sequence[Tensor], *, n: int, chain: str, base_samples: int, sealed: str, included: bool
+        self,
+        fragment: int,
+        payloads: Sequence[Tensor],
+        *,
+        n: int,
+        chain: str,
+        base_samples: int,
+        sealed: str,
+        included: bool,
     ) -> None:
         """Move to version `n`: new anchor and states, live parameters by merge (included) or translation (not).
 
@@ -321,7 +341,15 @@ class Replica:
         return StateChunk(n=n, chain=chain, values=tuple(flat.view(vectors, num)))
 
     def step_chunk(
-        self, fragment: int, chunk: int, state: StateChunk, payloads: Sequence[Tensor], *, n: int, chain: str, base_samples: int
+        self,
+        fragment: int,
+        chunk: int,
+        state: StateChunk,
+        payloads: Sequence[Tensor],
+        *,
+        n: int,
+        chain: str,
+        base_samples: int,
     ) -> StateChunk:
         """Bring a fetched chunk from version n-1 to `n` with that version's result (H10)."""
         where = self.specs[fragment].chunk_slice(chunk)

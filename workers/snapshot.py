@@ -48,7 +48,9 @@ def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]
         "versions": versions,
         "chains": chains,
         "digests": digests,
-        "files": {file: digest((temporary / file).read_bytes()) for file in ("anchor.safetensors", "states.safetensors")},
+        "files": {
+            file: digest((temporary / file).read_bytes()) for file in ("anchor.safetensors", "states.safetensors")
+        },
     }
     with (temporary / MANIFEST).open("w") as out:
         json.dump(manifest, out)

@@ -18,7 +18,7 @@ from workers.replica import BadPiece, Replica, StateChunk
 from workers.transport.errors import BlobMissing, TransportError
 
 if TYPE_CHECKING:
-    from workers.sync import IslandSync
+    from workers.jobs import Jobs
 
 Donor = tuple[str, str]
 MAX_ROUNDS = 6
@@ -36,22 +36,22 @@ def deal(chunks: Sequence[int], donors: Sequence[Donor]) -> dict[Donor, list[int
     return out
 
 
-def fetch_state(sync: IslandSync, fragment: int, donors: Sequence[Donor]) -> list[StateChunk]:
+def fetch_state(jobs: Jobs, fragment: int, donors: Sequence[Donor]) -> list[StateChunk]:
     """The newest state of a fragment that the donors have; raises `NoState` or another `TransportError`."""
-    replica, log = sync.replica, sync.machine.log
+    replica = jobs.replica
     num_chunks = replica.specs[fragment].num_chunks
     held: dict[int, StateChunk] = {}
     good = list(donors)
     for _ in range(MAX_ROUNDS):
         missing = [chunk for chunk in range(num_chunks) if chunk not in held]
         if missing:
-            good = _fetch_round(sync, fragment, missing, good, held) or list(donors)
+            good = _fetch_round(jobs, fragment, missing, good, held) or list(donors)
             missing = [chunk for chunk in range(num_chunks) if chunk not in held]
         if missing:
             continue
         target = max(chunk.n for chunk in held.values())
         for chunk in sorted(held):
-            brought = _bring_forward(sync, fragment, chunk, held[chunk], target, good)
+            brought = _bring_forward(jobs, fragment, chunk, held[chunk], target, good)
             if brought is None:
                 del held[chunk]
             else:
@@ -59,8 +59,8 @@ def fetch_state(sync: IslandSync, fragment: int, donors: Sequence[Donor]) -> lis
         if len(held) < num_chunks:
             continue
         chunks = [held[chunk] for chunk in range(num_chunks)]
-        with sync.changed:
-            sealed = log.digest(fragment, target)
+        with jobs.lock:
+            sealed = jobs.log().digest(fragment, target)
         if sealed is not None and Replica.digest_of_chunks(chunks) == sealed:
             return chunks
         held = {}
@@ -68,32 +68,32 @@ def fetch_state(sync: IslandSync, fragment: int, donors: Sequence[Donor]) -> lis
 
 
 def _fetch_round(
-    sync: IslandSync, fragment: int, missing: Sequence[int], donors: Sequence[Donor], held: dict[int, StateChunk]
+    jobs: Jobs, fragment: int, missing: Sequence[int], donors: Sequence[Donor], held: dict[int, StateChunk]
 ) -> list[Donor]:
     """One try from all donors at once; returns those who delivered."""
-    jobs = list(deal(missing, donors).items())
-    if sync.executor is None or len(jobs) == 1:
-        results = [_from_donor(sync, fragment, donor, chunks) for donor, chunks in jobs]
+    tasks = list(deal(missing, donors).items())
+    if not jobs.threaded or len(tasks) == 1:
+        results = [_from_donor(jobs, fragment, donor, chunks) for donor, chunks in tasks]
     else:
-        with ThreadPoolExecutor(max_workers=len(jobs), thread_name_prefix="state") as pool:
-            results = list(pool.map(lambda job: _from_donor(sync, fragment, *job), jobs))
+        with ThreadPoolExecutor(max_workers=len(tasks), thread_name_prefix="state") as pool:
+            results = list(pool.map(lambda task: _from_donor(jobs, fragment, *task), tasks))
     good: list[Donor] = []
-    for (donor, chunks), result in zip(jobs, results, strict=True):
+    for (donor, chunks), result in zip(tasks, results, strict=True):
         if result is not None:
             good.append(donor)
             held.update(zip(chunks, result, strict=True))
-    return good + [donor for donor in donors if donor not in dict(jobs)]
+    return good + [donor for donor in donors if donor not in dict(tasks)]
 
 
-def _from_donor(sync: IslandSync, fragment: int, donor: Donor, chunks: Sequence[int]) -> list[StateChunk] | None:
-    spec = sync.replica.specs[fragment]
-    vectors = 1 + sync.replica.strategy.num_states
+def _from_donor(jobs: Jobs, fragment: int, donor: Donor, chunks: Sequence[int]) -> list[StateChunk] | None:
+    spec = jobs.replica.specs[fragment]
+    vectors = 1 + jobs.replica.strategy.num_states
     keys = [f"state/{fragment}/{chunk}" for chunk in chunks]
     max_bytes = len(keys) * (4 * vectors * spec.chunk_values + 8192)
     try:
-        blobs = sync.transport.fetch(donor[1], keys, timeout_s=sync.settings.timeout_s, max_bytes=max_bytes)
+        blobs = jobs.transport.fetch(donor[1], keys, timeout_s=jobs.timeout_s, max_bytes=max_bytes)
         return [
-            sync.replica.parse_state(fragment, chunk, memoryview(blob.data))
+            jobs.replica.parse_state(fragment, chunk, memoryview(blob.data))
             for chunk, blob in zip(chunks, blobs, strict=True)
         ]
     except (TransportError, BadPiece):
@@ -101,44 +101,44 @@ def _from_donor(sync: IslandSync, fragment: int, donor: Donor, chunks: Sequence[
 
 
 def _bring_forward(
-    sync: IslandSync, fragment: int, chunk: int, state: StateChunk, target: int, donors: Sequence[Donor]
+    jobs: Jobs, fragment: int, chunk: int, state: StateChunk, target: int, donors: Sequence[Donor]
 ) -> StateChunk | None:
     while state.n < target:
-        with sync.changed:
-            record = sync.machine.log.next(fragment, state.chain)
+        with jobs.lock:
+            record = jobs.log().next(fragment, state.chain)
         if record is None:
             return None
-        payloads = _results(sync, fragment, record.chunk_digests, donors)
+        payloads = _results(jobs, fragment, record.chunk_digests, donors)
         if payloads is None:
             return None
-        state = sync.replica.step_chunk(
+        state = jobs.replica.step_chunk(
             fragment, chunk, state, payloads, n=record.n, chain=record.chain, base_samples=record.base_samples
         )
     return state
 
 
-def _results(
-    sync: IslandSync, fragment: int, digests: Sequence[str], donors: Sequence[Donor]
-) -> list[torch.Tensor] | None:
+def _results(jobs: Jobs, fragment: int, digests: Sequence[str], donors: Sequence[Donor]) -> list[torch.Tensor] | None:
     """Result chunks of one version, from this member's store or any donor."""
     keys = [f"content/{fragment}/{digest_hex}" for digest_hex in digests]
-    lacking = [(key, d) for key, d in zip(keys, digests, strict=True) if sync.store.find(key) is None]
+    lacking = [(key, d) for key, d in zip(keys, digests, strict=True) if jobs.store.find(key) is None]
     if lacking:
         for _, address in donors:
             try:
-                blobs = sync.transport.fetch(
-                    address, [key for key, _ in lacking], timeout_s=sync.settings.timeout_s,
-                    max_bytes=len(lacking) * (4 * sync.replica.specs[fragment].chunk_values + 4096),
-                )  # fmt: skip
+                blobs = jobs.transport.fetch(
+                    address,
+                    [key for key, _ in lacking],
+                    timeout_s=jobs.timeout_s,
+                    max_bytes=len(lacking) * (4 * jobs.replica.specs[fragment].chunk_values + 4096),
+                )
             except (BlobMissing, TransportError):
                 continue
             if all(blob.digest == wanted for blob, (_, wanted) in zip(blobs, lacking, strict=True)):
                 for blob, (key, wanted) in zip(blobs, lacking, strict=True):
-                    sync.store.put(key, blob.data, digest_hex=wanted)
+                    jobs.store.put(key, blob.data, digest_hex=wanted)
                 break
         else:
             return None
-    found = [sync.store.get(key) for key in keys]
+    found = [jobs.store.get(key) for key in keys]
     if any(data is None for data in found):
         return None
     return [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in found if data is not None]

@@ -16,23 +16,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from strategies.codecs.base import NonFiniteError
 from workers import member_events as ev
 from workers import messages as msg
 from workers import ranges
-from workers.digest import digest
+from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.member import MemberMachine
 from workers.ranges import Range
 from workers.records import CommitRecord, FenceRecord, JoinRecord, OfferId
-from workers.replica import BadPiece, Replica, StateChunk, StateTorn, as_bytes
-from workers.state_fetch import fetch_state
-from workers.store import BlobStore, StoredBlob
+from workers.replica import Replica, StateTorn, as_bytes
 from workers.transport.base import Transport
-from workers.transport.errors import TransportError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,39 +80,6 @@ class Finished:
 Action = TrainOn | EvaluateNow | SaveNow | WaitFor | Finished
 
 
-class MemberStore(BlobStore):
-    """A member's blobs, and its present state under `state/<fragment>/<chunk>` made when asked for."""
-
-    replica: Replica | None = None
-
-    def find(self, key: str) -> StoredBlob | None:
-        """A stored blob, or a chunk of the present state."""
-        if not key.startswith("state/"):
-            return super().find(key)
-        _, fragment, chunk = key.split("/")
-        try:
-            assert self.replica is not None
-            data = self.replica.serve(int(fragment), int(chunk))
-        except (KeyError, IndexError, ValueError):
-            return None
-        return StoredBlob(data=memoryview(data), digest=digest(data))
-
-
-def piece_key(fragment: int, offer: object, chunk: int) -> str:
-    """Key of one chunk of a contribution."""
-    return f"piece/{fragment}/{offer}/{chunk}"
-
-
-def content_key(fragment: int, digest_hex: str) -> str:
-    """Key of a result chunk by its content: any holder may serve it."""
-    return f"content/{fragment}/{digest_hex}"
-
-
-def name_key(fragment: int, roster_digest: str, chunk: int) -> str:
-    """Key of a result chunk by what it was made of: known before it exists."""
-    return f"result/{fragment}/{roster_digest}/{chunk}"
-
-
 class IslandSync:
     """One member: its machine, its tensors and its transport."""
 
@@ -152,7 +112,15 @@ class IslandSync:
         self.waiting_since: float | None = None
         self.stopped = False
         self.failure: BaseException | None = None
-        self.staged_chunks: dict[int, list[StateChunk]] = {}
+        self.jobs = Jobs(
+            replica=replica,
+            store=store,
+            transport=transport,
+            log=lambda: machine.log,
+            lock=self.changed,
+            timeout_s=settings.timeout_s,
+            threaded=executor is not None,
+        )
         self._thread: threading.Thread | None = None
         self._fleet_share = 1.0
         self.base_samples = 0
@@ -229,21 +197,24 @@ class IslandSync:
                 case ev.Forget():
                     self._forget(command)
                 case ev.BuildGenesis():
-                    self._work(lambda: ev.GenesisBuilt(
-                        digests=self.replica.make_genesis("genesis"), num_params=sum(s.numel for s in self.replica.specs)
-                    ))  # fmt: skip
+                    self._work(
+                        lambda: ev.GenesisBuilt(
+                            digests=self.replica.make_genesis("genesis"),
+                            num_params=sum(s.numel for s in self.replica.specs),
+                        )
+                    )
                 case ev.FetchPieces():
-                    self._work(lambda c=command: self._fetch_pieces(c))  # type: ignore[misc]
+                    self._work(lambda c=command: self.jobs.fetch_pieces(c))  # type: ignore[misc]
                 case ev.Reduce():
-                    self._work(lambda c=command: self._reduce(c))  # type: ignore[misc]
+                    self._work(lambda c=command: self.jobs.reduce(c))  # type: ignore[misc]
                 case ev.FetchResults():
-                    self._work(lambda c=command: self._fetch_results(c))  # type: ignore[misc]
+                    self._work(lambda c=command: self.jobs.fetch_results(c))  # type: ignore[misc]
                 case ev.ComputeNext():
-                    self._work(lambda c=command: self._compute_next(c))  # type: ignore[misc]
+                    self._work(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
                 case ev.VerifyAnchor():
-                    self._work(lambda c=command: self._verify_anchor(c))  # type: ignore[misc]
+                    self._work(lambda c=command: self.jobs.verify_anchor(c))  # type: ignore[misc]
                 case ev.FetchState():
-                    self._work(lambda c=command: self._fetch_state(c))  # type: ignore[misc]
+                    self._work(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
         self._flush()
 
     def _flush(self) -> None:
@@ -279,107 +250,6 @@ class IslandSync:
         for digest_hex in command.digests:
             self.store.discard(content_key(command.fragment, digest_hex))
         self.store.discard(f"result/{command.fragment}")
-
-    # ------------------------------------------------------------ jobs
-
-    def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:
-        wait_s = self.settings.timeout_s if wait and self.executor is not None else 0.0
-        blobs = self.transport.fetch(
-            address, keys, timeout_s=self.settings.timeout_s + wait_s, wait_s=wait_s, max_bytes=max_bytes
-        )
-        return [torch.from_numpy(blob.data) for blob in blobs]
-
-    def _chunk_bytes(self, fragment: int, num_chunks: int) -> int:
-        spec = self.replica.specs[fragment]
-        return num_chunks * (4 * spec.chunk_values + 4096)
-
-    def _fetch_pieces(self, c: ev.FetchPieces) -> ev.Event:
-        offer = OfferId(member=c.offer_by, seq=c.offer.seq)
-        keys = [piece_key(c.fragment, offer, chunk) for chunk in c.chunks]
-        try:
-            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)))
-        except TransportError as error:
-            return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=c.chunks, why=str(error))
-        for key, chunk, payload in zip(keys, c.chunks, payloads, strict=True):
-            if digest(as_bytes(payload)) != c.offer.chunk_digests[chunk]:
-                return ev.PieceRejected(fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced")
-            self.store.put(key, as_bytes(payload), digest_hex=c.offer.chunk_digests[chunk])
-        return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
-
-    def _reduce(self, c: ev.Reduce) -> ev.Event | None:
-        offers = {(m, o.seq): o for m, _, o in c.assign.offers}
-        done: list[tuple[int, str]] = []
-        for chunk in c.chunks:
-            pieces: list[tuple[Tensor, float, float]] = []
-            for entry in c.assign.roster:
-                data = self.store.get(piece_key(c.assign.fragment, entry.offer, chunk))
-                if data is None:  # superseded meanwhile
-                    return None
-                sumsq = offers[entry.offer.member, entry.seq].sumsq[chunk]
-                pieces.append((_tensor(data), entry.coefficient, sumsq))
-            try:
-                payload = self.replica.reduce(c.assign.fragment, chunk, pieces)
-            except BadPiece as error:
-                offer = c.assign.roster[error.args[1]].offer
-                return ev.PieceRejected(fragment=c.assign.fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
-            done.append((chunk, self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, payload)))
-        return ev.ChunksReduced(fragment=c.assign.fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
-
-    def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Tensor) -> str:
-        data = as_bytes(payload)
-        digest_hex = digest(data)
-        self.store.put(content_key(fragment, digest_hex), data, digest_hex=digest_hex)
-        self.store.put(name_key(fragment, roster, chunk), data, digest_hex=digest_hex)
-        return digest_hex
-
-    def _fetch_results(self, c: ev.FetchResults) -> ev.Event:
-        if c.digests:
-            keys = [content_key(c.fragment, digest_hex) for digest_hex in c.digests]
-        else:
-            keys = [name_key(c.fragment, c.roster_digest, chunk) for chunk in c.chunks]
-        try:
-            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)), wait=not c.digests)
-        except TransportError as error:
-            return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=str(error))
-        done: list[tuple[int, str]] = []
-        for place, (chunk, payload) in enumerate(zip(c.chunks, payloads, strict=True)):
-            digest_hex = self._publish_result(c.fragment, c.roster_digest, chunk, payload)
-            if c.digests and digest_hex != c.digests[place]:
-                why = "the content is not what its name says"
-                return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=why)
-            done.append((chunk, digest_hex))
-        return ev.ResultsFetched(fragment=c.fragment, chunks=tuple(done))
-
-    def _payloads(self, fragment: int, digests: Sequence[str]) -> list[Tensor] | None:
-        out: list[Tensor] = []
-        for digest_hex in digests:
-            data = self.store.get(content_key(fragment, digest_hex))
-            if data is None:
-                return None
-            out.append(_tensor(data))
-        return out
-
-    def _compute_next(self, c: ev.ComputeNext) -> ev.Event | None:
-        payloads = self._payloads(c.assign.fragment, c.chunk_digests)
-        with self.replica.lock:
-            if payloads is None or self.replica.parts[c.assign.fragment].chain != c.assign.base.chain:
-                return None
-            digest_hex = self.replica.next_digest(c.assign.fragment, payloads, base_samples=c.assign.base_samples)
-        return ev.NextComputed(
-            fragment=c.assign.fragment, exchange=c.assign.exchange, attempt=c.assign.attempt, digest=digest_hex
-        )
-
-    def _verify_anchor(self, c: ev.VerifyAnchor) -> ev.Event:
-        intact = self.replica.digest(c.fragment) == c.digest
-        return ev.AnchorVerified(fragment=c.fragment, intact=intact, exchange=c.exchange, attempt=c.attempt)
-
-    def _fetch_state(self, c: ev.FetchState) -> ev.Event:
-        try:
-            chunks = fetch_state(self, c.fragment, c.donors)
-        except TransportError as error:
-            return ev.StateFailed(fragment=c.fragment, why=str(error))
-        self.staged_chunks[c.fragment] = chunks
-        return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
 
     # ------------------------------------------------------------ the step boundary (training thread)
 
@@ -434,7 +304,7 @@ class IslandSync:
             pending = state.pending
             included = record is not None and pending is not None and any(e.offer == pending.id for e in record.roster)
             fresh = not self.steps_done  # nothing uncommitted: the live parameters are the anchor
-            self.replica.install(fragment, self.staged_chunks.pop(fragment), included=included, fresh=fresh)
+            self.replica.install(fragment, self.jobs.staged.pop(fragment), included=included, fresh=fresh)
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self.marks[fragment] = self.total_steps
             self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
@@ -442,13 +312,18 @@ class IslandSync:
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
             while (due := self.machine.due(fragment)) is not None:
-                payloads = self._payloads(fragment, due.record.chunk_digests)
+                payloads = self.jobs.payloads(fragment, due.record.chunk_digests)
                 assert payloads is not None, "a due result is not in the store"
                 try:
                     self.replica.apply(
-                        fragment, payloads, n=due.record.n, chain=due.record.chain, base_samples=due.record.base_samples,
-                        sealed=due.record.digest, included=due.included,
-                    )  # fmt: skip
+                        fragment,
+                        payloads,
+                        n=due.record.n,
+                        chain=due.record.chain,
+                        base_samples=due.record.base_samples,
+                        sealed=due.record.digest,
+                        included=due.included,
+                    )
                 except StateTorn as error:
                     self._torn(fragment, due.record, str(error))
                     return
@@ -528,10 +403,19 @@ class IslandSync:
         since, upto = state.watermark, self.machine.consumed
         born = next(versions[fragment] for end, versions in self.steps_done if end > since)
         offer = msg.Offer(
-            fragment=fragment, base=state.version, seq=seq, born=born, since=since, upto=upto,
-            ranges=ranges.cut(self.machine.leases, since, upto), num_steps=steps, weight=self.machine.info.weight,
-            chunk_digests=encoded.digests, sumsq=encoded.sumsq, num_bytes=encoded.num_bytes,
-        )  # fmt: skip
+            fragment=fragment,
+            base=state.version,
+            seq=seq,
+            born=born,
+            since=since,
+            upto=upto,
+            ranges=ranges.cut(self.machine.leases, since, upto),
+            num_steps=steps,
+            weight=self.machine.info.weight,
+            chunk_digests=encoded.digests,
+            sumsq=encoded.sumsq,
+            num_bytes=encoded.num_bytes,
+        )
         self.waiting_since = self.clock()
         self._carry_out(self.machine.offered(offer, self.clock()))
 
@@ -596,7 +480,3 @@ class IslandSync:
         with self.changed:
             self.bodies.append(body)
             self._flush()
-
-
-def _tensor(data: memoryview) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())

@@ -50,8 +50,8 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         ("exchanges", f"{summary.exchanges_committed} committed{discarded}"),
         (
             "bytes sent",
-            f"{fmt.num_bytes(summary.bytes_sent)} of payload, "
-            f"{summary.bytes_sent_per_param_per_round:.2f} bytes per parameter, member and round",
+            f"{fmt.num_bytes(summary.bytes_sent)}, {summary.bytes_sent_per_param_per_round:.2f} B "
+            "per parameter, member and round",
         ),
     ]
 

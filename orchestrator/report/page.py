@@ -68,7 +68,7 @@ def single_run_page(run: RunData) -> str:
 
 def _charts(run: RunData, figures: Headline) -> list[Markup]:
     return [
-        section("Loss", grid(sections.loss_chart(run, over="progress"), sections.loss_chart(run, over="time"))),
+        section("Loss", grid(*sections.loss_charts(run))),
         section("Time", timeline_chart(run), phase_table(run)),
         section("Faults", tables.fault_table(run, figures)),
         section(

@@ -11,7 +11,7 @@ from orchestrator.report.html import Markup, el
 from orchestrator.report.lines import Marker, Series, line_chart
 from orchestrator.report.load import RunData
 from orchestrator.report.scale import Axis
-from orchestrator.report.series import committed_rate, cumulative_bytes, member_curves, val_curve
+from orchestrator.report.series import MemberCurve, committed_rate, cumulative_bytes, member_curves, val_curve
 from orchestrator.report.timeline import fault_moment
 from orchestrator.report.verdict import Headline
 from orchestrator.summary import FaultRow
@@ -103,24 +103,27 @@ def fault_markers(run: RunData) -> list[Marker]:
     ]
 
 
-def loss_chart(run: RunData, *, over: str) -> Markup:
-    """Validation loss of the anchor and training loss of every island over 'progress' or 'time'."""
+def loss_charts(run: RunData) -> list[Markup]:
+    """Validation loss of the anchor and training loss of every island, over progress and over time."""
+    smoothed = member_curves(run, "loss", smoothed=True)
+    raw = member_curves(run, "loss", smoothed=False) if len(run.members) <= MAX_COLOURS else []
+    return [_loss_chart(run, smoothed, raw, over=over) for over in ("progress", "time")]
+
+
+def _loss_chart(run: RunData, smoothed: Sequence[MemberCurve], raw: Sequence[MemberCurve], *, over: str) -> Markup:
     over_time = over == "time"
     count = len(run.members)
-    raw = {curve.member: curve for curve in member_curves(run, "loss", smoothed=False)} if count <= MAX_COLOURS else {}
-    series = []
-    for curve in member_curves(run, "loss", smoothed=True):
-        number = run.members.index(curve.member)
-        faint = raw.get(curve.member)
-        series.append(
-            Series(
-                label=curve.member,
-                css=island_css(number, count),
-                segments=curve.over_time if over_time else curve.over_progress,
-                faint=[] if faint is None else faint.over_time if over_time else faint.over_progress,
-                keyed=count <= MAX_COLOURS,
-            )
+    pale = {curve.member: curve.over_time if over_time else curve.over_progress for curve in raw}
+    series = [
+        Series(
+            label=curve.member,
+            css=island_css(run.members.index(curve.member), count),
+            segments=curve.over_time if over_time else curve.over_progress,
+            faint=pale.get(curve.member, []),
+            keyed=count <= MAX_COLOURS,
         )
+        for curve in smoothed
+    ]
     val = val_curve(run, "t_s" if over_time else "progress")
     if val:
         series.append(Series(label="anchor (validation)", css="anchor", segments=[val], dots=True, hold=True))

@@ -44,8 +44,8 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 def member_curves(run: RunData, quantity: str, *, smoothed: bool) -> list[MemberCurve]:
     """Curves of `quantity` ('loss' or 'tokens_per_s') for every member, thinned to what a chart can show.
 
-    smoothed: a mean over a fortieth of the member's steps (at most 100); values that are not finite cut the
-    curve.
+    smoothed: a mean over a fortieth of the member's steps, in long runs over 100 steps or a two-hundredth; values that
+    are not finite cut the curve.
     """
     curves = []
     budget = max(60, _POINTS_PER_CHART // max(1, len(run.members)))
@@ -54,7 +54,7 @@ def member_curves(run: RunData, quantity: str, *, smoothed: bool) -> list[Member
         num_steps = sum(len(columns.step) for columns in mine)
         if not num_steps:
             continue
-        window = max(1, min(100, num_steps // 40)) if smoothed else 1
+        window = max(1, min(100, num_steps // 40), num_steps // 200) if smoothed else 1
         over_time: Segments = []
         over_progress: Segments = []
         for columns in mine:

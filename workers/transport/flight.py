@@ -48,7 +48,7 @@ class FlightTransport:
         token: str,
         port: int = 0,
         advertise_host: str | None = None,
-        num_connections: int = 4,
+        num_connections: int = 8,
         tls: TlsConfig | None = None,
         keepalive_time_s: float = 1.0,
         keepalive_timeout_s: float = 3.0,

@@ -41,7 +41,7 @@ WAITING_EVERY_S = 1.0
 """How often a waiting reader hears from the server. It must be often: gRPC servers close a connection on its third
 keepalive ping without data in between (``too_many_pings``), and the client pings every second."""
 
-MAX_WAITING = 256
+MAX_WAITING = 1024
 """Streams that may wait at once; one more is answered as if the key were missing."""
 
 Message = tuple[pa.RecordBatch, bytes | None]

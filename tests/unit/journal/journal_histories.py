@@ -72,9 +72,7 @@ class Life:
 class Story:
     """Makes a legal journal by random steps; `records` is the journal, `fates()` the truth about every sample."""
 
-    def __init__(
-        self, seed: int, *, num_fragments: int = 1, num_members: int = 3, revoke_dropped: bool = True
-    ) -> None:
+    def __init__(self, seed: int, *, num_fragments: int = 1, num_members: int = 3, revoke_dropped: bool = True) -> None:
         """`revoke_dropped`: commits may be taken back although a member of the roster dropped that work since."""
         self.rng = random.Random(seed)
         self.num_fragments = num_fragments
@@ -227,9 +225,7 @@ class Story:
     def end(self, life: Life, *, refused: bool) -> None:
         life.live, life.refused = False, refused
         life.may_commit = {f for f in range(self.num_fragments) if self.rng.random() < 0.5}
-        self.records.append(
-            FenceRecord(member=life.name, incarnation=life.incarnation, why="test", refused=refused)
-        )
+        self.records.append(FenceRecord(member=life.name, incarnation=life.incarnation, why="test", refused=refused))
 
     def fence(self) -> None:
         if len(self.live()) > 1:

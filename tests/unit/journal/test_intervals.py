@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +37,7 @@ def test_changes_are_those_of_a_plain_set(changes: list[tuple[str, list[Range]]]
     assert positions(spans) == sorted(plain)
     assert intervals.num == len(plain)
     assert all(start < stop for start, stop in spans)
-    assert all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(spans))
     assert intervals == IntervalSet(spans)
 
 
@@ -53,4 +55,4 @@ def test_coverage_counts_the_sets_at_each_position(all_changes: list[list[tuple[
     counted = {x: k for start, stop, k in stretches for x in range(start, stop)}
     everything = set().union(*(plain for _, plain in built))
     assert counted == {x: sum(x in plain for _, plain in built) for x in everything}
-    assert all(a[1] < b[0] or a[2] != b[2] for a, b in zip(stretches, stretches[1:], strict=False))
+    assert all(a[1] < b[0] or a[2] != b[2] for a, b in itertools.pairwise(stretches))

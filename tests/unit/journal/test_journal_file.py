@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_nothing_behind_and_may_be_tried_again(tmp_path: Path
 def test_a_whole_row_that_a_successor_may_have_read_is_not_cut_off(tmp_path: Path) -> None:
     fault = Fault(call="write", error=NO_SPACE, at=1, partial=400)
     journal = open_segment(tmp_path, controller="c", fs=FaultyDisk(fault))
-    with pytest.raises(JournalFailed, match="writing .* failed"):
+    with pytest.raises(JournalFailed, match=r"writing .* failed"):
         journal.append([join(1), join(2), join(3)])
     history = read_run(tmp_path)
     assert len(history.rows) > 1

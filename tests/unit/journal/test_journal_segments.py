@@ -116,7 +116,7 @@ def test_hostile_rows_are_errors_of_the_journal(line: bytes) -> None:
 
 
 def test_a_chain_that_begins_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(JournalError, match="row 3 continues row 2 .* no older segment has a row"):
+    with pytest.raises(JournalError, match=r"row 3 continues row 2 .* no older segment has a row"):
         read_rows([write(tmp_path / "journal.jsonl", ROWS[3:])])
     foreign = make_row(0, "1" * 32, ROWS[0].record)
     with pytest.raises(JournalError, match="row 0 continues another journal"):
@@ -168,7 +168,7 @@ def test_empty_segments_are_skipped(tmp_path: Path) -> None:
 def test_a_segment_that_continues_nothing(tmp_path: Path) -> None:
     write(tmp_path / "journal.jsonl", ROWS[:20])
     path = write(tmp_path / "journal.000002.jsonl", continued(ROWS[30], 2))
-    with pytest.raises(JournalError, match="row 31 continues row 30 .* end with row 19") as caught:
+    with pytest.raises(JournalError, match=r"row 31 continues row 30 .* end with row 19") as caught:
         read_run(tmp_path)
     assert (caught.value.path, caught.value.line, caught.value.seq) == (path, 1, 31)
     other = make_row(20, ROWS[19].hash, FenceRecord(member="z", incarnation=1, why=""))

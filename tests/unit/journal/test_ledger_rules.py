@@ -306,7 +306,9 @@ def test_a_revoked_commit_of_a_settled_member_returns_only_what_no_fragment_hold
     records = sound()
     for name in ("lease again", "second", "term 2", "revoke", "drop a"):
         del records[name]
-    insert("one more", commit(1, 2, records["commit 1"].chain, 2, entry("b", 0, 4, (20, 24))), before="settle b")(records)  # type: ignore[attr-defined]
+    insert("one more", commit(1, 2, records["commit 1"].chain, 2, entry("b", 0, 4, (20, 24))), before="settle b")(
+        records
+    )  # type: ignore[attr-defined]
     head = records["commit 0"]
     assert isinstance(head, CommitRecord)
     assert recompute(chain_rows(list(records.values()))).full == ((0, 10), (20, 24))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +20,7 @@ def positions(spans: object) -> list[int]:
 
 def is_interval_set(spans: tuple[Range, ...]) -> bool:
     """Sorted, disjoint, not empty, and merged wherever two touch."""
-    return all(start < stop for start, stop in spans) and all(
-        a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False)
-    )
+    return all(start < stop for start, stop in spans) and all(a[1] < b[0] for a, b in itertools.pairwise(spans))
 
 
 @given(range_lists)
@@ -34,7 +34,7 @@ def test_append_keeps_the_order_of_positions(spans: list[Range], extra: list[Ran
     ranges.append(joined, spans)
     ranges.append(joined, extra)
     assert positions(joined) == positions(spans) + positions(extra)
-    assert all(a[1] != b[0] for a, b in zip(joined, joined[1:], strict=False))
+    assert all(a[1] != b[0] for a, b in itertools.pairwise(joined))
 
 
 @pytest.mark.parametrize("bad", [(3, 3), (5, 4)])
@@ -56,7 +56,7 @@ def test_cuts_that_follow_each_other_make_the_whole(spans: list[Range], data: st
     total = ranges.count(spans)
     edges = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=4))})
     joined: list[Range] = []
-    for since, upto in zip(edges, edges[1:], strict=False):
+    for since, upto in itertools.pairwise(edges):
         ranges.append(joined, ranges.cut(spans, since, upto))
     whole: list[Range] = []
     ranges.append(whole, spans)

@@ -1,6 +1,7 @@
 """Makes run directories without training anything: the rows a controller would write, with an island that is killed.
 
-`SyntheticRun(...).write(directory)`; everything is a function of the seed. Not a test module: load it by path.
+`SyntheticRun(...).write(directory)`; everything is a function of the seed. Not a test module:
+import it as `tests.unit.report.synthetic_run`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orchestrator.metrics import (
     EvalRow,
@@ -19,7 +21,6 @@ from orchestrator.metrics import (
     Row,
     SpanRow,
     StepRow,
-    row_to_dict,
 )
 from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures, save_summary
 
@@ -208,7 +209,9 @@ class SyntheticRun:
                 fault.setdefault("contributed_s", now)
         rows += self._evaluation(members[0], rounds, now, tokens)
         if fault:
-            told = {key: value for key, value in fault.items() if key != "back_s" or members[1] not in away_until}
+            told: dict[str, Any] = {
+                key: value for key, value in fault.items() if key != "back_s" or members[1] not in away_until
+            }
             rows.append(FaultEvent(t_s=fault["detected_s"], fault="kill", member=members[1], **told))
         return rows
 
@@ -266,8 +269,3 @@ class SyntheticRun:
 
 def _when(row: Row) -> float:
     return row.end_s if isinstance(row, SpanRow) else row.t_s
-
-
-def as_dicts(rows: list[Row]) -> list[dict[str, object]]:
-    """The JSON objects of rows."""
-    return [row_to_dict(row) for row in rows]

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow.flight as fl
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -24,6 +25,7 @@ from tests.unit.transport.support import TOKEN, random_bytes, store_with, wait_f
 from workers.store import BlobStore
 from workers.transport.base import Cancelled, PeerUnreachable, TransportError
 from workers.transport.flight import FlightTransport, TlsConfig
+from workers.transport.wire import Ticket, encode_ticket
 
 
 def _transport(store: BlobStore, **options: object) -> FlightTransport:
@@ -85,7 +87,7 @@ def test_peer_lost_in_the_middle_of_a_blob_is_noticed(half_server: subprocess.Po
 
 def test_stop_leaves_no_thread_no_port_and_no_connection() -> None:
     before = threading.active_count()
-    server, client = _transport(store_with(a=random_bytes(4 << 20))), _transport(BlobStore())
+    server, client = _transport(store_with(a=random_bytes(4 << 20))), _transport(BlobStore(), num_connections=4)
     address, port = server.address, _port(server)
     client.warm(address, timeout_s=5)
     assert _num_sockets_to(port) == 4
@@ -130,6 +132,24 @@ def test_stop_while_fetches_run() -> None:
         client.stop()
         server.stop()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("atoll-")]
+
+
+def test_a_reader_that_stalls_cannot_hold_up_stop(caplog: pytest.LogCaptureFixture) -> None:
+    server = _transport(store_with(a=random_bytes(16 << 20)), stop_timeout_s=0.2)
+    port, flight = _port(server), fl.FlightClient(server.address)
+    ticket = encode_ticket(Ticket(keys=("a",), stream=0, num_streams=1, wait_s=0))
+    options = fl.FlightCallOptions(timeout=50, headers=[(b"x-atoll-token", TOKEN.encode())])
+    reader = flight.do_get(fl.Ticket(ticket), options)
+    reader.read_chunk()  # the first batch, then no more
+    seen: list[int] = []
+    wait_for(lambda: seen.append(server.bytes_sent) or seen.count(seen[-1]) == 20, "the stream to stall")
+    assert seen[-1] < 16 << 20
+    server.stop()
+    assert "still holds a stream of ours open after 0.2 s" in caplog.text
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    reader.cancel()
+    wait_for(lambda: not any(t.name == "atoll-flight-shutdown" for t in threading.enumerate()), "the stream to end")
 
 
 def test_reconnects_when_a_peer_comes_back_at_the_same_address() -> None:

@@ -1,0 +1,244 @@
+"""The simulated cluster: processes, controllers, links between them, and what a supervisor (Ray) does about deaths."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from faults.virtual import VirtualDisk, VirtualNetwork, VirtualTime
+from orchestrator import events as ev
+from orchestrator.simulation.checks import Checks
+from orchestrator.simulation.controller import Controller
+from orchestrator.simulation.island import Fetch, FetchFailed, Island, Job
+from orchestrator.simulation.scenario import Scenario
+from orchestrator.simulation.symbols import Names
+from workers.messages import Batch, Envelope
+from workers.records import Row
+
+HEAD = "head"
+
+
+class Cluster:
+    """Everything there is in one simulated run."""
+
+    def __init__(self, scenario: Scenario, *, trace: list[str] | None = None) -> None:
+        """`trace`: where to note what happens, one line each; None notes nothing."""
+        self.scenario, self.trace = scenario, trace
+        self.rng = random.Random(scenario.seed * 2 + 1)
+        self.time = VirtualTime()
+        self.network = VirtualNetwork(self.time, self.rng, scenario.link)
+        self.disk: VirtualDisk[Row] = VirtualDisk()
+        self.names = Names()
+        self.counts: Counter[str] = Counter()
+        self.checks = Checks(self)
+        self.islands: dict[str, list[Island]] = {name: [] for name in scenario.plan.islands}
+        self.by_address: dict[str, Island] = {}
+        self.controllers: list[Controller] = []
+        self.num_controllers = 0
+        self.num_spawned = 0
+        self.spawning: Counter[str] = Counter()
+        self.finished = False
+        self.faulty = scenario.rates is not None
+        self.steps = 0
+        self.exchange_rows: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        """One controller, all islands."""
+        self.start_controller()
+        for name in self.islands:
+            self.time.after(0.1 * self.rng.random(), self.spawn, name)
+
+    def note(self, text: str) -> None:
+        """A line for the trace."""
+        if self.trace is not None:
+            self.trace.append(f"{self.time.now:9.4f} {text}")
+
+    # ------------------------------------------------------------ processes
+
+    def spawn(self, name: str) -> Island:
+        """A new process of a member."""
+        self.num_spawned += 1
+        index = self.scenario.plan.islands.index(name)
+        island = Island(self, name=name, nonce=f"{name}#{self.num_spawned}", index=index)
+        self.islands[name].append(island)
+        self.by_address[island.address] = island
+        self.note(f"{island.first_nonce} starts on {island.node}")
+        island.start()
+        return island
+
+    def processes(self) -> Iterator[Island]:
+        """All living processes."""
+        for islands in self.islands.values():
+            for island in islands:
+                if island.alive:
+                    yield island
+
+    def spawn_soon(self, name: str, why: str) -> None:
+        """The controller asks for a new process; the supervisor starts it, and sometimes ends the old one first."""
+        self.note(f"spawn {name}: {why}")
+        self.counts["spawns"] += 1
+        self.spawning[name] += 1
+        delay = self.scenario.spawn_s * (0.5 + self.rng.random())
+        self.time.after(delay, self._spawn_now, name, self.rng.random() < 0.5)
+
+    def _spawn_now(self, name: str, end_old: bool) -> None:
+        self.spawning[name] -= 1
+        if end_old:
+            for island in self.islands[name]:
+                if island.alive and self.may_kill(island):
+                    self.kill(island)
+        self.spawn(name)
+
+    def end_process(self, name: str, nonce: str, why: str) -> None:
+        """The controller asks that a process be ended."""
+        for island in self.islands[name]:
+            if island.alive and nonce.split("+")[0] == island.first_nonce:
+                self.note(f"end {nonce}: {why}")
+                self.kill(island)
+
+    def stopped(self, island: Island) -> None:
+        """A process obeys `Stop`: it ends by itself."""
+        self.note(f"{island.first_nonce} stops")
+        self.kill(island)
+
+    def kill(self, island: Island) -> None:
+        """A process is dead from now on."""
+        island.alive = False
+        self.islands[island.name].remove(island)
+        for waiting, job, request, _ in island.parked:
+            self._fail(waiting, job, request, "its process died")
+        island.parked.clear()
+
+    def may_kill(self, island: Island) -> bool:
+        """Whether the run survives its death without a snapshot: another living process holds a committed version."""
+        rows = self.checks.rows
+        if not any(part.n >= 0 for part in island.replica.parts):
+            return True
+        for fragment in range(len(self.scenario.num_chunks)):
+            path = self.checks.path(fragment)
+            doubted = self.checks.doubted(fragment)
+            others = [o for o in self.processes() if o is not island]
+            if not any(
+                part.n >= 0 and part.chain in path and part.chain not in doubted
+                for part in (o.replica.parts[fragment] for o in others)
+            ):
+                return False
+        return bool(rows)
+
+    # ------------------------------------------------------------ controllers
+
+    def start_controller(self) -> None:
+        """A new controller life."""
+        self.num_controllers += 1
+        self.controllers.append(Controller(self, number=self.num_controllers))
+
+    def lost(self, controller: Controller, why: str) -> None:
+        """A controller ended; the supervisor starts another one unless there is one."""
+        self.note(f"{controller.name} ends: {why}")
+        controller.alive = False
+        if controller in self.controllers:
+            self.controllers.remove(controller)
+        if not self.controllers:
+            self.time.after(0.1 + 1.5 * self.rng.random(), self._restart_controller)
+
+    def _restart_controller(self) -> None:
+        if not self.controllers and not self.finished:
+            self.start_controller()
+
+    def owns_journal(self, controller: Controller) -> bool:
+        """The journal's fence: whether no newer segment exists."""
+        return self.disk.newest() == controller.segment.number
+
+    def began(self, controller: Controller) -> None:
+        """A controller life began: the shell tells it which processes are not there."""
+        for name in self.islands:
+            if not any(island.alive for island in self.islands[name]) and not self.spawning[name]:
+                if self.num_controllers > 1 and self.rng.random() < 0.8:
+                    self.report_death(name, None, controller)
+
+    def report_death(self, name: str, nonce: str | None, controller: Controller | None = None) -> None:
+        """Ray tells a controller, or all, that a process is gone (true or not)."""
+        for target in [controller] if controller else list(self.controllers):
+            event = ev.ProcessDied(name=name, nonce=nonce, why="the actor died")
+            self.time.after(0.05 + 0.3 * self.rng.random(), target.handle, event)
+
+    def finish(self, controller: Controller) -> None:
+        """The run is done."""
+        self.note(f"{controller.name} finishes")
+        self.finished = True
+
+    # ------------------------------------------------------------ messages
+
+    def post(self, island: Island, envelope: Envelope) -> None:
+        """A member's envelope goes to whoever it takes for the controller: with two alive, to either or both."""
+        targets = self.controllers
+        if len(targets) > 1:
+            targets = [c for c in targets if self.rng.random() < 0.7]
+        for controller in targets:
+            self.network.send(island.name, HEAD, controller.receive, envelope)
+
+    def send(self, controller: Controller, batch: Batch) -> None:
+        """A controller's batch goes to the process with its nonce."""
+        base = batch.nonce.split("+")[0]
+        for island in self.islands[batch.name]:
+            if island.first_nonce == base:
+                self.network.send(HEAD, island.name, island.deliver, batch)
+
+    # ------------------------------------------------------------ transport
+
+    def fetch(self, island: Island, job: Job, request: Fetch) -> None:
+        """A process asks another one for blobs."""
+        self.time.after(self.network.delay_s(), self._at_server, island, job, request)
+
+    def _at_server(self, island: Island, job: Job, request: Fetch) -> None:
+        server = self.by_address[request.address]
+        timeout = self.scenario.timeout_s
+        if not server.alive:
+            self._fail(island, job, request, "nobody listens there")
+        elif not self.network.linked(island.name, server.name):
+            self.time.after(timeout, self._fail, island, job, request, "no answer")
+        elif server.frozen:
+            self.time.after(timeout, self._fail, island, job, request, "no answer in time")
+        else:
+            answer = request.look(server)
+            if answer is not None:
+                self._answer(island, job, answer)
+            elif request.wait_s:
+                entry = (island, job, request, self.time.now + request.wait_s)
+                server.parked.append(entry)
+                self.time.after(request.wait_s, self._give_up, server, entry)
+            else:
+                self._fail(island, job, request, "it has no such blob")
+
+    def look_again(self, server: Island) -> None:
+        """Something was published: serve whoever waits for it."""
+        for entry in list(server.parked):
+            answer = entry[2].look(server)
+            if answer is not None:
+                server.parked.remove(entry)
+                if self.network.linked(entry[0].name, server.name):
+                    self._answer(entry[0], entry[1], answer)
+                else:
+                    self._fail(entry[0], entry[1], entry[2], "the link broke")
+
+    def _give_up(self, server: Island, entry: tuple[Island, Job, Fetch, float]) -> None:
+        if entry in server.parked:
+            server.parked.remove(entry)
+            self._fail(entry[0], entry[1], entry[2], "it has no such blob in time")
+
+    def _answer(self, island: Island, job: Job, answer: Any) -> None:
+        self.time.after(self.network.delay_s(), island.run, island.resume, job, answer)
+
+    def _fail(self, island: Island, job: Job, request: Fetch, why: str) -> None:
+        self.counts["fetches failed"] += 1
+        error = FetchFailed(f"{request.address}: {why}")
+        self.time.after(self.network.delay_s(), island.run, island.resume, job, error)
+
+    # ------------------------------------------------------------ notes
+
+    def metric(self, row: dict[str, Any]) -> None:
+        """A row for metrics.jsonl: the simulator keeps those about exchanges."""
+        if row["kind"] == "exchange":
+            self.exchange_rows.append(row)

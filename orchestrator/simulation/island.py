@@ -1,0 +1,509 @@
+"""One member process in symbols: the counterpart of `workers/sync.py`, with the same machine inside.
+
+It carries out the machine's commands as jobs that take virtual time, and plays the training thread: at each step
+boundary reset, take states, apply what is due, obey orders, send what is due, train. A change in `workers/sync.py`
+belongs here too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.simulation.state_fetch import fetch_state
+from orchestrator.simulation.symbols import BadPiece, NonFinite, Payload, Replica, StateChunk, StateTorn, Store, bits_of
+from workers import member_events as ev
+from workers import messages as msg
+from workers import ranges
+from workers.member import MemberMachine
+from workers.records import CommitRecord, OfferId
+
+if TYPE_CHECKING:
+    from orchestrator.simulation.cluster import Cluster
+
+
+class FetchFailed(Exception):
+    """A transport call did not bring what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What a job waits for: `look(server)` on the process at `address`; None means that it lacks it.
+
+    With `wait_s` the server waits for what is not there yet.
+    """
+
+    address: str
+    look: Callable[[Island], Any]
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """What a job waits for: virtual seconds of work."""
+
+    seconds: float
+
+
+Job = Generator[Fetch | Busy, Any, ev.Event | None]
+
+
+class Island:
+    """One process: alive, frozen or dead."""
+
+    def __init__(self, cluster: Cluster, *, name: str, nonce: str, index: int) -> None:
+        """`index`: which member of the scenario it is."""
+        scenario = cluster.scenario
+        self.cluster, self.name, self.first_nonce = cluster, name, nonce
+        self.batch_size, self.step_s = scenario.batch_sizes[index], scenario.step_s[index]
+        self.device = cluster.rng.randrange(scenario.devices)
+        self.node = f"node-{index % scenario.num_nodes}"
+        self.address = f"{name}/{nonce}"
+        self.alive, self.frozen = True, False
+        info = msg.ProcessInfo(
+            address=self.address, node=self.node, weight=self.batch_size * 8, batch_size=self.batch_size
+        )
+        self.machine = MemberMachine(
+            run_id=scenario.plan.run_id, name=name, nonce=nonce, info=info, num_chunks=scenario.num_chunks
+        )
+        self.replica = Replica(names=cluster.names, num_chunks=scenario.num_chunks, feedback=scenario.feedback)
+        self.store = Store()
+        self.offset_s = cluster.rng.uniform(0, 1000.0)
+        self.rate = 1.0 + cluster.rng.uniform(-1, 1) * scenario.clock_skew
+        self.bodies: list[msg.MemberBody] = []
+        self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
+        self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
+        self.marks = [0 for _ in scenario.num_chunks]
+        self.total_steps = 0
+        self.waiting_since: float | None = None
+        self.staged_chunks: dict[int, list[StateChunk]] = {}
+        self.base_samples = 0
+        self.deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self.parked: list[tuple[Island, Job, Fetch, float]] = []
+        self.poison = 0
+        self.lies = False
+        self.floors = [0 for _ in scenario.num_chunks]
+        self._turn = 0
+        self._asleep = False
+
+    # ------------------------------------------------------------ life
+
+    def clock(self) -> float:
+        """This process's own clock."""
+        return self.offset_s + self.cluster.time.now * self.rate
+
+    def start(self) -> None:
+        """Ask to be a member; start the heartbeat and the training thread."""
+        self._carry_out(self.machine.join_now(self.clock()))
+        self.cluster.time.after(self.cluster.scenario.heartbeat_s, self._heartbeat)
+        self._next_turn(0.0)
+
+    def freeze(self) -> None:
+        """The process is stopped: nothing happens in it until `thaw`."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Go on with everything that arrived meanwhile."""
+        self.frozen = False
+        while self.deferred and not self.frozen and self.alive:
+            action, args = self.deferred.popleft()
+            action(*args)
+
+    def run(self, action: Callable[..., None], *args: Any) -> None:
+        """Run something in this process: now, after a freeze, or never if it is dead."""
+        if not self.alive:
+            return
+        if self.frozen:
+            self.deferred.append((action, args))
+        else:
+            action(*args)
+
+    def deliver(self, batch: msg.Batch) -> None:
+        """A batch from the controller arrived."""
+        self.run(self._handle, ev.Delivered(batch=batch))
+
+    def _heartbeat(self) -> None:
+        if self.alive:
+            self.cluster.time.after(self.cluster.scenario.heartbeat_s, self._heartbeat)
+            if not self.frozen:
+                self._handle(ev.Tick())
+
+    def _handle(self, event: ev.Event) -> None:
+        if self.cluster.trace is not None and not isinstance(event, ev.Tick):
+            self.cluster.note(f"{self.machine.nonce} <- {_short(event)}")
+        self._carry_out(self.machine.handle(event, self.clock()))
+        self.cluster.checks.member(self)
+
+    # ------------------------------------------------------------ commands
+
+    def _carry_out(self, commands: Sequence[ev.Command]) -> None:
+        wake = False
+        for command in commands:
+            match command:
+                case ev.Post(body=body):
+                    self.bodies.append(body)
+                case ev.Wake():
+                    wake = True
+                case ev.Order(body=order):
+                    self.orders.append(order)
+                    wake = True
+                case ev.Forget():
+                    self._forget(command)
+                case ev.BuildGenesis():
+                    self._work(self._build_genesis())
+                case ev.FetchPieces():
+                    self._work(self._fetch_pieces(command))
+                case ev.Reduce():
+                    self._work(self._reduce(command))
+                case ev.FetchResults():
+                    self._work(self._fetch_results(command))
+                case ev.ComputeNext():
+                    self._work(self._compute_next(command))
+                case ev.VerifyAnchor():
+                    self._work(self._verify_anchor(command))
+                case ev.FetchState():
+                    self._work(self._fetch_state(command))
+        if self.bodies:
+            bodies, self.bodies = tuple(self.bodies), []
+            self.cluster.post(self, self.machine.envelope(*bodies))
+        if wake and self._asleep:
+            self._next_turn(0.0)
+
+    def _forget(self, command: ev.Forget) -> None:
+        for prefix in command.prefixes:
+            self.store.discard(prefix)
+        for digest in command.digests:
+            self.store.content.pop((command.fragment, digest), None)
+        self.store.discard(f"result/{command.fragment}")
+
+    # ------------------------------------------------------------ jobs
+
+    def _work(self, job: Job) -> None:
+        self.resume(job, None)
+
+    def resume(self, job: Job, value: Any) -> None:
+        """Go on with a job that got what it waited for (an exception is raised inside it)."""
+        try:
+            request = job.throw(value) if isinstance(value, FetchFailed) else job.send(value)
+        except StopIteration as stop:
+            if stop.value is not None:
+                self._handle(stop.value)
+            return
+        if isinstance(request, Busy):
+            self.cluster.time.after(request.seconds, self.run, self.resume, job, None)
+        else:
+            self.cluster.fetch(self, job, request)
+
+    def _busy(self) -> Busy:
+        return Busy(0.003 * self.cluster.rng.random())
+
+    def _build_genesis(self) -> Job:
+        yield self._busy()
+        digests = self.replica.make_genesis("genesis", self.first_nonce)
+        return ev.GenesisBuilt(digests=digests, num_params=sum(self.replica.num_chunks))
+
+    def _fetch_pieces(self, c: ev.FetchPieces) -> Job:
+        offer = OfferId(member=c.offer_by, seq=c.offer.seq)
+        group = f"piece/{c.fragment}/{offer}"
+
+        def look(server: Island) -> list[Payload] | None:
+            return found(server.store.get(group, chunk) for chunk in c.chunks)
+
+        try:
+            payloads = yield Fetch(c.address, look)
+        except FetchFailed as error:
+            return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=c.chunks, why=str(error))
+        for chunk, payload in zip(c.chunks, payloads, strict=True):
+            if payload.digest != c.offer.chunk_digests[chunk]:
+                return ev.PieceRejected(fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced")
+            self.store.put(group, chunk, payload)
+        return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
+
+    def _reduce(self, c: ev.Reduce) -> Job:
+        yield self._busy()
+        done: list[tuple[int, str]] = []
+        fragment = c.assign.fragment
+        for chunk in c.chunks:
+            pieces: list[tuple[Payload, float]] = []
+            for entry in c.assign.roster:
+                payload = self.store.get(f"piece/{fragment}/{entry.offer}", chunk)
+                if payload is None:  # superseded meanwhile
+                    return None
+                pieces.append((payload, entry.coefficient))
+            try:
+                result = self.replica.reduce(fragment, chunk, pieces, self.device)
+            except BadPiece as error:
+                offer = c.assign.roster[error.args[1]].offer
+                return ev.PieceRejected(fragment=fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
+            self._publish_result(fragment, c.assign.roster_digest, chunk, result)
+            done.append((chunk, result.digest))
+        return ev.ChunksReduced(fragment=fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
+
+    def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Payload) -> None:
+        self.store.content[fragment, payload.digest] = payload
+        self.store.put(f"result/{fragment}/{roster}", chunk, payload)
+        if self.parked:
+            self.cluster.look_again(self)
+
+    def _fetch_results(self, c: ev.FetchResults) -> Job:
+        group = f"result/{c.fragment}/{c.roster_digest}"
+
+        def look(server: Island) -> list[Payload] | None:
+            if c.digests:
+                return found(server.store.content.get((c.fragment, digest)) for digest in c.digests)
+            return found(server.store.get(group, chunk) for chunk in c.chunks)
+
+        try:
+            payloads = yield Fetch(c.address, look, 0.0 if c.digests else self.cluster.scenario.timeout_s)
+        except FetchFailed as error:
+            return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=str(error))
+        for chunk, payload in zip(c.chunks, payloads, strict=True):
+            self._publish_result(c.fragment, c.roster_digest, chunk, payload)
+        return ev.ResultsFetched(
+            fragment=c.fragment, chunks=tuple((chunk, p.digest) for chunk, p in zip(c.chunks, payloads, strict=True))
+        )
+
+    def _payloads(self, fragment: int, digests: Sequence[str]) -> list[Payload] | None:
+        return found(self.store.content.get((fragment, digest)) for digest in digests)
+
+    def _compute_next(self, c: ev.ComputeNext) -> Job:
+        yield self._busy()
+        payloads = self._payloads(c.assign.fragment, c.chunk_digests)
+        if payloads is None or self.replica.parts[c.assign.fragment].chain != c.assign.base.chain:
+            return None
+        digest = self.replica.next_digest(c.assign.fragment, payloads)
+        return ev.NextComputed(
+            fragment=c.assign.fragment, exchange=c.assign.exchange, attempt=c.assign.attempt, digest=digest
+        )
+
+    def _verify_anchor(self, c: ev.VerifyAnchor) -> Job:
+        yield self._busy()
+        intact = self.replica.digest(c.fragment) == c.digest
+        return ev.AnchorVerified(fragment=c.fragment, intact=intact, exchange=c.exchange, attempt=c.attempt)
+
+    def _fetch_state(self, c: ev.FetchState) -> Job:
+        try:
+            chunks = yield from fetch_state(self, c.fragment, c.donors)
+        except FetchFailed as error:
+            return ev.StateFailed(fragment=c.fragment, why=str(error))
+        self.staged_chunks[c.fragment] = chunks
+        return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
+
+    # ------------------------------------------------------------ the training thread
+
+    def _next_turn(self, delay_s: float) -> None:
+        self._turn += 1
+        self._asleep = False
+        self.cluster.time.after(delay_s, self.run, self._take_turn, self._turn)
+
+    def _take_turn(self, turn: int) -> None:
+        if turn == self._turn:
+            self._boundary()
+            self.cluster.checks.member(self)
+
+    def _boundary(self) -> None:
+        self._reset_if_wanted()
+        self._take_states()
+        self._apply_due()
+        self.cluster.checks.displacements(self)
+        if self._obey_order():
+            return
+        if not self.machine.holds_all() or self.machine.reset_wanted:
+            self._wait("state")
+            return
+        self._send_due()
+        if self.machine.drop_asked:
+            self._wait("drop")
+        else:
+            self._next_batch()
+
+    def _wait(self, reason: str) -> None:
+        if self.machine.waiting != reason:
+            self.machine.waiting = reason
+            self.cluster.time.after(0.0, self.run, self._handle, ev.Tick())
+        self._next_turn(self.cluster.scenario.heartbeat_s)
+        self._asleep = True
+
+    def _reset_if_wanted(self) -> None:
+        if not self.machine.reset_wanted:
+            return
+        self.replica.reset()
+        self.steps_done.clear()
+        self.store.discard("piece")
+        if self.machine.dropped_to is not None:
+            self.floors = [self.machine.dropped_to for _ in self.floors]
+        else:
+            self.floors = [0 for _ in self.floors]
+        self._carry_out(self.machine.was_reset(self.clock()))
+        self.marks = [self.total_steps for _ in self.marks]
+
+    def _take_states(self) -> None:
+        for fragment, state in enumerate(self.machine.fragments):
+            if state.staged is None:
+                continue
+            record = self.machine.log.next(fragment, state.chain) if state.n >= 0 else None
+            pending = state.pending
+            included = record is not None and pending is not None and any(e.offer == pending.id for e in record.roster)
+            fresh = not self.steps_done
+            self.replica.install(fragment, self.staged_chunks.pop(fragment), included=included, fresh=fresh)
+            self._carry_out(self.machine.installed(fragment, self.clock()))
+            self.marks[fragment] = self.total_steps
+            self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
+
+    def _apply_due(self) -> None:
+        for fragment in range(len(self.machine.fragments)):
+            while (due := self.machine.due(fragment)) is not None:
+                record = due.record
+                payloads = self._payloads(fragment, record.chunk_digests)
+                assert payloads is not None, "a due result is not in the store"
+                try:
+                    self.replica.apply(
+                        fragment, payloads, n=record.n, chain=record.chain, sealed=record.digest, included=due.included
+                    )
+                except StateTorn as error:
+                    self._torn(fragment, record, str(error))
+                    return
+                self._carry_out(self.machine.applied(fragment, record, self.clock()))
+                self.marks[fragment] = self.total_steps
+                self._moved(record)
+                self._trim()
+
+    def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
+        self._carry_out(self.machine.applied(fragment, record, self.clock()))
+        self._carry_out(self.machine.lost_state(fragment, "diverged", why, self.clock()))
+
+    def _moved(self, record: CommitRecord | None) -> None:
+        if record is not None:
+            added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
+            self.base_samples = max(self.base_samples, record.base_samples + added)
+
+    def _trim(self) -> None:
+        lowest = min(state.watermark for state in self.machine.fragments)
+        while self.steps_done and self.steps_done[0][0] <= lowest:
+            self.steps_done.popleft()
+
+    def open_steps(self, fragment: int) -> int:
+        """Inner steps that this fragment has not committed."""
+        watermark = self.machine.fragments[fragment].watermark
+        return sum(1 for end, _ in self.steps_done if end > watermark)
+
+    def _round(self) -> int:
+        plan = self.cluster.scenario.plan
+        return max(plan.strategy.inner_steps_at(min(self.base_samples / plan.total_samples, 1.0)), 1)
+
+    def _bound(self) -> int:
+        return max(int(self.cluster.scenario.plan.exchange.bound_rounds * self._round()), 1)
+
+    def _send_due(self) -> None:
+        leased_out = self.machine.tail and self.machine.consumed >= self.machine.num_leased()
+        for fragment, state in enumerate(self.machine.fragments):
+            steps = self.open_steps(fragment)
+            if state.pending is not None or steps == 0 or state.staged is not None:
+                continue
+            if self.machine.log.next(fragment, state.chain) is not None:
+                continue
+            on_time = self.total_steps - self.marks[fragment] >= self._round()
+            if on_time or (state.late and self.machine.open_seen(fragment)) or leased_out or steps >= self._bound():
+                self._send(fragment, steps)
+
+    def _send(self, fragment: int, steps: int) -> None:
+        state = self.machine.fragments[fragment]
+        try:
+            encoded = self.replica.encode(fragment, lies=self.lies)
+        except NonFinite as error:
+            self.bodies.append(msg.FaultSeen(fault="non_finite", detail=str(error)))
+            self._carry_out(self.machine.request_drop(f"its update is not finite: {error}", self.clock()))
+            return
+        seq = state.seq + 1
+        offer_id = OfferId(member=self.machine.id, seq=seq)
+        for chunk, payload in enumerate(encoded):
+            self.store.put(f"piece/{fragment}/{offer_id}", chunk, payload)
+        since, upto = state.watermark, self.machine.consumed
+        born = next(versions[fragment] for end, versions in self.steps_done if end > since)
+        offer = msg.Offer(
+            fragment=fragment, base=state.version, seq=seq, born=born, since=since, upto=upto,
+            ranges=ranges.cut(self.machine.leases, since, upto), num_steps=steps, weight=self.machine.info.weight,
+            chunk_digests=tuple(p.digest for p in encoded), sumsq=tuple(1.0 for _ in encoded), num_bytes=len(encoded),
+        )  # fmt: skip
+        self.waiting_since = self.clock()
+        self.cluster.checks.offer(self, offer)
+        self._carry_out(self.machine.offered(offer, self.clock()))
+
+    def _obey_order(self) -> bool:
+        if not self.orders:
+            return False
+        order = self.orders[0]
+        here = tuple(state.n for state in self.machine.fragments)
+        if isinstance(order, msg.Evaluate):
+            if any(mine < asked for mine, asked in zip(here, order.versions, strict=True)):
+                return False
+            samples = order.samples if here == order.versions else self.base_samples
+            self.cluster.time.after(0.05, self.run, self._say_and_go, "evaluated", samples)
+        elif isinstance(order, msg.Save):
+            self.cluster.time.after(0.05, self.run, self._say_and_go, "saved", order)
+        else:
+            self.cluster.stopped(self)
+        self.orders.popleft()
+        self._turn += 1
+        self._asleep = False
+        return True
+
+    def _say_and_go(self, what: str, order: Any) -> None:
+        versions = tuple(state.n for state in self.machine.fragments)
+        if what == "evaluated":
+            self.bodies.append(msg.Evaluated(versions=versions, samples=order, val_loss=1.0))
+        else:
+            self.bodies.append(msg.Saved(name=order.name, versions=versions, local=order.local))
+        self._carry_out(())
+        self._next_turn(0.0)
+
+    def _next_batch(self) -> None:
+        pending = any(state.pending is not None for state in self.machine.fragments)
+        if pending and not self.cluster.scenario.overlap:
+            waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())
+            if waited < self.cluster.scenario.wait_s:
+                self._wait("exchange")
+                return
+        if max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound():
+            self._wait("bound")
+            return
+        todo = self.machine.next_ranges(self.batch_size)
+        if not todo:
+            self._wait("leases")
+            return
+        self.machine.waiting = ""
+        if pending:
+            self.replica.hold_displacement()
+        self._turn += 1
+        self._asleep = False
+        self.cluster.time.after(self.step_s, self.run, self._stepped, self._turn, todo)
+
+    def _stepped(self, turn: int, todo: tuple[ranges.Range, ...]) -> None:
+        bad = self.poison > 0
+        self.poison = max(self.poison - 1, 0)
+        self.replica.step(samples=bits_of(todo), bad=bad)
+        self.total_steps += 1
+        end = self.machine.consumed + ranges.count(todo)
+        self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
+        first = self.machine.consumed == 0
+        self.machine.consumed_to(end, self.total_steps)
+        self.cluster.steps += 1
+        if first:
+            self._handle(ev.Tick())
+        self._take_turn(turn)
+
+
+def found(payloads: Any) -> list[Payload] | None:
+    """All of them, or None if one is missing."""
+    out = list(payloads)
+    return None if any(payload is None for payload in out) else out
+
+
+def _short(event: ev.Event) -> str:
+    if isinstance(event, ev.Delivered):
+        batch = event.batch
+        bodies = ", ".join(type(body).__name__ for body in batch.bodies)
+        return f"batch {batch.term} rows {batch.rows_from}+{len(batch.rows)} [{bodies}]"
+    return str(event)[:200]

@@ -1,0 +1,106 @@
+"""What one simulated run is like: drawn from its seed, or given."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from faults.virtual import LinkQuality
+from orchestrator.coordinator import RunPlan
+from orchestrator.settings import ExchangeConfig
+from strategies.config import StrategyConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultRates:
+    """Relative frequencies of the faults, and the mean time between two of them in seconds."""
+
+    mean_gap_s: float
+    kill: float = 3.0
+    false_verdict: float = 1.0
+    hang: float = 1.5
+    cut: float = 2.0
+    cut_pair: float = 2.0
+    controller_crash: float = 1.5
+    zombie: float = 0.7
+    journal_full: float = 0.5
+    sync_error: float = 0.3
+    nan: float = 0.7
+    lie: float = 0.7
+    corrupt_anchor: float = 0.4
+    wrong_digest: float = 0.6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenario:
+    """Everything that a simulated run depends on, besides the order of random draws. Times in virtual seconds."""
+
+    seed: int
+    num_members: int
+    num_nodes: int
+    num_chunks: tuple[int, ...]
+    plan: RunPlan
+    batch_sizes: tuple[int, ...]
+    step_s: tuple[float, ...]
+    overlap: bool
+    feedback: bool
+    devices: int
+    link: LinkQuality
+    fault_s: float
+    rates: FaultRates | None
+    drain_s: float
+    heartbeat_s: float = 0.25
+    tick_s: float = 0.2
+    timeout_s: float = 1.5
+    wait_s: float = 1.0
+    flush_s: float = 0.01
+    spawn_s: float = 1.0
+    clock_skew: float = 0.1
+    check_every: int = 100
+
+
+def draw(
+    seed: int, *, members: int | None = None, faults: bool = True, samples: int | None = None
+) -> Scenario:
+    """The scenario of a seed; what is given is not drawn."""
+    rng = random.Random(seed)
+    num = members or rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6))
+    fragments = rng.choice((1, 1, 2, 2, 3))
+    steps = rng.choice((1, 2, 3, 4))
+    batch_sizes = tuple(rng.choice((1, 2, 2, 3)) for _ in range(num))
+    total = samples or rng.randint(25, 60) * num
+    step_s = rng.choice((0.02, 0.05, 0.1))
+    exchange = ExchangeConfig(
+        quorum=rng.choice((0.3, 0.5, 0.5, 0.7, 1.0)),
+        min_members=1,
+        grace_s=rng.choice((0.0, 0.1, 0.5)),
+        progress_timeout_s=rng.choice((0.8, 1.5, 3.0)),
+        copies=rng.choice((1, 2, 2, 2, 3)),
+        staleness_limit=rng.choice((2, 4, 16)),
+        bound_rounds=rng.choice((1.0, 2.0, 4.0)),
+        wait_s=rng.choice((0.0, 0.3, 1.0)),
+        heartbeat_s=0.25,
+        suspect_s=rng.choice((0.8, 1.5)),
+        limbo_s=rng.choice((3.0, 6.0)),
+    )
+    plan = RunPlan(
+        run_id="sim", islands=tuple(f"island-{i}" for i in range(num)), total_samples=total, seq_len=8,
+        exchange=exchange, strategy=StrategyConfig(inner_steps=steps, num_fragments=fragments),
+        eval_every=rng.choice((0.2, 0.5, 2.0)), start_timeout_s=rng.choice((1.0, 4.0)),
+        snapshot_every_s=rng.choice((1.0, 5.0, 1e9)), replace_dead=True, max_restarts=1_000_000,
+    )  # fmt: skip
+    lossy = faults and rng.random() < 0.7
+    link = LinkQuality(
+        min_delay_s=0.001, max_delay_s=rng.choice((0.005, 0.02, 0.1)),
+        loss=rng.choice((0.0, 0.02, 0.1)) if lossy else 0.0, duplicate=rng.choice((0.0, 0.05)) if lossy else 0.0,
+        straggle=rng.choice((0.0, 0.02, 0.05)) if lossy else 0.0, straggle_s=rng.choice((0.3, 2.0)),
+    )  # fmt: skip
+    rates = FaultRates(mean_gap_s=rng.choice((0.15, 0.3, 0.6))) if faults else None
+    return Scenario(
+        seed=seed, num_members=num, num_nodes=rng.choice((1, 2, num)),
+        num_chunks=tuple(rng.choice((1, 2, 3)) for _ in range(fragments)), plan=plan, batch_sizes=batch_sizes,
+        step_s=tuple(step_s * rng.choice((1.0, 1.0, 1.0, 1.5, 3.0)) for _ in range(num)),
+        overlap=rng.random() < 0.3, feedback=rng.random() < 0.6, devices=rng.choice((1, 2)), link=link,
+        fault_s=rng.choice((3.0, 6.0)), rates=rates, drain_s=90.0, wait_s=exchange.wait_s,
+        timeout_s=rng.choice((0.5, 1.5)), clock_skew=0.1 if faults else 0.0,
+    )  # fmt: skip

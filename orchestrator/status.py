@@ -1,0 +1,222 @@
+"""`atoll status`: how a run stands, read from its directory alone (no Ray, no torch), live or finished."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.errors import UserError
+from orchestrator.metrics import EvalRow, ExchangeRow, FaultEvent, SpanRow, StepRow, latest_faults, read_rows
+from orchestrator.run_state import RunState
+from orchestrator.rundir import RunDir
+from orchestrator.segments import read_run
+
+REFRESH_S = 1.0
+
+
+class MemberStatus(BaseModel):
+    """One member as its newest rows show it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    incarnation: int = Field(description="Its live incarnation; the last one if it is gone.")
+    live: bool = Field(description="Whether the journal has it as a live member.")
+    doing: str = Field(description="Phase of its newest span: compute, sync, evaluate, start; 'gone' if it is fenced.")
+    step: int = Field(description="Inner steps of this incarnation.")
+    loss: float | None = Field(description="Newest training loss, nats per token.")
+    tokens_per_s: float | None = Field(description="Tokens per second inside its steps.")
+    seen_before_s: float | None = Field(description="Age of its newest row, seconds before the run's newest row.")
+
+
+class Status(BaseModel):
+    """How a run stands."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = 1
+    run_dir: str
+    state: str = Field(description="running, interrupted, done, stopped or failed.")
+    seconds: float = Field(description="Run time of the newest row, seconds.")
+    progress: float = Field(description="Committed share of train.tokens, 0 to 1.")
+    tokens_committed: int
+    rounds: int = Field(description="Newest committed version of the first fragment.")
+    val_loss: float | None = Field(description="Newest validation loss of the anchor, nats per token.")
+    tokens_per_s: float | None = Field(description="Committed tokens per second over the last exchanges.")
+    eta_s: float | None = Field(description="Seconds left at that speed.")
+    members: dict[str, MemberStatus]
+    faults: list[dict[str, Any]]
+
+
+def read_status(run_dir: Path) -> Status:
+    """Status of the run in `run_dir`. Raises UserError if it is none, JournalError if its journal is damaged."""
+    from orchestrator.config import load_config
+
+    directory = RunDir(run_dir)
+    if not directory.config.exists():
+        raise UserError(
+            f"{run_dir} is no run directory: it has no config.toml", place=str(run_dir), remedy="atoll runs"
+        )
+    config = load_config(directory.config).config
+    state = _replay(directory)
+    steps, spans, exchanges, evals, faults = _newest(directory)
+    seq_len = _seq_len(exchanges, state)
+    tokens = state.samples_committed() * seq_len
+    now = max([r.t_s for r in (*steps.values(), *exchanges[-1:], *evals[-1:])], default=0.0)
+    speed = _speed(exchanges)
+    left = max(config.train.tokens - tokens, 0)
+    return Status(
+        run_dir=str(run_dir),
+        state=directory.state(),
+        seconds=now,
+        progress=min(tokens / config.train.tokens, 1.0),
+        tokens_committed=tokens,
+        rounds=state.heads[0].version.n if state.heads else 0,
+        val_loss=evals[-1].val_loss if evals else None,
+        tokens_per_s=speed,
+        eta_s=left / speed if speed and left else None,
+        members=_members(state, steps, spans, now),
+        faults=[
+            {"fault": f.fault, "member": f.member, "t_s": f.t_s, "back_s": f.back_s, "contributed_s": f.contributed_s}
+            for f in latest_faults(faults)
+        ],
+    )
+
+
+def _replay(directory: RunDir) -> RunState:
+    state = RunState()
+    if directory.journal.exists():
+        for row in read_run(directory.path).rows:
+            state.apply(row.record)
+    return state
+
+
+def _newest(
+    directory: RunDir,
+) -> tuple[dict[str, StepRow], dict[str, SpanRow], list[ExchangeRow], list[EvalRow], list[FaultEvent]]:
+    steps: dict[str, StepRow] = {}
+    spans: dict[str, SpanRow] = {}
+    exchanges: list[ExchangeRow] = []
+    evals: list[EvalRow] = []
+    faults: list[FaultEvent] = []
+    rows: Iterator[Any] = read_rows(directory.metrics) if directory.metrics.exists() else iter(())
+    for row in rows:
+        match row:
+            case StepRow():
+                steps[row.member] = row
+            case SpanRow():
+                spans[row.member] = row
+            case ExchangeRow():
+                exchanges.append(row)
+            case EvalRow():
+                evals.append(row)
+            case FaultEvent():
+                faults.append(row)
+    return steps, spans, exchanges, evals, faults
+
+
+def _seq_len(exchanges: list[ExchangeRow], state: RunState) -> int:
+    """Tokens of one sample: the metrics count tokens, the journal counts samples."""
+    for row in exchanges:
+        record = (
+            state.history[row.fragment][row.version - 1] if len(state.history[row.fragment]) >= row.version else None
+        )
+        if record is not None and row.tokens_committed:
+            samples = record.base_samples + sum(entry.upto - entry.since for entry in record.roster)
+            if samples and row.tokens_committed % samples == 0:
+                return row.tokens_committed // samples
+    return 1
+
+
+def _speed(exchanges: list[ExchangeRow]) -> float | None:
+    recent = exchanges[-10:]
+    if len(recent) < 2 or recent[-1].t_s <= recent[0].t_s:
+        return None
+    return (recent[-1].tokens_committed - recent[0].tokens_committed) / (recent[-1].t_s - recent[0].t_s)
+
+
+def _members(
+    state: RunState, steps: dict[str, StepRow], spans: dict[str, SpanRow], now: float
+) -> dict[str, MemberStatus]:
+    out: dict[str, MemberStatus] = {}
+    for name, incarnation in sorted(state.last_incarnation.items()):
+        live, step, span = name in state.current, steps.get(name), spans.get(name)
+        fresh = step is not None and step.incarnation == incarnation
+        out[name] = MemberStatus(
+            incarnation=incarnation,
+            live=live,
+            doing="gone" if not live else span.phase if span and span.incarnation == incarnation else "start",
+            step=step.step if step and fresh else 0,
+            loss=step.loss if step and fresh else None,
+            tokens_per_s=step.tokens_per_s if step and fresh else None,
+            seen_before_s=now - step.t_s if step and fresh else None,
+        )
+    return out
+
+
+def status_command(run_dir: Path, as_json: bool, watch: bool) -> int:
+    """Print the status once, or (`watch`) again and again until the run is over; returns the exit code."""
+    if as_json:
+        while True:
+            status = read_status(run_dir)
+            print(status.model_dump_json(), flush=True)
+            if not watch or status.state != "running":
+                return 0
+            time.sleep(REFRESH_S)
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    status = read_status(run_dir)
+    if not watch:
+        console.print(render(status))
+        return 0
+    with Live(render(status), console=console, auto_refresh=False) as live:
+        while status.state == "running":
+            time.sleep(REFRESH_S)
+            status = read_status(run_dir)
+            live.update(render(status), refresh=True)
+    return 0
+
+
+def render(status: Status) -> Any:
+    """A table for the terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = (
+        f"{status.run_dir}: {status.state}, {100 * status.progress:.1f} % of the tokens, round {status.rounds}, "
+        f"{status.seconds:.0f} s"
+    )
+    loss = "not evaluated yet" if status.val_loss is None else f"{status.val_loss:.4f} nats per token"
+    speed = "" if status.tokens_per_s is None else f", {status.tokens_per_s:,.0f} tokens/s"
+    eta = "" if status.eta_s is None else f", {status.eta_s:.0f} s left"
+    table = Table("member", "doing", "step", "loss", "tokens/s", "last row")
+    for name, member in status.members.items():
+        table.add_row(
+            f"{name}.{member.incarnation}",
+            member.doing,
+            str(member.step),
+            _figure(member.loss, ".4f"),
+            _figure(member.tokens_per_s, ",.0f"),
+            _figure(member.seen_before_s, ".1f", " s ago"),
+        )
+    parts: list[Any] = [Text(head), Text(f"validation loss {loss}{speed}{eta}"), table]
+    for fault in status.faults:
+        back = "not back yet" if fault["back_s"] is None else f"back {fault['back_s'] - fault['t_s']:.1f} s later"
+        parts.append(Text(f"fault at {fault['t_s']:.1f} s: {fault['fault']} {fault['member']}, {back}"))
+    return Group(*parts)
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def dump_schema() -> str:
+    """JSON schema of `atoll status --json`."""
+    return json.dumps(Status.model_json_schema(), indent=2)

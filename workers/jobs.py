@@ -1,0 +1,188 @@
+"""What a member's machine asks to be carried out: fetch, reduce, compute, verify; each job ends in one event.
+
+Jobs run on any thread. They read the replica under its lock and never touch live parameters.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers import member_events as ev
+from workers.digest import digest
+from workers.record_log import RecordLog
+from workers.records import OfferId
+from workers.replica import BadPiece, Replica, StateChunk, as_bytes
+from workers.state_fetch import fetch_state
+from workers.store import BlobStore, StoredBlob
+from workers.transport.base import Transport
+from workers.transport.errors import TransportError
+
+
+class MemberStore(BlobStore):
+    """A member's blobs, and its present state under `state/<fragment>/<chunk>` made when asked for."""
+
+    replica: Replica | None = None
+
+    def find(self, key: str) -> StoredBlob | None:
+        """A stored blob, or a chunk of the present state."""
+        if not key.startswith("state/"):
+            return super().find(key)
+        _, fragment, chunk = key.split("/")
+        try:
+            assert self.replica is not None
+            data = self.replica.serve(int(fragment), int(chunk))
+        except (KeyError, IndexError, ValueError):
+            return None
+        return StoredBlob(data=memoryview(data), digest=digest(data))
+
+
+def piece_key(fragment: int, offer: object, chunk: int) -> str:
+    """Key of one chunk of a contribution."""
+    return f"piece/{fragment}/{offer}/{chunk}"
+
+
+def content_key(fragment: int, digest_hex: str) -> str:
+    """Key of a result chunk by its content: any holder may serve it."""
+    return f"content/{fragment}/{digest_hex}"
+
+
+def name_key(fragment: int, roster_digest: str, chunk: int) -> str:
+    """Key of a result chunk by what it was made of: known before it exists."""
+    return f"result/{fragment}/{roster_digest}/{chunk}"
+
+
+class Jobs:
+    """The work of one member that runs beside training."""
+
+    def __init__(
+        self,
+        *,
+        replica: Replica,
+        store: BlobStore,
+        transport: Transport,
+        log: Callable[[], RecordLog],
+        lock: threading.RLock | threading.Condition,
+        timeout_s: float,
+        threaded: bool,
+    ) -> None:
+        """`log`: the member's present copy of the journal, read under `lock`; `threaded`: whether a fetch may wait."""
+        self.replica, self.store, self.transport = replica, store, transport
+        self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
+        self.staged: dict[int, list[StateChunk]] = {}
+
+    def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:
+        wait_s = self.timeout_s if wait and self.threaded else 0.0
+        blobs = self.transport.fetch(
+            address, keys, timeout_s=self.timeout_s + wait_s, wait_s=wait_s, max_bytes=max_bytes
+        )
+        return [torch.from_numpy(blob.data) for blob in blobs]
+
+    def _chunk_bytes(self, fragment: int, num_chunks: int) -> int:
+        spec = self.replica.specs[fragment]
+        return num_chunks * (4 * spec.chunk_values + 4096)
+
+    def fetch_pieces(self, c: ev.FetchPieces) -> ev.Event:
+        """Pull chunks of an offer, checked against what it announced."""
+        offer = OfferId(member=c.offer_by, seq=c.offer.seq)
+        keys = [piece_key(c.fragment, offer, chunk) for chunk in c.chunks]
+        try:
+            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)))
+        except TransportError as error:
+            return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=c.chunks, why=str(error))
+        for key, chunk, payload in zip(keys, c.chunks, payloads, strict=True):
+            if digest(as_bytes(payload)) != c.offer.chunk_digests[chunk]:
+                return ev.PieceRejected(
+                    fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced"
+                )
+            self.store.put(key, as_bytes(payload), digest_hex=c.offer.chunk_digests[chunk])
+        return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
+
+    def reduce(self, c: ev.Reduce) -> ev.Event | None:
+        """Reduce own chunks of the roster and publish the results."""
+        offers = {(m, o.seq): o for m, _, o in c.assign.offers}
+        done: list[tuple[int, str]] = []
+        for chunk in c.chunks:
+            pieces: list[tuple[Tensor, float, float]] = []
+            for entry in c.assign.roster:
+                data = self.store.get(piece_key(c.assign.fragment, entry.offer, chunk))
+                if data is None:  # superseded meanwhile
+                    return None
+                sumsq = offers[entry.offer.member, entry.seq].sumsq[chunk]
+                pieces.append((_tensor(data), entry.coefficient, sumsq))
+            try:
+                payload = self.replica.reduce(c.assign.fragment, chunk, pieces)
+            except BadPiece as error:
+                offer = c.assign.roster[error.args[1]].offer
+                return ev.PieceRejected(fragment=c.assign.fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
+            done.append((chunk, self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, payload)))
+        return ev.ChunksReduced(fragment=c.assign.fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
+
+    def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Tensor) -> str:
+        data = as_bytes(payload)
+        digest_hex = digest(data)
+        self.store.put(content_key(fragment, digest_hex), data, digest_hex=digest_hex)
+        self.store.put(name_key(fragment, roster, chunk), data, digest_hex=digest_hex)
+        return digest_hex
+
+    def fetch_results(self, c: ev.FetchResults) -> ev.Event:
+        """Pull result chunks, by name while they are being made, else by content."""
+        if c.digests:
+            keys = [content_key(c.fragment, digest_hex) for digest_hex in c.digests]
+        else:
+            keys = [name_key(c.fragment, c.roster_digest, chunk) for chunk in c.chunks]
+        try:
+            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)), wait=not c.digests)
+        except TransportError as error:
+            return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=str(error))
+        done: list[tuple[int, str]] = []
+        for place, (chunk, payload) in enumerate(zip(c.chunks, payloads, strict=True)):
+            digest_hex = self._publish_result(c.fragment, c.roster_digest, chunk, payload)
+            if c.digests and digest_hex != c.digests[place]:
+                why = "the content is not what its name says"
+                return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=why)
+            done.append((chunk, digest_hex))
+        return ev.ResultsFetched(fragment=c.fragment, chunks=tuple(done))
+
+    def payloads(self, fragment: int, digests: Sequence[str]) -> list[Tensor] | None:
+        """Result payloads by content, or None if one is not here."""
+        out: list[Tensor] = []
+        for digest_hex in digests:
+            data = self.store.get(content_key(fragment, digest_hex))
+            if data is None:
+                return None
+            out.append(_tensor(data))
+        return out
+
+    def compute_next(self, c: ev.ComputeNext) -> ev.Event | None:
+        """Digest of the next version under a complete result."""
+        payloads = self.payloads(c.assign.fragment, c.chunk_digests)
+        with self.replica.lock:
+            if payloads is None or self.replica.parts[c.assign.fragment].chain != c.assign.base.chain:
+                return None
+            digest_hex = self.replica.next_digest(c.assign.fragment, payloads, base_samples=c.assign.base_samples)
+        return ev.NextComputed(
+            fragment=c.assign.fragment, exchange=c.assign.exchange, attempt=c.assign.attempt, digest=digest_hex
+        )
+
+    def verify_anchor(self, c: ev.VerifyAnchor) -> ev.Event:
+        """Hash the present version against its sealed digest."""
+        intact = self.replica.digest(c.fragment) == c.digest
+        return ev.AnchorVerified(fragment=c.fragment, intact=intact, exchange=c.exchange, attempt=c.attempt)
+
+    def fetch_state(self, c: ev.FetchState) -> ev.Event:
+        """Fetch a whole state; it is staged for the training thread."""
+        try:
+            chunks = fetch_state(self, c.fragment, c.donors)
+        except TransportError as error:
+            return ev.StateFailed(fragment=c.fragment, why=str(error))
+        self.staged[c.fragment] = chunks
+        return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
+
+
+def _tensor(data: memoryview) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
