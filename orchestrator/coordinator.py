@@ -230,7 +230,9 @@ class Coordinator:
             return
         if envelope.term is not None and envelope.term.rank > self.term.rank:
             self.ended = True
-            self.commands.append(ev.Die(why=f"{envelope.name} obeys term {envelope.term}, this controller is {self.term}"))
+            self.commands.append(
+                ev.Die(why=f"{envelope.name} obeys term {envelope.term}, this controller is {self.term}")
+            )
             return
         member = self._sender(envelope)
         for body in envelope.bodies:
@@ -273,9 +275,7 @@ class Coordinator:
             self._fence(previous, "a new process took its place", refused=False)
         incarnation = self.state.last_incarnation.get(envelope.name, 0) + 1
         member = MemberId(name=envelope.name, incarnation=incarnation)
-        self._log(
-            JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node)
-        )
+        self._log(JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node))
         self._attach_process(member, envelope.nonce, body.info)
         self.first_joins.setdefault(envelope.name, self.seconds())
         self.missing_since.pop(envelope.name, None)
@@ -287,9 +287,7 @@ class Coordinator:
         if member in self.roll.processes:
             self.roll.processes[member].rows_sent = 0
             return
-        self.roll.processes[member] = Process(
-            id=member, nonce=nonce, info=info, joined_s=self.now, heard_s=self.now
-        )
+        self.roll.processes[member] = Process(id=member, nonce=nonce, info=info, joined_s=self.now, heard_s=self.now)
         self.nonces[nonce] = (member.name, member)
 
     def _reattach(self, member: MemberId, envelope: msg.Envelope, hello: msg.Hello) -> None:
@@ -435,7 +433,10 @@ class Coordinator:
         if ready >= set(self.plan.islands) or (late and ready):
             self.started = True
             if late and not ready >= set(self.plan.islands):
-                self._say(f"started without {sorted(set(self.plan.islands) - ready)}: run.start_timeout_s is over", level="warning")
+                self._say(
+                    f"started without {sorted(set(self.plan.islands) - ready)}: run.start_timeout_s is over",
+                    level="warning",
+                )
             self._ask_evaluation(0)
             self._grant()
 
@@ -585,9 +586,7 @@ class Coordinator:
             injected = next((t for t, f, m in reversed(self.injected) if m == name), None)
             self.injected = [i for i in self.injected if i[2] != name]
             self.faults.append(
-                ev.FaultTrack(
-                    fault="kill", member=name, injected_s=injected, detected_s=self.seconds(), victim=member
-                )
+                ev.FaultTrack(fault="kill", member=name, injected_s=injected, detected_s=self.seconds(), victim=member)
             )
             self._fault("died", name, why, injected=False)
             self._dead_span(name, member.incarnation)
@@ -615,7 +614,9 @@ class Coordinator:
         self._fault(fault, member, "injected on purpose", injected=True)
 
     def _fault(self, fault: str, member: str, detail: str, *, injected: bool) -> None:
-        self._log(FaultRecord(fault=fault, member=member, injected=injected, t_s=round(self.seconds(), 6), detail=detail))
+        self._log(
+            FaultRecord(fault=fault, member=member, injected=injected, t_s=round(self.seconds(), 6), detail=detail)
+        )
 
     def _track(self, member: MemberId, what: str) -> None:
         for track in list(self.faults):
@@ -763,7 +764,10 @@ class Coordinator:
                 self._ask_save(f"v{max(h.version.n for h in self.state.heads)}")
         self._finish_if_done()
         if self.stopping is not None and self.now - self.begun_stop_s > 60.0:
-            self._end("stopped", f"stopped; no local state from {sorted({m.name for m in self.roll.processes} - self.local_saved)}")
+            self._end(
+                "stopped",
+                f"stopped; no local state from {sorted({m.name for m in self.roll.processes} - self.local_saved)}",
+            )
 
     def _revocations(self) -> None:
         if not self.exchanges:
@@ -776,7 +780,9 @@ class Coordinator:
             if record is not None:
                 self._effects(self.exchanges[fragment], self.exchanges[fragment].discard("its base was revoked"))
                 self._log(record)
-                self._fault("revoked", "", f"version {record.n} of fragment {fragment} is held by nobody", injected=False)
+                self._fault(
+                    "revoked", "", f"version {record.n} of fragment {fragment} is held by nobody", injected=False
+                )
                 self._tell_all()
 
 

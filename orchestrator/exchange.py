@@ -513,7 +513,10 @@ class FragmentExchange:
             stuck = now - open_.progress_s.get(owner, now) > self.config.progress_timeout_s
             if pending and (view is None or view.suspect or stuck):
                 why = "gone" if view is None else "suspect" if view.suspect else "no progress"
-                return [Note(text=f"owner {owner} loses its parts: {why}"), *self._remove_owner(open_, owner, fleet, now)]
+                return [
+                    Note(text=f"owner {owner} loses its parts: {why}"),
+                    *self._remove_owner(open_, owner, fleet, now),
+                ]
         return []
 
     def _try_commit(self, open_: OpenExchange, fleet: Fleet) -> list[Effect]:

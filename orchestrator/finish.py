@@ -54,6 +54,7 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         peak_memory_bytes=peak,
         anchor_digest=state.heads[0].digest if len(state.heads) == 1 else _combined(host),
         faults=figures.faults,
+        seq_len=plan.seq_len,
         journal_rows=len(coordinator.rows),
         journal_hash=coordinator.rows[-1].hash,
     )

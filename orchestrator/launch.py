@@ -77,7 +77,7 @@ class RaySession:
     def __init__(self, config: RunConfig) -> None:
         """Nothing is started before the session is entered."""
         self.config = config
-        self.controller: ActorHandle | None = None
+        self.controller: ActorHandle[Any] | None = None
 
     def __enter__(self) -> RaySession:
         """Start or join the cluster; raises `ClusterUnreachable`."""
@@ -125,14 +125,14 @@ class RaySession:
             ray.kill(self.controller)
         ray.shutdown()
 
-    def start(self, run_dir: Path, pack: Path, faults: list[PlannedFault], *, resume: bool) -> ActorHandle:
+    def start(self, run_dir: Path, pack: Path, faults: list[PlannedFault], *, resume: bool) -> ActorHandle[Any]:
         """Create the run's controller, which starts the islands."""
         import ray
 
         from orchestrator.actors import NAMESPACE, ControllerActor, controller_name
 
         run_id = run_dir.name
-        self.controller = ControllerActor.options(
+        self.controller = ControllerActor.options(  # type: ignore[attr-defined]
             name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached"
         ).remote(self.config.to_tables(), run_id, str(run_dir), str(pack), secrets.token_hex(16), faults, resume)
         ray.get(self.controller.begin.remote(), timeout=60)
@@ -151,7 +151,7 @@ class RaySession:
         return EXIT[summary.exit_reason]
 
 
-def watch(controller: ActorHandle, progress: Progress) -> dict[str, Any]:
+def watch(controller: ActorHandle[Any], progress: Progress) -> dict[str, Any]:
     """Show the run until it is over. The first Ctrl-C asks for a resumable stop, the second stops at once."""
     import ray
 
@@ -159,7 +159,7 @@ def watch(controller: ActorHandle, progress: Progress) -> dict[str, Any]:
     lost_since: float | None = None
     while True:
         try:
-            status: dict[str, Any] = ray.get(controller.wait.remote(POLL_S), timeout=30)
+            status: dict[str, Any] = ray.get(controller.wait.remote(POLL_S), timeout=30)  # type: ignore[assignment]
             lost_since = None
             progress.show(status)
             if status["over"]:

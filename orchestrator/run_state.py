@@ -103,7 +103,9 @@ class RunState:
 
     def samples_committed(self) -> int:
         """Samples that every fragment has committed."""
-        return self.settled_full + sum(min(m.watermarks) for m in self.members.values() if not m.settled and m.watermarks)
+        return self.settled_full + sum(
+            min(m.watermarks) for m in self.members.values() if not m.settled and m.watermarks
+        )
 
     def samples_accounted(self) -> int:
         """Samples with a final fate: full, partial or dropped."""
@@ -141,9 +143,7 @@ class RunState:
         _must(r.member not in self.current, f"{member} joins while {self.current.get(r.member)} lives")
         _must(r.incarnation == self.last_incarnation.get(r.member, 0) + 1, f"{member} skips an incarnation")
         _must(r.nonce not in self.nonces, f"nonce of {member} was used before")
-        self.members[member] = Membership(
-            id=member, nonce=r.nonce, node=r.node, watermarks=[0] * self.num_fragments
-        )
+        self.members[member] = Membership(id=member, nonce=r.nonce, node=r.node, watermarks=[0] * self.num_fragments)
         self.current[r.member] = member
         self.last_incarnation[r.member] = r.incarnation
         self.nonces[r.nonce] = member
@@ -178,7 +178,9 @@ class RunState:
             member = self.members[entry.offer.member]
             _must(not member.settled, f"commit names {member.id}, which is settled")
             _must(member.watermarks[r.fragment] == entry.since, f"gap or overlap in the coverage of {member.id}")
-            _must(entry.ranges == ranges.cut(member.leases, entry.since, entry.upto), f"{member.id} was not leased that")
+            _must(
+                entry.ranges == ranges.cut(member.leases, entry.since, entry.upto), f"{member.id} was not leased that"
+            )
             member.watermarks[r.fragment] = entry.upto
             self.committed[r.fragment] += entry.upto - entry.since
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
@@ -205,7 +207,9 @@ class RunState:
     def _drop(self, r: DropRecord) -> None:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
         low, high = min(member.watermarks), max(member.watermarks)
-        _must(member.live and high <= r.upto <= member.num_leased, f"drop of {member.id} up to {r.upto} is out of range")
+        _must(
+            member.live and high <= r.upto <= member.num_leased, f"drop of {member.id} up to {r.upto} is out of range"
+        )
         self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
         self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, high, r.upto))
         self.settled_full -= r.upto - low
@@ -215,7 +219,9 @@ class RunState:
     def _revoke(self, r: RevokeRecord) -> None:
         commit = self.history[r.fragment].pop()
         head = self.heads[r.fragment].version
-        _must((head.n, head.chain) == (r.n, r.chain) == (commit.n, commit.chain), "revoke of something else than the head")
+        _must(
+            (head.n, head.chain) == (r.n, r.chain) == (commit.n, commit.chain), "revoke of something else than the head"
+        )
         del self.digests[r.fragment][r.n]
         previous = Version(n=r.n - 1, chain=commit.prev_chain)
         self.heads[r.fragment] = Head(version=previous, digest=self.digests[r.fragment][r.n - 1])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.segments import segment_name
 
 RUNS = Path("runs")
 LATEST = "latest"
@@ -67,7 +68,7 @@ class RunDir:
 
     def journal_segment(self, term: int) -> Path:
         """The journal of one controller's term, until it is merged into `journal`."""
-        return self.path / f"journal.{term}.jsonl"
+        return self.path / segment_name(term)
 
     @property
     def metrics(self) -> Path:

@@ -66,7 +66,8 @@ def read_status(run_dir: Path) -> Status:
     steps, spans, exchanges, evals, faults = _newest(directory)
     seq_len = _seq_len(exchanges, state)
     tokens = state.samples_committed() * seq_len
-    now = max([r.t_s for r in (*steps.values(), *exchanges[-1:], *evals[-1:])], default=0.0)
+    rows: list[StepRow | ExchangeRow | EvalRow] = [*steps.values(), *exchanges[-1:], *evals[-1:]]
+    now = max((row.t_s for row in rows), default=0.0)
     speed = _speed(exchanges)
     left = max(config.train.tokens - tokens, 0)
     return Status(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -96,7 +97,7 @@ class Island:
         self.sync = self._build_sync()
         meta = read_meta(self._local_dir()) if self.spec.resume else None
         if meta is not None and meta["run_id"] == self.spec.run_id:
-            load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer, self.spec.train)
+            load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer)
         self.context.deliver = self.sync.deliver
         self.sync.start()
         return self
@@ -154,7 +155,7 @@ class Island:
         for part in getattr(self.optimizer, "optimizers", (self.optimizer,)):
             part.state.clear()
 
-    def _local_dir(self):  # noqa: ANN202
+    def _local_dir(self) -> Path:
         return self.spec.run_dir / "snapshots" / "local" / self.spec.name
 
     # ------------------------------------------------------------ the loop

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from workers.config import TrainConfig
 from workers.digest import digest
 from workers.member import FragmentState, MemberMachine, Pending
 from workers.messages import Offer, Version
@@ -128,7 +127,6 @@ def load_local(
     sync: IslandSync,
     model: nn.Module,
     optimizer: InnerOptimizer,
-    train: TrainConfig,
 ) -> None:
     """Put a saved state back, bit for bit, and remove it: from now on the process is ahead of it."""
     path = folder / TENSORS

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from workers import member_events as ev
+from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
 from workers.messages import Assign, Offer, Version
@@ -20,35 +21,6 @@ from workers.records import CommitRecord, DropRecord, MemberId, OfferId, Term
 
 KEEP_RESULTS = 2
 RESEND_S = 1.0
-
-
-# ---------------------------------------------------------------- rules
-
-
-def included(record: CommitRecord, offer: OfferId) -> bool:
-    """The record of version base+1 alone decides the fate of an offer (C2)."""
-    return any(entry.offer == offer for entry in record.roster)
-
-
-def obeys(mine: Term | None, theirs: Term) -> bool:
-    """A member never obeys a lower term than it has seen (C5, C11)."""
-    return mine is None or theirs.rank >= mine.rank
-
-
-def supersedes(new: Assign, old: Assign | None) -> bool:
-    """Only the highest (exchange, attempt) counts."""
-    return old is None or (new.exchange.rank, new.attempt) > (old.exchange.rank, old.attempt)
-
-
-def lacks_version(state: FragmentState, log: RecordLog, fragment: int, version: Version) -> bool:
-    """Whether this member neither holds a version nor everything needed to apply it."""
-    if state.version == version:
-        return False
-    if state.n >= version.n and log.on_path(fragment, version.chain):
-        return False
-    record = log.next(fragment, state.chain) if state.n >= 0 else None
-    complete = record is not None and set(record.chunk_digests) <= state.content
-    return not (record is not None and record.chain == version.chain and complete)
 
 
 # ---------------------------------------------------------------- state
@@ -178,7 +150,12 @@ class MemberMachine:
     def envelope(self, *bodies: msg.MemberBody) -> msg.Envelope:
         """Bodies in an envelope of this process."""
         return msg.Envelope(
-            run_id=self.run_id, term=self.term, name=self.name, incarnation=self.incarnation, nonce=self.nonce, bodies=bodies
+            run_id=self.run_id,
+            term=self.term,
+            name=self.name,
+            incarnation=self.incarnation,
+            nonce=self.nonce,
+            bodies=bodies,
         )
 
     @property
@@ -212,7 +189,7 @@ class MemberMachine:
             return None
         if state.barred is not None and state.barred[0].chain == record.chain:
             return None
-        return ev.Apply(record=record, included=state.pending is not None and included(record, state.pending.id))
+        return ev.Apply(record=record, included=state.pending is not None and rules.included(record, state.pending.id))
 
     def open_seen(self, fragment: int) -> bool:
         """Whether somebody offered for the version held here, and nothing was committed since."""
@@ -225,7 +202,9 @@ class MemberMachine:
         """The payload is published; the offer goes out until its fate is known."""
         self.now, self.out = now, []
         state = self.fragments[offer.fragment]
-        assert state.pending is None and offer.base == state.version, "an offer while one is pending, or of another base"
+        assert state.pending is None and offer.base == state.version, (
+            "an offer while one is pending, or of another base"
+        )
         state.seq = offer.seq
         state.pending = Pending(offer=offer, id=OfferId(member=self.id, seq=offer.seq))
         state.posted_s = now
@@ -333,7 +312,7 @@ class MemberMachine:
     # ------------------------------------------------------------ messages in
 
     def _delivered(self, batch: msg.Batch) -> None:
-        if batch.run_id != self.run_id or batch.nonce != self.nonce or not obeys(self.term, batch.term):
+        if batch.run_id != self.run_id or batch.nonce != self.nonce or not rules.obeys(self.term, batch.term):
             self.stale += 1
             if batch.run_id == self.run_id and batch.nonce == self.nonce:
                 self._hello()
@@ -441,13 +420,11 @@ class MemberMachine:
         wanted = tuple(c for c in chunks if (oid, c) not in state.pieces and (oid, c) not in state.fetching)
         if wanted and not (self.incarnation is not None and by == self.id):
             state.fetching |= {(oid, c) for c in wanted}
-            self.out.append(
-                ev.FetchPieces(fragment=fragment, offer_by=by, address=address, offer=offer, chunks=wanted)
-            )
+            self.out.append(ev.FetchPieces(fragment=fragment, offer_by=by, address=address, offer=offer, chunks=wanted))
 
     def _assigned(self, body: Assign) -> None:
         state = self.fragments[body.fragment]
-        if not supersedes(body, state.assign):
+        if not rules.supersedes(body, state.assign):
             return
         if state.assign is None or state.assign.roster_digest != body.roster_digest:
             state.results, state.reduced, state.reducing = {}, {}, set()
@@ -490,7 +467,11 @@ class MemberMachine:
         if event.offer in {entry.offer for entry in assign.roster}:
             self._post(
                 msg.Missing(
-                    fragment=event.fragment, exchange=assign.exchange, attempt=assign.attempt, offer=event.offer, why=event.why
+                    fragment=event.fragment,
+                    exchange=assign.exchange,
+                    attempt=assign.attempt,
+                    offer=event.offer,
+                    why=event.why,
                 )
             )
 
@@ -499,7 +480,11 @@ class MemberMachine:
         if assign is not None and event.offer in {entry.offer for entry in assign.roster}:
             self._post(
                 msg.Refused(
-                    fragment=event.fragment, exchange=assign.exchange, attempt=assign.attempt, offer=event.offer, why=event.why
+                    fragment=event.fragment,
+                    exchange=assign.exchange,
+                    attempt=assign.attempt,
+                    offer=event.offer,
+                    why=event.why,
                 )
             )
 
@@ -547,7 +532,11 @@ class MemberMachine:
             digests = tuple(state.spread.chunk_digests[c] for c in chunks) if state.spread else ()
             self.out.append(
                 ev.FetchResults(
-                    fragment=fragment, address=address, roster_digest=assign.roster_digest, chunks=tuple(chunks), digests=digests
+                    fragment=fragment,
+                    address=address,
+                    roster_digest=assign.roster_digest,
+                    chunks=tuple(chunks),
+                    digests=digests,
                 )
             )
 
@@ -592,9 +581,7 @@ class MemberMachine:
         digest = self.log.digest(body.fragment, state.n)
         if state.assign is not None and state.assign.exchange == body.exchange and digest is not None:
             self.out.append(
-                ev.VerifyAnchor(
-                    fragment=body.fragment, digest=digest, exchange=body.exchange, attempt=body.attempt
-                )
+                ev.VerifyAnchor(fragment=body.fragment, digest=digest, exchange=body.exchange, attempt=body.attempt)
             )
 
     def _anchor_verified(self, event: ev.AnchorVerified) -> None:
@@ -668,7 +655,7 @@ class MemberMachine:
         """Fate of the pending offer: in (watermark moves) or out (it rebases and is offered again)."""
         state = self.fragments[fragment]
         pending = state.pending
-        if pending is not None and included(record, pending.id):
+        if pending is not None and rules.included(record, pending.id):
             state.watermark, state.late = pending.offer.upto, False
         elif self.consumed > state.watermark:
             state.late = True
@@ -714,7 +701,7 @@ class MemberMachine:
                 state.barred = None
                 self._advance(body.fragment)
             return
-        lacks = lacks_version(state, self.log, body.fragment, body.version)
+        lacks = rules.lacks_version(state, self.log, body.fragment, body.version)
         if lacks and (state.barred is None or body.nonce >= state.barred[1]):
             state.barred = (body.version, body.nonce)
         self._post(msg.RevokeAnswer(fragment=body.fragment, nonce=body.nonce, lacks=lacks, n=state.n))

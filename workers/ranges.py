@@ -1,7 +1,7 @@
 """Arithmetic on half-open ranges of sample positions.
 
 Two shapes are used: a *span list* keeps the order in which a member consumes its leases (positions may jump back
-when returned samples are leased again), and an *interval set* is sorted, disjoint and merged (free samples, the ledger).
+when returned samples are leased again); an *interval set* is sorted, disjoint and merged (free samples, the ledger).
 """
 
 from __future__ import annotations

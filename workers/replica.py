@@ -1,8 +1,8 @@
 """The tensors of one member: anchors, outer states, live parameters, residuals (protocol 1.4, 1.5, 1.7).
 
-Pure arithmetic around the strategy's parts; knows nothing of members, messages or time. Live parameters are touched by
-the training thread only (`encode`, `apply`, `install`, `reset`, `hold_displacement`); everything that reads anchors from
-another thread takes `lock`, which the training thread holds while it changes them.
+Pure arithmetic around the strategy's parts; knows nothing of members, messages or time. Live parameters are touched
+by the training thread only (`encode`, `apply`, `install`, `reset`, `hold_displacement`); everything that reads anchors
+from another thread takes `lock`, which the training thread holds while it changes them.
 Suffixes: N values of a fragment, C values of one chunk.
 """
 
@@ -365,7 +365,7 @@ class Replica:
         return combine([digest(as_bytes(values)) for chunk in chunks for values in chunk.values])
 
     def install(self, fragment: int, chunks: Sequence[StateChunk], *, included: bool, fresh: bool) -> None:
-        """Take over a fetched state. `fresh`: live := anchor; else live parameters keep their uncommitted displacement."""
+        """Take over a fetched state. `fresh`: live := anchor; else live parameters keep their open displacement."""
         spec, part = self.specs[fragment], self.parts[fragment]
         with self.lock:
             for chunk, state in enumerate(chunks):

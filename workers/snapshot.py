@@ -19,6 +19,7 @@ from workers.digest import digest
 from workers.replica import Replica
 
 MANIFEST = "manifest.json"
+FILES = ("anchor.safetensors", "states.safetensors")
 KEEP = 3
 
 
@@ -41,7 +42,7 @@ def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]
     target, temporary = folder / name, folder / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for file, content in (("anchor.safetensors", tensors), ("states.safetensors", states)):
+    for file, content in zip(FILES, (tensors, states), strict=True):
         save_file(content, temporary / file)
     manifest = {
         "schema": 1,

@@ -64,7 +64,8 @@ def fetch_state(jobs: Jobs, fragment: int, donors: Sequence[Donor]) -> list[Stat
         if sealed is not None and Replica.digest_of_chunks(chunks) == sealed:
             return chunks
         held = {}
-    raise NoState(f"fragment {fragment}: no whole state from {', '.join(name for name, _ in donors)}")
+    names = ", ".join(name for name, _ in donors)
+    raise NoState(peer=names, key=f"state/{fragment}", cause="no whole, verified state after several rounds")
 
 
 def _fetch_round(
@@ -93,8 +94,7 @@ def _from_donor(jobs: Jobs, fragment: int, donor: Donor, chunks: Sequence[int]) 
     try:
         blobs = jobs.transport.fetch(donor[1], keys, timeout_s=jobs.timeout_s, max_bytes=max_bytes)
         return [
-            jobs.replica.parse_state(fragment, chunk, memoryview(blob.data))
-            for chunk, blob in zip(chunks, blobs, strict=True)
+            jobs.replica.parse_state(fragment, chunk, blob.data.data) for chunk, blob in zip(chunks, blobs, strict=True)
         ]
     except (TransportError, BadPiece):
         return None

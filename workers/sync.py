@@ -23,6 +23,7 @@ from workers import ranges
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.member import MemberMachine
 from workers.ranges import Range
+from workers.record_log import GENESIS_CHAIN
 from workers.records import CommitRecord, FenceRecord, JoinRecord, OfferId
 from workers.replica import Replica, StateTorn, as_bytes
 from workers.transport.base import Transport
@@ -197,12 +198,7 @@ class IslandSync:
                 case ev.Forget():
                     self._forget(command)
                 case ev.BuildGenesis():
-                    self._work(
-                        lambda: ev.GenesisBuilt(
-                            digests=self.replica.make_genesis("genesis"),
-                            num_params=sum(s.numel for s in self.replica.specs),
-                        )
-                    )
+                    self._work(self._make_genesis)
                 case ev.FetchPieces():
                     self._work(lambda c=command: self.jobs.fetch_pieces(c))  # type: ignore[misc]
                 case ev.Reduce():
@@ -216,6 +212,10 @@ class IslandSync:
                 case ev.FetchState():
                     self._work(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
         self._flush()
+
+    def _make_genesis(self) -> ev.Event:
+        num_params = sum(spec.numel for spec in self.replica.specs)
+        return ev.GenesisBuilt(digests=self.replica.make_genesis(GENESIS_CHAIN), num_params=num_params)
 
     def _flush(self) -> None:
         if self.rows and any(isinstance(body, msg.Hello) for body in self.bodies):

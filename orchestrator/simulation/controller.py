@@ -60,8 +60,7 @@ class Controller:
         for segment in cluster.disk.segments:
             if segment.number < self.segment.number:
                 cluster.disk.sync(segment)
-        number = 1 + max((r.record.number for r in rows if isinstance(r.record, TermRecord)), default=0)
-        self.term = Term(lineage=0, number=max(number, self.segment.number), controller=self.name)
+        self.term = Term(lineage=0, number=self.segment.number, controller=self.name)
         record = TermRecord(lineage=0, number=self.term.number, controller=self.name)
         self.rows = [*rows, make_row(len(rows), rows[-1].hash if rows else GENESIS_HASH, record)]
         self.writing = [self.rows[-1]]

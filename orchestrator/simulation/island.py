@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.simulation.state_fetch import fetch_state
 from orchestrator.simulation.symbols import BadPiece, NonFinite, Payload, Replica, StateChunk, StateTorn, Store, bits_of
 from workers import member_events as ev
+from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
 from workers.member import MemberMachine
@@ -84,6 +85,7 @@ class Island:
         self.parked: list[tuple[Island, Job, Fetch, float]] = []
         self.poison = 0
         self.lies = False
+        self.corrupt = False
         self.floors = [0 for _ in scenario.num_chunks]
         self._turn = 0
         self._asleep = False
@@ -345,7 +347,7 @@ class Island:
                 continue
             record = self.machine.log.next(fragment, state.chain) if state.n >= 0 else None
             pending = state.pending
-            included = record is not None and pending is not None and any(e.offer == pending.id for e in record.roster)
+            included = record is not None and pending is not None and rules.included(record, pending.id)
             fresh = not self.steps_done
             self.replica.install(fragment, self.staged_chunks.pop(fragment), included=included, fresh=fresh)
             self._carry_out(self.machine.installed(fragment, self.clock()))

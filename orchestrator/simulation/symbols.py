@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from workers.member import residual_after
+from workers import member_rules as rules
 from workers.ranges import Range
 
 
@@ -201,7 +201,7 @@ class Replica:
             raise StateTorn(f"fragment {fragment} version {n}: applied state differs from the sealed digest")
 
     def _conclude(self, part: Part, *, included: bool) -> None:
-        part.e = residual_after(part.e, part.next_e, included=included)
+        part.e = rules.residual_after(part.e, part.next_e, included=included)
         part.next_e, part.sent_d, part.held = 0, 0, None
         part.bad &= part.d
 

@@ -1,0 +1,231 @@
+"""The journal told once more, sample by sample, as bit sets: slow, obviously right, and nothing shared with `run_state`.
+
+It is fed with rows in the moment in which they are decided for good (flushed on the path), and knows of every sample
+whose it is and which fragments have counted it. Rules as in `orchestrator/ledger.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from orchestrator.run_state import RunState
+from orchestrator.simulation.symbols import bits_of, must
+from workers.ranges import Range
+from workers.records import (
+    CommitRecord,
+    DropRecord,
+    FenceRecord,
+    GenesisRecord,
+    JoinRecord,
+    LeaseRecord,
+    MemberId,
+    RevokeRecord,
+    Row,
+    SettleRecord,
+    TermRecord,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Life:
+    """One incarnation: its samples in the order of consumption, and how many each fragment has counted."""
+
+    marks: list[int]
+    nonce: str
+    samples: list[int] = field(default_factory=list)
+    live: bool = True
+    settled: bool = False
+    refused: bool = False
+    floor: int = 0
+    fenced_in: int = 0
+
+    def bits(self, since: int, upto: int) -> int:
+        """Bit set of the samples at positions `since` to `upto`."""
+        out = 0
+        for sample in self.samples[since:upto]:
+            out |= 1 << sample
+        return out
+
+
+class Bookkeeping:
+    """Fates of all samples, from the rows alone."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.last_hash = ""
+        self.term_rank = (-1, -1)
+        self.num_terms = 0
+        self.lives: dict[MemberId, Life] = {}
+        self.by_nonce: dict[str, MemberId] = {}
+        self.chains: list[list[str]] = []
+        self.commits: list[list[CommitRecord]] = []
+        self.digests: list[dict[str, str]] = []
+        self.committed: list[int] = []
+        self.cursor = 0
+        self.free = self.dropped = self.tainted = 0
+
+    def apply(self, row: Row) -> None:
+        """One more row of the path."""
+        must(row.seq == self.num_rows and (not self.num_rows or row.prev == self.last_hash), 2, f"row {row.seq} does not follow")
+        self.num_rows, self.last_hash = row.seq + 1, row.hash
+        match row.record:
+            case TermRecord() as r:
+                must((r.lineage, r.number) > self.term_rank, 2, f"term {r.number} does not rise")
+                self.term_rank = (r.lineage, r.number)
+                self.num_terms += 1
+            case GenesisRecord() as r:
+                must(not self.chains, 2, "two geneses")
+                self.chains = [["genesis"] for _ in r.digests]
+                self.commits = [[] for _ in r.digests]
+                self.digests = [{"genesis": digest} for digest in r.digests]
+                self.committed = [0 for _ in r.digests]
+                for life in self.lives.values():
+                    life.marks = [0 for _ in r.digests]
+            case JoinRecord() as r:
+                member = MemberId(name=r.member, incarnation=r.incarnation)
+                must(member not in self.lives and r.nonce not in self.by_nonce, 2, f"{member} joins twice")
+                self.lives[member] = Life(marks=[0 for _ in self.chains], nonce=r.nonce)
+                self.by_nonce[r.nonce] = member
+            case FenceRecord() as r:
+                life = self._life(r.member, r.incarnation)
+                must(life.live, 2, f"{r.member}.{r.incarnation} is fenced twice")
+                life.live, life.refused, life.fenced_in = False, r.refused, self.num_terms
+            case LeaseRecord() as r:
+                self._lease(r)
+            case CommitRecord() as r:
+                self._commit(r)
+            case SettleRecord() as r:
+                self._settle(r)
+            case DropRecord() as r:
+                self._drop(r)
+            case RevokeRecord() as r:
+                self._revoke(r)
+            case _:
+                pass
+
+    def _life(self, member: str, incarnation: int) -> Life:
+        return self.lives[MemberId(name=member, incarnation=incarnation)]
+
+    def _lease(self, r: LeaseRecord) -> None:
+        life = self._life(r.member, r.incarnation)
+        must(life.live and r.index == len(life.samples), 5, f"lease {r.index} of {r.member}.{r.incarnation}")
+        for start, stop in r.ranges:
+            for sample in range(start, stop):
+                bit = 1 << sample
+                must(bit & self.free or sample == self.cursor, 8, f"sample {sample} is leased but somebody has it")
+                self.free &= ~bit
+                self.cursor = max(self.cursor, sample + 1)
+                life.samples.append(sample)
+
+    def _commit(self, r: CommitRecord) -> None:
+        path = self.chains[r.fragment]
+        must(r.prev_chain == path[-1] and r.n == len(path), 2, f"commit {r.n} of fragment {r.fragment} is no extension")
+        must(r.chain not in path, 1, f"chain {r.chain} comes twice")
+        path.append(r.chain)
+        self.commits[r.fragment].append(r)
+        self.digests[r.fragment][r.chain] = r.digest
+        must(sum(entry.coefficient for entry in r.roster) <= 1 + 1e-5, 3, "coefficients exceed 1")
+        for entry in r.roster:
+            life = self._life(entry.member, entry.incarnation)
+            must(not life.settled, 8, f"commit {r.n} names {entry.offer.member}, which is settled")
+            must(life.live or life.fenced_in == self.num_terms, 8, f"{entry.offer.member} was fenced in an older term")
+            must(life.marks[r.fragment] == entry.since < entry.upto, 4, f"coverage of {entry.offer.member} has a gap")
+            bits = bits_of(entry.ranges)
+            must(bits == life.bits(entry.since, entry.upto), 4, f"{entry.offer} covers what was not leased to it")
+            must(not bits & self.committed[r.fragment], 4, f"a sample of {entry.offer} is committed twice")
+            self.committed[r.fragment] |= bits
+            life.marks[r.fragment] = entry.upto
+
+    def _settle(self, r: SettleRecord) -> None:
+        life = self._life(r.member, r.incarnation)
+        must(not life.live and not life.settled, 5, f"{r.member}.{r.incarnation} is settled")
+        life.settled = True
+        returned = life.bits(max(life.marks, default=0), len(life.samples))
+        for bits in self.committed:
+            must(not returned & bits, 5, f"{r.member}.{r.incarnation} returns samples that are committed")
+        if life.refused:
+            self.dropped |= returned & self.tainted
+            returned &= ~self.tainted
+            self.tainted |= returned
+        self.free |= returned
+
+    def _drop(self, r: DropRecord) -> None:
+        life = self._life(r.member, r.incarnation)
+        must(life.live and max(life.marks) <= r.upto <= len(life.samples), 5, f"drop of {r.member} to {r.upto}")
+        self.dropped |= life.bits(max(life.marks), r.upto)
+        life.marks = [r.upto for _ in life.marks]
+        life.floor = r.upto
+
+    def _revoke(self, r: RevokeRecord) -> None:
+        commit = self.commits[r.fragment].pop()
+        must((commit.n, commit.chain) == (r.n, r.chain), 2, "revoke of something else than the head")
+        self.chains[r.fragment].pop()
+        for entry in commit.roster:
+            life = self._life(entry.member, entry.incarnation)
+            bits = bits_of(entry.ranges)
+            self.committed[r.fragment] &= ~bits
+            left = bits & ~self.some()
+            if entry.since < life.floor:
+                self.dropped |= left
+            else:
+                life.marks[r.fragment] = entry.since
+                if life.settled:
+                    self.free |= left
+
+    # ------------------------------------------------------------ sums
+
+    def some(self) -> int:
+        """Samples that at least one fragment has counted."""
+        out = 0
+        for bits in self.committed:
+            out |= bits
+        return out
+
+    def full(self) -> int:
+        """Samples that all fragments have counted."""
+        out = -1 if self.committed else 0
+        for bits in self.committed:
+            out &= bits
+        return out
+
+    def in_progress(self) -> int:
+        """Leased to an incarnation that is not settled, above its lowest mark."""
+        out = 0
+        for life in self.lives.values():
+            if not life.settled:
+                out |= life.bits(min(life.marks, default=0), len(life.samples))
+        return out
+
+    def check(self, state: RunState) -> None:
+        """Invariant 5: every sample has one fate, and the controller's replay says the same."""
+        full, running = self.full(), self.in_progress()
+        partial = self.some() & ~full & ~running
+        fates = [full, partial, self.free, self.dropped, running]
+        together = 0
+        for bits in fates:
+            must(not together & bits, 5, "a sample has two fates")
+            together |= bits
+        must(together == (1 << self.cursor) - 1, 5, "a sample has no fate")
+        story = f"by the controller free {state.free} partial {state.partial} dropped {state.dropped}"
+        must(bits_of(state.free) == self.free, 5, f"free samples differ: {story}, here {spans_of(self.free)}")
+        must(bits_of(state.partial) == partial, 5, f"partial samples differ: {story}, here {spans_of(partial)}")
+        must(bits_of(state.dropped) == self.dropped, 5, f"dropped samples differ: {story}, here {spans_of(self.dropped)}")
+        must(state.samples_committed() == full.bit_count(), 5, f"{state.samples_committed()} samples, {full.bit_count()} here")
+        must([h.version.n for h in state.heads] == [len(p) - 1 for p in self.chains], 2, "heads differ")
+
+
+def spans_of(bits: int) -> list[Range]:
+    """Ranges of a bit set."""
+    out: list[Range] = []
+    position = 0
+    while bits:
+        if bits & 1:
+            start = position
+            while bits & 1:
+                bits >>= 1
+                position += 1
+            out.append((start, position))
+        else:
+            bits >>= 1
+            position += 1
+    return out

@@ -1,0 +1,263 @@
+"""The twelve invariants of the protocol, asserted while a run is simulated (`exchange-protocol.md`, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator import ledger
+from orchestrator.exchange import copies_needed
+from orchestrator.run_state import RunState
+from orchestrator.simulation.bookkeeping import Bookkeeping
+from orchestrator.simulation.symbols import bits_of, must
+from workers import messages as msg
+from workers import ranges
+from workers.member import KEEP_RESULTS
+from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId, Row, StopRecord
+
+if TYPE_CHECKING:
+    from orchestrator.simulation.cluster import Cluster
+    from orchestrator.simulation.controller import Controller
+    from orchestrator.simulation.island import Island
+
+
+@dataclass(kw_only=True, slots=True)
+class Attempt:
+    """What is known of one exchange from its assignments."""
+
+    attempt: int
+    base: msg.Version
+    roster: frozenset[MemberId]
+    owners: frozenset[MemberId]
+    limit: int
+
+
+class Checks:
+    """Asserts; raises `Violation`."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.book = Bookkeeping()
+        self.rows: list[Row] = []
+        self.attempts: dict[tuple[int, msg.ExchangeId], Attempt] = {}
+        self.truth: dict[tuple[int, str], str] = {}
+
+    # ------------------------------------------------------------ what the others ask
+
+    def path(self, fragment: int) -> list[str]:
+        """Chain ids of the versions on the journal's path."""
+        return self.book.chains[fragment] if self.book.chains else []
+
+    def doubted(self, fragment: int) -> set[str]:
+        """Versions that a controller may be about to revoke."""
+        out: set[str] = set()
+        for controller in self.cluster.controllers:
+            if controller.coordinator is not None:
+                question = controller.coordinator.revocations.open.get(fragment)
+                if question is not None:
+                    out.add(question.version.chain)
+        return out
+
+    # ------------------------------------------------------------ journal
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.book.apply(row)
+            self.rows.append(row)
+
+    def began(self, rows: Sequence[Row]) -> None:
+        """A controller read the journal: what was ever told is in it (invariant 2)."""
+        known = len(self.rows)
+        must(len(rows) >= known, 2, f"{known} rows were flushed, a new controller finds {len(rows)}")
+        must(not known or rows[known - 1].hash == self.rows[-1].hash, 2, "a flushed row is another one now")
+        self._take(rows[known:])
+
+    def flushed(self, controller: Controller, rows: Sequence[Row]) -> None:
+        """Rows are durable and the controller is about to say so."""
+        self._take(rows)
+
+    def appended(self, controller: Controller, rows: Sequence[Row]) -> None:
+        """Rows were decided, though not flushed: what must hold in this moment (invariants 3, 7)."""
+        coordinator = controller.coordinator
+        assert coordinator is not None
+        for row in rows:
+            record = row.record
+            if isinstance(record, CommitRecord):
+                self._commit(controller, record)
+
+    def _commit(self, controller: Controller, record: CommitRecord) -> None:
+        coordinator = controller.coordinator
+        assert coordinator is not None
+        wanted = 0
+        for entry in record.roster:
+            wanted |= bits_of(entry.ranges)
+        keys = [(record.fragment, digest) for digest in record.chunk_digests]
+        holders = []
+        live = set(coordinator.state.current.values())
+        for island in self.cluster.by_address.values():
+            machine = island.machine
+            here = [island.store.content.get(key) for key in keys]
+            if None in here:
+                continue
+            for payload in here:
+                assert payload is not None
+                must(payload.hi == wanted, 3, f"a part of commit {record.n} holds other samples than its roster")
+            if machine.incarnation is not None and machine.id in live:
+                holders.append(island)
+        fleet = coordinator._fleet(record.fragment)
+        need, nodes = copies_needed(coordinator.plan.exchange, fleet)
+        if len(holders) < need or len({i.node for i in holders}) < nodes:
+            must(False, 7, f"commit {record.n} of fragment {record.fragment} is held by {len(holders)} of {need}")
+
+    # ------------------------------------------------------------ messages
+
+    def sent(self, controller: Controller, batch: msg.Batch) -> None:
+        """Invariants 8 to 10: what a controller tells is decided, and rosters only shrink."""
+        durable = self.book
+        if batch.rows:
+            must(batch.rows[-1].seq < durable.num_rows, 10, f"row {batch.rows[-1].seq} is told before it is flushed")
+        for body in batch.bodies:
+            match body:
+                case msg.LeaseGrant(index=index, ranges=granted):
+                    member = MemberId(name=batch.name, incarnation=batch.incarnation or 0)
+                    samples = durable.lives[member].samples if member in durable.lives else []
+                    upto = index + ranges.count(granted)
+                    told = upto <= len(samples) and bits_of(granted) == durable.lives[member].bits(index, upto)
+                    must(told, 10, f"a lease of {member} is told before it is flushed")
+                case msg.Welcome():
+                    must(batch.nonce in durable.by_nonce, 10, f"{batch.nonce} is welcomed before that is flushed")
+                case msg.Stop(save=False):
+                    stopped = isinstance(self.rows[-1].record, StopRecord) if self.rows else False
+                    superseded = batch.incarnation is None
+                    must(stopped or superseded, 10, "a stop is told before it is flushed")
+                case msg.Assign():
+                    self._assign(controller, body)
+                case _:
+                    pass
+
+    def _assign(self, controller: Controller, body: msg.Assign) -> None:
+        roster = frozenset(entry.offer.member for entry in body.roster)
+        owners = frozenset(body.owners)
+        known = self.attempts.get((body.fragment, body.exchange))
+        if known is None:
+            coordinator = controller.coordinator
+            assert coordinator is not None
+            for member in roster:
+                must(self.book.lives[member].live or body.attempt > 1, 8, f"{member} is fenced and in a new roster")
+            limit = len(roster) + len(set(owners)) + len(coordinator.state.current)
+            self.attempts[body.fragment, body.exchange] = Attempt(
+                attempt=body.attempt, base=body.base, roster=roster, owners=owners, limit=limit
+            )
+            return
+        must(known.base == body.base, 9, f"exchange {body.exchange} comes with two bases")
+        if body.attempt <= known.attempt:
+            return
+        must(roster <= known.roster, 9, f"the roster of {body.exchange} grows")
+        must(body.attempt <= known.limit, 9, f"{body.exchange} is at attempt {body.attempt}, at most {known.limit}")
+        known.attempt, known.roster, known.owners = body.attempt, roster, owners
+
+    # ------------------------------------------------------------ members
+
+    def member(self, island: Island) -> None:
+        """After every event of a member: what it knows of itself."""
+        machine = island.machine
+        for fragment, (state, part) in enumerate(zip(machine.fragments, island.replica.parts, strict=True)):
+            if state.n < 0:
+                continue
+            must((part.n, part.chain) == (state.n, state.chain), 1, f"{machine.nonce}: machine and tensors differ")
+
+    def displacements(self, island: Island) -> None:
+        """Invariants 1 and 6, at a step boundary: nothing of a member's work is lost, nothing is there twice."""
+        machine = island.machine
+        if machine.incarnation is None or machine.reset_wanted:
+            return
+        for fragment, (state, part) in enumerate(zip(machine.fragments, island.replica.parts, strict=True)):
+            if state.n < 0:
+                continue
+            who = f"{machine.nonce} fragment {fragment} version {state.n}"
+            self._content(island, fragment)
+            if any(s.n < 0 for s in machine.fragments):
+                continue
+            open_ = bits_of(ranges.cut(machine.leases, state.watermark, machine.consumed))
+            must(part.d == open_, 6, f"{who}: displacement {part.d:b}, uncommitted steps {open_:b}")
+            floor = island.floors[fragment]
+            if state.watermark < floor:
+                continue
+            mine = bits_of(ranges.cut(machine.leases, floor, state.watermark))
+            must(not mine & ~part.hi[0], 6, f"{who}: it takes work for included that the anchor lacks")
+            if island.replica.feedback:
+                must(not mine & ~(part.lo[0] | part.e), 6, f"{who}: a residual is lost")
+                must(not part.lo[0] & part.e, 6, f"{who}: a residual was delivered and is still kept")
+
+    def _content(self, island: Island, fragment: int) -> None:
+        part = island.replica.parts[fragment]
+        for chunk in range(1, len(part.hi)):
+            must(part.hi[chunk] == part.hi[0] and part.lo[chunk] == part.lo[0], 3, "half a contribution in an anchor")
+        digest = island.replica.digest(fragment)
+        known = self.truth.setdefault((fragment, part.chain), digest)
+        must(known == digest or island.corrupt, 1, f"two contents for version {part.n} of fragment {fragment}")
+
+    def offer(self, island: Island, offer: msg.Offer) -> None:
+        """Invariant 1: a member offers only for versions on the path as it knows it."""
+        log = island.machine.log
+        must(log.on_path(offer.fragment, offer.base.chain), 1, f"{island.machine.nonce} offers for a version off the path")
+
+    # ------------------------------------------------------------ controllers, regularly, at the end
+
+    def controller(self, controller: Controller) -> None:
+        """After every event of a controller."""
+        coordinator = controller.coordinator
+        assert coordinator is not None
+        must(coordinator.flushed < self.book.num_rows or not controller.alive, 10, "a flush is believed that was none")
+
+    def everything(self) -> None:
+        """All invariants that look at the whole cluster."""
+        for controller in self.cluster.controllers:
+            coordinator = controller.coordinator
+            if coordinator is None or not self.cluster.owns_journal(controller):
+                continue
+            if not coordinator.pending and len(coordinator.rows) == self.book.num_rows:
+                self.book.check(coordinator.state)
+        for island in self.cluster.processes():
+            self._bounded(island)
+
+    def _bounded(self, island: Island) -> None:
+        """Invariant 12: what a process keeps is bounded."""
+        machine, store = island.machine, island.store
+        for fragment, num_chunks in enumerate(island.replica.num_chunks):
+            own = f"piece/{fragment}/{machine.name}."
+            payloads = [g for g in store.groups if g.startswith(own)]
+            must(len(payloads) <= 2, 12, f"{machine.nonce} keeps {payloads}")
+            results = sum(1 for f, _ in store.content if f == fragment)
+            limit = (KEEP_RESULTS + 6) * num_chunks * 3
+            must(results <= limit, 12, f"{machine.nonce} keeps {results} results of fragment {fragment}")
+
+    def end(self) -> None:
+        """After the drain: the whole journal once more, by both ledgers, and the members' anchors."""
+        self.everything()
+        state = RunState()
+        for row in self.rows:
+            state.apply(row.record)
+        self.book.check(state)
+        total = self.cluster.scenario.plan.total_samples
+        must(state.samples_accounted() == total, 5, f"{state.samples_accounted()} of {total} samples have a final fate")
+        found = ledger.recompute(self.rows)
+        must(found.ok, 5, f"the ledger finds {found.findings[:1]}")
+        must(found.samples()["full"] == state.samples_committed(), 5, "the ledger counts another number of samples")
+        for fragment, path in enumerate(self.book.chains):
+            for island in self.cluster.processes():
+                part = island.replica.parts[fragment]
+                if part.chain == path[-1]:
+                    must(part.hi[0] == self.book.committed[fragment], 4, "an anchor and the ledger differ")
+
+
+def joined(rows: Sequence[Row]) -> set[tuple[str, int]]:
+    """Live incarnations by the rows."""
+    out: set[tuple[str, int]] = set()
+    for row in rows:
+        if isinstance(row.record, JoinRecord):
+            out.add((row.record.member, row.record.incarnation))
+        elif isinstance(row.record, FenceRecord):
+            out.discard((row.record.member, row.record.incarnation))
+    return out

@@ -1,0 +1,231 @@
+"""The faults of a simulated run: when, to whom, for how long. All of them heal by themselves or by `heal_all`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from orchestrator.simulation.scenario import FaultRates
+
+if TYPE_CHECKING:
+    from orchestrator.simulation.cluster import Cluster
+    from orchestrator.simulation.island import Island
+
+HEAD = "head"
+
+
+class Chaos:
+    """Draws faults until it is told to stop."""
+
+    def __init__(self, cluster: Cluster, rates: FaultRates) -> None:
+        self.cluster, self.rates = cluster, rates
+        self.active = True
+        kinds: list[tuple[str, float, Callable[[], bool]]] = [
+            ("kill", rates.kill, self._kill),
+            ("false_verdict", rates.false_verdict, self._false_verdict),
+            ("hang", rates.hang, self._hang),
+            ("cut", rates.cut, self._cut),
+            ("cut_pair", rates.cut_pair, self._cut_pair),
+            ("controller_crash", rates.controller_crash, self._controller_crash),
+            ("zombie", rates.zombie, self._zombie),
+            ("journal_full", rates.journal_full, self._journal_full),
+            ("sync_error", rates.sync_error, self._sync_error),
+            ("nan", rates.nan, self._nan),
+            ("lie", rates.lie, self._lie),
+            ("corrupt_anchor", rates.corrupt_anchor, self._corrupt_anchor),
+            ("wrong_digest", rates.wrong_digest, self._wrong_digest),
+        ]
+        self._names = [name for name, _, _ in kinds]
+        self._weights = [weight for _, weight, _ in kinds]
+        self._actions = {name: action for name, _, action in kinds}
+        self._next()
+
+    def _next(self) -> None:
+        gap = self.cluster.rng.expovariate(1.0 / self.rates.mean_gap_s)
+        self.cluster.time.after(gap, self._strike)
+
+    def _strike(self) -> None:
+        if not self.active:
+            return
+        name = self.cluster.rng.choices(self._names, self._weights)[0]
+        self.inject(name)
+        self._next()
+
+    def inject(self, name: str) -> bool:
+        """Cause one fault now; whether there was anything to do it to."""
+        done = self._actions[name]()
+        if done:
+            self.cluster.counts[f"fault {name}"] += 1
+            self.cluster.counts["faults"] += 1
+        return done
+
+    def heal_all(self) -> None:
+        """Faults stop: links, processes and disk are well from now on; the dead stay dead."""
+        cluster = self.cluster
+        cluster.note("faults stop")
+        self.active = cluster.faulty = False
+        cluster.network.heal()
+        cluster.disk.full = False
+        for island in list(cluster.processes()):
+            island.poison, island.replica.wrong_once = 0, 0
+            if island.frozen:
+                island.thaw()
+        if not cluster.controllers:
+            cluster.start_controller()
+
+    # ------------------------------------------------------------ helpers
+
+    def _pick(self) -> Island | None:
+        islands = [island for island in self.cluster.processes() if not island.frozen]
+        return self.cluster.rng.choice(islands) if islands else None
+
+    def _span_s(self) -> float:
+        """How long: mostly short, sometimes longer than limbo."""
+        limbo = self.cluster.scenario.plan.exchange.limbo_s
+        return self.cluster.rng.choice((0.3, 1.0, 2.0, limbo * 1.5)) * (0.5 + self.cluster.rng.random())
+
+    # ------------------------------------------------------------ processes
+
+    def _kill(self) -> bool:
+        cluster, island = self.cluster, self._pick()
+        if island is None or not cluster.may_kill(island):
+            return False
+        cluster.note(f"FAULT kill {island.first_nonce}")
+        nonce = island.machine.nonce
+        cluster.kill(island)
+        if cluster.rng.random() < 0.85:
+            cluster.report_death(island.name, nonce if cluster.rng.random() < 0.7 else None)
+        return True
+
+    def _false_verdict(self) -> bool:
+        island = self._pick()
+        if island is None:
+            return False
+        self.cluster.note(f"FAULT false verdict on {island.first_nonce}")
+        self.cluster.report_death(island.name, island.machine.nonce)
+        return True
+
+    def _hang(self) -> bool:
+        island = self._pick()
+        if island is None:
+            return False
+        span = self._span_s()
+        self.cluster.note(f"FAULT hang {island.first_nonce} for {span:.1f} s")
+        island.freeze()
+        self.cluster.time.after(span, self._thaw, island)
+        return True
+
+    def _thaw(self, island: Island) -> None:
+        if island.alive and island.frozen:
+            self.cluster.note(f"thaw {island.first_nonce}")
+            island.thaw()
+
+    # ------------------------------------------------------------ links
+
+    def _cut(self) -> bool:
+        """Cut a member from the controller (one way or both), or from everybody."""
+        rng, names = self.cluster.rng, list(self.cluster.islands)
+        name = rng.choice(names)
+        pairs = rng.choice(([(name, HEAD)], [(HEAD, name)], [(name, HEAD), (HEAD, name)]))
+        if rng.random() < 0.4:
+            pairs = [(a, b) for o in (*names, HEAD) if o != name for a, b in ((name, o), (o, name))]
+        self._cut_links(pairs)
+        return True
+
+    def _cut_pair(self) -> bool:
+        """Two members cannot reach each other; the controller reaches both."""
+        names = list(self.cluster.islands)
+        if len(names) < 2:
+            return False
+        one, other = self.cluster.rng.sample(names, 2)
+        self._cut_links([(one, other), (other, one)])
+        return True
+
+    def _cut_links(self, pairs: list[tuple[str, str]]) -> None:
+        span = self._span_s()
+        self.cluster.note(f"FAULT cut {pairs} for {span:.1f} s")
+        for source, target in pairs:
+            self.cluster.network.block(source, target)
+        self.cluster.time.after(span, self._heal_links, pairs)
+
+    def _heal_links(self, pairs: list[tuple[str, str]]) -> None:
+        self.cluster.note(f"heal {pairs}")
+        for source, target in pairs:
+            self.cluster.network.unblock(source, target)
+
+    # ------------------------------------------------------------ controller and journal
+
+    def _controller_crash(self) -> bool:
+        cluster = self.cluster
+        if not cluster.controllers:
+            return False
+        machine = cluster.rng.random() < 0.3
+        cluster.note(f"FAULT controller crash, {'its machine too' if machine else 'process only'}")
+        for controller in list(cluster.controllers) if machine else [cluster.rng.choice(cluster.controllers)]:
+            controller.crash(machine=machine)
+            cluster.lost(controller, "crash")
+        return True
+
+    def _zombie(self) -> bool:
+        """A second controller starts while the first still lives."""
+        if len(self.cluster.controllers) != 1:
+            return False
+        self.cluster.note("FAULT second controller")
+        self.cluster.start_controller()
+        return True
+
+    def _journal_full(self) -> bool:
+        if self.cluster.disk.full:
+            return False
+        self.cluster.note("FAULT journal full")
+        self.cluster.disk.full = True
+        self.cluster.time.after(self._span_s(), self._space)
+        return True
+
+    def _space(self) -> None:
+        self.cluster.disk.full = False
+
+    def _sync_error(self) -> bool:
+        if not self.cluster.controllers:
+            return False
+        self.cluster.note("FAULT next sync fails")
+        self.cluster.controllers[0].fail_next_sync = True
+        return True
+
+    # ------------------------------------------------------------ bad numbers
+
+    def _nan(self) -> bool:
+        island = self._pick()
+        if island is None:
+            return False
+        self.cluster.note(f"FAULT nan in {island.first_nonce}")
+        island.poison, island.lies = 1, False
+        return True
+
+    def _lie(self) -> bool:
+        island = self._pick()
+        if island is None:
+            return False
+        self.cluster.note(f"FAULT {island.first_nonce} announces what it does not send")
+        island.poison, island.lies = 1, True
+        return True
+
+    def _corrupt_anchor(self) -> bool:
+        """A bit flips in an anchor; only if somebody else holds the version."""
+        cluster, island = self.cluster, self._pick()
+        if island is None or not cluster.may_kill(island) or not island.machine.holds_all():
+            return False
+        fragment = cluster.rng.randrange(len(island.replica.parts))
+        cluster.note(f"FAULT corrupt anchor of {island.first_nonce}, fragment {fragment}")
+        island.corrupt = True
+        part = island.replica.parts[fragment]
+        part.trail[0] = cluster.names.of(("flipped", part.trail[0]))
+        return True
+
+    def _wrong_digest(self) -> bool:
+        island = self._pick()
+        if island is None:
+            return False
+        self.cluster.note(f"FAULT {island.first_nonce} computes one digest wrongly")
+        island.replica.wrong_once = 1
+        return True
