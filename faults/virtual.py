@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, Generic, Protocol, TypeVar
 
-Action = Callable[..., None]
+Action = Callable[..., object]
 
 
 class VirtualTime:

@@ -540,6 +540,15 @@ class FragmentExchange:
             return []
         return self.discard(f"after {waited:.0f} s only {len(open_.haves)} members hold the result")
 
+    def lacks_news(self, report: msg.FragmentReport) -> bool:
+        """Whether a member that reports this has not heard of the present attempt, or of its results."""
+        open_ = self.open
+        if open_ is None or open_.state == "open":
+            return False
+        if report.exchange != open_.id or report.attempt != open_.attempt:
+            return True
+        return open_.state == "spread" and not report.spread
+
     def repeat(self, member: MemberId, fleet: Fleet) -> list[Effect]:
         """What a member that may have missed messages needs to take part in the open exchange."""
         open_ = self.open

@@ -7,7 +7,9 @@ an altered journal, never a user's mistake.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from workers import ranges
 from workers.messages import Version
@@ -252,7 +254,7 @@ class RunState:
     def _stop(self, r: StopRecord) -> None:
         self.stopped = r
 
-    _HANDLERS = {
+    _HANDLERS: ClassVar[dict[type[Record], Callable[[RunState, Any], None]]] = {
         TermRecord: _term,
         GenesisRecord: _genesis,
         JoinRecord: _join,
@@ -264,7 +266,7 @@ class RunState:
         RevokeRecord: _revoke,
         EvaluationRecord: _evaluation,
         StopRecord: _stop,
-    }  # type: ignore[var-annotated]  # fmt: skip
+    }
 
 
 def _must(condition: bool, story: str) -> None:

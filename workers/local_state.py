@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from workers.digest import digest
 from workers.member import FragmentState, MemberMachine, Pending
 from workers.messages import Offer, Version
 from workers.optim import InnerOptimizer, export_state, import_state
 from workers.records import OfferId
 from workers.replica import Replica
 from workers.sync import IslandSync
+from workers.tensor_file import file_digest, save_tensors
 
 TENSORS, META = "tensors.safetensors", "member.json"
 SCHEMA = 1
@@ -45,12 +45,9 @@ def save_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: Inne
         tensors |= _replica_tensors(sync.replica)
         tensors["random/torch"] = torch.get_rng_state()
         meta = _machine_meta(sync)
-    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     temporary = folder / (TENSORS + ".tmp")
-    save_file(tensors, temporary)
-    _sync_file(temporary)
+    meta["tensors_digest"] = save_tensors(temporary, tensors)
     temporary.rename(folder / TENSORS)
-    meta["tensors_digest"] = digest((folder / TENSORS).read_bytes())
     temporary = folder / (META + ".tmp")
     temporary.write_text(json.dumps(meta))
     _sync_file(temporary)
@@ -130,7 +127,7 @@ def load_local(
 ) -> None:
     """Put a saved state back, bit for bit, and remove it: from now on the process is ahead of it."""
     path = folder / TENSORS
-    if not path.exists() or digest(path.read_bytes()) != meta["tensors_digest"]:
+    if not path.exists() or file_digest(path) != meta["tensors_digest"]:
         raise LocalStateError(f"{path}: missing or altered; remove the folder to start this island afresh")
     tensors = load_file(path)
     model.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("live/")})

@@ -88,6 +88,7 @@ class MemberMachine:
         self.consumed = 0
         self.steps = 0
         self.tail = False
+        self.told: dict[type, tuple[tuple[int, int], int]] = {}
         self.peers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.reset_wanted = ""
         self.initialised = False
@@ -374,11 +375,11 @@ class MemberMachine:
                 if index <= have < index + ranges.count(granted):
                     ranges.append(self.leases, ranges.cut(granted, have - index, ranges.count(granted)))
                     self.out.append(ev.Wake())
-            case msg.Peers(peers=peers):
+            case msg.Peers(peers=peers) if self._is_news(body, batch):
                 self.peers = {name: (address, held) for name, address, held in peers}
                 for fragment in range(len(self.fragments)):
                     self._advance(fragment)
-            case msg.Tail(active=active):
+            case msg.Tail(active=active) if self._is_news(body, batch):
                 self.tail = active
                 self.out.append(ev.Wake())
             case msg.Announce():
@@ -400,6 +401,14 @@ class MemberMachine:
                 self._post(msg.HandIn(rows=tuple(self.log.rows)))
             case _:
                 pass
+
+    def _is_news(self, body: msg.Peers | msg.Tail, batch: msg.Batch) -> bool:
+        """Whether a present state is not older than what was told before: messages overtake each other."""
+        at = (batch.term.rank, batch.number)
+        if at < self.told.get(type(body), at):
+            return False
+        self.told[type(body)] = at
+        return True
 
     # ------------------------------------------------------------ owner
 
@@ -746,6 +755,8 @@ class MemberMachine:
                 msg.FragmentReport(
                     n=state.n, chain=state.chain, barred=state.barred[1] if state.barred else None, watermark=state.watermark,
                     holds_next=record is not None and set(record.chunk_digests) <= state.content,
+                    exchange=state.assign.exchange if state.assign else None,
+                    attempt=state.assign.attempt if state.assign else 0, spread=state.spread is not None,
                 )
             )  # fmt: skip
         self._post(

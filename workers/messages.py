@@ -75,13 +75,16 @@ class GenesisMade:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FragmentReport:
-    """What a member holds of one fragment (`n = -1`: nothing yet)."""
+    """What a member holds of one fragment (`n = -1`: nothing yet), and the attempt that it knows of."""
 
     n: int
     chain: str
     holds_next: bool
     barred: int | None
     watermark: int
+    exchange: ExchangeId | None = None
+    attempt: int = 0
+    spread: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,11 +175,11 @@ class RevokeAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """Validation loss of the anchor, nats per token."""
+    """Validation loss of the anchor, nats per token; None: this loop has nothing to evaluate with."""
 
     versions: tuple[int, ...]
     samples: int
-    val_loss: float
+    val_loss: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -421,7 +424,11 @@ ControllerBody = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Bodies from the controller to one member process, with the journal rows it lacks (`rows_from` onwards)."""
+    """Bodies from the controller to one member process, with the journal rows it lacks (`rows_from` onwards).
+
+    `number` counts the batches of one controller life: where a body tells a present state (peers, tail), a batch that
+    was overtaken by a later one is not believed.
+    """
 
     run_id: str
     term: Term
@@ -431,3 +438,4 @@ class Batch:
     rows_from: int
     rows: tuple[Row, ...]
     bodies: tuple[ControllerBody, ...]
+    number: int = 0

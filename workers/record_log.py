@@ -9,6 +9,7 @@ from workers.records import (
     CommitRecord,
     FenceRecord,
     GenesisRecord,
+    JoinRecord,
     RevokeRecord,
     Row,
 )
@@ -31,6 +32,7 @@ class RecordLog:
         self._on_path: dict[tuple[int, str], int] = {}
         self._commits: list[dict[int, CommitRecord]] = []
         self.fenced: set[tuple[str, int]] = set()
+        self.live: set[tuple[str, int]] = set()
 
     def __len__(self) -> int:
         """Rows held."""
@@ -80,6 +82,9 @@ class RecordLog:
                 del self._on_path[revoke.fragment, revoke.chain]
             case FenceRecord() as fence:
                 self.fenced.add((fence.member, fence.incarnation))
+                self.live.discard((fence.member, fence.incarnation))
+            case JoinRecord() as join:
+                self.live.add((join.member, join.incarnation))
             case _:
                 pass
 

@@ -202,13 +202,16 @@ class FaultRecord(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRecord(Record):
-    """Validation loss of the anchor at `versions` (one number per fragment), nats per token."""
+    """Validation loss of the anchor at `versions` (one number per fragment), nats per token.
+
+    None: it was not finite, or an own loop brought nothing to evaluate with.
+    """
 
     kind: ClassVar[str] = "evaluation"
     member: str
     versions: tuple[int, ...]
     samples: int
-    val_loss: float
+    val_loss: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,6 +285,10 @@ def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
         return tuple(RosterEntry(**{**entry, "ranges": _ranges(entry["ranges"])}) for entry in value)
     if isinstance(value, list):
         return tuple(value)
+    if hint == float | None:
+        if value is None:
+            return None
+        hint = float
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and not isinstance(value, hint):

@@ -12,11 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from workers.digest import digest
 from workers.replica import Replica
+from workers.tensor_file import file_digest, save_tensors
 
 MANIFEST = "manifest.json"
 FILES = ("anchor.safetensors", "states.safetensors")
@@ -29,10 +29,10 @@ class SnapshotError(ValueError):
 
 def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]:
     """Write the present anchor as `folder/name`; returns the versions. Older numbered snapshots beyond `KEEP` go."""
-    with replica.lock:
-        tensors = {f"anchor/{key}": value.detach().cpu().clone() for key, value in replica.anchor_tensors().items()}
+    with replica.lock:  # the training thread writes, and it alone moves anchors: nothing needs to be copied
+        tensors = {f"anchor/{key}": value for key, value in replica.anchor_tensors().items()}
         states = {
-            f"state/{f}/{place}": state.detach().cpu().clone()
+            f"state/{f}/{place}": state
             for f, part in enumerate(replica.parts)
             for place, state in enumerate(part.states)
         }
@@ -42,16 +42,15 @@ def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]
     target, temporary = folder / name, folder / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for file, content in zip(FILES, (tensors, states), strict=True):
-        save_file(content, temporary / file)
+    files = {
+        file: save_tensors(temporary / file, content) for file, content in zip(FILES, (tensors, states), strict=True)
+    }
     manifest = {
         "schema": 1,
         "versions": versions,
         "chains": chains,
         "digests": digests,
-        "files": {
-            file: digest((temporary / file).read_bytes()) for file in ("anchor.safetensors", "states.safetensors")
-        },
+        "files": files,
     }
     with (temporary / MANIFEST).open("w") as out:
         json.dump(manifest, out)
@@ -94,7 +93,7 @@ def load_states(path: Path) -> dict[str, Tensor]:
 
 def _load(path: Path, manifest: dict[str, Any], file: str) -> dict[str, Tensor]:
     target = path / file
-    if not target.exists() or digest(target.read_bytes()) != manifest["files"][file]:
+    if not target.exists() or file_digest(target) != manifest["files"][file]:
         raise SnapshotError(f"{target} is missing or altered; use another snapshot of the run")
     return load_file(target)
 

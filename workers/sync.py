@@ -24,7 +24,7 @@ from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.member import MemberMachine
 from workers.ranges import Range
 from workers.record_log import GENESIS_CHAIN
-from workers.records import CommitRecord, FenceRecord, JoinRecord, OfferId
+from workers.records import CommitRecord, OfferId
 from workers.replica import Replica, StateTorn, as_bytes
 from workers.transport.base import Transport
 
@@ -123,7 +123,6 @@ class IslandSync:
             threaded=executor is not None,
         )
         self._thread: threading.Thread | None = None
-        self._fleet_share = 1.0
         self.base_samples = 0
 
     # ------------------------------------------------------------ life
@@ -256,7 +255,8 @@ class IslandSync:
     def progress(self) -> float:
         """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet."""
         open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
-        return min((self.base_samples + open_ * self._fleet_share) / self.settings.total_samples, 1.0)
+        num_live = max(len(self.machine.log.live), 1)
+        return min((self.base_samples + open_ * num_live) / self.settings.total_samples, 1.0)
 
     def boundary(self) -> Action:
         """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
@@ -339,23 +339,9 @@ class IslandSync:
 
     def _moved(self, record: CommitRecord | None) -> None:
         """Progress as of the newest version: what its commit had, and what it added."""
-        live = max(len(self._live_weights()), 1)
-        self._fleet_share = float(live)
         if record is not None:
             added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
             self.base_samples = max(self.base_samples, record.base_samples + added)
-
-    def _live_weights(self) -> set[str]:
-        live: set[str] = set()
-        for row in self.machine.log.rows:
-            match row.record:
-                case JoinRecord(member=member, incarnation=incarnation):
-                    live.add(f"{member}.{incarnation}")
-                case FenceRecord(member=member, incarnation=incarnation):
-                    live.discard(f"{member}.{incarnation}")
-                case _:
-                    pass
-        return live
 
     def _trim(self) -> None:
         lowest = min(state.watermark for state in self.machine.fragments)

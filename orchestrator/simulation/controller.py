@@ -71,6 +71,7 @@ class Controller:
         cluster.note(f"{self.name} begins term {self.term} with {len(self.rows)} rows")
         cluster.checks.began(self.rows)
         self.coordinator = Coordinator(cluster.scenario.plan, self.rows, self.term, now=self._now())
+        self.coordinator.ask_again_s = 5.0
         cluster.began(self)
         self._tick()
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.config import ModelConfig
+from workers.functions import FunctionError, load_function
 from workers.model.errors import ModelError
 from workers.model.flops import flops_per_token
 from workers.model.hf import load_hf_tensors
@@ -47,7 +45,7 @@ def next_token_loss(model: nn.Module, tokens_BS: Tensor) -> Tensor:
         what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__qualname__}"
         raise ModelError(
             f"{type(model).__qualname__}(tokens) gave {what}; the built-in loss needs logits (B, T, vocabulary). "
-            "Let the factory return (model, loss_fn) to use another loss"
+            "Let the factory return (model, loss_fn), or give atoll.Island a loss_fn, to use another loss"
         )
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
 
@@ -79,49 +77,11 @@ def build_model(
 
 def load_factory(spec: str) -> Callable[[dict[str, Any]], object]:
     """Find the function that `model.factory` names; raises ModelError that says what was looked for."""
-    module_name, colon, function_name = spec.partition(":")
-    if not (colon and module_name and function_name):
-        raise ModelError(f"model.factory = {spec!r}: expected 'package.module:function'")
+    called = "with one argument, the table model.options"
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise ModelError(
-                f"model.factory = {spec!r}: importing {module_name} failed, because it imports {error.name!r}, "
-                "which is not installed"
-            ) from error
-        raise ModelError(
-            f"model.factory = {spec!r}: looked for the module {error.name!r} on Python's path and did not find it; "
-            f"put the folder that holds it on PYTHONPATH (current folder: {Path.cwd()})"
-        ) from error
-    except ImportError as error:
-        raise ModelError(f"model.factory = {spec!r}: importing {module_name} failed: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")]
-        near = difflib.get_close_matches(function_name, names, n=1)
-        found = "something that cannot be called" if hasattr(module, function_name) else "nothing of that name"
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ModelError(
-            f"model.factory = {spec!r}: looked for the function {function_name!r} in {module.__file__} "
-            f"and found {found}{hint}"
-        )
-    _check_signature(spec, function)
-    return function  # type: ignore[no-any-return]
-
-
-def _check_signature(spec: str, function: Callable[..., object]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-in callables have none
-        return
-    try:
-        signature.bind({})
-    except TypeError as error:
-        raise ModelError(
-            f"model.factory = {spec!r}: it is called with one argument, the table model.options, "
-            f"but its signature is {signature} ({error})"
-        ) from error
+        return load_function(spec, key="model.factory", num_arguments=1, called=called)
+    except FunctionError as error:
+        raise ModelError(str(error)) from error
 
 
 def _call_factory(spec: str, options: dict[str, Any], *, seed: int) -> ModelBundle:

@@ -38,6 +38,7 @@ class WrappedStore:
     def __init__(self, inner: BlobSource, tamper: Callable[[StoredBlob], StoredBlob] | None = None) -> None:
         self.inner = inner
         self.waiting = threading.Event()
+        self.interrupted = threading.Event()
         self._tamper = tamper
 
     def find(self, key: str) -> StoredBlob | None:
@@ -51,6 +52,7 @@ class WrappedStore:
         return self.inner.wait_any(keys, timeout_s=timeout_s, stop=stop)
 
     def interrupt(self) -> None:
+        self.interrupted.set()
         self.inner.interrupt()
 
 

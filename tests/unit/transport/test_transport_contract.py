@@ -154,6 +154,7 @@ def test_cancel_from_another_thread_ends_a_waiting_fetch(build: Build) -> None:
         with pytest.raises(Cancelled, match="excluded"):
             future.result(10)
     assert time.monotonic() - started < 1
+    wait_for(lambda: not any(t.name == "atoll-fetch" for t in threading.enumerate()), "the streams to be given up")
     with pytest.raises(Cancelled, match="excluded"):
         client.fetch(server.address, ["a"], timeout_s=5, max_bytes=1, cancel=token)
 
@@ -166,6 +167,7 @@ def test_stopped_peer_is_unreachable_to_whoever_waits_and_comes_later(build: Bui
         future = pool.submit(client.fetch, address, ["a"], timeout_s=30, wait_s=30, max_bytes=1)
         wait_for(watched.waiting.is_set, "the fetch to wait")
         server.stop()
+        assert watched.interrupted.is_set(), "stop does not wait for the waiting reader's next look"
         with pytest.raises(PeerUnreachable):
             future.result(10)
     with pytest.raises(PeerUnreachable):

@@ -1,0 +1,1 @@
+"""Benchmarks: each speed that Atoll promises, as a ratio in one run."""

@@ -1,0 +1,150 @@
+"""The controller's desk: journal rows in, messages out, and the one rule between them (protocol 1.2, C10).
+
+Every decision is a row first. Whatever tells a member of it is held back until that row is durable: `Append` goes out
+at once, a message only when `Flushed` has covered all that was decided before it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator import events as ev
+from orchestrator.membership import Roll
+from orchestrator.run_state import RunState
+from orchestrator.settings import ExchangeConfig
+from strategies.config import StrategyConfig
+from workers import messages as msg
+from workers.records import FaultRecord, MemberId, Record, Row, Term, make_row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """What the coordinator needs to know of the run's configuration."""
+
+    run_id: str
+    islands: tuple[str, ...]
+    total_samples: int
+    seq_len: int
+    exchange: ExchangeConfig
+    strategy: StrategyConfig
+    eval_every: float
+    start_timeout_s: float
+    snapshot_every_s: float
+    replace_dead: bool
+    max_restarts: int
+
+
+def may_tell(decided: int, flushed: int) -> bool:
+    """A message may leave once every row that was decided before it is durable (C10)."""
+    return decided <= flushed
+
+
+class Desk:
+    """Journal, outbox and clock of one controller life."""
+
+    def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
+        """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
+        self.plan = plan
+        self.term = term
+        self.rows: list[Row] = []
+        self.state = RunState()
+        for row in rows:
+            self._replay(row)
+        self.flushed = len(self.rows) - 1
+        self.zero_s = now - started_s
+        self.now = now
+        self.roll = Roll(suspect_s=plan.exchange.suspect_s, limbo_s=plan.exchange.limbo_s)
+        self.pending: list[Row] = []
+        self.held: list[tuple[int, MemberId | str, tuple[msg.ControllerBody, ...]]] = []
+        self.after_flush: list[tuple[int, Record]] = []
+        self.nonces: dict[str, tuple[str, MemberId | None]] = {}
+        self.commands: list[ev.Command] = []
+        self.num_batches = 0
+        self.ended = False
+        self.stale_messages = 0
+
+    def seconds(self) -> float:
+        """Run time: seconds since the run's start on the controller's clock."""
+        return self.now - self.zero_s
+
+    def progress(self) -> float:
+        """Committed share of the run's samples."""
+        return min(self.state.samples_committed() / self.plan.total_samples, 1.0)
+
+    # ------------------------------------------------------------ journal
+
+    def _replay(self, row: Row) -> None:
+        self.state.apply(row.record)
+        self.rows.append(row)
+
+    def _log(self, *records: Record) -> None:
+        for record in records:
+            last = self.rows[-1].hash
+            row = make_row(len(self.rows), last, record)
+            self._replay(row)
+            self.pending.append(row)
+
+    def _last_seq(self) -> int:
+        return len(self.rows) - 1
+
+    def _fault(self, fault: str, member: str, detail: str, *, injected: bool) -> None:
+        self._log(
+            FaultRecord(fault=fault, member=member, injected=injected, t_s=round(self.seconds(), 6), detail=detail)
+        )
+
+    # ------------------------------------------------------------ outbox
+
+    def _tell(self, to: MemberId | str, *bodies: msg.ControllerBody) -> None:
+        """Queue bodies for a member (or, for a process without incarnation, a nonce) until all decided is flushed."""
+        self.held.append((self._last_seq(), to, bodies))
+
+    def _tell_all(self, *bodies: msg.ControllerBody) -> None:
+        for member in self.state.live():
+            if member in self.roll.processes:
+                self._tell(member, *bodies)
+
+    def _sync(self, member: MemberId) -> None:
+        self._tell(member)
+
+    def _emit(self) -> None:
+        if self.pending:
+            self.commands.append(ev.Append(rows=tuple(self.pending)))
+            self.pending = []
+        ready = [entry for entry in self.held if may_tell(entry[0], self.flushed)]
+        self.held = [entry for entry in self.held if not may_tell(entry[0], self.flushed)]
+        grouped: dict[MemberId | str, list[msg.ControllerBody]] = {}
+        for _, to, bodies in ready:
+            grouped.setdefault(to, []).extend(bodies)
+        for to, all_bodies in grouped.items():
+            self._send(to, tuple(all_bodies))
+
+    def _send(self, to: MemberId | str, bodies: tuple[msg.ControllerBody, ...]) -> None:
+        if isinstance(to, str):
+            name, member = self.nonces.get(to, ("", None))
+            nonce, rows_from = to, 0
+            rows: tuple[Row, ...] = ()
+        else:
+            process = self.roll.processes.get(to)
+            if process is None:
+                return
+            name, member, nonce, rows_from = to.name, to, process.nonce, process.rows_sent
+            rows = tuple(self.rows[rows_from : self.flushed + 1])
+            process.rows_sent = max(rows_from, self.flushed + 1)
+        self.num_batches += 1
+        self.commands.append(
+            ev.Send(
+                batch=msg.Batch(
+                    run_id=self.plan.run_id, term=self.term, name=name,
+                    incarnation=member.incarnation if member else None, nonce=nonce,
+                    rows_from=rows_from, rows=rows, bodies=bodies, number=self.num_batches,
+                )
+            )
+        )  # fmt: skip
+
+    def _say(self, text: str, *, member: str = "", level: str = "info") -> None:
+        self.commands.append(ev.Say(text=text, member=member, level=level))
+
+    def _metric(self, **row: Any) -> None:
+        self.commands.append(ev.Metric(row=row))

@@ -1,0 +1,289 @@
+"""Who is a member: joining, re-attaching, fences, settlement, replacement, and what samples members are given."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from orchestrator import events as ev
+from orchestrator import exchange as ex
+from orchestrator import leases
+from orchestrator.agenda import Agenda
+from orchestrator.desk import RunPlan
+from orchestrator.membership import Process, Verdict
+from workers import messages as msg
+from workers.records import (
+    DropRecord,
+    FenceRecord,
+    GenesisRecord,
+    JoinRecord,
+    MemberId,
+    Row,
+    SettleRecord,
+    Term,
+)
+
+
+def may_settle(member: MemberId, exchanges: Sequence[ex.FragmentExchange]) -> bool:
+    """A fenced incarnation's samples get their fate only when it is in no open roster (C3)."""
+    return not any(exchange.holds(member) for exchange in exchanges)
+
+
+class Lifecycle(Agenda):
+    """The lives of incarnations."""
+
+    def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
+        """See `Desk`."""
+        super().__init__(plan, rows, term, now=now, started_s=started_s)
+        self.exchanges: list[ex.FragmentExchange] = []
+        self.begun_s = now
+        self.genesis_asked: MemberId | None = None
+        self.tail = False
+        self.restarts: dict[str, int] = defaultdict(int)
+        self.first_joins: dict[str, float] = {}
+        self.missing_since: dict[str, float] = {}
+        self.injected: list[tuple[float, str, str]] = []
+        self.faults: list[ev.FaultTrack] = []
+        self.consumed_at_end: dict[MemberId, int] = {}
+        self.samples_lost = 0
+
+    # ------------------------------------------------------------ joining
+
+    def _sender(self, envelope: msg.Envelope) -> MemberId | None:
+        """The live incarnation behind an envelope; a fenced one is told so."""
+        if envelope.incarnation is None:
+            return None
+        member = MemberId(name=envelope.name, incarnation=envelope.incarnation)
+        entry = self.state.members.get(member)
+        if entry is not None and entry.live and entry.nonce == envelope.nonce:
+            if member in self.roll.processes:
+                self._verdict(self.roll.heard(member, self.now))
+            return member
+        self.stale_messages += 1
+        self.nonces[envelope.nonce] = (envelope.name, member)
+        if not any(isinstance(body, msg.Join) for body in envelope.bodies):
+            self._tell(envelope.nonce, msg.Fenced(why="this incarnation is not a live member of the run"))
+        return None
+
+    def _join(self, envelope: msg.Envelope, body: msg.Join) -> None:
+        known = self.state.nonces.get(envelope.nonce)
+        if known is not None:
+            if not self.state.members[known].live:
+                self.nonces[envelope.nonce] = (envelope.name, None)
+                self._tell(envelope.nonce, msg.Rejoin())
+                return
+            self._attach_process(known, envelope.nonce, body.info)
+            self._tell(known, msg.Welcome(incarnation=known.incarnation))
+            self._after_join()
+            return
+        previous = self.state.current.get(envelope.name)
+        if previous is not None:
+            self._fence(previous, "a new process took its place", refused=False)
+        incarnation = self.state.last_incarnation.get(envelope.name, 0) + 1
+        member = MemberId(name=envelope.name, incarnation=incarnation)
+        self._log(JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node))
+        self._attach_process(member, envelope.nonce, body.info)
+        self.first_joins.setdefault(envelope.name, self.seconds())
+        self.missing_since.pop(envelope.name, None)
+        self._say(f"{member} joined on {body.info.node}", member=envelope.name)
+        self._tell(member, msg.Welcome(incarnation=incarnation))
+        self._after_join()
+
+    def _attach_process(self, member: MemberId, nonce: str, info: msg.ProcessInfo) -> None:
+        if member in self.roll.processes:
+            self.roll.processes[member].rows_sent = 0
+            return
+        self.roll.processes[member] = Process(id=member, nonce=nonce, info=info, joined_s=self.now, heard_s=self.now)
+        self.nonces[nonce] = (member.name, member)
+
+    def _after_join(self) -> None:
+        self._peers()
+        self._ask_genesis()
+
+    def _peers(self) -> None:
+        self._tell_all(self._peers_now())
+
+    def _peers_now(self) -> msg.Peers:
+        return msg.Peers(
+            peers=tuple(
+                (str(m), p.info.address, tuple(f.n for f in p.hello.fragments) if p.hello else ())
+                for m, p in sorted(self.roll.processes.items())
+            )
+        )
+
+    # ------------------------------------------------------------ genesis and start
+
+    def _ask_genesis(self) -> None:
+        if self.state.num_fragments or self.genesis_asked in self.roll.processes:
+            return
+        live = [m for m in self.state.live() if m in self.roll.processes]
+        if live:
+            self.genesis_asked = live[0]
+            self._tell(live[0], msg.MakeGenesis())
+
+    def _genesis_made(self, member: MemberId, body: msg.GenesisMade) -> None:
+        if self.state.num_fragments or member != self.genesis_asked:
+            return
+        self._log(
+            GenesisRecord(
+                maker=str(member), digests=body.digests, num_params=body.num_params, num_chunks=body.num_chunks
+            )
+        )
+        self._open_exchanges()
+        self._tell_all()
+        self._tell(member, msg.Save(name="genesis", local=False))
+        self._peers()
+
+    def _open_exchanges(self) -> None:
+        if self.state.num_fragments and not self.exchanges:
+            self.exchanges = [
+                ex.FragmentExchange(fragment=f, num_chunks=n, config=self.plan.exchange, term=self.term)
+                for f, n in enumerate(self.state.num_chunks)
+            ]
+
+    def _start_if_ready(self) -> None:
+        if self.started or not self.state.num_fragments:
+            return
+        ready = {m.name for m, p in self.roll.processes.items() if p.ready()}
+        late = self.now - self.begun_s > self.plan.start_timeout_s
+        if ready >= set(self.plan.islands) or (late and ready):
+            self.started = True
+            if late and not ready >= set(self.plan.islands):
+                self._say(
+                    f"started without {sorted(set(self.plan.islands) - ready)}: run.start_timeout_s is over",
+                    level="warning",
+                )
+            self._ask_evaluation(0)
+            self._grant()
+
+    # ------------------------------------------------------------ leases
+
+    def _lease_plan(self) -> leases.Plan:
+        return leases.Plan(
+            total_samples=self.plan.total_samples,
+            inner_steps=self.plan.strategy.inner_steps_at(self.progress()),
+            bound_rounds=self.plan.exchange.bound_rounds,
+        )
+
+    def _grant(self) -> None:
+        if not self.started or self.stopping is not None:
+            return
+        members = {
+            m: (p.info.batch_size, p.consumed)
+            for m, p in self.roll.processes.items()
+            if p.ready() and p.status != "suspect"
+        }
+        plan = self._lease_plan()
+        records = leases.grant(self.state, members, plan)
+        for record in records:
+            self._log(record)
+            member = MemberId(name=record.member, incarnation=record.incarnation)
+            self._tell(member, msg.LeaseGrant(index=record.index, ranges=record.ranges))
+        tail = leases.left_to_issue(self.state, plan) == 0
+        if tail != self.tail:
+            self.tail = tail
+            self._tell_all(msg.Tail(active=tail))
+
+    # ------------------------------------------------------------ fences
+
+    def _drop(self, member: MemberId, upto: int, why: str) -> None:
+        entry = self.state.members[member]
+        upto = max(upto, *entry.watermarks)
+        if not entry.live or upto > entry.num_leased or any(exchange.holds(member) for exchange in self.exchanges):
+            return  # in a fixed roster: its commit comes first; the member asks again
+        self._log(DropRecord(member=member.name, incarnation=member.incarnation, upto=upto, why=why))
+        self._say(f"work of {member} up to sample {upto} is dropped: {why}", member=member.name, level="warning")
+        self._sync(member)
+        self._gone(member)
+        self._grant()
+        self._finish_if_done()
+
+    def _fence(self, member: MemberId, why: str, *, refused: bool) -> None:
+        entry = self.state.members.get(member)
+        if entry is None or not entry.live:
+            return
+        self._log(FenceRecord(member=member.name, incarnation=member.incarnation, why=why, refused=refused))
+        self._say(f"{member} is fenced: {why}", member=member.name, level="warning")
+        process = self.roll.processes.pop(member, None)
+        if process is not None:
+            self.consumed_at_end[member] = process.consumed
+            self._tell(process.nonce, msg.Fenced(why=why))
+        self._gone(member)
+        if self.genesis_asked == member:
+            self.genesis_asked = None
+            self._ask_genesis()
+        if self.eval_asked and self.eval_asked[0] == member:
+            self._ask_evaluation(self.eval_asked[1])
+        if self.save_asked and self.save_asked[0] == member:
+            self.save_asked = None
+        self._settle_all()
+        self._peers()
+
+    def _gone(self, member: MemberId) -> None:
+        """An incarnation was fenced or its work dropped: the open exchanges hear of it."""
+        raise NotImplementedError
+
+    def _settle_all(self) -> None:
+        for member, entry in self.state.members.items():
+            if not entry.live and not entry.settled and may_settle(member, self.exchanges):
+                self._log(SettleRecord(member=member.name, incarnation=member.incarnation))
+                trained = self.consumed_at_end.get(member, 0)
+                self.samples_lost += max(trained - max(entry.watermarks, default=0), 0)
+        self._grant()
+        self._finish_if_done()
+
+    def _process_died(self, name: str, nonce: str | None, why: str) -> None:
+        member = self.state.nonces.get(nonce) if nonce else self.state.current.get(name)
+        if member is not None and self.state.members[member].live:
+            injected = next((t for t, f, m in reversed(self.injected) if m == name), None)
+            self.injected = [i for i in self.injected if i[2] != name]
+            self.faults.append(
+                ev.FaultTrack(fault="kill", member=name, injected_s=injected, detected_s=self.seconds(), victim=member)
+            )
+            self._fault("died", name, why, injected=False)
+            self._dead_span(name, member.incarnation)
+            self._fence(member, why, refused=False)
+        self._replace(name, why)
+
+    def _replace(self, name: str, why: str) -> None:
+        if self.stopping is not None or self.ended or not self.plan.replace_dead:
+            return
+        self.restarts[name] += 1
+        if self.restarts[name] > self.plan.max_restarts:
+            text = f"{name} died {self.restarts[name]} times (run.max_restarts is {self.plan.max_restarts}): given up"
+            self._say(text, member=name, level="warning")
+            if not self.state.live():
+                self._end("failed", text)
+            return
+        self.commands.append(ev.Spawn(name=name, why=why))
+
+    def _dead_span(self, name: str, incarnation: int) -> None:
+        self.missing_since.setdefault(name, self.seconds())
+        self._metric(kind="death", t_s=self.seconds(), member=name, incarnation=incarnation)
+
+    def _fault_injected(self, fault: str, member: str) -> None:
+        self.injected.append((self.seconds(), fault, member))
+        self._fault(fault, member, "injected on purpose", injected=True)
+
+    def _track(self, member: MemberId, what: str) -> None:
+        for track in list(self.faults):
+            later = track.member == member.name and member.incarnation > track.victim.incarnation
+            if later and getattr(track, what) is None:
+                self._retrack(track, what)
+
+    def _retrack(self, track: ev.FaultTrack, what: str) -> None:
+        changes: dict[str, Any] = {what: self.seconds()}
+        self.faults[self.faults.index(track)] = replace(track, **changes)
+
+    def _verdict(self, verdict: Verdict | None) -> None:
+        if verdict is None:
+            return
+        self._say(f"{verdict.id} is {verdict.verdict}: {verdict.reason}", member=verdict.id.name)
+        if verdict.verdict == "suspect":
+            self._fault("suspect", verdict.id.name, verdict.reason, injected=False)
+        elif verdict.verdict == "fence":
+            self._fault("lost", verdict.id.name, verdict.reason, injected=False)
+            self._fence(verdict.id, verdict.reason, refused=False)
+            self._replace(verdict.id.name, verdict.reason)

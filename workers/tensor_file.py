@@ -1,0 +1,68 @@
+"""Writing safetensors files without a copy of the tensors in memory.
+
+The library's writer turns every tensor into bytes before it writes the first: a snapshot would need as much memory
+again as the anchor. The format is a length, a JSON header and the raw values, so tensors are written one by one;
+reading uses the library. Format: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from workers.digest import DIGEST_BYTES
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGN = 8
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write `tensors` to `path`, flush it to disk, and return the file's digest. Raises ValueError for other dtypes."""
+    header: dict[str, object] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, which a safetensors file cannot hold")
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    hasher = blake3()
+    with path.open("wb") as out:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            out.write(piece)
+            hasher.update(piece)
+        for tensor in tensors.values():
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            out.write(raw)
+            hasher.update(raw)
+        out.flush()
+        os.fsync(out.fileno())
+    return hasher.hexdigest(length=DIGEST_BYTES)
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's bytes, memory-mapped."""
+    return blake3().update_mmap(path).hexdigest(length=DIGEST_BYTES)
