@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,11 @@ from workers.messages import Batch, Envelope
 NAMESPACE = "atoll"
 WORKER_RESOURCE = "atoll_worker"
 TICK_S = 0.1
+WATCH_S = 60.0
+GOODBYE_S = 10.0
+
+# What a fault injector puts around an island: the context comes out with its calls wrapped. None in production.
+ContextWrapper = Callable[[IslandContext], IslandContext]
 
 log = logging.getLogger("atoll.controller")
 
@@ -44,25 +51,38 @@ def controller_name(run_id: str) -> str:
     return f"controller/{run_id}"
 
 
-def island_actor_name(run_id: str, nonce: str) -> str:
-    """Name of an island's process: found again by its nonce after the controller was restarted."""
-    return f"island/{run_id}/{nonce}"
+def island_actor_name(run_id: str, name: str, nonce: str) -> str:
+    """Name of an island's process: found again after the controller was restarted."""
+    return f"island/{run_id}/{name}/{nonce}"
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=8)
+def find_islands(run_id: str) -> list[tuple[str, str]]:
+    """`(name, nonce)` of every process of a run's islands that Ray knows, in no order."""
+    prefix = f"island/{run_id}/"
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return [(name.split("/")[-2], name.split("/")[-1]) for name in names if name.startswith(prefix)]
+
+
+# Batches are delivered on a thread of their own, in order; whoever waits for the end holds a thread while it waits.
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1, "watch": 64})
 class IslandActor:
     """One island's process."""
 
-    def __init__(self, spec: IslandSpec, nonce: str, token: str, log_file: str) -> None:
+    def __init__(
+        self, spec: IslandSpec, nonce: str, token: str, log_file: str, wrap: ContextWrapper | None = None
+    ) -> None:
         """Keeps the arguments; `begin` does the work."""
-        self.spec, self.nonce, self.token, self.log_file = spec, nonce, token, log_file
+        self.spec, self.nonce, self.token, self.log_file, self.wrap = spec, nonce, token, log_file, wrap
         self.ended = threading.Event()
         self.failure: BaseException | None = None
         self.context: IslandContext | None = None
-        self.early: list[Batch] = []
 
+    @ray.method(concurrency_group="control")
     def begin(self) -> int:
-        """Open the log, serve, and start the training thread; returns the process id."""
+        """Open the log, serve, and start the training thread; returns the process id. Idempotent."""
+        if self.context is not None:
+            return os.getpid()
         _log_to(Path(self.log_file))
         import torch
 
@@ -72,10 +92,10 @@ class IslandActor:
         torch.set_num_threads(self.spec.train.threads)
         host = ray.util.get_node_ip_address()
         store = MemberStore()
-        transport = FlightTransport(store, host=host, token=self.token, num_connections=2)
+        transport = FlightTransport(store, host=host, token=self.token, num_connections=self.spec.connections)
         transport.start()
         controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
-        self.context = IslandContext(
+        context = IslandContext(
             spec=self.spec,
             nonce=self.nonce,
             node=ray.get_runtime_context().get_node_id(),
@@ -85,18 +105,19 @@ class IslandActor:
             clock=time.monotonic,
             executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
         )
+        self.context = self.wrap(context) if self.wrap is not None else context
         threading.Thread(target=self._train, name="train", daemon=True).start()
         return os.getpid()
 
     def _train(self) -> None:
         assert self.context is not None
-        from workers.island import load_loop, run_builtin_loop
+        from workers.island import run_builtin_loop, run_user_loop
 
         done = False
         try:
             with enter(self.context):
                 if self.spec.train.loop is not None:
-                    load_loop(self.spec.train.loop)()
+                    run_user_loop(self.context)
                 else:
                     run_builtin_loop(self.context)
             done = True
@@ -106,16 +127,23 @@ class IslandActor:
                 self.failure = sys.exc_info()[1]
             self.ended.set()
 
+    @ray.method(concurrency_group="control")
     def deliver(self, batch: Batch) -> None:
         """A batch from the controller."""
         if self.context is not None and self.context.deliver is not None:
             self.context.deliver(batch)
 
-    def wait(self) -> str:
-        """Return when training has ended: "" or why it failed. A caller learns of the process's death by this call."""
-        self.ended.wait()
+    @ray.method(concurrency_group="watch")
+    def wait(self, timeout_s: float) -> str | None:
+        """How training ended: "" or why it failed; None if it has not after `timeout_s`.
+
+        A caller learns of the process's death by this call.
+        """
+        if not self.ended.wait(timeout_s):
+            return None
         return "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
 
+    @ray.method(concurrency_group="watch")
     def die(self, signal_number: int) -> None:
         """Injected fault: this process sends itself a signal."""
         os.kill(os.getpid(), signal_number)
@@ -144,23 +172,26 @@ class ControllerActor:
         config_tables: dict[str, Any],
         run_id: str,
         run_dir: str,
-        pack: str,
+        pack: str | None,
         token: str,
         faults: list[PlannedFault],
         resume: bool,
+        wrap: ContextWrapper | None = None,
     ) -> None:
-        """Takes over the journal; runs again after a restart by Ray, and then finds the islands by their nonces."""
-        self.run_dir, self.pack, self.run_id, self.token = Path(run_dir), Path(pack), run_id, token
+        """Keeps the arguments; `begin` does the work. Runs again after a restart by Ray, with the same arguments."""
+        self.run_dir, self.run_id, self.token = Path(run_dir), run_id, token
+        self.pack = Path(pack) if pack is not None else None
         _log_to(self.run_dir / "logs" / "controller.log")
         self.config = RunConfig.model_validate(config_tables)
         self.faults = list(faults)
-        self.resume = resume
+        self.resume, self.wrap = resume, wrap
         self.handles: dict[str, ActorHandle] = {}
         self.nonce_of: dict[str, str] = {}
-        self.watched: set[str] = set()
-        self.spawned: dict[str, int] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        self.watches: dict[str, asyncio.Task[None]] = {}
         self.over = asyncio.Event()
+        self.concluding = False
+        self.failure = ""
         self.host = Host(
             plan=run_plan(self.config, run_id=run_id, pack=self.pack),
             run_dir=self.run_dir,
@@ -172,61 +203,80 @@ class ControllerActor:
         )
         self.began = False
 
-    async def begin(self) -> bool:
-        """Open the journal and start the islands; idempotent. A restarted controller finds them already there."""
+    async def begin(self) -> None:
+        """Open the journal and start the islands; idempotent. A restarted controller finds them already there.
+
+        Raises what makes the journal unusable (`JournalError`); every later call then says that the run failed.
+        """
         if self.began:
-            return False
+            return
         self.began = True
-        self.host.open()
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self._task(self._pulse())
-        for name in self.host.plan.islands:
-            if not (restarted and self._find(name)):
-                self._spawn(name, "start")
-        return True
-
-    def _find(self, name: str) -> bool:
-        """After a restart: the process of a live member, by the nonce in the journal."""
-        member = self.host.coordinator.state.current.get(name)
-        if member is None:
-            return False
-        nonce = self.host.coordinator.state.members[member].nonce
         try:
-            handle = ray.get_actor(island_actor_name(self.run_id, nonce.split("+")[0]), namespace=NAMESPACE)
-        except ValueError:
-            return False
-        self._adopt(name, nonce.split("+")[0], handle)
-        return True
+            self.host.open()
+        except (ValueError, OSError) as error:
+            log.error("the journal cannot be taken over: %s", error)
+            self.failure = str(error)
+            self.over.set()
+            raise
+        with _must_not_fail():
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                self._find_islands()
+            else:
+                for name in self.host.plan.islands:
+                    self._spawn(name, "start")
+        self._task(self._pulse())
 
-    def _task(self, work: Any) -> None:
+    def _find_islands(self) -> None:
+        """After a restart: adopt each island's newest process, end older ones, replace those that are gone."""
+        found: dict[str, list[str]] = {}
+        for name, nonce in find_islands(self.run_id):
+            found.setdefault(name, []).append(nonce)
+        for name in self.host.plan.islands:
+            newest = max(found.get(name, []), default=None)
+            for nonce in found.get(name, ()):
+                handle = ray.get_actor(island_actor_name(self.run_id, name, nonce), namespace=NAMESPACE)
+                if nonce == newest:
+                    self._adopt(name, nonce, handle)
+                else:
+                    ray.kill(handle)
+            if newest is None:
+                self.host.handle(ProcessDied(name=name, nonce=None, why="it was gone when the controller came back"))
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     async def _pulse(self) -> None:
         while self.host.finished is None and self.host.died is None:
             await asyncio.sleep(TICK_S)
-            self.host.tick()
-            self._inject()
-            self._conclude_if_over()
+            with _must_not_fail():
+                self.host.tick()
+                self._inject()
+                self._conclude_if_over()
 
     # ------------------------------------------------------------ events
 
     async def receive(self, envelope: Envelope) -> None:
         """An envelope from a member."""
-        if not self.began:
-            await self.begin()
-        if self.host.finished is None and self.host.died is None:
-            self.host.receive(envelope)
-            self._conclude_if_over()
+        await self.begin()
+        with _must_not_fail():
+            if not self.over.is_set() and self.host.died is None:
+                self.host.receive(envelope)
+                self._conclude_if_over()
 
     async def stop(self, save: bool) -> None:
         """The user wants the run to stop."""
-        self.host.handle(StopRequested(save=save))
-        self._conclude_if_over()
+        await self.begin()
+        with _must_not_fail():
+            if self.host.finished is None and self.host.died is None:
+                self.host.handle(StopRequested(save=save))
+                self._conclude_if_over()
 
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
+        await self.begin()
         try:
             await asyncio.wait_for(self.over.wait(), timeout_s)
         except TimeoutError:
@@ -235,6 +285,8 @@ class ControllerActor:
 
     def status(self) -> dict[str, Any]:
         """A small view of the run for whoever watches it."""
+        if self.failure:
+            return {"over": True, "reason": "failed", "detail": self.failure}
         coordinator = self.host.coordinator
         finished = self.host.finished
         latest = coordinator.state.evaluations[-1].val_loss if coordinator.state.evaluations else None
@@ -258,10 +310,9 @@ class ControllerActor:
     # ------------------------------------------------------------ commands
 
     def _deliver(self, batch: Batch) -> None:
-        handle = self.handles.get(batch.nonce.split("+")[0])
-        if handle is None:
-            return
-        handle.deliver.remote(batch)
+        nonce = self.nonce_of.get(batch.name)
+        if nonce is not None:
+            self.handles[nonce].deliver.remote(batch)
 
     def _spawn(self, name: str, why: str) -> None:
         old = self.nonce_of.pop(name, None)
@@ -271,41 +322,45 @@ class ControllerActor:
         spec = island_spec(
             self.config, index, run_id=self.run_id, run_dir=self.run_dir, pack=self.pack, resume=self.resume
         )
-        nonce = uuid.uuid4().hex
+        nonce = f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}"  # in order of their starts
         life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
         handle = IslandActor.options(
-            name=island_actor_name(self.run_id, nonce),
+            name=island_actor_name(self.run_id, name, nonce),
             namespace=NAMESPACE,
             lifetime="detached",
             resources={WORKER_RESOURCE: 1},
-        ).remote(spec, nonce, self.token, str(self.run_dir / "logs" / f"{name}-{life}.log"))
+        ).remote(spec, nonce, self.token, str(self.run_dir / "logs" / f"{name}-{life}.log"), self.wrap)
         log.info("starting %s (%s)", name, why)
         self._adopt(name, nonce, handle)
 
     def _adopt(self, name: str, nonce: str, handle: ActorHandle) -> None:
         self.handles[nonce] = handle
         self.nonce_of[name] = nonce
-        self._task(self._watch(name, nonce, handle))
+        self.watches[nonce] = self._task(self._watch(name, nonce, handle))
 
     async def _watch(self, name: str, nonce: str, handle: ActorHandle) -> None:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
             await handle.begin.remote()
-            why = await handle.wait.remote()
+            why = None
+            while why is None:
+                why = await handle.wait.remote(WATCH_S)
         except (RayActorError, RayTaskError) as error:
             why = _first_line(error)
-        if self.nonce_of.get(name) != nonce or self.host.finished is not None:
+        if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
-        if why:
-            self.nonce_of.pop(name, None)
-            self.handles.pop(nonce, None)
-            state = self.host.coordinator.state
-            known = next((n for n in reversed(list(state.nonces)) if n.split("+")[0] == nonce), None)
-            self.host.handle(ProcessDied(name=name, nonce=known or nonce, why=why))
+        ray.kill(handle)  # where training failed, the process is still there
+        self.nonce_of.pop(name, None)
+        self.handles.pop(nonce, None)
+        with _must_not_fail():
+            self.host.handle(ProcessDied(name=name, nonce=None, why=why))
             self._conclude_if_over()
 
     def _end(self, name: str, nonce: str) -> None:
-        handle = self.handles.pop(nonce.split("+")[0], None)
+        process = nonce.split("+")[0]
+        if self.nonce_of.get(name) == process:
+            del self.nonce_of[name]
+        handle = self.handles.pop(process, None)
         if handle is not None:
             ray.kill(handle)
 
@@ -323,27 +378,39 @@ class ControllerActor:
             self.handles[nonce].die.remote(int(signal.SIGKILL))
 
     def _conclude_if_over(self) -> None:
-        if self.over.is_set():
-            return
         if self.host.died is not None:
             log.error("this controller ends: %s", self.host.died.why)
             os._exit(0)
-        if self.host.finished is not None:
+        if self.host.finished is not None and not self.concluding:
+            self.concluding = True
             self._task(self._conclude())
 
     async def _conclude(self) -> None:
         """The run is over: let the members finish, write the summary, close the journal."""
-        if self.over.is_set() or getattr(self, "concluding", False):
-            return
-        self.concluding = True
-        waits = [handle.wait.remote() for handle in self.handles.values()]
-        if waits:
-            await asyncio.wait([asyncio.wrap_future(ref.future()) for ref in waits], timeout=10.0)
-        save_summary(build_summary(self.host, self.config), self.run_dir)
-        self.host.close()
-        for handle in self.handles.values():
-            ray.kill(handle)
-        self.over.set()
+        with _must_not_fail():
+            present = {member.name for member in self.host.coordinator.state.current.values()}
+            waits = [self.watches[nonce] for name, nonce in self.nonce_of.items() if name in present]
+            if waits:
+                await asyncio.wait(waits, timeout=GOODBYE_S)
+            save_summary(build_summary(self.host, self.config), self.run_dir)
+            self.host.close()
+            for handle in self.handles.values():
+                ray.kill(handle)
+            self.over.set()
+
+
+@contextmanager
+def _must_not_fail() -> Iterator[None]:
+    """Whatever goes wrong in here, or a journal that cannot be trusted, ends this process: the next life replays it."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done and not isinstance(sys.exc_info()[1], asyncio.CancelledError):
+            log.exception("this controller ends")
+            logging.shutdown()
+            os._exit(1)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from orchestrator import events as ev
@@ -53,14 +54,15 @@ class Agenda(Desk):
             self.eval_asked = None
         if any(e.samples == body.samples for e in self.state.evaluations):
             return
-        self._log(
-            EvaluationRecord(member=str(member), versions=body.versions, samples=body.samples, val_loss=body.val_loss)
-        )
-        self._metric(
-            kind="eval", t_s=self.seconds(), member=member.name, version=max(body.versions),
-            progress=body.samples / self.plan.total_samples, val_loss=body.val_loss,
-            tokens_committed=body.samples * self.plan.seq_len,
-        )  # fmt: skip
+        loss = body.val_loss
+        finite = loss if loss is not None and math.isfinite(loss) else None
+        self._log(EvaluationRecord(member=str(member), versions=body.versions, samples=body.samples, val_loss=finite))
+        if loss is not None:
+            self._metric(
+                kind="eval", t_s=self.seconds(), member=member.name, version=max(body.versions),
+                progress=body.samples / self.plan.total_samples, val_loss=loss,
+                tokens_committed=body.samples * self.plan.seq_len,
+            )  # fmt: skip
         self._finish_if_done()
 
     # ------------------------------------------------------------ snapshots

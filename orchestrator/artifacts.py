@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from typing import TYPE_CHECKING
+
 from orchestrator.build import pack_path
 from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import UserError
 from orchestrator.rundir import RunDir
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workers.data.reader import PackReader
+
+
+LOAD_ANCHOR = "model.load_state_dict(atoll.load_anchor(RUN_DIR), strict=False) in Python"
 
 
 def _load(run_dir: Path) -> RunConfig:
@@ -28,15 +38,33 @@ def _snapshot(run_dir: Path, name: str | None) -> Path:
     return found
 
 
+def _reader(config: RunConfig, what: str) -> PackReader:
+    """The run's pack, for its tokenizer."""
+    from workers.data.reader import PackReader
+
+    pack = pack_path(config)
+    if pack is None:
+        message = (
+            f"a run on data of its own loop (data.samples = {config.data.samples}) has no tokenizer to {what} with"
+        )
+        raise UserError(message, place="data.samples", remedy=LOAD_ANCHOR)
+    return PackReader(pack)
+
+
+def load_anchor(run_dir: Path, snapshot: str | None = None) -> dict[str, Tensor]:
+    """The trained parameters of a run by name, from its newest or the named snapshot, checked against their digest."""
+    from workers import snapshot as snapshots
+
+    return snapshots.load_anchor(_snapshot(run_dir, snapshot))
+
+
 def export(run_dir: Path, out: Path) -> Path:
     """Write the newest anchor in Hugging Face format to `out`."""
-    from workers.data.reader import PackReader
     from workers.model.hf import export_hf
-    from workers.snapshot import load_anchor
 
     config = _load(run_dir)
-    reader = PackReader(pack_path(config))
-    tensors = load_anchor(_snapshot(run_dir, None))
+    reader = _reader(config, "export")
+    tensors = load_anchor(run_dir)
     export_hf(out, config.model, tensors, reader.tokenizer, seq_len=reader.index.seq_len)
     return out
 
@@ -50,13 +78,11 @@ def sample(
     snapshot: str | None = None,
 ) -> str:
     """Text that the newest anchor (or the named snapshot) continues `prompt` with."""
-    from workers.data.reader import PackReader
     from workers.model.factory import build_model
     from workers.model.sample import generate
-    from workers.snapshot import load_anchor
 
     config = _load(run_dir)
-    reader = PackReader(pack_path(config))
+    reader = _reader(config, "sample")
     bundle = build_model(
         config.model,
         vocab_size=reader.index.vocab_size,
@@ -64,6 +90,10 @@ def sample(
         seed=config.train.seed,
         load_init=False,
     )
-    anchor = load_anchor(_snapshot(run_dir, snapshot))
+    anchor = load_anchor(run_dir, snapshot)
+    wanted = {name for name, parameter in bundle.model.named_parameters() if parameter.requires_grad}
+    if wanted != set(anchor):
+        message = "the model of this run was made by its own loop, [model] describes another one"
+        raise UserError(message, place=str(run_dir), remedy=LOAD_ANCHOR)
     bundle.model.load_state_dict(anchor, strict=False)
     return generate(bundle.model, reader.tokenizer, prompt, max_new_tokens, temperature, seed)

@@ -29,8 +29,13 @@ def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
     return config.with_values(values) if values else config
 
 
-def pack_path(config: RunConfig) -> Path:
-    """The folder of the run's tokens; packs the embedded corpus into the cache if it is not there yet."""
+def pack_path(config: RunConfig) -> Path | None:
+    """The folder of the run's tokens, None where the loop brings its own data.
+
+    Packs the embedded corpus into the cache if it is not there yet.
+    """
+    if config.data.samples is not None:
+        return None
     if config.data.corpus is not None:
         from workers.data.corpus import resolve_corpus
 
@@ -45,9 +50,9 @@ def num_islands(config: RunConfig) -> int:
     return config.run.islands
 
 
-def run_plan(config: RunConfig, *, run_id: str, pack: Path) -> RunPlan:
-    """What the coordinator decides by."""
-    seq_len = load_index(pack).seq_len
+def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
+    """What the coordinator decides by. A sample of data that the loop brings counts as one token."""
+    seq_len = load_index(pack).seq_len if pack is not None else 1
     return RunPlan(
         run_id=run_id,
         islands=tuple(island_name(i) for i in range(num_islands(config))),
@@ -63,7 +68,9 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path) -> RunPlan:
     )
 
 
-def island_spec(config: RunConfig, index: int, *, run_id: str, run_dir: Path, pack: Path, resume: bool) -> IslandSpec:
+def island_spec(
+    config: RunConfig, index: int, *, run_id: str, run_dir: Path, pack: Path | None, resume: bool
+) -> IslandSpec:
     """Settings of one island; what `train.per_island` says of it takes the place of `[train]`."""
     name = island_name(index)
     train = config.train
@@ -88,5 +95,6 @@ def island_spec(config: RunConfig, index: int, *, run_id: str, run_dir: Path, pa
         wait_s=config.exchange.wait_s,
         heartbeat_s=config.exchange.heartbeat_s,
         bound_rounds=config.exchange.bound_rounds,
+        connections=config.exchange.connections,
         resume=resume,
     )

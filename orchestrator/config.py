@@ -26,9 +26,11 @@ from strategies.config import CodecConfig, Section, StrategyConfig
 from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 
 DEFAULT = "default"
+IN_PYTHON = "the configuration that was given"
 PLAIN_VALUES = (bool, int, float, str, list, dict)
-# A key that is set displaces the other one of its pair where that came from a weaker place (a preset, a file).
-ALTERNATIVES = {"data.path": "data.corpus", "data.corpus": "data.path"}
+# A key that is set displaces the others of its group where they came from a weaker place (a preset, a file).
+SOURCES = ("data.path", "data.corpus", "data.samples")
+ALTERNATIVES = {key: tuple(other for other in SOURCES if other != key) for key in SOURCES}
 
 
 class RunConfig(Section):
@@ -153,6 +155,29 @@ def parse_config(
     return LoadedConfig(config=config, source=source, origins=complete)
 
 
+def make_config(values: Mapping[str, Any], *, base: RunConfig | None = None) -> RunConfig:
+    """Build a configuration from values in Python.
+
+    Args:
+        values: "section.key" -> value, or section -> table of its values.
+        base: what they are set in; without it, the defaults.
+
+    Raises:
+        UserError: an unknown key, a wrong value, or settings that do not fit.
+    """
+    tables: dict[str, Any] = base.to_tables() if base is not None else {}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        table = isinstance(value, Mapping) and "." not in name
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if table else {name: value}
+    for key, value in flat.items():
+        for other in ALTERNATIVES.get(key, ()) if value is not None else ():
+            if other not in flat:
+                _unset(tables, other.split("."))
+        _set(tables, key.split("."), str(value) if isinstance(value, Path) else value, IN_PYTHON)
+    return _build(tables, lambda key: IN_PYTHON)
+
+
 def find_config(run: str | Path) -> tuple[Path, str]:
     """The file of a preset, a path or a run directory, and what messages call it.
 
@@ -217,10 +242,10 @@ def _apply_override(tables: dict[str, Any], origins: dict[str, str], override: s
     if not separator or not all(parts):
         raise UserError(f"--set {override!r} is not of the form section.key=value", remedy="--set train.tokens=1000000")
     key = ".".join(parts[:2])
-    other = ALTERNATIVES.get(key)
-    if text and other is not None and not origins.get(other, "").startswith("--set"):
-        _unset(tables, other.split("."))
-        origins[other] = f"unset by {place}"
+    for other in ALTERNATIVES.get(key, ()) if text else ():
+        if not origins.get(other, "").startswith("--set"):
+            _unset(tables, other.split("."))
+            origins[other] = f"unset by {place}"
     if text:
         _set(tables, parts, _parse_value(text), place)
     else:

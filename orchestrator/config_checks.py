@@ -34,14 +34,22 @@ def find_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
-    """The tokens come from exactly one place."""
-    path, corpus = config.data.path, config.data.corpus
-    if path is None and corpus is None:
-        remedy = "data.corpus = 'stdlib', or data.path = a folder made by `atoll data pack`"
+    """The samples come from exactly one place."""
+    path, corpus, samples = config.data.path, config.data.corpus, config.data.samples
+    given = {"data.path": path, "data.corpus": corpus, "data.samples": samples}
+    places = {key: value for key, value in given.items() if value is not None}
+    if not places:
+        remedy = (
+            "data.corpus = 'stdlib', data.path = a folder made by `atoll data pack`, or data.samples = the size of the "
+            "dataset that the loop brings"
+        )
         yield Problem(key="data.path", message="neither data.path nor data.corpus is set", remedy=remedy)
-    if path is not None and corpus is not None:
-        message = f"data.path = {path!r} and data.corpus = {corpus!r} are both set, a run takes one of them"
-        yield Problem(key="data.corpus", message=message, remedy="remove one; `--set data.corpus=` unsets it")
+    if len(places) > 1:
+        told = " and ".join(f"{key} = {value!r}" for key, value in places.items())
+        all_of = "both" if len(places) == 2 else "all"
+        message = f"{told} are {all_of} set, a run takes one of them"
+        key = list(places)[1]
+        yield Problem(key=key, message=message, remedy=f"remove one; `--set {key}=` unsets it")
 
 
 def check_model(config: RunConfig) -> Iterator[Problem]:

@@ -294,6 +294,7 @@ class Coordinator(Lifecycle):
             self._verdict(verdict)
         for exchange in self.exchanges:
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
+        self._ask_genesis()
         self._start_if_ready()
         self._revocations()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:

@@ -140,6 +140,8 @@ class Host:
     # ------------------------------------------------------------ metrics
 
     def _metric(self, values: dict[str, object]) -> None:
+        if values.get("kind") == "step":
+            values["eta_s"] = self._eta()
         try:
             row = row_from_dict(values)
             if row is not None:
@@ -150,6 +152,11 @@ class Host:
         except MetricsWriteError as error:
             self.counts["lost_rows"] += 1
             log.warning("%s", error)
+
+    def _eta(self) -> float | None:
+        """Seconds left at the run's mean speed so far; None before the first commit."""
+        done, seconds = self.coordinator.progress(), self.coordinator.seconds()
+        return seconds * (1.0 - done) / done if done > 0 else None
 
     def _write_faults(self) -> None:
         for track in self.coordinator.faults:

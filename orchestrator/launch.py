@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from orchestrator.config import RunConfig
+    from orchestrator.summary import Summary
 
 EXIT = {"done": 0, "failed": 1, "stopped": 3}
 POLL_S = 0.25
@@ -36,13 +37,40 @@ RAY_ENVIRONMENT = {
 
 
 def train(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bool, as_json: bool) -> int:
-    """Run to the end (or to Ctrl-C) and return the exit code; the caller holds the directory's lock."""
+    """Run to the end (or to Ctrl-C), say how it ended and return the exit code; the caller holds the lock."""
+    summary = run_to_end(config, run_dir, faults=faults, resume=resume, quiet=as_json)
+    if as_json:
+        print(summary.model_dump_json(indent=2))
+    elif summary.exit_reason == "failed":
+        print(f"error: the run failed: {summary.error}", file=sys.stderr)
+    return EXIT[summary.exit_reason]
+
+
+def run_to_end(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bool, quiet: bool) -> Summary:
+    """Run to the end (or to Ctrl-C); the caller holds the directory's lock."""
+    import_from_here()
     config = resolve(config, num_gpus=_num_gpus(config))
     plan = _check(config, faults)
     RunDir(run_dir).record(config.to_toml())
     pack = pack_path(config)
     with RaySession(config) as session:
-        return session.run(run_dir.resolve(), pack, plan, resume=resume, as_json=as_json)
+        return session.run(run_dir.resolve(), pack, plan, resume=resume, quiet=quiet)
+
+
+def import_from_here() -> None:
+    """Let the user's modules be found in the current folder, as `python -m` does and an installed command does not."""
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def python_path() -> list[str]:
+    """Where the processes of a run look for modules first: as this process, without what is installed."""
+    installed = (Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())
+    own = [Path(entry or ".").resolve() for entry in sys.path]
+    own = [path for path in own if path.is_dir() and not any(path.is_relative_to(folder) for folder in installed)]
+    paths = [Path.cwd(), *own, Path(__file__).resolve().parents[1]]
+    return list(dict.fromkeys(map(str, paths)))
 
 
 def _num_gpus(config: RunConfig) -> int:
@@ -78,19 +106,21 @@ class RaySession:
     def __init__(self, config: RunConfig) -> None:
         """Nothing is started before the session is entered."""
         self.config = config
+        self.connected_before = False
         self.controller: ActorHandle[Any] | None = None
 
     def __enter__(self) -> RaySession:
         """Start or join the cluster; raises `ClusterUnreachable`."""
         os.environ.update(RAY_ENVIRONMENT)
-        paths = [str(Path.cwd()), str(Path(__file__).resolve().parents[1])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [*paths, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        )
+        inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*python_path(), *inherited]))
         import ray
 
         from orchestrator.actors import NAMESPACE, WORKER_RESOURCE
 
+        if ray.is_initialized():
+            self.connected_before = True
+            return self
         options: dict[str, Any] = {
             "namespace": NAMESPACE,
             "logging_level": "ERROR",
@@ -119,14 +149,15 @@ class RaySession:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what this session started."""
+        """End what this session started; a connection that was there before stays."""
         import ray
 
         if self.controller is not None:
             ray.kill(self.controller)
-        ray.shutdown()
+        if not self.connected_before:
+            ray.shutdown()
 
-    def start(self, run_dir: Path, pack: Path, faults: list[PlannedFault], *, resume: bool) -> ActorHandle[Any]:
+    def start(self, run_dir: Path, pack: Path | None, faults: list[PlannedFault], *, resume: bool) -> ActorHandle[Any]:
         """Create the run's controller, which starts the islands."""
         import ray
 
@@ -135,21 +166,26 @@ class RaySession:
         run_id = run_dir.name
         self.controller = ControllerActor.options(  # type: ignore[attr-defined]
             name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached"
-        ).remote(self.config.to_tables(), run_id, str(run_dir), str(pack), secrets.token_hex(16), faults, resume)
+        ).remote(
+            self.config.to_tables(),
+            run_id,
+            str(run_dir),
+            str(pack) if pack is not None else None,
+            secrets.token_hex(16),
+            faults,
+            resume,
+        )
         ray.get(self.controller.begin.remote(), timeout=60)
         return self.controller
 
-    def run(self, run_dir: Path, pack: Path, faults: list[PlannedFault], *, resume: bool, as_json: bool) -> int:
-        """Start, watch, and return the exit code."""
+    def run(
+        self, run_dir: Path, pack: Path | None, faults: list[PlannedFault], *, resume: bool, quiet: bool
+    ) -> Summary:
+        """Start, watch, and return the summary."""
         controller = self.start(run_dir, pack, faults, resume=resume)
-        with Progress(self.config, quiet=as_json) as progress:
-            status = watch(controller, progress)
-        summary = load_summary(run_dir)
-        if as_json:
-            print(summary.model_dump_json(indent=2))
-        elif status["reason"] == "failed":
-            print(f"error: the run failed: {status['detail']}", file=sys.stderr)
-        return EXIT[summary.exit_reason]
+        with Progress(self.config, quiet=quiet) as progress:
+            watch(controller, progress)
+        return load_summary(run_dir)
 
 
 def watch(controller: ActorHandle[Any], progress: Progress) -> dict[str, Any]:

@@ -25,10 +25,22 @@ from workers.records import (
     Term,
 )
 
+EARLY_DEATHS = 3
+
 
 def may_settle(member: MemberId, exchanges: Sequence[ex.FragmentExchange]) -> bool:
     """A fenced incarnation's samples get their fate only when it is in no open roster (C3)."""
     return not any(exchange.holds(member) for exchange in exchanges)
+
+
+def process_of(nonce: str) -> str:
+    """What names a process: it takes a new nonce `<first>+<n>` for each incarnation."""
+    return nonce.split("+")[0]
+
+
+def outlived(successor: Process | None) -> bool:
+    """A process whose place was given away is sent away only once its successor is well: it may hold the last state."""
+    return successor is not None and successor.ready() and successor.status != "suspect"
 
 
 class Lifecycle(Agenda):
@@ -39,9 +51,10 @@ class Lifecycle(Agenda):
         super().__init__(plan, rows, term, now=now, started_s=started_s)
         self.exchanges: list[ex.FragmentExchange] = []
         self.begun_s = now
-        self.genesis_asked: MemberId | None = None
+        self.genesis_asked: tuple[MemberId, float] | None = None
         self.tail = False
         self.restarts: dict[str, int] = defaultdict(int)
+        self.early_deaths: dict[str, int] = defaultdict(int)
         self.first_joins: dict[str, float] = {}
         self.missing_since: dict[str, float] = {}
         self.injected: list[tuple[float, str, str]] = []
@@ -80,16 +93,35 @@ class Lifecycle(Agenda):
             return
         previous = self.state.current.get(envelope.name)
         if previous is not None:
-            self._fence(previous, "a new process took its place", refused=False)
+            if not self._takes_place(previous, envelope, body):
+                return
+            self._log_fence(previous, "a new process took its place", refused=False)
         incarnation = self.state.last_incarnation.get(envelope.name, 0) + 1
         member = MemberId(name=envelope.name, incarnation=incarnation)
         self._log(JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node))
         self._attach_process(member, envelope.nonce, body.info)
         self.first_joins.setdefault(envelope.name, self.seconds())
-        self.missing_since.pop(envelope.name, None)
+        self._end_dead_span(envelope.name)
         self._say(f"{member} joined on {body.info.node}", member=envelope.name)
         self._tell(member, msg.Welcome(incarnation=incarnation))
+        if previous is not None:
+            self._after_fence(previous)
         self._after_join()
+
+    def _takes_place(self, current: MemberId, envelope: msg.Envelope, body: msg.Join) -> bool:
+        """Whether a process takes the place of a live incarnation of its name; an outlived one is sent away."""
+        process, base = self.roll.processes.get(current), process_of(envelope.nonce)
+        known = any(process_of(nonce) == base for nonce in self.state.nonces)
+        if base == process_of(self.state.members[current].nonce) or not known:
+            return True
+        if outlived(process):
+            why = f"{current} has its place"
+            self._say(f"process {base} of {envelope.name} is sent away: {why}", member=envelope.name)
+            self.nonces[envelope.nonce] = (envelope.name, None)
+            self._tell(envelope.nonce, msg.Stop(save=False))
+            self.commands.append(ev.End(name=envelope.name, nonce=envelope.nonce, why=why))
+            return False
+        return body.ready and process is not None and not process.ready()
 
     def _attach_process(self, member: MemberId, nonce: str, info: msg.ProcessInfo) -> None:
         if member in self.roll.processes:
@@ -116,15 +148,19 @@ class Lifecycle(Agenda):
     # ------------------------------------------------------------ genesis and start
 
     def _ask_genesis(self) -> None:
-        if self.state.num_fragments or self.genesis_asked in self.roll.processes:
+        """One member makes version 0. Who does not answer is asked again, or another one; the first answer counts."""
+        asked = self.genesis_asked
+        if self.state.num_fragments or (
+            asked is not None and asked[0] in self.roll.processes and self.now - asked[1] < self.ask_again_s
+        ):
             return
-        live = [m for m in self.state.live() if m in self.roll.processes]
+        live = [m for m, p in sorted(self.roll.processes.items()) if p.status != "suspect"]
         if live:
-            self.genesis_asked = live[0]
+            self.genesis_asked = (live[0], self.now)
             self._tell(live[0], msg.MakeGenesis())
 
     def _genesis_made(self, member: MemberId, body: msg.GenesisMade) -> None:
-        if self.state.num_fragments or member != self.genesis_asked:
+        if self.state.num_fragments:
             return
         self._log(
             GenesisRecord(
@@ -202,18 +238,21 @@ class Lifecycle(Agenda):
 
     def _fence(self, member: MemberId, why: str, *, refused: bool) -> None:
         entry = self.state.members.get(member)
-        if entry is None or not entry.live:
-            return
+        if entry is not None and entry.live:
+            self._log_fence(member, why, refused=refused)
+            self._after_fence(member)
+
+    def _log_fence(self, member: MemberId, why: str, *, refused: bool) -> None:
         self._log(FenceRecord(member=member.name, incarnation=member.incarnation, why=why, refused=refused))
         self._say(f"{member} is fenced: {why}", member=member.name, level="warning")
         process = self.roll.processes.pop(member, None)
         if process is not None:
             self.consumed_at_end[member] = process.consumed
             self._tell(process.nonce, msg.Fenced(why=why))
+
+    def _after_fence(self, member: MemberId) -> None:
         self._gone(member)
-        if self.genesis_asked == member:
-            self.genesis_asked = None
-            self._ask_genesis()
+        self._ask_genesis()
         if self.eval_asked and self.eval_asked[0] == member:
             self._ask_evaluation(self.eval_asked[1])
         if self.save_asked and self.save_asked[0] == member:
@@ -236,14 +275,19 @@ class Lifecycle(Agenda):
 
     def _process_died(self, name: str, nonce: str | None, why: str) -> None:
         member = self.state.nonces.get(nonce) if nonce else self.state.current.get(name)
-        if member is not None and self.state.members[member].live:
+        if member is None:
+            self.early_deaths[name] += 1
+        elif self.state.members[member].live:
             injected = next((t for t, f, m in reversed(self.injected) if m == name), None)
             self.injected = [i for i in self.injected if i[2] != name]
             self.faults.append(
                 ev.FaultTrack(fault="kill", member=name, injected_s=injected, detected_s=self.seconds(), victim=member)
             )
             self._fault("died", name, why, injected=False)
-            self._dead_span(name, member.incarnation)
+            self.missing_since.setdefault(name, self.seconds())
+            process = self.roll.processes.get(member)
+            stepped = process is not None and process.stepped
+            self.early_deaths[name] = 0 if stepped else self.early_deaths[name] + 1
             self._fence(member, why, refused=False)
         self._replace(name, why)
 
@@ -251,6 +295,9 @@ class Lifecycle(Agenda):
         if self.stopping is not None or self.ended or not self.plan.replace_dead:
             return
         self.restarts[name] += 1
+        if self.early_deaths[name] >= EARLY_DEATHS and not any(head.version.n for head in self.state.heads):
+            self._end("failed", f"{name} failed {self.early_deaths[name]} times before its first step: {why}")
+            return
         if self.restarts[name] > self.plan.max_restarts:
             text = f"{name} died {self.restarts[name]} times (run.max_restarts is {self.plan.max_restarts}): given up"
             self._say(text, member=name, level="warning")
@@ -259,9 +306,14 @@ class Lifecycle(Agenda):
             return
         self.commands.append(ev.Spawn(name=name, why=why))
 
-    def _dead_span(self, name: str, incarnation: int) -> None:
-        self.missing_since.setdefault(name, self.seconds())
-        self._metric(kind="death", t_s=self.seconds(), member=name, incarnation=incarnation)
+    def _end_dead_span(self, name: str) -> None:
+        """The member is back (or the run is over): the time since its death goes into the timeline."""
+        since = self.missing_since.pop(name, None)
+        if since is not None:
+            incarnation = self.state.last_incarnation.get(name, 1)
+            self._metric(
+                kind="span", member=name, incarnation=incarnation, phase="dead", start_s=since, end_s=self.seconds()
+            )
 
     def _fault_injected(self, fault: str, member: str) -> None:
         self.injected.append((self.seconds(), fault, member))

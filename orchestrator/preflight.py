@@ -16,16 +16,26 @@ def check_files(config: RunConfig) -> PackIndex | None:
     """Check the folder of the data and that of the initial weights.
 
     Returns:
-        The index of the pack that `data.path` names; None for the embedded corpus.
+        The index of the pack that `data.path` names; None for the embedded corpus and for data of the loop.
 
     Raises:
         ValueError: a missing or unreadable folder, or a pack that is not the one of `data.digest`.
     """
     _check_init_from(config.model.init_from)
-    return _check_pack(config.data.path, config.data.digest)
+    _check_loop(config)
+    return check_pack(config.data.path, config.data.digest)
 
 
-def _check_pack(path: str | None, digest: str | None) -> PackIndex | None:
+def _check_loop(config: RunConfig) -> None:
+    """The built-in loop knows nothing of a dataset that is brought along."""
+    if config.data.samples is not None and config.train.loop is None:
+        message = f"data.samples = {config.data.samples}: a loop of your own brings the data, and train.loop is not set"
+        remedy = "train.loop = 'package.module:function', or data.path and data.corpus for the built-in loop"
+        raise UserError(message, place="data.samples", remedy=remedy)
+
+
+def check_pack(path: str | None, digest: str | None) -> PackIndex | None:
+    """Check the folder that `data.path` names; as `check_files`."""
     if path is None:
         return None
     from workers.data.index import load_index  # late: reading an index takes pyarrow

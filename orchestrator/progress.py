@@ -50,11 +50,12 @@ class Progress:
         for new in sorted(members - self._members):
             self.say(f"{status['seconds']:7.1f} s  {new} joined")
         self._members = members
-        if status["evaluations"] > self._evaluations and status["val_loss"] is not None:
+        if status["evaluations"] > max(self._evaluations, 0):
             self._evaluations = status["evaluations"]
+            loss = status["val_loss"]
             self.say(
                 f"{status['seconds']:7.1f} s  {100 * status['progress']:5.1f} %  round {status['rounds']:4d}  "
-                f"{status['tokens']:>12,} tokens  validation loss {status['val_loss']:.4f}"
+                f"{status['tokens']:>12,} tokens" + ("" if loss is None else f"  validation loss {loss:.4f}")
             )
         if self._live:
             line = (

@@ -65,6 +65,12 @@ class DataConfig(Section):
 
     corpus: Literal["stdlib"] | None = Field(None, description="The embedded corpus; needs no file.")
     path: str | None = Field(None, min_length=1, description="Folder made by `atoll data pack`.")
+    samples: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 62,
+        description="The loop (train.loop, or a script) brings a dataset of so many samples; each counts as one token.",
+    )
     seq_len: int = Field(
         128, ge=2, le=1 << 20, description="Tokens in one training sample (embedded corpus; a pack has its own)."
     )

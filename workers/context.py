@@ -29,7 +29,7 @@ class IslandSpec:
     index: int
     num_islands: int
     run_dir: Path
-    pack: Path
+    pack: Path | None
     train: TrainConfig
     data: DataConfig
     model: ModelConfig
@@ -41,13 +41,18 @@ class IslandSpec:
     wait_s: float
     heartbeat_s: float
     bound_rounds: float
+    connections: int
     pace_s: float = 0.0
     resume: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
 class IslandContext:
-    """What the process around an island gives it. `post` hands an envelope to the controller and never blocks."""
+    """What the process around an island gives it. `post` hands an envelope to the controller and never blocks.
+
+    The island sets `deliver` and `abort` when it begins (`abort` ends its loop with an error, from any thread), and
+    `ended` when the run is over for it: "done", "stopped" or "failed".
+    """
 
     spec: IslandSpec
     nonce: str
@@ -58,6 +63,8 @@ class IslandContext:
     clock: Callable[[], float]
     executor: Executor | None = None
     deliver: Callable[[Batch], None] | None = None
+    abort: Callable[[BaseException], None] | None = None
+    ended: str = ""
     on_step: Callable[[], None] | None = None
 
 

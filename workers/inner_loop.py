@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,32 +130,35 @@ class InnerLoop:
 def evaluate(
     bundle: ModelBundle,
     params: Mapping[str, Tensor] | None,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
+    sizes: Sequence[int] | None = None,
 ) -> float:
     """Mean loss over all samples of `batches`, without gradients and in evaluation mode.
 
     `params` (by name) take the place of the model's parameters for the duration of the call, without a copy where
     they are on the model's device: don't train or evaluate the same model on another thread meanwhile.
+    `batches` are tokens (`Batch`); with `sizes`, the samples in each, they are taken as they are: whatever the loss
+    takes, on the model's device.
     Raises ModelError for a name or shape that the model does not have, or has and `params` lacks.
     """
     holder = _LossOf(bundle.model, bundle.loss_fn)
     device = next(bundle.model.parameters()).device
     substitutes = None if params is None else _substitutes(bundle.model, params, device)
     losses: list[Tensor] = []
-    sizes: list[int] = []
+    counts: list[int] = []
     with torch.no_grad(), _evaluation_mode(bundle.model), autocast(precision, device):
         for batch in batches:
-            tokens_BS = _on_device(batch, device)
+            placed = _on_device(batch, device) if sizes is None else batch
             if substitutes is None:
-                loss = holder(tokens_BS)
+                loss = holder(placed)
             else:
-                loss = torch.func.functional_call(holder, substitutes, (tokens_BS,))
+                loss = torch.func.functional_call(holder, substitutes, (placed,))
             losses.append(_scalar(loss).detach().float())
-            sizes.append(len(tokens_BS))
+            counts.append(len(placed) if sizes is None else sizes[len(counts)])
     assert losses, "evaluation without a batch"
-    weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    weights = torch.tensor(counts, dtype=torch.float64) / sum(counts)
     return float(torch.dot(torch.stack(losses).to("cpu", torch.float64), weights))
 
 
@@ -174,8 +177,8 @@ class _LossOf(nn.Module):
         self.model = model
         self._loss_fn = loss_fn
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        return self._loss_fn(self.model, tokens_BS)
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss_fn(self.model, batch)
 
 
 def _scalar(loss: Tensor) -> Tensor:

@@ -10,19 +10,18 @@
 
 `batches()` yields the leased samples in order and does everything that belongs to a step boundary in between:
 applies commits, sends contributions, evaluates, saves, waits, and ends when the run does. The built-in loop
-(`run_builtin_loop`) is written with it.
+(`run_builtin_loop`) is written with it. What a user's script uses is `atoll.Island`, which puts a run around it.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from strategies.fragments import FragmentSpec, TensorSpec, default_chunk_values, plan_fragments
@@ -34,19 +33,28 @@ from workers.context import IslandContext, IslandSpec, current
 from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.device import peak_memory_bytes, resolve_device
+from workers.functions import FunctionError, load_function
 from workers.inner_loop import InnerLoop, StepStats, evaluate
 from workers.jobs import MemberStore
 from workers.local_state import load_local, read_meta, save_local
+from workers.loop_checks import BufferWatch, ChangeWatch, LoopError, ParameterGuard, synchronised
 from workers.member import MemberMachine
 from workers.model.factory import LossFn, ModelBundle, build_model, next_token_loss
 from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer, build_optimizer
+from workers.records import StopRecord
 from workers.replica import Replica
+from workers.samples import Collate, Ids, SampleSource, cut, evenly_spread, open_source, positions_of
 from workers.schedule import lr_at
 from workers.snapshot import write_snapshot
 from workers.timeline import Timeline
 
+log = logging.getLogger("atoll.island")
+
 ROW_EVERY_S = 0.1
+LAST_COMMIT_S = 10.0
+STEP_MISSING = "island.step(loss) must be called once for each batch, after optimizer.step(); it was not called"
+STEP_TWICE = "island.step(loss) was called without a new batch: call it once for each batch of island.batches()"
 
 
 class NoContext(RuntimeError):
@@ -69,18 +77,36 @@ class Island:
         optimizer: InnerOptimizer,
         *,
         loss_fn: LossFn | None = None,
+        dataset: Any = None,
+        val_dataset: Any = None,
+        collate: Collate | None = None,
         context: IslandContext | None = None,
         flops_per_token: float | None = None,
     ) -> None:
-        """`loss_fn(model, batch)` is used for evaluation; default: next-token loss of a model that returns logits."""
+        """Raises LoopError for a model, an optimizer or arguments that cannot work.
+
+        Args:
+            model: on its device, in float32. optimizer: of its parameters.
+            loss_fn: `loss_fn(model, batch)`, for evaluation; default: next-token loss of a model that returns logits.
+            dataset: own data (`workers/samples.py`), where `data.samples` is set. val_dataset: what to evaluate on.
+            collate: makes a batch of a list of samples.
+            context: the run; default: that of this thread. flops_per_token: for the record.
+        """
         found = context or current()
         if found is None:
             raise NoContext
+        if val_dataset is not None and loss_fn is None:
+            raise LoopError("val_dataset is evaluated with loss_fn(model, batch): give atoll.Island a loss_fn as well")
         self.context, self.spec = found, found.spec
         self.model, self.optimizer = model, optimizer
         self.bundle = ModelBundle(model=model, loss_fn=loss_fn or next_token_loss, flops_per_token=flops_per_token)
+        self.guard = ParameterGuard(model, optimizer, device=self.spec.train.device)
+        self.device = self.guard.device
         self.sync: sy.IslandSync | None = None
         self.timeline = Timeline(clock=found.clock)
+        self.finished = False
+        self.watches_changes = True
+        self._data = {"dataset": dataset, "val_dataset": val_dataset, "collate": collate}
         self._yielded = 0
         self._progress = 0.0
         self._loss_sum, self._loss_count, self._row_s = 0.0, 0, float("-inf")
@@ -91,14 +117,19 @@ class Island:
 
     def __enter__(self) -> Self:
         """Join the run: serve, ask to be a member, take up a saved local state if the run is resumed."""
-        self.reader = PackReader(self.spec.pack)
-        self.total_samples = -(-self.spec.train.tokens // self.reader.index.seq_len)
-        self.device = next(self.model.parameters()).device
+        if self.context.deliver is not None:
+            raise LoopError("a run's process makes one island: use one `with atoll.Island(...)` for the whole loop")
+        pack = PackReader(self.spec.pack) if self.spec.pack is not None else None
+        self.source: SampleSource = open_source(self.spec.data, pack, device=self.device, **self._data)
+        self.total_samples = -(-self.spec.train.tokens // self.source.tokens_per_sample)
         self.sync = self._build_sync()
         meta = read_meta(self._local_dir()) if self.spec.resume else None
         if meta is not None and meta["run_id"] == self.spec.run_id:
             load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer)
-        self.context.deliver = self.sync.deliver
+        gradients_only = self.sync.replica.strategy.contribution == "gradient"
+        self._changes = ChangeWatch(synchronised(self.model), wanted=not gradients_only)
+        self._buffers = BufferWatch(self.model)
+        self.context.deliver, self.context.abort = self.sync.deliver, self.sync.abort
         self.sync.start()
         return self
 
@@ -111,16 +142,15 @@ class Island:
 
     def _build_sync(self) -> sy.IslandSync:
         spec, context = self.spec, self.context
-        tensors = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        tensors = {name: parameter.data for name, parameter in synchronised(self.model).items()}
         strategy = strategy_of(spec)
         fragments = fragments_of(tensors, strategy, spec)
         replica = Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
-        seq_len = self.reader.index.seq_len
         info = msg.ProcessInfo(
             address=context.transport.address,
             node=context.node,
             batch_size=spec.train.batch_size,
-            weight=spec.train.batch_size * seq_len,
+            weight=spec.train.batch_size * self.source.tokens_per_sample,
         )
         machine = MemberMachine(
             run_id=spec.run_id,
@@ -165,21 +195,48 @@ class Island:
         """Share of the run's tokens, 0 to 1, that the learning rate follows; the same rule on every island."""
         return self._progress
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yield int64 tokens (B, seq_len + 1) on the model's device until the run ends or is stopped."""
+    def batches(self) -> Iterator[Any]:
+        """Yield batches on the model's device until the run ends or is stopped.
+
+        A batch is int64 tokens (B, seq_len + 1), or what the loop's own dataset gives. The last ones may be smaller.
+        """
         while (batch := self.next_batch(blocking=True)) is not None:
             yield batch
 
-    def next_batch(self, *, blocking: bool) -> Tensor | None:
+    def samples(self) -> Iterator[Ids]:
+        """Like `batches`, for a loop that reads its data itself: yield the numbers of the samples, int64 (B,)."""
+        while (ids := self._next(blocking=True)) is not None:
+            yield ids
+
+    def next_batch(self, *, blocking: bool) -> Any:
         """The next batch; None at the end, and without `blocking` also when there is nothing to do yet."""
-        assert self.sync is not None, "use the island as a context manager"
+        ids = self._next(blocking=blocking)
+        if ids is None:
+            return None
+        loading_s = self.context.clock()
+        batch = self.source.batch(ids)
+        self._began = self.context.clock()
+        self._waits["data"] += self._began - loading_s
+        return batch
+
+    def leave(self) -> None:
+        """End the loop before the run's end: go on with everything but training until the run is stopped."""
+        if not self.finished:
+            self._next(blocking=True, training=False)
+
+    def _next(self, *, blocking: bool, training: bool = True) -> Ids | None:
+        """Everything that belongs to a step boundary; then the numbers of the next samples, or None."""
+        if self.sync is None:
+            raise LoopError("an island works inside `with atoll.Island(...) as island:`")
         if not self._stepped:
-            raise RuntimeError("island.step(loss) must be called once for each batch, after optimizer.step()")
+            raise LoopError(STEP_MISSING)
         while True:
             action = self.sync.boundary()
             match action:
+                case sy.TrainOn() if training:
+                    return self._take(action)
                 case sy.TrainOn():
-                    return self._load(action)
+                    self.sync.wait(self.spec.heartbeat_s)
                 case sy.WaitFor():
                     self.timeline.enter("sync" if action.reason != "state" else "start")
                     if not blocking:
@@ -195,15 +252,13 @@ class Island:
                     versions = write_snapshot(self.spec.run_dir / "snapshots", order.name, self.sync.replica)
                     self.sync.say(msg.Saved(name=order.name, versions=versions, local=False))
                 case sy.Finished(save=save):
-                    self._finish(save)
-                    self.finished = True
+                    self._finish(save, blocking=blocking)
                     return None
             for row in self.timeline.take():
                 self.sync.observe(*row)
 
-    finished = False
-
-    def _finish(self, save: bool) -> None:
+    def _finish(self, save: bool, *, blocking: bool) -> None:
+        """The run is over for this island. After a run that is done the model holds the last anchor."""
         assert self.sync is not None
         self.timeline.enter(None)
         for row in self.timeline.take():
@@ -213,25 +268,43 @@ class Island:
             versions = tuple(part.n for part in self.sync.replica.parts)
             self.sync.say(msg.Saved(name=self.spec.name, versions=versions, local=True))
         self.sync.flush_rows()
+        last = self.sync.machine.log.rows[-1].record if self.sync.machine.log.rows else None
+        self.context.ended = last.reason if isinstance(last, StopRecord) else "stopped"
+        if self.context.ended == "done":
+            if blocking:
+                self._catch_up()
+            self.sync.replica.reset()
+        self.finished = True
 
-    def _load(self, action: sy.TrainOn) -> Tensor:
+    def _catch_up(self) -> None:
+        """Take over the last commits, which others may have applied before."""
+        assert self.sync is not None
+        deadline_s = self.context.clock() + LAST_COMMIT_S
+        while self.sync.behind():
+            if self.context.clock() > deadline_s:
+                log.warning("the last commit did not arrive in %g s: the model holds the one before", LAST_COMMIT_S)
+                return
+            self.sync.boundary()
+            self.sync.wait(self.spec.heartbeat_s)
+
+    def _take(self, action: sy.TrainOn) -> Ids:
         self.timeline.enter("compute")
-        positions = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in action.ranges])
-        ids = sample_ids(positions, size=self.reader.num_samples("train"), seed=self.spec.train.seed)
-        batch = torch.from_numpy(self.reader.batch(ids)).to(self.device, torch.int64)
+        positions = positions_of(action.ranges)
         self._yielded, self._progress, self._stepped = len(positions), action.progress, False
         self._began = self.context.clock()
-        return batch
+        return sample_ids(positions, size=self.source.num_samples, seed=self.spec.train.seed)
 
     def step(self, loss: Tensor | float, *, stats: StepStats | None = None) -> None:
-        """One inner step is finished; `loss` is its mean loss, for the record."""
-        assert self.sync is not None and not self._stepped, "island.step without a batch"
-        self._stepped = True
+        """One inner step is finished; `loss` is its mean loss, for the record. Raises LoopError."""
+        if self.sync is None or self._stepped:
+            raise LoopError(STEP_TWICE)
+        self.guard.check()
+        if self.watches_changes:
+            self._changes.step(self.sync.replica.anchor_tensors)
+            self._buffers.first_step_done()
         if self.sync.replica.strategy.contribution == "gradient":
-            gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None and p.requires_grad}
-            self.sync.replica.add_gradients(gradients)
-            for parameter in self.model.parameters():
-                parameter.grad = None
+            self._hand_over_gradients()
+        self._stepped = True
         now = self.context.clock()
         seconds = now - self._began
         if self.spec.pace_s > seconds:
@@ -243,13 +316,26 @@ class Island:
         if self.context.on_step is not None:
             self.context.on_step()
 
+    def _hand_over_gradients(self) -> None:
+        assert self.sync is not None
+        gradients = {n: p.grad for n, p in synchronised(self.model).items() if p.grad is not None}
+        missing = synchronised(self.model).keys() - gradients.keys()
+        if missing:
+            raise LoopError(
+                f"strategy.name = 'ddp' averages gradients, and {min(missing)!r} has none: call island.step(loss) "
+                "right after loss.backward(), without optimizer.step() and optimizer.zero_grad()"
+            )
+        self.sync.replica.add_gradients(gradients)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
     def _record(self, loss: float, stats: StepStats | None, now: float, seconds: float) -> None:
         assert self.sync is not None
         self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
         if now - self._row_s < ROW_EVERY_S:
             return
         self._row_s = now
-        tokens = self._yielded * self.reader.index.seq_len
+        tokens = self._yielded * self.source.tokens_per_sample
         flops = self.bundle.flops_per_token
         self.sync.observe(
             now,
@@ -276,24 +362,24 @@ class Island:
 
     def _evaluate(self, samples: int) -> msg.Evaluated:
         assert self.sync is not None
-        loss = evaluate_anchor(self.bundle, self.sync.replica, self.reader, self.spec)
+        loss = evaluate_anchor(self.bundle, self.sync.replica, self.source, self.spec)
+        if loss is None and samples == 0:
+            log.info("no evaluation: the loop gave no val_dataset and loss_fn")
         versions = tuple(part.n for part in self.sync.replica.parts)
         return msg.Evaluated(versions=versions, samples=samples, val_loss=loss)
 
 
-def evaluate_anchor(bundle: ModelBundle, replica: Replica, reader: PackReader, spec: IslandSpec) -> float:
-    """Mean loss (nats per token) of the anchor over a fixed, evenly spread set of validation windows."""
-    num = reader.num_samples("val")
-    count = min(spec.eval.windows, num)
-    windows = np.arange(count, dtype=np.int64) * num // count
-    batches = (
-        reader.batch(windows[start : start + spec.eval.batch_size], "val")
-        for start in range(0, count, spec.eval.batch_size)
-    )
+def evaluate_anchor(bundle: ModelBundle, replica: Replica, source: SampleSource, spec: IslandSpec) -> float | None:
+    """Mean loss of the anchor over a fixed, evenly spread set of validation samples; None where there are none."""
+    if not source.num_validation:
+        return None
+    pieces = list(cut(evenly_spread(source.num_validation, spec.eval.windows), spec.eval.batch_size))
     anchors = replica.anchor_tensors()
     own = dict(bundle.model.named_parameters())
     params = {name: anchors.get(name, own[name]) for name in own}
-    return evaluate(bundle, params, batches, precision=spec.train.precision)
+    sizes = [len(ids) for ids in pieces]
+    batches = (source.validation(ids) for ids in pieces)
+    return evaluate(bundle, params, batches, precision=spec.train.precision, sizes=sizes)
 
 
 def strategy_of(spec: IslandSpec) -> Strategy:
@@ -301,7 +387,9 @@ def strategy_of(spec: IslandSpec) -> Strategy:
     train = spec.train
 
     def rate(progress: float) -> float:
-        return lr_at(progress, lr=train.lr, warmup=train.warmup, min_ratio=train.min_lr_ratio, shape=train.schedule)
+        value = lr_at(progress, lr=train.lr, warmup=train.warmup, min_ratio=train.min_lr_ratio, shape=train.schedule)
+        # Nine digits: the cosine of two machines may differ in the last bit, and an outer step may use this rate.
+        return float(f"{value:.9e}")
 
     return build_strategy(spec.strategy, spec.codec, lr_at=rate, train=train)
 
@@ -322,8 +410,12 @@ class BuiltinLoop:
     """The built-in loop: model and optimizer from the settings, one `advance` per inner step."""
 
     def __init__(self, context: IslandContext) -> None:
-        """Builds the model on its device; raises ModelError for settings that do not fit."""
+        """Builds the model on its device; raises ModelError or LoopError for settings that do not fit."""
         spec = context.spec
+        if spec.pack is None:
+            raise LoopError(
+                f"data.samples = {spec.data.samples}: the data comes from a loop of your own, and train.loop names none"
+            )
         device = resolve_device(spec.train.device, index=spec.index)
         index = PackReader(spec.pack).index
         self.bundle = build_model(spec.model, vocab_size=index.vocab_size, seq_len=index.seq_len, seed=spec.train.seed)
@@ -337,6 +429,7 @@ class BuiltinLoop:
             context=context,
             flops_per_token=self.bundle.flops_per_token,
         )
+        self.island.watches_changes = False
         self.gradients_only = strategy_of(spec).contribution == "gradient"
 
     def advance(self, *, blocking: bool) -> bool:
@@ -363,8 +456,26 @@ def run_builtin_loop(context: IslandContext) -> None:
     BuiltinLoop(context).run()
 
 
-def load_loop(spec: str) -> Callable[[], None]:
-    """The function that `train.loop` names; raises ModelError that says what was looked for."""
-    from workers.model.factory import load_factory
+def run_user_loop(context: IslandContext) -> None:
+    """What it does if `train.loop` is set: call that function, which makes the island; `context` is this thread's.
 
-    return load_factory(spec)  # type: ignore[return-value]
+    Raises LoopError if the function returns before the run is over, besides whatever it raises itself.
+    """
+    spec = context.spec.train.loop
+    assert spec is not None, "run_builtin_loop is for the other case"
+    load_loop(spec)()
+    if context.deliver is None:
+        raise LoopError(f"train.loop = {spec!r} returned without an island: it must enter `with atoll.Island(...)`")
+    if not context.ended:
+        raise LoopError(
+            f"train.loop = {spec!r} returned before the run was over: iterate over island.batches() to its end, which "
+            "train.tokens decides"
+        )
+
+
+def load_loop(spec: str) -> Callable[[], object]:
+    """The function that `train.loop` names; raises LoopError that says what was looked for."""
+    try:
+        return load_function(spec, key="train.loop", num_arguments=0, called="without arguments")
+    except FunctionError as error:
+        raise LoopError(str(error)) from error

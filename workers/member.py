@@ -91,7 +91,8 @@ class MemberMachine:
         self.told: dict[type, tuple[tuple[int, int], int]] = {}
         self.peers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.reset_wanted = ""
-        self.initialised = False
+        self.building = False
+        self.built: msg.GenesisMade | None = None
         self.dropped_to: int | None = None
         self.drop_asked = ""
         self.resumed = False
@@ -113,9 +114,13 @@ class MemberMachine:
             case ev.Tick():
                 self._tick()
             case ev.GenesisBuilt(digests=digests, num_params=num_params):
+                self.building = False
+                self.built = msg.GenesisMade(digests=digests, num_params=num_params, num_chunks=self.num_chunks)
                 for state in self.fragments:
                     state.n, state.chain, state.late = 0, GENESIS_CHAIN, False
-                self._post(msg.GenesisMade(digests=digests, num_params=num_params, num_chunks=self.num_chunks))
+                self._confirm_genesis()
+                if self.built is not None:
+                    self._post(self.built)
             case ev.PiecesFetched(fragment=f, offer=offer, chunks=chunks):
                 state = self.fragments[f]
                 state.fetching -= {(offer, chunk) for chunk in chunks}
@@ -256,7 +261,7 @@ class MemberMachine:
         self.nonce = f"{self.first_nonce}+{self.lives}"
         self.incarnation, self.leases, self.consumed, self.tail, self.reset_wanted = None, [], 0, False, ""
         for fragment, old in enumerate(self.fragments):
-            keep = old.n >= 0 and (len(self.log) == 0 or self.log.on_path(fragment, old.chain))
+            keep = old.n >= 0 and (self.log.genesis is None or self.log.on_path(fragment, old.chain))
             new = FragmentState(n=old.n, chain=old.chain) if keep else FragmentState()
             new.seq, new.content, new.recent = 0, old.content, old.recent
             self.fragments[fragment] = new
@@ -352,9 +357,19 @@ class MemberMachine:
                     self.dropped_to, self.reset_wanted, self.drop_asked = record.upto, record.why, ""
         if self.incarnation is not None and (self.name, self.incarnation) in self.log.fenced:
             self._want_reset("fenced")
+        self._confirm_genesis()
         for fragment, state in enumerate(self.fragments):
             if state.n >= 0 and self.log.genesis is not None and not self.log.on_path(fragment, state.chain):
                 self._want_reset(f"version {state.n} of fragment {fragment} is not in the journal's history")
+
+    def _confirm_genesis(self) -> None:
+        """Version 0 is what the journal says it is (H3); one that was made here and not journalled is nothing."""
+        if self.built is None or self.log.genesis is None:
+            return
+        if self.log.genesis.digests != self.built.digests:
+            for state in self.fragments:
+                state.n, state.chain, state.late = -1, "", True
+        self.built = None
 
     def _want_reset(self, why: str) -> None:
         self.reset_wanted, self.dropped_to, self.drop_asked = why, None, ""
@@ -368,8 +383,8 @@ class MemberMachine:
                 self._want_reset("its nonce was fenced")
             case msg.Fenced(why=why) if batch.incarnation is None or batch.incarnation == self.incarnation:
                 self._want_reset(why)
-            case msg.MakeGenesis() if all(state.n < 0 for state in self.fragments):
-                self.out.append(ev.BuildGenesis())
+            case msg.MakeGenesis() if self.log.genesis is None:
+                self._make_genesis()
             case msg.LeaseGrant(index=index, ranges=granted):
                 have = self.num_leased()
                 if index <= have < index + ranges.count(granted):
@@ -401,6 +416,13 @@ class MemberMachine:
                 self._post(msg.HandIn(rows=tuple(self.log.rows)))
             case _:
                 pass
+
+    def _make_genesis(self) -> None:
+        if self.built is not None:  # the answer was lost
+            self._post(self.built)
+        elif not self.building:
+            self.building = True
+            self.out.append(ev.BuildGenesis())
 
     def _is_news(self, body: msg.Peers | msg.Tail, batch: msg.Batch) -> bool:
         """Whether a present state is not older than what was told before: messages overtake each other."""
@@ -737,12 +759,15 @@ class MemberMachine:
     def _join(self) -> None:
         if self.now - self.join_s >= RESEND_S:
             self.join_s = self.now
-            self.out.append(ev.Post(body=msg.Join(info=self.info)))
+            self.out.append(ev.Post(body=self._join_body()))
+
+    def _join_body(self) -> msg.Join:
+        return msg.Join(info=self.info, ready=all(state.n >= 0 for state in self.fragments))
 
     def join_now(self, now: float) -> list[ev.Command]:
         """Ask to be a member."""
         self.now, self.out, self.join_s = now, [], now
-        self.out.append(ev.Post(body=msg.Join(info=self.info)))
+        self.out.append(ev.Post(body=self._join_body()))
         return self.out
 
     def _hello(self) -> None:

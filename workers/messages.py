@@ -59,9 +59,13 @@ class ProcessInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Join:
-    """A process asks to be a member. A nonce that lives in the journal (a resumed process) keeps its incarnation."""
+    """A process asks to be a member. A nonce that lives in the journal (a resumed process) keeps its incarnation.
+
+    `ready`: it holds a state of every fragment, from an earlier incarnation.
+    """
 
     info: ProcessInfo
+    ready: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -169,7 +169,7 @@ class SettleRecord(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropRecord(Record):
-    """Work of a living incarnation up to consumption count `upto` was dropped by rule `why`; it restarts from the anchor."""
+    """Work of a living incarnation up to consumption count `upto` was dropped by rule `why`: back to the anchor."""
 
     kind: ClassVar[str] = "drop"
     member: str
@@ -239,6 +239,7 @@ KINDS: dict[str, type[Record]] = {
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, StopRecord,
     )
 }  # fmt: skip
+_ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
 _HINTS: dict[str, dict[str, Any]] = {kind: get_type_hints(cls) for kind, cls in KINDS.items()}
 
 
@@ -275,14 +276,17 @@ def _ranges(value: Any) -> tuple[Range, ...]:
     return tuple((int(start), int(stop)) for start, stop in value)
 
 
+def _roster_entry(entry: Any, kind: str) -> RosterEntry:
+    if not isinstance(entry, dict) or set(entry) != set(_ENTRY_HINTS):
+        raise RecordError(f"record {kind!r}: a roster entry has other fields than {sorted(_ENTRY_HINTS)}")
+    return RosterEntry(**{name: _convert(name, _ENTRY_HINTS[name], value, kind) for name, value in entry.items()})
+
+
 def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
     if name == "ranges":
         return _ranges(value)
     if name == "roster":
-        names = {field.name for field in fields(RosterEntry)}
-        if any(set(entry) != names for entry in value):
-            raise RecordError(f"record {kind!r}: a roster entry has other fields than {sorted(names)}")
-        return tuple(RosterEntry(**{**entry, "ranges": _ranges(entry["ranges"])}) for entry in value)
+        return tuple(_roster_entry(entry, kind) for entry in value)
     if isinstance(value, list):
         return tuple(value)
     if hint == float | None:
@@ -291,7 +295,7 @@ def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
         hint = float
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and not isinstance(value, hint):
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise RecordError(f"record {kind!r}: field {name} is {value!r}, expected {hint.__name__}")
     return value
 
@@ -338,12 +342,17 @@ def load_row(line: bytes) -> Row:
     """The row of a JSON line; `RecordError` if it is not one or its own hash is wrong."""
     try:
         body = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"not JSON: {error}") from error
     if not isinstance(body, dict) or not {"seq", "prev", "hash"} <= set(body):
         raise RecordError("not a journal row: it lacks seq, prev or hash")
     seq, prev, stated = body.pop("seq"), body.pop("prev"), body.pop("hash")
-    row = make_row(seq, prev, from_body(body))
+    if type(seq) is not int or not isinstance(prev, str) or not isinstance(stated, str):
+        raise RecordError(f"not a journal row: seq = {seq!r}, prev = {prev!r}, hash = {stated!r}")
+    try:
+        row = make_row(seq, prev, from_body(body))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RecordError(f"row {seq}: {error}") from error
     if row.hash != stated:
         raise RecordError(f"row {seq} was altered: its hash is {stated}, its content gives {row.hash}")
     return row

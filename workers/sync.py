@@ -147,6 +147,12 @@ class IslandSync:
         """A batch from the controller arrived (any thread)."""
         self.events.put(ev.Delivered(batch=batch))
 
+    def abort(self, error: BaseException) -> None:
+        """End the training thread with `error` at its next step boundary (any thread)."""
+        with self.changed:
+            self.failure = self.failure or error
+            self.changed.notify_all()
+
     def _run(self) -> None:
         next_tick = self.clock() + self.settings.heartbeat_s
         while True:
@@ -237,9 +243,7 @@ class IslandSync:
             return
         error = done.exception()
         if error is not None:
-            with self.changed:
-                self.failure = error
-                self.changed.notify_all()
+            self.abort(error)
         elif (event := done.result()) is not None:
             self.events.put(event)
 
@@ -273,6 +277,12 @@ class IslandSync:
                 return self._wait("state")
             self._send_due()
             return self._wait("drop") if self.machine.drop_asked else self._next_batch()
+
+    def behind(self) -> bool:
+        """Whether a newer version is committed than the one that is applied here."""
+        with self.changed:
+            log = self.machine.log
+            return any(log.head(fragment) > state.n for fragment, state in enumerate(self.machine.fragments))
 
     def wait(self, timeout_s: float) -> None:
         """Threads only: sleep until something changes."""

@@ -22,6 +22,7 @@ from workers.records import (
     RevokeRecord,
     Row,
     SettleRecord,
+    StopRecord,
     TermRecord,
 )
 
@@ -55,6 +56,7 @@ class Bookkeeping:
         self.last_hash = ""
         self.term_rank = (-1, -1)
         self.num_terms = 0
+        self.stopped = False
         self.lives: dict[MemberId, Life] = {}
         self.by_nonce: dict[str, MemberId] = {}
         self.chains: list[list[str]] = []
@@ -73,6 +75,9 @@ class Bookkeeping:
                 must((r.lineage, r.number) > self.term_rank, 2, f"term {r.number} does not rise")
                 self.term_rank = (r.lineage, r.number)
                 self.num_terms += 1
+                self.stopped = False
+            case StopRecord():
+                self.stopped = True
             case GenesisRecord() as r:
                 must(not self.chains, 2, "two geneses")
                 self.chains = [["genesis"] for _ in r.digests]

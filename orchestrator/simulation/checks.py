@@ -14,7 +14,7 @@ from orchestrator.simulation.symbols import bits_of, must
 from workers import messages as msg
 from workers import ranges
 from workers.member import KEEP_RESULTS
-from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId, Row, StopRecord
+from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId, Row
 
 if TYPE_CHECKING:
     from orchestrator.simulation.cluster import Cluster
@@ -128,9 +128,8 @@ class Checks:
                 case msg.Welcome():
                     must(batch.nonce in durable.by_nonce, 10, f"{batch.nonce} is welcomed before that is flushed")
                 case msg.Stop(save=False):
-                    stopped = isinstance(self.rows[-1].record, StopRecord) if self.rows else False
                     superseded = batch.incarnation is None
-                    must(stopped or superseded, 10, "a stop is told before it is flushed")
+                    must(durable.stopped or superseded, 10, "a stop is told before it is flushed")
                 case msg.Assign():
                     self._assign(controller, body)
                 case _:
@@ -176,7 +175,8 @@ class Checks:
             if state.n < 0:
                 continue
             who = f"{machine.nonce} fragment {fragment} version {state.n}"
-            self._content(island, fragment)
+            if machine.built is None:
+                self._content(island, fragment)
             if any(s.n < 0 for s in machine.fragments):
                 continue
             open_ = bits_of(ranges.cut(machine.leases, state.watermark, machine.consumed))

@@ -96,7 +96,12 @@ class Cluster:
         for island in self.islands[name]:
             if island.alive and nonce.split("+")[0] == island.first_nonce:
                 self.note(f"end {nonce}: {why}")
-                self.kill(island)
+                island.doomed = True
+                self.time.after(self.rng.random(), self._end_now, island)
+
+    def _end_now(self, island: Island) -> None:
+        if island.alive:
+            self.kill(island)
 
     def stopped(self, island: Island) -> None:
         """A process obeys `Stop`: it ends by itself."""
@@ -105,6 +110,8 @@ class Cluster:
 
     def kill(self, island: Island) -> None:
         """A process is dead from now on."""
+        if not island.alive:
+            return
         island.alive = False
         self.islands[island.name].remove(island)
         for waiting, job, request, _ in island.parked:
@@ -119,7 +126,7 @@ class Cluster:
         for fragment in range(len(self.scenario.num_chunks)):
             path = self.checks.path(fragment)
             doubted = self.checks.doubted(fragment)
-            others = [o for o in self.processes() if o is not island]
+            others = [o for o in self.processes() if o is not island and not o.doomed]
             if not any(
                 part.n >= 0 and part.chain in path and part.chain not in doubted
                 for part in (o.replica.parts[fragment] for o in others)

@@ -62,7 +62,7 @@ class Island:
         self.device = cluster.rng.randrange(scenario.devices)
         self.node = f"node-{index % scenario.num_nodes}"
         self.address = f"{name}/{nonce}"
-        self.alive, self.frozen = True, False
+        self.alive, self.frozen, self.doomed = True, False, False
         info = msg.ProcessInfo(
             address=self.address, node=self.node, weight=self.batch_size * 8, batch_size=self.batch_size
         )

@@ -19,8 +19,8 @@ from workers.model.hf import load_hf_tensors
 from workers.model.llama import Llama
 from workers.model.shape import resolve_shape
 
-LossFn = Callable[[nn.Module, Tensor], Tensor]
-"""`(model, tokens_BS) -> mean loss, a scalar`; int64 tokens, S = seq_len + 1."""
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""`(model, batch) -> mean loss, a scalar`; the batch is int64 tokens (B, seq_len + 1), or what an own dataset gives."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

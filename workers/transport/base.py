@@ -1,6 +1,6 @@
 """What a transport is: it serves the blobs of one member and fetches those of others.
 
-Used by `workers/sync.py` alone (numbered in `docs/protocol.md`): a member publishes by putting blobs into its store,
+Used by `workers/sync.py` alone: a member publishes by putting blobs into its store,
 then others pull them. Nothing is ever pushed, and no call changes the state of a peer, so every fetch may be repeated.
 Faults are injected by wrapping: an object with these methods around a transport, or around the store that it serves.
 """

@@ -4,7 +4,7 @@ A fetch of up to ``max_bytes`` is spread over as many streams as it has megabyte
 blobs are cut, small ones go round (`workers.transport.wire`). Nothing is pickled on either side.
 
 Trust: the token keeps the members of another run out. Without TLS it travels in clear, as do the blobs, so it is no
-defence against whoever can read the network (`docs/assumptions.md`).
+defence against whoever can read the network.
 """
 
 from __future__ import annotations

@@ -1,0 +1,268 @@
+"""What `make bench-quality` runs: rows, settings, the sweep of learning rates (pure; no torch, no clock).
+
+A job is a `Job`: settings of a run configuration. Two jobs with equal settings are the same job, whatever row wanted
+them; that is all that resuming needs.
+
+The sweep is a coordinate search on a seed of its own, written as a function from what is known to what to run next:
+
+    1. inner learning rate on a grid, with the first outer pair, at a third of the steps
+    2. outer pairs with the best inner learning rate, at full length (their order depends on the length)
+    3. the neighbours of the inner learning rate with the best pair, at full length
+    A best inner learning rate at the edge of what was tried is not a best one: the grid grows there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Value = str | int | float | bool
+Settings = Mapping[str, Value]
+OuterPair = tuple[float, float]
+
+NUM_ISLANDS, BATCH_SIZE, SEQ_LEN = 4, 8, 64
+STEPS, SHORT_STEPS = 3000, 1000
+SEEDS, SWEEP_SEED = (1, 2, 3), 100
+
+COMMON: dict[str, Value] = {
+    "data.corpus": "stdlib",
+    "data.seq_len": SEQ_LEN,
+    "model.layers": 2,
+    "model.dim": 64,
+    "model.heads": 4,
+    "train.batch_size": BATCH_SIZE,
+    "train.threads": 1,
+    "train.device": "cpu",
+    "exchange.quorum": 1.0,  # every round has everybody's contribution
+    "exchange.chunk_values": 32768,  # one part for each island: the model has 0.12 M values
+    "eval.windows": 1024,
+    "eval.batch_size": 32,
+    "eval.every": 0.1,
+    "run.snapshot_every_s": 1e9,
+}
+
+# Grid points lie a factor of about 1.6 apart, and so do the ones that the search adds at an edge.
+LR_GRID = (2e-3, 3e-3, 5e-3, 8e-3)
+LR_FACTOR = 1.6
+OUTER_PAIRS: tuple[OuterPair, ...] = ((0.9, 0.5), (0.7, 0.7), (0.9, 0.7), (1.0, 0.6), (0.7, 0.9))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Learning rates of a row; `outer` is None where the outer step has none."""
+
+    lr: float
+    outer: OuterPair | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the table.
+
+    rates_of   the row whose swept learning rates it takes: its own name, or that of the row it is compared with
+    """
+
+    name: str
+    label: str
+    settings: Settings = field(default_factory=dict)
+    islands: int = NUM_ISLANDS
+    tuned_outer: bool = False
+    rates_of: str = ""
+
+    @property
+    def tuned_as(self) -> str:
+        """Name of the row that is swept for this one's learning rates."""
+        return self.rates_of or self.name
+
+
+def _diloco(inner_steps: int, codec: str = "fp32", **more: Value) -> dict[str, Value]:
+    return {"strategy.name": "diloco", "strategy.inner_steps": inner_steps, "codec.name": codec, **more}
+
+
+AVERAGE: dict[str, Value] = {"strategy.outer": "average"}
+ROWS: tuple[Row, ...] = (
+    Row(
+        name="ddp",
+        label="data parallel",
+        settings={"strategy.name": "ddp", "strategy.inner_steps": 1, "codec.name": "fp32"},
+    ),
+    Row(name="diloco-30", label="DiLoCo, H = 30, fp32", settings=_diloco(30), tuned_outer=True),
+    Row(
+        name="diloco-30-int8",
+        label="DiLoCo, H = 30, int8",
+        settings=_diloco(30, "int8"),
+        tuned_outer=True,
+        rates_of="diloco-30",
+    ),
+    Row(
+        name="diloco-30-int8-warm",
+        label="DiLoCo, H = 30, int8, 10 % synchronous first",
+        settings=_diloco(30, "int8", **{"strategy.warmup_sync": 0.1}),
+        tuned_outer=True,
+        rates_of="diloco-30",
+    ),
+    Row(name="alone", label="one island alone", settings=_diloco(100) | AVERAGE, islands=1),
+    Row(name="average-30", label="plain averaging, H = 30, fp32", settings=_diloco(30) | AVERAGE),
+    Row(name="diloco-10", label="DiLoCo, H = 10, fp32", settings=_diloco(10), tuned_outer=True),
+    Row(name="diloco-100", label="DiLoCo, H = 100, fp32", settings=_diloco(100), tuned_outer=True),
+)
+BASELINE = "ddp"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One training run: a row with learning rates, a seed and a length."""
+
+    row: Row
+    rates: Rates
+    seed: int
+    steps: int
+
+    @property
+    def settings(self) -> dict[str, Value]:
+        """Everything that the run configuration says otherwise than the preset `diloco`."""
+        tokens = self.steps * self.row.islands * BATCH_SIZE * SEQ_LEN
+        out = {**COMMON, "run.islands": self.row.islands, "train.tokens": tokens, "train.seed": self.seed}
+        out |= {"train.lr": self.rates.lr, **self.row.settings}
+        if self.rates.outer is not None:
+            out |= {"strategy.outer_lr": self.rates.outer[0], "strategy.outer_momentum": self.rates.outer[1]}
+        return out
+
+    @property
+    def steps_of_all(self) -> int:
+        """Inner steps of all islands together: what the run costs."""
+        return self.steps * self.row.islands
+
+    def __str__(self) -> str:
+        outer = "" if self.rates.outer is None else f" outer {self.rates.outer[0]:g}/{self.rates.outer[1]:g}"
+        return f"{self.row.name} lr {self.rates.lr:g}{outer} seed {self.seed} steps {self.steps}"
+
+
+class Losses:
+    """Final losses of finished jobs, found by settings."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """`records`: rows of the results file, those of this corpus only."""
+        self._final = {_key(record["settings"]): float(record["final"]) for record in records}
+
+    def get(self, job: Job) -> float | None:
+        """Final validation loss, infinite for a run that diverged; None: not run yet."""
+        return self._final.get(_key(job.settings))
+
+    def best(self, jobs: Iterable[Job]) -> Job:
+        """The job with the lowest loss; all of them are finished."""
+        return min(jobs, key=lambda job: _known(self.get(job)))
+
+
+def _known(loss: float | None) -> float:
+    assert loss is not None, "an unfinished job"
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _key(settings: Settings) -> tuple[tuple[str, Value], ...]:
+    return tuple(sorted(settings.items()))
+
+
+# The sweep -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepState:
+    """Where the search of one row is: jobs to run next, or the rates it chose."""
+
+    todo: tuple[Job, ...] = ()
+    chosen: Rates | None = None
+
+
+def sweep(row: Row, losses: Losses, *, steps: int = STEPS, short_steps: int = SHORT_STEPS) -> SweepState:
+    """Return what the search wants next for `row`, or its result."""
+    first = OUTER_PAIRS[0] if row.tuned_outer else None
+    short = [Job(row=row, rates=Rates(lr=lr, outer=first), seed=SWEEP_SEED, steps=short_steps) for lr in LR_GRID]
+    state = _line_search(short, losses)
+    if state.chosen is None or not row.tuned_outer:
+        return state
+    full = [Job(row=row, rates=replace(state.chosen, outer=pair), seed=SWEEP_SEED, steps=steps) for pair in OUTER_PAIRS]
+    if missing := _missing(full, losses):
+        return SweepState(todo=missing)
+    best = losses.best(full)
+    around = [replace(best, rates=replace(best.rates, lr=lr)) for lr in _neighbours(best.rates.lr)]
+    return _line_search([best, *around], losses)
+
+
+def _line_search(jobs: list[Job], losses: Losses) -> SweepState:
+    """Best inner learning rate among `jobs`; one more beyond the edge as long as the best lies there."""
+    while True:
+        if missing := _missing(jobs, losses):
+            return SweepState(todo=missing)
+        best = losses.best(jobs)
+        rates = sorted(job.rates.lr for job in jobs)
+        if best.rates.lr == rates[-1]:
+            beyond = round_rate(rates[-1] * LR_FACTOR)
+        elif best.rates.lr == rates[0]:
+            beyond = round_rate(rates[0] / LR_FACTOR)
+        else:
+            return SweepState(chosen=best.rates)
+        jobs = [*jobs, replace(best, rates=replace(best.rates, lr=beyond))]
+
+
+def _neighbours(lr: float) -> tuple[float, float]:
+    """The next lower and higher inner learning rate: of the grid, or a step beyond it."""
+    lower = max((rate for rate in LR_GRID if rate < lr), default=round_rate(lr / LR_FACTOR))
+    higher = min((rate for rate in LR_GRID if rate > lr), default=round_rate(lr * LR_FACTOR))
+    return lower, higher
+
+
+def round_rate(lr: float) -> float:
+    """Two significant digits: a learning rate that can be written down."""
+    return float(f"{lr:.1e}")
+
+
+def _missing(jobs: Iterable[Job], losses: Losses) -> tuple[Job, ...]:
+    return tuple(job for job in jobs if losses.get(job) is None)
+
+
+# Everything --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Length:
+    """How long the runs are; a smoke test takes shorter ones."""
+
+    steps: int = STEPS
+    short_steps: int = SHORT_STEPS
+    seeds: tuple[int, ...] = SEEDS
+
+
+def chosen_rates(losses: Losses, length: Length, rows: Iterable[Row] = ROWS) -> dict[str, Rates]:
+    """Rates of every row whose search is over."""
+    found: dict[str, Rates] = {}
+    for row in rows:
+        if row.tuned_as == row.name:
+            state = sweep(row, losses, steps=length.steps, short_steps=length.short_steps)
+            if state.chosen is not None:
+                found[row.name] = state.chosen
+    return found
+
+
+def next_jobs(losses: Losses, length: Length, rows: tuple[Row, ...] = ROWS) -> list[Job]:
+    """All jobs that can be run now and are not done: the table's as soon as their rates are known, then the sweep's.
+
+    The table goes seed by seed, so that a run cut short has whole pairs.
+    """
+    rates = chosen_rates(losses, length, rows)
+    sweeping = [
+        job
+        for row in rows
+        if row.tuned_as == row.name and row.name not in rates
+        for job in sweep(row, losses, steps=length.steps, short_steps=length.short_steps).todo
+    ]
+    table = [job for seed in length.seeds for job in table_jobs(rates, seed, length, rows)]
+    return [*sweeping, *_missing(table, losses)]
+
+
+def table_jobs(rates: Mapping[str, Rates], seed: int, length: Length, rows: Iterable[Row] = ROWS) -> list[Job]:
+    """The table's jobs of one seed, those whose rates are known."""
+    known = [row for row in rows if row.tuned_as in rates]
+    return [Job(row=row, rates=rates[row.tuned_as], seed=seed, steps=length.steps) for row in known]
