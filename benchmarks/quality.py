@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from benchmarks.quality_plan import SEEDS, SHORT_STEPS, STEPS, Job, Length, Losses, next_jobs
+from benchmarks.quality_plan import SEEDS, SHORT_STEPS, STEPS, Job, Length, Losses, final_loss, next_jobs
 from benchmarks.quality_report import write_report
 
 RUNS = "quality_runs.jsonl"
@@ -34,16 +34,17 @@ class RunsFile:
     """Finished runs, one JSON object a line; only this process writes it."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there; a torn last line (the machine went down) is dropped."""
+        """Reads what is there; a last line without its end (the machine went down) is dropped."""
         self.path = path
         self.records = read_runs(path)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one run, durably."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.exists() else ""
-        with self.path.open("a") as out:
-            out.write(("\n" if text and not text.endswith("\n") else "") + json.dumps(record) + "\n")
+        with self.path.open("ab+") as out:
+            out.seek(0)
+            out.truncate(out.read().rfind(b"\n") + 1)  # what a torn last line left
+            out.write(json.dumps(record).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())
         self.records.append(record)
@@ -57,17 +58,13 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     """The runs of a results file; none if there is no file. Raises ValueError for a line that is no run."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    whole, _, _ = path.read_text().rpartition("\n")
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
             raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
-        if line.strip():
-            records.append(record)
     return records
 
 
@@ -99,7 +96,7 @@ class Board:
     def work(self) -> bool:
         """Return whether everything is done."""
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, mp_context=context, max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
             while True:
                 left = self._fill(pool)
                 if not self.open:
@@ -126,7 +123,7 @@ class Board:
         self.step_s = max(record["seconds"] / job.steps_of_all, self.step_s / 2)
         left = max(self.deadline - time.monotonic(), 0) / 60
         seconds = f"{record['seconds']:.0f} s, {record['cpu_s']:.0f} s of CPU"
-        print(f"{job}: {record['final']:.4f} ({seconds}; {left:.0f} min left)", flush=True)
+        print(f"{job}: {final_loss(record):.4f} ({seconds}; {left:.0f} min left)", flush=True)
         write_report(self.runs.of_corpus(self.corpus), self.length, self.out)
 
 

@@ -145,7 +145,7 @@ class Losses:
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         """`records`: rows of the results file, those of this corpus only."""
-        self._final = {_key(record["settings"]): float(record["final"]) for record in records}
+        self._final = {_key(record["settings"]): final_loss(record) for record in records}
 
     def get(self, job: Job) -> float | None:
         """Final validation loss, infinite for a run that diverged; None: not run yet."""
@@ -153,12 +153,18 @@ class Losses:
 
     def best(self, jobs: Iterable[Job]) -> Job:
         """The job with the lowest loss; all of them are finished."""
-        return min(jobs, key=lambda job: _known(self.get(job)))
+        return min(jobs, key=self._known)
+
+    def _known(self, job: Job) -> float:
+        loss = self.get(job)
+        assert loss is not None, f"not finished: {job}"
+        return loss
 
 
-def _known(loss: float | None) -> float:
-    assert loss is not None, "an unfinished job"
-    return loss if math.isfinite(loss) else math.inf
+def final_loss(record: Mapping[str, Any]) -> float:
+    """Final validation loss of a finished run; infinite where it diverged or did not come to its end."""
+    final = record["final"]
+    return math.inf if final is None else float(final)
 
 
 def _key(settings: Settings) -> tuple[tuple[str, Value], ...]:

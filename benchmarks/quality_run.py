@@ -23,7 +23,7 @@ def overrides(settings: dict[str, Value]) -> list[str]:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Train, and return the record of it. A run that ends otherwise than by its tokens has an infinite loss."""
+    """Train, and return the record of it. A run that ends otherwise than by its tokens has no final loss."""
     began, began_cpu = time.perf_counter(), time.process_time()
     config = load_config(PRESET, overrides=overrides(job.settings)).config
     with tempfile.TemporaryDirectory(prefix="atoll-quality-") as folder:
@@ -43,7 +43,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "steps": job.steps,
         "settings": job.settings,
         "corpus": corpus,
-        "final": curve[-1][1] if whole else math.inf,
+        "final": curve[-1][1] if whole else None,
         "reason": finish.reason if finish is not None else "none",
         "curve": curve,
         "params": state.num_params,
@@ -56,5 +56,5 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _loss(value: float | None) -> float:
-    return math.inf if value is None or not math.isfinite(value) else value
+def _loss(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -39,6 +39,8 @@ WORKER_RESOURCE = "atoll_worker"
 TICK_S = 0.1
 WATCH_S = 60.0
 GOODBYE_S = 10.0
+# Errors of the user's settings or loop: a replacement would end the same way.
+HOPELESS = ("DataError", "LoopError", "ModelError")
 
 # What a fault injector puts around an island: the context comes out with its calls wrapped. None in production.
 ContextWrapper = Callable[[IslandContext], IslandContext]
@@ -62,6 +64,16 @@ def find_islands(run_id: str) -> list[tuple[str, str]]:
     actors = ray.util.list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
     return [(name.split("/")[-2], name.split("/")[-1]) for name in names if name.startswith(prefix)]
+
+
+def end_processes(run_id: str) -> None:
+    """Kill the controller and the islands of a run that are left; they outlive whoever started them."""
+    names = [controller_name(run_id), *(island_actor_name(run_id, *island) for island in find_islands(run_id))]
+    for name in names:
+        try:
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        except ValueError:
+            log.debug("%s is gone already", name)
 
 
 # Batches are delivered on a thread of their own, in order; whoever waits for the end holds a thread while it waits.
@@ -353,7 +365,8 @@ class ControllerActor:
         self.nonce_of.pop(name, None)
         self.handles.pop(nonce, None)
         with _must_not_fail():
-            self.host.handle(ProcessDied(name=name, nonce=None, why=why))
+            hopeless = why.partition(":")[0] in HOPELESS
+            self.host.handle(ProcessDied(name=name, nonce=None, why=why, hopeless=hopeless))
             self._conclude_if_over()
 
     def _end(self, name: str, nonce: str) -> None:

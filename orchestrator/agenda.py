@@ -10,6 +10,7 @@ from orchestrator.desk import Desk, RunPlan
 from workers import messages as msg
 from workers.records import EvaluationRecord, MemberId, Row, SnapshotRecord, StopRecord, Term
 
+
 class Agenda(Desk):
     """Things to do in rotation, and when the run is over."""
 

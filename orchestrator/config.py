@@ -166,16 +166,22 @@ def make_config(values: Mapping[str, Any], *, base: RunConfig | None = None) -> 
         UserError: an unknown key, a wrong value, or settings that do not fit.
     """
     tables: dict[str, Any] = base.to_tables() if base is not None else {}
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        table = isinstance(value, Mapping) and "." not in name
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if table else {name: value}
+    flat = flatten(values)
     for key, value in flat.items():
         for other in ALTERNATIVES.get(key, ()) if value is not None else ():
             if other not in flat:
                 _unset(tables, other.split("."))
         _set(tables, key.split("."), str(value) if isinstance(value, Path) else value, IN_PYTHON)
     return _build(tables, lambda key: IN_PYTHON)
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of sections as "section.key" names, so that two ways to say the same thing meet."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        table = isinstance(value, Mapping) and "." not in name
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if table else {name: value}
+    return flat
 
 
 def find_config(run: str | Path) -> tuple[Path, str]:

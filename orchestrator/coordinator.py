@@ -52,16 +52,29 @@ class Coordinator(Lifecycle):
                     self._flushed(seq)
                 case ev.JournalFullNow():
                     self._say("the journal's disk is full: commits stop until there is space", level="warning")
-                case ev.ProcessDied(name=name, nonce=nonce, why=why):
-                    self._process_died(name, nonce, why)
+                case ev.ProcessDied(name=name, nonce=nonce, why=why, hopeless=hopeless):
+                    self._process_died(name, nonce, why, hopeless=hopeless)
                 case ev.FaultInjected(fault=fault, member=member):
                     self._fault_injected(fault, member)
                 case ev.StopRequested():
                     self._stop_requested(event)
+                case ev.Recovered():
+                    for member in self.state.live():
+                        self._fence(member, "the journal was rebuilt from the members' copies", refused=False)
                 case ev.Tick():
                     self._tick()
+        elif isinstance(event, ev.Received):
+            self._last_rows(event.envelope)
         self._emit()
         return self.commands
+
+    def _last_rows(self, envelope: msg.Envelope) -> None:
+        """After the end only what members measured still counts: they hear of the end later and send the rest."""
+        if envelope.run_id == self.plan.run_id and envelope.incarnation is not None:
+            member = MemberId(name=envelope.name, incarnation=envelope.incarnation)
+            for body in envelope.bodies:
+                if isinstance(body, msg.Observed) and member in self.state.members:
+                    self._observed(member, body)
 
     def bytes_sent(self) -> int:
         """Payload bytes that all processes of this run have sent, by their last heartbeats."""
@@ -226,6 +239,7 @@ class Coordinator(Lifecycle):
                 suspect=process is None or process.status == "suspect", ready=process is not None and process.ready(),
                 stepped=process is not None and process.stepped, weight=process.info.weight if process else 0,
                 watermark=entry.watermarks[fragment], leases=entry.leases,
+                blocked=process is not None and process.blocked(entry.watermarks[fragment]),
             )  # fmt: skip
         return ex.Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
@@ -290,8 +304,7 @@ class Coordinator(Lifecycle):
     # ------------------------------------------------------------ time
 
     def _tick(self) -> None:
-        for verdict in self.roll.judge(self.now):
-            self._verdict(verdict)
+        self._judge()
         for exchange in self.exchanges:
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
         self._ask_genesis()

@@ -32,11 +32,15 @@ class JournalFullNow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessDied:
-    """The process with this nonce (or any process of `name`, if none joined yet) is known to be dead."""
+    """The process with this nonce (or any process of `name`, if none joined yet) is known to be dead.
+
+    `hopeless`: the user's settings or code are wrong, another process would end the same way.
+    """
 
     name: str
     nonce: str | None
     why: str
+    hopeless: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,11 +59,16 @@ class StopRequested:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Recovered:
+    """The journal was rebuilt from the members' copies: every incarnation is fenced and joins anew (1.2 rule 5)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tick:
     """Time passed."""
 
 
-Event = Received | Flushed | JournalFullNow | ProcessDied | FaultInjected | StopRequested | Tick
+Event = Received | Flushed | JournalFullNow | ProcessDied | FaultInjected | StopRequested | Recovered | Tick
 
 # ---------------------------------------------------------------- commands
 

@@ -42,6 +42,7 @@ class MemberView:
     weight: int
     watermark: int
     leases: Sequence[ranges.Range]
+    blocked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +129,15 @@ def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None
 
 
 def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
-    """Who may offer: live members with samples leased beyond their watermark, suspect ones too (H11)."""
-    return [m for m in fleet.members.values() if m.id in open_.offers or ranges.count(m.leases) > m.watermark]
+    """Who may offer: live members with samples leased beyond their watermark, suspect ones too (H11).
+
+    Not who is blocked: it stands at its bound because of another fragment, and would be waited for in a circle.
+    """
+    return [
+        m
+        for m in fleet.members.values()
+        if m.id in open_.offers or (ranges.count(m.leases) > m.watermark and not m.blocked)
+    ]
 
 
 def offers_needed(config: ExchangeConfig, num_expected: int) -> int:

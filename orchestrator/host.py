@@ -10,19 +10,23 @@ import logging
 import pickle
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator import events as ev
 from orchestrator.coordinator import Coordinator, RunPlan
-from orchestrator.journal import FileJournal, JournalFull, open_segment
+from orchestrator.journal import FileJournal, JournalFull, claim_segment, open_segment
+from orchestrator.journal_recovery import recover as recover_rows
 from orchestrator.metrics import FaultEvent, MetricsWriteError, MetricsWriter, RowError, row_from_dict
 from orchestrator.rundir import RunDir
 from workers.messages import Batch, Envelope
+from workers.records import Row, Term
 
 log = logging.getLogger("atoll.controller")
 
 FULL_RETRY_S = 1.0
+
+Handed = tuple[Term | None, tuple[Row, ...]]
 
 
 class Host:
@@ -53,7 +57,32 @@ class Host:
 
     def open(self) -> None:
         """Take over the journal and begin. Raises JournalError, Fenced."""
-        self.journal: FileJournal = open_segment(self.run_dir.path, controller=self.controller)
+        self._begin(open_segment(self.run_dir.path, controller=self.controller))
+
+    def recover(self, ask: Callable[[Term], Mapping[str, Handed]], *, force: bool = False) -> None:
+        """The journal was lost: rebuild it from what more than half of the members agree on (protocol 1.2 rule 5).
+
+        `ask(term)` hands the new term to every process that is known and returns their answers by process name; a
+        process that does not answer is in it with `(None, ())`. Raises JournalError when too few agree.
+        """
+        lineage = 1
+        while True:
+            journal = claim_segment(self.run_dir.path, controller=self.controller, lineage=lineage)
+            answers = ask(journal.term)
+            higher = [
+                term.lineage for term, _ in answers.values() if term is not None and term.rank > journal.term.rank
+            ]
+            if not higher:
+                break
+            journal.close(merge=False)
+            lineage = max(higher) + 1
+        copies = [rows for term, rows in answers.values() if term is not None]
+        journal.begin(recover_rows(copies, num_members=len(answers), force=force))
+        self._begin(journal)
+        self.handle(ev.Recovered())
+
+    def _begin(self, journal: FileJournal) -> None:
+        self.journal = journal
         self.metrics = MetricsWriter(self.run_dir.metrics).open()
         before = _seconds_so_far(self.run_dir)
         self.coordinator = Coordinator(

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +16,26 @@ from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.progress import Progress
 from orchestrator.rundir import RunDir, create_run_dir
 from orchestrator.summary import load_summary
+from orchestrator.watch import watch
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from orchestrator.actors import ContextWrapper
     from orchestrator.config import RunConfig
     from orchestrator.summary import Summary
 
 EXIT = {"done": 0, "failed": 1, "stopped": 3}
-POLL_S = 0.25
+# Set to 0, a Ray of our own listens on 127.0.0.1 alone: no firewall, no changed address, nobody else gets in.
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    # Drops the line that Ray prints on the driver's terminal whenever a process dies: the run says it in its own words.
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
     "MALLOC_ARENA_MAX": "2",
 }
 
@@ -108,12 +112,15 @@ class RaySession:
         self.config = config
         self.connected_before = False
         self.controller: ActorHandle[Any] | None = None
+        self.run_id = ""
 
     def __enter__(self) -> RaySession:
         """Start or join the cluster; raises `ClusterUnreachable`."""
         os.environ.update(RAY_ENVIRONMENT)
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*python_path(), *inherited]))
+        if self.config.run.address is None:
+            os.environ[LOOPBACK_ONLY] = "0"
         import ray
 
         from orchestrator.actors import NAMESPACE, WORKER_RESOURCE
@@ -134,7 +141,6 @@ class RaySession:
                 "resources": {WORKER_RESOURCE: slots},
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
-                "_node_ip_address": "127.0.0.1",
             }
         else:
             options["address"] = self.config.run.address
@@ -153,17 +159,27 @@ class RaySession:
         import ray
 
         if self.controller is not None:
-            ray.kill(self.controller)
+            from orchestrator.actors import end_processes
+
+            end_processes(self.run_id)
         if not self.connected_before:
             ray.shutdown()
 
-    def start(self, run_dir: Path, pack: Path | None, faults: list[PlannedFault], *, resume: bool) -> ActorHandle[Any]:
-        """Create the run's controller, which starts the islands."""
+    def start(
+        self,
+        run_dir: Path,
+        pack: Path | None,
+        faults: list[PlannedFault],
+        *,
+        resume: bool,
+        wrap: ContextWrapper | None = None,
+    ) -> ActorHandle[Any]:
+        """Create the run's controller, which starts the islands. `wrap`: see `faults.inject`."""
         import ray
 
         from orchestrator.actors import NAMESPACE, ControllerActor, controller_name
 
-        run_id = run_dir.name
+        run_id = self.run_id = run_dir.name
         self.controller = ControllerActor.options(  # type: ignore[attr-defined]
             name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached"
         ).remote(
@@ -174,6 +190,7 @@ class RaySession:
             secrets.token_hex(16),
             faults,
             resume,
+            wrap,
         )
         ray.get(self.controller.begin.remote(), timeout=60)
         return self.controller
@@ -186,30 +203,6 @@ class RaySession:
         with Progress(self.config, quiet=quiet) as progress:
             watch(controller, progress)
         return load_summary(run_dir)
-
-
-def watch(controller: ActorHandle[Any], progress: Progress) -> dict[str, Any]:
-    """Show the run until it is over. The first Ctrl-C asks for a resumable stop, the second stops at once."""
-    import ray
-
-    interrupts = 0
-    lost_since: float | None = None
-    while True:
-        try:
-            status: dict[str, Any] = ray.get(controller.wait.remote(POLL_S), timeout=30)  # type: ignore[assignment]
-            lost_since = None
-            progress.show(status)
-            if status["over"]:
-                return status
-        except KeyboardInterrupt:
-            interrupts += 1
-            progress.say("stopping: islands finish their step and save" if interrupts == 1 else "stopping now")
-            controller.stop.remote(interrupts == 1)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            # Ray restarts a dead controller; it answers again once it has replayed its journal.
-            lost_since = lost_since or time.monotonic()
-            if time.monotonic() - lost_since > 60:
-                raise ClusterUnreachable(f"the controller does not answer any more: {error}") from error
 
 
 def demo(run_dir: Path | None, overrides: list[str], as_json: bool) -> int:

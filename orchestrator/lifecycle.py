@@ -273,7 +273,7 @@ class Lifecycle(Agenda):
         self._grant()
         self._finish_if_done()
 
-    def _process_died(self, name: str, nonce: str | None, why: str) -> None:
+    def _process_died(self, name: str, nonce: str | None, why: str, *, hopeless: bool = False) -> None:
         member = self.state.nonces.get(nonce) if nonce else self.state.current.get(name)
         if member is None:
             self.early_deaths[name] += 1
@@ -289,7 +289,10 @@ class Lifecycle(Agenda):
             stepped = process is not None and process.stepped
             self.early_deaths[name] = 0 if stepped else self.early_deaths[name] + 1
             self._fence(member, why, refused=False)
-        self._replace(name, why)
+        if hopeless:
+            self._end("failed", f"{name}: {why}")
+        else:
+            self._replace(name, why)
 
     def _replace(self, name: str, why: str) -> None:
         if self.stopping is not None or self.ended or not self.plan.replace_dead:
@@ -328,6 +331,15 @@ class Lifecycle(Agenda):
     def _retrack(self, track: ev.FaultTrack, what: str) -> None:
         changes: dict[str, Any] = {what: self.seconds()}
         self.faults[self.faults.index(track)] = replace(track, **changes)
+
+    def _judge(self) -> None:
+        for verdict in self.roll.judge(self.now):
+            self._verdict(verdict)
+        if self.now - self.begun_s <= self.plan.exchange.limbo_s:
+            return
+        for member in self.state.live():
+            if member not in self.roll.processes:  # lived before this controller, and never came back to it
+                self._verdict(Verdict(id=member, verdict="fence", reason="not heard by this controller, limbo is over"))
 
     def _verdict(self, verdict: Verdict | None) -> None:
         if verdict is None:

@@ -16,11 +16,13 @@ import torch
 from orchestrator.build import island_spec, pack_path, resolve, run_plan
 from orchestrator.config import RunConfig
 from orchestrator.events import Finish, ProcessDied, StopRequested
-from orchestrator.host import Host
+from orchestrator.host import Handed, Host
+from orchestrator.segments import segment_paths
 from workers.context import IslandContext
 from workers.island import BuiltinLoop
 from workers.jobs import MemberStore
 from workers.messages import Batch, Envelope
+from workers.records import Term
 from workers.transport.loopback import LoopbackNetwork, LoopbackTransport
 
 TURN_S = 0.01
@@ -55,10 +57,14 @@ class LocalRun:
         self.generation = 0
         self.posted: deque[Envelope] = deque()
         self.to_spawn: list[str] = []
-        self.host = Host(
+        self.controllers = 1
+        self.host = self._new_host()
+
+    def _new_host(self) -> Host:
+        return Host(
             plan=run_plan(self.config, run_id=self.run_id, pack=self.pack),
-            run_dir=run_dir,
-            controller=f"local-{run_dir.name}",
+            run_dir=self.run_dir,
+            controller=f"local-{self.run_id}-{self.controllers}",
             clock=self._clock,
             deliver=self._deliver,
             spawn=lambda name, why: self.to_spawn.append(name),
@@ -105,6 +111,24 @@ class LocalRun:
         assert island.loop.island.sync is not None
         nonce = island.loop.island.sync.machine.nonce
         self.host.handle(ProcessDied(name=name, nonce=nonce, why="killed"))
+
+    def restart_controller(self, *, lost_journal: bool = False) -> None:
+        """The controller dies at once and a new one takes over; with `lost_journal` its disk is gone as well."""
+        self.host.metrics.close()
+        self.host.journal.close(merge=False)
+        self.posted.clear()
+        self.controllers += 1
+        self.host = self._new_host()
+        if lost_journal:
+            for segment in segment_paths(self.run_dir):
+                segment.unlink()
+            self.host.recover(self._ask_copies)
+        else:
+            self.host.open()
+
+    def _ask_copies(self, term: Term) -> dict[str, Handed]:
+        syncs = {name: island.loop.island.sync for name, island in self.islands.items()}
+        return {name: sync.attach(term) for name, sync in syncs.items() if sync is not None}
 
     def _clock(self) -> float:
         """Virtual time: every look at it takes a microsecond, so that nothing takes no time."""

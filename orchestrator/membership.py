@@ -41,6 +41,11 @@ class Process:
         """Whether this incarnation has made an inner step."""
         return self.hello is not None and self.hello.consumed > 0
 
+    def blocked(self, watermark: int) -> bool:
+        """Whether it has nothing to offer above `watermark` and makes no step either: it waits for another fragment."""
+        waits = self.hello is not None and self.hello.waiting in ("bound", "leases", "exchange")
+        return waits and self.consumed <= watermark
+
     def report(self, fragment: int) -> FragmentReport | None:
         """What it last said about one fragment."""
         if self.hello is None or fragment >= len(self.hello.fragments):

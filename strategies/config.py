@@ -34,10 +34,36 @@ class StrategyConfig(Section):
         return 1 if self.name == "ddp" or progress < self.warmup_sync else self.inner_steps
 
 
+# Values that share one scale where `codec.block` is not set: `int8` has room for outliers, 4 bits have not.
+DEFAULT_BLOCKS = {
+    "int8": 4096,
+    "int8-stochastic": 4096,
+    "int4": 256,
+    "int4-stochastic": 256,
+    "fp4": 256,
+    "e3m0": 256,
+    "sign": 4096,
+    "topk": 4096,
+}
+
+
 class CodecConfig(Section):
     """`[codec]`: how values become bytes on the wire."""
 
-    name: Literal["fp32", "bf16", "int8"] = Field("int8", description="Encoding of contributions and results.")
-    block: int = Field(4096, ge=32, le=1 << 20, description="Values that share one scale (blockwise codecs).")
+    name: Literal[
+        "fp32", "bf16", "int8", "int8-stochastic", "int4", "int4-stochastic", "fp4", "e3m0", "sign", "topk"
+    ] = Field("int8", description="Encoding of contributions, and of results unless it is sign or topk (then int8).")
+    block: int | None = Field(
+        None, ge=32, le=1 << 20, description="Values that share one scale; unset: 256 with 4 bits a value, else 4096."
+    )
+    backend: Literal["auto", "torch", "numba"] = Field(
+        "auto", description="Implementation, all with the same bytes; auto: numba where it is installed."
+    )
     error_feedback: bool = Field(False, description="Keep what the codec lost and add it to the next contribution.")
     feedback_decay: float = Field(1.0, gt=0, le=1, description="Decay of the error-feedback residual.")
+
+    @property
+    def values_per_block(self) -> int:
+        """Values that share one scale; 1 for codecs without blocks. Chunks are multiples of it."""
+        default = DEFAULT_BLOCKS.get(self.name)
+        return 1 if default is None else self.block or default

@@ -30,19 +30,38 @@ def halving_sum(values_RW: Tensor) -> Tensor:
     return values_RW[..., 0]
 
 
+class SquareSum:
+    """The sum of squares of a vector that arrives in consecutive parts; the bits do not depend on how it is cut."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._complete = False
+
+    def add(self, values_N: Tensor) -> None:
+        """Add the next part. All but the last must have a multiple of `ROW_VALUES` values."""
+        assert not self._complete, f"a part follows one whose length is no multiple of {ROW_VALUES}"
+        num_rows, rest = divmod(values_N.numel(), ROW_VALUES)
+        self._complete = rest > 0
+        rows_RW = values_N[: num_rows * ROW_VALUES].view(num_rows, ROW_VALUES)
+        stride = max(values_per_pass(values_N) // ROW_VALUES, 1)
+        parts = [rows_RW[first : first + stride] for first in range(0, num_rows, stride)]
+        if rest:
+            parts.append(values_N[-rest:].view(1, rest))
+        # clone: the sums alone are kept, not the squares they are views of.
+        self._sums.extend(halving_sum(_squares(part)).clone() for part in parts)
+
+    def total(self) -> Tensor:
+        """Return the sum as a 0-dim fp64 tensor."""
+        if not self._sums:
+            return torch.zeros((), dtype=torch.float64)
+        return halving_sum(torch.cat(self._sums)).clone()
+
+
 def sum_of_squares(values_N: Tensor) -> Tensor:
     """Return the sum of squares of a flat tensor as a 0-dim fp64 tensor, with the same bits on every device."""
-    num_rows, rest = divmod(values_N.numel(), ROW_VALUES)
-    rows_RW = values_N[: num_rows * ROW_VALUES].view(num_rows, ROW_VALUES)
-    stride = max(values_per_pass(values_N) // ROW_VALUES, 1)
-    parts = [rows_RW[first : first + stride] for first in range(0, num_rows, stride)]
-    if rest:
-        parts.append(values_N[-rest:].view(1, rest))
-    if not parts:
-        return torch.zeros((), dtype=torch.float64, device=values_N.device)
-    # clone: the sums alone are kept, not the squares they are views of.
-    sums_R = torch.cat([halving_sum(_squares(part)).clone() for part in parts])
-    return halving_sum(sums_R).clone()
+    total = SquareSum()
+    total.add(values_N)
+    return total.total().to(values_N.device)
 
 
 def _squares(values: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ class Island:
         """Join the run: serve, ask to be a member, take up a saved local state if the run is resumed."""
         if self.context.deliver is not None:
             raise LoopError("a run's process makes one island: use one `with atoll.Island(...)` for the whole loop")
+        self.guard.warn()
         pack = PackReader(self.spec.pack) if self.spec.pack is not None else None
         self.source: SampleSource = open_source(self.spec.data, pack, device=self.device, **self._data)
         self.total_samples = -(-self.spec.train.tokens // self.source.tokens_per_sample)
@@ -219,6 +220,11 @@ class Island:
         self._waits["data"] += self._began - loading_s
         return batch
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether no batch is under way: the state can be saved."""
+        return self._stepped
+
     def leave(self) -> None:
         """End the loop before the run's end: go on with everything but training until the run is stopped."""
         if not self.finished:
@@ -312,7 +318,7 @@ class Island:
             now = self.context.clock()
             seconds = now - self._began
         self.sync.stepped(self._yielded)
-        self._record(float(loss), stats, now, seconds)
+        self._record(float(loss.detach() if isinstance(loss, Tensor) else loss), stats, now, seconds)
         if self.context.on_step is not None:
             self.context.on_step()
 

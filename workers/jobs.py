@@ -73,7 +73,7 @@ class Jobs:
         """`log`: the member's present copy of the journal, read under `lock`; `threaded`: whether a fetch may wait."""
         self.replica, self.store, self.transport = replica, store, transport
         self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
-        self.staged: dict[int, list[StateChunk]] = {}
+        self.staged: dict[tuple[int, str], list[StateChunk]] = {}  # by fragment and chain
 
     def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:
         wait_s = self.timeout_s if wait and self.threaded else 0.0
@@ -180,7 +180,7 @@ class Jobs:
             chunks = fetch_state(self, c.fragment, c.donors)
         except TransportError as error:
             return ev.StateFailed(fragment=c.fragment, why=str(error))
-        self.staged[c.fragment] = chunks
+        self.staged[c.fragment, chunks[0].chain] = chunks
         return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
 
 

@@ -35,9 +35,14 @@ class ParameterGuard:
             raise LoopError(f"{_name(model)} has no trainable parameter, so there is nothing to train")
         _check_types(parameters)
         self.device = _one_device(parameters, device)
-        _check_optimizer(model, parameters, optimizer)
+        self.left_out = _check_optimizer(model, parameters, optimizer)
         owners = {id(p): (module, key) for module in model.modules() for key, p in module._parameters.items()}
         self._watched = [(name, *owners[id(p)], p, p.data_ptr()) for name, p in parameters.items()]
+
+    def warn(self) -> None:
+        """Say in the log what can work and is rarely meant."""
+        if self.left_out:
+            log.warning("not in the optimizer, so they stay as they are: %s", _list(self.left_out))
 
     def check(self) -> None:
         """Raise LoopError if a parameter is not the same tensor any more; takes well under a microsecond for each."""
@@ -79,7 +84,8 @@ def _one_device(parameters: dict[str, nn.Parameter], wanted: str) -> torch.devic
     return device
 
 
-def _check_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: InnerOptimizer) -> None:
+def _check_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: InnerOptimizer) -> list[str]:
+    """Names of the trainable parameters that the optimizer does not have."""
     ours = {id(parameter) for parameter in model.parameters()}
     theirs = [p for group in optimizer.param_groups for p in group["params"]]
     strangers = sum(1 for p in theirs if id(p) not in ours)
@@ -92,8 +98,7 @@ def _check_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], opti
     left_out = [name for name, parameter in parameters.items() if id(parameter) not in held]
     if len(left_out) == len(parameters):
         raise LoopError("the optimizer has none of the model's trainable parameters")
-    if left_out:
-        log.warning("not in the optimizer, so they stay as they are: %s", _list(left_out))
+    return left_out
 
 
 class BufferWatch:

@@ -96,6 +96,7 @@ class MemberMachine:
         self.dropped_to: int | None = None
         self.drop_asked = ""
         self.resumed = False
+        self.may_rewrite = False  # a new lineage may replace rows that only the lost journal had
         self.waiting = ""
         self.bytes_sent = 0
         self.stale = 0
@@ -146,12 +147,20 @@ class MemberMachine:
             case ev.AnchorVerified():
                 self._anchor_verified(event)
             case ev.StateStaged(fragment=f, n=n, chain=chain):
-                self.fragments[f].staged = Version(n=n, chain=chain)
                 self.fragments[f].fetching_state = False
-                self.out.append(ev.Wake())
+                if n > self.fragments[f].n and self.log.on_path(f, chain):  # else overtaken by a commit, or revoked
+                    self.fragments[f].staged = Version(n=n, chain=chain)
+                    self.out.append(ev.Wake())
             case ev.StateFailed(fragment=f):
                 self.fragments[f].fetching_state = False
         return self.out
+
+    def attach(self, term: Term) -> tuple[Term | None, tuple[msg.Row, ...]]:
+        """Hand in the journal copy to a controller of a new lineage: first the term, then the copy (C11)."""
+        if not rules.obeys(self.term, term):
+            return self.term, ()
+        self._rise_to(term)
+        return self.term, tuple(self.log.rows)
 
     def envelope(self, *bodies: msg.MemberBody) -> msg.Envelope:
         """Bodies in an envelope of this process."""
@@ -317,22 +326,27 @@ class MemberMachine:
 
     # ------------------------------------------------------------ messages in
 
+    def _rise_to(self, term: Term) -> None:
+        """Obey a higher term: what belonged to the old one is void, promises included."""
+        if self.term is not None and term.rank <= self.term.rank:
+            return
+        self.may_rewrite = self.may_rewrite or (self.term is not None and term.lineage > self.term.lineage)
+        self.term = term
+        for state in self.fragments:
+            state.barred, state.assign, state.spread, state.have = None, None, None, None
+            state.announced = {}
+
     def _delivered(self, batch: msg.Batch) -> None:
         if batch.run_id != self.run_id or batch.nonce != self.nonce or not rules.obeys(self.term, batch.term):
             self.stale += 1
             if batch.run_id == self.run_id and batch.nonce == self.nonce:
                 self._hello()
             return
-        rewrite = self.term is not None and batch.term.lineage > self.term.lineage
-        if self.term is None or batch.term.rank > self.term.rank:
-            self.term = batch.term
-            for state in self.fragments:
-                state.barred, state.assign, state.spread, state.have = None, None, None, None
-                state.announced = {}
+        self._rise_to(batch.term)
         welcome = next((body for body in batch.bodies if isinstance(body, msg.Welcome)), None)
         if welcome is not None and self.incarnation is None:
             self.incarnation = welcome.incarnation
-        new = self.log.extend(batch.rows_from, batch.rows, rewrite=rewrite)
+        new = self.log.extend(batch.rows_from, batch.rows, rewrite=self.may_rewrite)
         if new is None:
             self.stale += 1
             self._hello()
@@ -412,8 +426,6 @@ class MemberMachine:
             case msg.Evaluate() | msg.Save() | msg.Stop():
                 self.out.append(ev.Order(body=body))
                 self.out.append(ev.Wake())
-            case msg.Attach():
-                self._post(msg.HandIn(rows=tuple(self.log.rows)))
             case _:
                 pass
 

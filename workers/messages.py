@@ -218,13 +218,6 @@ class FaultSeen:
     detail: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HandIn:
-    """The member's copy of the journal, for a controller of a new lineage (protocol 1.2 rule 5)."""
-
-    rows: tuple[Row, ...]
-
-
 MemberBody = (
     Join
     | GenesisMade
@@ -240,7 +233,6 @@ MemberBody = (
     | Saved
     | Observed
     | FaultSeen
-    | HandIn
 )
 
 
@@ -399,11 +391,6 @@ class Stop:
     save: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attach:
-    """A controller of a new lineage asks for the journal copy: the member obeys the new term first."""
-
-
 ControllerBody = (
     Welcome
     | Rejoin
@@ -422,7 +409,6 @@ ControllerBody = (
     | Save
     | Tail
     | Stop
-    | Attach
 )
 
 

@@ -24,7 +24,7 @@ from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.member import MemberMachine
 from workers.ranges import Range
 from workers.record_log import GENESIS_CHAIN
-from workers.records import CommitRecord, OfferId
+from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateTorn, as_bytes
 from workers.transport.base import Transport
 
@@ -113,6 +113,7 @@ class IslandSync:
         self.waiting_since: float | None = None
         self.stopped = False
         self.failure: BaseException | None = None
+        self._news = self._news_seen = 0
         self.jobs = Jobs(
             replica=replica,
             store=store,
@@ -147,11 +148,19 @@ class IslandSync:
         """A batch from the controller arrived (any thread)."""
         self.events.put(ev.Delivered(batch=batch))
 
+    def attach(self, term: Term) -> tuple[Term | None, tuple[Row, ...]]:
+        """A controller of a new lineage asks for the journal copy; handing it in is a promise to obey no lower term.
+
+        Returns the term that is obeyed from now on (the caller's, unless a higher one is known) and the copy.
+        """
+        with self.changed:
+            return self.machine.attach(term)
+
     def abort(self, error: BaseException) -> None:
         """End the training thread with `error` at its next step boundary (any thread)."""
         with self.changed:
             self.failure = self.failure or error
-            self.changed.notify_all()
+            self._wake()
 
     def _run(self) -> None:
         next_tick = self.clock() + self.settings.heartbeat_s
@@ -196,10 +205,10 @@ class IslandSync:
                 case ev.Post(body=body):
                     self.bodies.append(body)
                 case ev.Wake():
-                    self.changed.notify_all()
+                    self._wake()
                 case ev.Order(body=body):
                     self.orders.append(body)
-                    self.changed.notify_all()
+                    self._wake()
                 case ev.Forget():
                     self._forget(command)
                 case ev.BuildGenesis():
@@ -217,6 +226,10 @@ class IslandSync:
                 case ev.FetchState():
                     self._work(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
         self._flush()
+
+    def _wake(self) -> None:
+        self._news += 1
+        self.changed.notify_all()
 
     def _make_genesis(self) -> ev.Event:
         num_params = sum(spec.numel for spec in self.replica.specs)
@@ -267,6 +280,7 @@ class IslandSync:
         with self.changed:
             if self.failure is not None:
                 raise self.failure
+            self._news_seen = self._news
             self._reset_if_wanted()
             self._take_states()
             self._apply_due()
@@ -285,9 +299,9 @@ class IslandSync:
             return any(log.head(fragment) > state.n for fragment, state in enumerate(self.machine.fragments))
 
     def wait(self, timeout_s: float) -> None:
-        """Threads only: sleep until something changes."""
+        """Threads only: sleep until something has changed since the last `boundary`."""
         with self.changed:
-            if not self.orders and not self.stopped:
+            if self._news == self._news_seen and not self.stopped:
                 self.changed.wait(timeout_s)
 
     def _wait(self, reason: str) -> WaitFor:
@@ -314,7 +328,9 @@ class IslandSync:
             pending = state.pending
             included = record is not None and pending is not None and any(e.offer == pending.id for e in record.roster)
             fresh = not self.steps_done  # nothing uncommitted: the live parameters are the anchor
-            self.replica.install(fragment, self.jobs.staged.pop(fragment), included=included, fresh=fresh)
+            self.replica.install(
+                fragment, self.jobs.staged.pop((fragment, state.staged.chain)), included=included, fresh=fresh
+            )
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self.marks[fragment] = self.total_steps
             self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
@@ -373,7 +389,7 @@ class IslandSync:
         return max(int(self.settings.bound_rounds * self._round()), 1)
 
     def _send_due(self) -> None:
-        leased_out = self.machine.tail and self.machine.consumed >= self.machine.num_leased()
+        standstill = self._at_standstill()
         for fragment, state in enumerate(self.machine.fragments):
             steps = self.open_steps(fragment)
             if state.pending is not None or steps == 0 or state.staged is not None:
@@ -381,8 +397,17 @@ class IslandSync:
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue  # a newer version is known: this base can't be offered for any more
             on_time = self.total_steps - self.marks[fragment] >= self._round()
-            if on_time or (state.late and self.machine.open_seen(fragment)) or leased_out or steps >= self._bound():
+            if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
+
+    def _at_standstill(self) -> bool:
+        """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
+        machine = self.machine
+        if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
+            return True
+        if machine.waiting == "exchange" and self.executor is None:
+            return True
+        return max(self.open_steps(f) for f in range(len(machine.fragments))) >= self._bound()
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
@@ -416,17 +441,21 @@ class IslandSync:
         self._carry_out(self.machine.offered(offer, self.clock()))
 
     def _next_order(self) -> Action | None:
-        if not self.orders:
+        order = next((order for order in self.orders if self._can_obey(order)), None)
+        if order is None:
             return None
-        order = self.orders[0]
+        self.orders.remove(order)
         if isinstance(order, msg.Evaluate):
             here = tuple(state.n for state in self.machine.fragments)
-            if any(mine < asked for mine, asked in zip(here, order.versions, strict=True)):
-                return None
-            self.orders.popleft()
             return EvaluateNow(samples=order.samples if here == order.versions else self.base_samples)
-        self.orders.popleft()
         return SaveNow(order=order) if isinstance(order, msg.Save) else Finished(save=order.save)
+
+    def _can_obey(self, order: msg.Evaluate | msg.Save | msg.Stop) -> bool:
+        """One that cannot be obeyed yet (or any more: its version was revoked) does not hold up the others."""
+        here = [state.n for state in self.machine.fragments]
+        if isinstance(order, msg.Evaluate):
+            return all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
+        return isinstance(order, msg.Stop) or order.local or min(here) >= 0
 
     def _next_batch(self) -> Action:
         pending = [state for state in self.machine.fragments if state.pending is not None]

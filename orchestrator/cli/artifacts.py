@@ -6,16 +6,17 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.options import run_dir_argument
+from orchestrator.cli.options import latest_run_dir_argument, shown
 
 
 @click.command()
-@run_dir_argument
+@latest_run_dir_argument
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-def export(run_dir: Path, out: Path) -> int:
+def export(run_dir: Path | None, out: Path) -> int:
     """Write the trained model as a Hugging Face folder.
 
-    The folder has safetensors, config.json and the tokenizer, and loads with transformers.
+    The folder has safetensors, config.json and the tokenizer, and loads with transformers. Without RUN_DIR it is
+    the newest run, runs/latest.
     """
     from orchestrator.rundir import open_run_dir
 
@@ -23,20 +24,23 @@ def export(run_dir: Path, out: Path) -> int:
     from orchestrator.artifacts import export as write_export
 
     write_export(directory.path, out)
-    click.echo(f"exported to {out}")
+    click.echo(f"exported {shown(directory.path)} to {out}")
     return 0
 
 
 @click.command()
-@run_dir_argument
+@latest_run_dir_argument
 @click.option("--prompt", required=True, help="The text to go on with.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True, help="Length.")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the likeliest token."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
-def sample(run_dir: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> int:
-    """Let the trained model go on with a text."""
+def sample(run_dir: Path | None, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> int:
+    """Let the trained model go on with a text.
+
+    Without RUN_DIR it is the newest run, runs/latest.
+    """
     from orchestrator.rundir import open_run_dir
 
     directory = open_run_dir(run_dir)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from orchestrator.cli.options import json_option, latest_run_dir_argument, run_dir_argument
+from orchestrator.cli.options import json_option, latest_run_dir_argument
 
 
 @click.command()
@@ -28,13 +30,13 @@ def status(run_dir: Path | None, as_json: bool, watch: bool) -> int:
 
 
 @click.command()
-@run_dir_argument
+@latest_run_dir_argument
 @json_option
-def ledger(run_dir: Path, as_json: bool) -> int:
+def ledger(run_dir: Path | None, as_json: bool) -> int:
     """Recompute from the journal that every sample was counted once.
 
     Reads journal.jsonl alone, names every exception, and compares with summary.json. Exit code 5 when the
-    journal contradicts itself or the summary.
+    journal contradicts itself or the summary. Without RUN_DIR it is the newest run, runs/latest.
     """
     from orchestrator.rundir import open_run_dir
 
@@ -51,15 +53,23 @@ def ledger(run_dir: Path, as_json: bool) -> int:
 @json_option
 def runs(base: Path, as_json: bool) -> int:
     """List the runs."""
-    from orchestrator.rundir import list_runs
+    from orchestrator.rundir import list_runs, read_json
 
-    rows = [(str(run.path), run.state()) for run in list_runs(base)]
+    found = list_runs(base)
+    rows = [(str(run.path), run.state()) for run in found]
     if as_json:
         click.echo(json.dumps([{"run_dir": path, "state": state} for path, state in rows]))
         return 0
     if not rows:
-        click.echo(f"no runs in {base}", err=True)
+        click.echo(f"no runs in {base}; `atoll demo` or `atoll train` makes one", err=True)
     width = max((len(path) for path, _ in rows), default=0)
-    for path, state in rows:
-        click.echo(f"{path:<{width}}  {state}")
+    for run, (path, state) in zip(found, rows, strict=True):
+        click.echo(f"{path:<{width}}  {state:<11}  {_came_to(read_json(run.summary))}".rstrip())
     return 0
+
+
+def _came_to(summary: Mapping[str, Any]) -> str:
+    """What a summary says in a few words; empty while there is none."""
+    tokens, loss = summary.get("tokens_committed"), summary.get("final_val_loss")
+    words = f"{tokens:,} tokens" if isinstance(tokens, int) else ""
+    return f"{words}, validation loss {loss:.4f}" if isinstance(loss, float) else words

@@ -18,7 +18,12 @@ set_option: Callable[[Command], Command] = click.option(
     help="Set a key of the configuration; may be repeated. An empty value sets it back to its default.",
 )
 json_option: Callable[[Command], Command] = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-run_dir_argument: Callable[[Command], Command] = click.argument("run_dir", type=click.Path(path_type=Path))
 latest_run_dir_argument: Callable[[Command], Command] = click.argument(
     "run_dir", type=click.Path(path_type=Path), required=False
 )
+
+
+def shown(path: Path) -> Path:
+    """A path as a person would type it here: relative where it lies below the current folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.options import run_dir_argument
+from orchestrator.cli.options import latest_run_dir_argument
 
 
 @click.command()
-@run_dir_argument
+@latest_run_dir_argument
 @click.argument("run_dir2", type=click.Path(path_type=Path), required=False)
-def report(run_dir: Path, run_dir2: Path | None) -> int:
+def report(run_dir: Path | None, run_dir2: Path | None) -> int:
     """Write the report of a run, or compare two.
 
     One self-contained HTML file in RUN_DIR: loss of the anchor and of the islands, throughput, bytes, a timeline of
     what every island did, faults. It needs no network: open it in a browser. An unfinished run has a report too,
-    which says what is missing. With RUN_DIR2 both runs are shown side by side.
+    which says what is missing. With RUN_DIR2 both runs are shown side by side, without any it is the newest run,
+    runs/latest.
     """
     from orchestrator.rundir import open_run_dir
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.options import json_option, set_option
+from orchestrator.cli.options import json_option, set_option, shown
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -72,6 +72,8 @@ def demo(overrides: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
     from orchestrator.config import load_config
 
     load_config("demo", overrides=overrides)  # a mistake in --set is reported before torch and Ray are imported
+    if not as_json:
+        click.echo("starting Ray and the islands, which takes some seconds ...")
     from orchestrator.launch import demo as run_demo
 
     return run_demo(run_dir, list(overrides), as_json)
@@ -96,11 +98,35 @@ def _resume(path: Path, overrides: Sequence[str], *, faults: Sequence[str], as_j
 
 
 def _launch(config: RunConfig, directory: RunDir, *, faults: Sequence[str], resume: bool, as_json: bool) -> int:
+    path = shown(directory.path)
     with directory.lock():
         directory.record(config.to_toml())
+        if not as_json:
+            click.echo(f"starting in {path}; Ray and the islands take some seconds ...")
         from orchestrator.launch import train as run_train
 
         code = run_train(config, directory.path, faults=list(faults), resume=resume, as_json=as_json)
+    if not as_json:
+        _show_end(directory, code)
     # The last line names the directory; with --json stdout belongs to the machine that reads it.
-    click.echo(f"run directory: {directory.path}", err=as_json)
+    click.echo(f"run directory: {directory.path if as_json else path}", err=as_json)
     return code
+
+
+def _show_end(directory: RunDir, code: int) -> None:
+    """The closing table, and what can be done next."""
+    if directory.summary.exists():
+        from rich.console import Console
+
+        from orchestrator.report.console import console_table
+        from orchestrator.summary import load_summary
+
+        Console().print(console_table(load_summary(directory.path)))
+    path = shown(directory.path)
+    after = {
+        0: f"next: atoll report {path} (ledger, sample and export take the directory, too)",
+        1: f"why: {path}/logs",
+        3: f"go on: atoll train --resume {path}",
+    }
+    if code in after:
+        click.echo(after[code])

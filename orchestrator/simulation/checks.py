@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator import ledger
-from orchestrator.exchange import copies_needed
+from orchestrator.exchange import OpenExchange, copies_needed
 from orchestrator.run_state import RunState
 from orchestrator.simulation.bookkeeping import Bookkeeping
 from orchestrator.simulation.symbols import bits_of, must
@@ -64,6 +64,7 @@ class Checks:
     def _take(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self.book.apply(row)
+            self.cluster.counts[f"row {row.record.kind}"] += 1
             self.rows.append(row)
 
     def began(self, rows: Sequence[Row]) -> None:
@@ -105,6 +106,9 @@ class Checks:
                 must(payload.hi == wanted, 3, f"a part of commit {record.n} holds other samples than its roster")
             if machine.incarnation is not None and machine.id in live:
                 holders.append(island)
+        if record.digest in self.cluster.names.wrong_ones:
+            must(len(live) == 1, 7, f"commit {record.n} is sealed with a digest that only one member computed")
+            self.cluster.give_up("the only member sealed a wrong digest")
         fleet = coordinator._fleet(record.fragment)
         need, nodes = copies_needed(coordinator.plan.exchange, fleet)
         if len(holders) < need or len({i.node for i in holders}) < nodes:
@@ -130,31 +134,30 @@ class Checks:
                 case msg.Stop(save=False):
                     superseded = batch.incarnation is None
                     must(durable.stopped or superseded, 10, "a stop is told before it is flushed")
-                case msg.Assign():
-                    self._assign(controller, body)
+                case msg.Verify() | msg.Discarded() | msg.RevokeQuery() | msg.RevokeCancel() | msg.Rejoin():
+                    self.cluster.counts[f"told {type(body).__name__}"] += 1
                 case _:
                     pass
 
-    def _assign(self, controller: Controller, body: msg.Assign) -> None:
-        roster = frozenset(entry.offer.member for entry in body.roster)
-        owners = frozenset(body.owners)
-        known = self.attempts.get((body.fragment, body.exchange))
+    def _attempt(self, state: RunState, fragment: int, open_: OpenExchange) -> None:
+        """Invariants 8 and 9, in the moment in which an attempt is decided."""
+        roster = frozenset(entry.offer.member for entry in open_.roster)
+        owners = frozenset(open_.owners)
+        key = (fragment, open_.id)
+        known = self.attempts.get(key)
         if known is None:
-            coordinator = controller.coordinator
-            assert coordinator is not None
+            must(open_.attempt == 1, 9, f"exchange {open_.id} begins with attempt {open_.attempt}")
             for member in roster:
-                must(self.book.lives[member].live or body.attempt > 1, 8, f"{member} is fenced and in a new roster")
-            limit = len(roster) + len(set(owners)) + len(coordinator.state.current)
-            self.attempts[body.fragment, body.exchange] = Attempt(
-                attempt=body.attempt, base=body.base, roster=roster, owners=owners, limit=limit
-            )
+                must(state.members[member].live, 8, f"{member} is fenced and in a new roster")
+            limit = len(roster) + len(state.current)
+            self.attempts[key] = Attempt(attempt=1, base=open_.base, roster=roster, owners=owners, limit=limit)
             return
-        must(known.base == body.base, 9, f"exchange {body.exchange} comes with two bases")
-        if body.attempt <= known.attempt:
+        must(known.base == open_.base, 9, f"exchange {open_.id} comes with two bases")
+        if open_.attempt == known.attempt:
             return
-        must(roster <= known.roster, 9, f"the roster of {body.exchange} grows")
-        must(body.attempt <= known.limit, 9, f"{body.exchange} is at attempt {body.attempt}, at most {known.limit}")
-        known.attempt, known.roster, known.owners = body.attempt, roster, owners
+        must(roster <= known.roster, 9, f"the roster of {open_.id} grows")
+        must(open_.attempt <= known.limit, 9, f"{open_.id} is at attempt {open_.attempt}, at most {known.limit}")
+        known.attempt, known.roster, known.owners = open_.attempt, roster, owners
 
     # ------------------------------------------------------------ members
 
@@ -210,6 +213,9 @@ class Checks:
         coordinator = controller.coordinator
         assert coordinator is not None
         must(coordinator.flushed < self.book.num_rows or not controller.alive, 10, "a flush is believed that was none")
+        for exchange in coordinator.exchanges:
+            if exchange.open is not None and exchange.open.attempt:
+                self._attempt(coordinator.state, exchange.fragment, exchange.open)
 
     def everything(self) -> None:
         """All invariants that look at the whole cluster."""

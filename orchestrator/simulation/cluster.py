@@ -13,7 +13,7 @@ from orchestrator.simulation.checks import Checks
 from orchestrator.simulation.controller import Controller
 from orchestrator.simulation.island import Fetch, FetchFailed, Island, Job
 from orchestrator.simulation.scenario import Scenario
-from orchestrator.simulation.symbols import Names
+from orchestrator.simulation.symbols import Names, must
 from workers.messages import Batch, Envelope
 from workers.records import Row
 
@@ -38,8 +38,7 @@ class Cluster:
         self.controllers: list[Controller] = []
         self.num_controllers = 0
         self.num_spawned = 0
-        self.spawning: Counter[str] = Counter()
-        self.finished = False
+        self.finished = self.gave_up = False
         self.faulty = scenario.rates is not None
         self.steps = 0
         self.exchange_rows: list[dict[str, Any]] = []
@@ -79,12 +78,10 @@ class Cluster:
         """The controller asks for a new process; the supervisor starts it, and sometimes ends the old one first."""
         self.note(f"spawn {name}: {why}")
         self.counts["spawns"] += 1
-        self.spawning[name] += 1
         delay = self.scenario.spawn_s * (0.5 + self.rng.random())
         self.time.after(delay, self._spawn_now, name, self.rng.random() < 0.5)
 
     def _spawn_now(self, name: str, end_old: bool) -> None:
-        self.spawning[name] -= 1
         if end_old:
             for island in self.islands[name]:
                 if island.alive and self.may_kill(island):
@@ -120,19 +117,25 @@ class Cluster:
 
     def may_kill(self, island: Island) -> bool:
         """Whether the run survives its death without a snapshot: another living process holds a committed version."""
-        rows = self.checks.rows
         if not any(part.n >= 0 for part in island.replica.parts):
             return True
+        return self.survives([other for other in self.processes() if other is not island])
+
+    def survives(self, islands: list[Island]) -> bool:
+        """Whether these processes hold, of every fragment, an intact version of the path that is not being revoked."""
+        others = [island for island in islands if not island.doomed]
         for fragment in range(len(self.scenario.num_chunks)):
+            sealed = self.checks.book.digests[fragment] if self.checks.book.digests else {}
             path = self.checks.path(fragment)
             doubted = self.checks.doubted(fragment)
-            others = [o for o in self.processes() if o is not island and not o.doomed]
             if not any(
                 part.n >= 0 and part.chain in path and part.chain not in doubted
-                for part in (o.replica.parts[fragment] for o in others)
+                and o.replica.digest(fragment) == sealed[part.chain]
+                for o in others
+                for part in (o.replica.parts[fragment],)
             ):
                 return False
-        return bool(rows)
+        return True
 
     # ------------------------------------------------------------ controllers
 
@@ -159,22 +162,37 @@ class Cluster:
         return self.disk.newest() == controller.segment.number
 
     def began(self, controller: Controller) -> None:
-        """A controller life began: the shell tells it which processes are not there."""
-        for name in self.islands:
-            if not any(island.alive for island in self.islands[name]) and not self.spawning[name]:
-                if self.num_controllers > 1 and self.rng.random() < 0.8:
-                    self.report_death(name, None, controller)
+        """A controller life began: its shell finds the processes of the live members, and starts those it lacks."""
+        assert controller.coordinator is not None
+        if self.num_controllers == 1:
+            return
+        state = controller.coordinator.state
+        for name, islands in self.islands.items():
+            member = state.current.get(name)
+            nonce = state.members[member].nonce.split("+")[0] if member is not None else ""
+            if not any(island.alive and island.first_nonce == nonce for island in islands):
+                self.spawn_soon(name, "not there")
 
-    def report_death(self, name: str, nonce: str | None, controller: Controller | None = None) -> None:
-        """Ray tells a controller, or all, that a process is gone (true or not)."""
-        for target in [controller] if controller else list(self.controllers):
+    def report_death(self, name: str, nonce: str | None) -> None:
+        """Ray tells the controllers that a process is gone (true or not)."""
+        for target in self.controllers:
             event = ev.ProcessDied(name=name, nonce=nonce, why="the actor died")
             self.time.after(0.05 + 0.3 * self.rng.random(), target.handle, event)
 
-    def finish(self, controller: Controller) -> None:
-        """The run is done."""
-        self.note(f"{controller.name} finishes")
+    def finish(self, controller: Controller, reason: str, detail: str) -> None:
+        """The run is over."""
+        self.note(f"{controller.name} finishes: {reason} {detail}")
+        gave_up = reason == "failed" and "before its first step" in detail and self.counts["fault kill"] > 0
+        must(reason == "done" or gave_up, 0, f"the run ended as {reason}: {detail}")
         self.finished = True
+        if gave_up:
+            self.give_up(detail)
+
+    def give_up(self, why: str) -> None:
+        """What happened is beyond what the protocol promises without snapshots: the run ends here, soundly."""
+        self.note(f"given up: {why}")
+        self.counts["given up"] += 1
+        self.finished = self.gave_up = True
 
     # ------------------------------------------------------------ messages
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from orchestrator import events as ev
 from orchestrator.coordinator import Coordinator
-from orchestrator.simulation.symbols import must
 from workers.messages import Envelope
-from workers.records import GENESIS_HASH, Row, Term, TermRecord, make_row
+from workers.records import GENESIS_HASH, CommitRecord, Row, Term, TermRecord, make_row
 
 if TYPE_CHECKING:
     from orchestrator.simulation.cluster import Cluster
@@ -34,6 +33,7 @@ class Controller:
         self.writing: list[Row] = []
         self.said_full = False
         self.fail_next_sync = False
+        self.doomed_at = ""
         cluster.note(f"{self.name} claims segment {self.segment.number}")
         self._later(self._read)
 
@@ -94,7 +94,17 @@ class Controller:
             self.writing, self.waiting = self.waiting, []
             self._later(self._write)
 
+    def _ends_here(self, stage: str) -> bool:
+        """An injected end at a step of the append of a commit; half of the time the machine goes down with it."""
+        if self.doomed_at != stage or not any(isinstance(row.record, CommitRecord) for row in self.writing):
+            return False
+        self.crash(machine=self.cluster.rng.random() < 0.5)
+        self.cluster.lost(self, f"injected, {stage} of a commit")
+        return True
+
     def _write(self) -> None:
+        if self._ends_here("before write"):
+            return
         if self.cluster.disk.full:
             if not self.said_full and self.coordinator is not None:
                 self.said_full = True
@@ -106,6 +116,8 @@ class Controller:
         self._later(self._sync)
 
     def _sync(self) -> None:
+        if self._ends_here("after write"):
+            return
         if self.fail_next_sync:
             self.cluster.lost(self, "its journal cannot be synced")
             return
@@ -113,6 +125,8 @@ class Controller:
         self._later(self._check)
 
     def _check(self) -> None:
+        if self._ends_here("after sync"):
+            return
         if not self.cluster.owns_journal(self):
             self.cluster.lost(self, "a newer segment exists")
             return
@@ -157,8 +171,7 @@ class Controller:
                 case ev.Metric(row=row):
                     cluster.metric(row)
                 case ev.Finish(reason=reason, detail=detail):
-                    must(reason == "done", 0, f"the run ended as {reason}: {detail}")
-                    cluster.finish(self)
+                    cluster.finish(self, reason, detail)
                 case ev.Die(why=why):
                     cluster.lost(self, why)
                     return

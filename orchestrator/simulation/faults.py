@@ -22,11 +22,13 @@ class Chaos:
         self.active = True
         kinds: list[tuple[str, float, Callable[[], bool]]] = [
             ("kill", rates.kill, self._kill),
+            ("kill_holders", rates.kill_holders, self._kill_holders),
             ("false_verdict", rates.false_verdict, self._false_verdict),
             ("hang", rates.hang, self._hang),
             ("cut", rates.cut, self._cut),
             ("cut_pair", rates.cut_pair, self._cut_pair),
             ("controller_crash", rates.controller_crash, self._controller_crash),
+            ("crash_at_append", rates.crash_at_append, self._crash_at_append),
             ("zombie", rates.zombie, self._zombie),
             ("journal_full", rates.journal_full, self._journal_full),
             ("sync_error", rates.sync_error, self._sync_error),
@@ -90,12 +92,35 @@ class Chaos:
         cluster, island = self.cluster, self._pick()
         if island is None or not cluster.may_kill(island):
             return False
+        self._kill_one(island)
+        return True
+
+    def _kill_one(self, island: Island) -> None:
+        cluster, nonce = self.cluster, island.machine.nonce
         cluster.note(f"FAULT kill {island.first_nonce}")
-        nonce = island.machine.nonce
         cluster.kill(island)
         if cluster.rng.random() < 0.85:
             cluster.report_death(island.name, nonce if cluster.rng.random() < 0.7 else None)
-        return True
+
+    def _kill_holders(self) -> bool:
+        """Everybody who holds the newest commit of a fragment dies, if somebody holds an older version (C1, 1.8)."""
+        cluster, book = self.cluster, self.cluster.checks.book
+        if not book.commits:
+            return False
+        fragment = cluster.rng.randrange(len(book.commits))
+        if not book.commits[fragment]:
+            return False
+        head = book.commits[fragment][-1]
+        keys = {(fragment, digest) for digest in head.chunk_digests}
+        holders, others = [], []
+        for island in cluster.processes():
+            holds = island.replica.parts[fragment].chain == head.chain or keys <= island.store.content.keys()
+            (holders if holds else others).append(island)
+        if not others or not cluster.survives(others):
+            return False
+        for island in holders:
+            self._kill_one(island)
+        return bool(holders)
 
     def _false_verdict(self) -> bool:
         island = self._pick()
@@ -166,6 +191,16 @@ class Chaos:
             cluster.lost(controller, "crash")
         return True
 
+    def _crash_at_append(self) -> bool:
+        """The controller ends at one of the steps of its next append of a commit."""
+        cluster = self.cluster
+        if not cluster.controllers:
+            return False
+        stage = cluster.rng.choice(("before write", "after write", "after sync"))
+        cluster.note(f"FAULT the controller will end {stage} of its next commit")
+        cluster.rng.choice(cluster.controllers).doomed_at = stage
+        return True
+
     def _zombie(self) -> bool:
         """A second controller starts while the first still lives."""
         if len(self.cluster.controllers) != 1:
@@ -224,8 +259,8 @@ class Chaos:
 
     def _wrong_digest(self) -> bool:
         island = self._pick()
-        if island is None:
-            return False
+        if island is None or self.cluster.scenario.plan.exchange.copies < 2:
+            return False  # with one copy nobody notices: that is what the setting costs
         self.cluster.note(f"FAULT {island.first_nonce} computes one digest wrongly")
         island.replica.wrong_once = 1
         return True

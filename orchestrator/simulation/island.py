@@ -79,7 +79,7 @@ class Island:
         self.marks = [0 for _ in scenario.num_chunks]
         self.total_steps = 0
         self.waiting_since: float | None = None
-        self.staged_chunks: dict[int, list[StateChunk]] = {}
+        self.staged_chunks: dict[tuple[int, str], list[StateChunk]] = {}
         self.base_samples = 0
         self.deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self.parked: list[tuple[Island, Job, Fetch, float]] = []
@@ -290,7 +290,8 @@ class Island:
             chunks = yield from fetch_state(self, c.fragment, c.donors)
         except FetchFailed as error:
             return ev.StateFailed(fragment=c.fragment, why=str(error))
-        self.staged_chunks[c.fragment] = chunks
+        self.cluster.counts["states fetched"] += 1
+        self.staged_chunks[c.fragment, chunks[0].chain] = chunks
         return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
 
     # ------------------------------------------------------------ the training thread
@@ -349,7 +350,7 @@ class Island:
             pending = state.pending
             included = record is not None and pending is not None and rules.included(record, pending.id)
             fresh = not self.steps_done
-            self.replica.install(fragment, self.staged_chunks.pop(fragment), included=included, fresh=fresh)
+            self.replica.install(fragment, self.staged_chunks.pop((fragment, state.staged.chain)), included=included, fresh=fresh)
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self.marks[fragment] = self.total_steps
             self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
@@ -399,7 +400,7 @@ class Island:
         return max(int(self.cluster.scenario.plan.exchange.bound_rounds * self._round()), 1)
 
     def _send_due(self) -> None:
-        leased_out = self.machine.tail and self.machine.consumed >= self.machine.num_leased()
+        standstill = self._at_standstill()
         for fragment, state in enumerate(self.machine.fragments):
             steps = self.open_steps(fragment)
             if state.pending is not None or steps == 0 or state.staged is not None:
@@ -407,8 +408,17 @@ class Island:
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue
             on_time = self.total_steps - self.marks[fragment] >= self._round()
-            if on_time or (state.late and self.machine.open_seen(fragment)) or leased_out or steps >= self._bound():
+            if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
+
+    def _at_standstill(self) -> bool:
+        """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
+        machine = self.machine
+        if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
+            return True
+        if machine.waiting == "exchange" and self.cluster.scenario.inline:
+            return True
+        return max(self.open_steps(f) for f in range(len(machine.fragments))) >= self._bound()
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
@@ -434,23 +444,27 @@ class Island:
         self._carry_out(self.machine.offered(offer, self.clock()))
 
     def _obey_order(self) -> bool:
-        if not self.orders:
+        order = next((order for order in self.orders if self._can_obey(order)), None)
+        if order is None:
             return False
-        order = self.orders[0]
-        here = tuple(state.n for state in self.machine.fragments)
         if isinstance(order, msg.Evaluate):
-            if any(mine < asked for mine, asked in zip(here, order.versions, strict=True)):
-                return False
+            here = tuple(state.n for state in self.machine.fragments)
             samples = order.samples if here == order.versions else self.base_samples
             self.cluster.time.after(0.05, self.run, self._say_and_go, "evaluated", samples)
         elif isinstance(order, msg.Save):
             self.cluster.time.after(0.05, self.run, self._say_and_go, "saved", order)
         else:
             self.cluster.stopped(self)
-        self.orders.popleft()
+        self.orders.remove(order)
         self._turn += 1
         self._asleep = False
         return True
+
+    def _can_obey(self, order: msg.Evaluate | msg.Save | msg.Stop) -> bool:
+        here = [state.n for state in self.machine.fragments]
+        if isinstance(order, msg.Evaluate):
+            return all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
+        return isinstance(order, msg.Stop) or order.local or min(here) >= 0
 
     def _say_and_go(self, what: str, order: Any) -> None:
         versions = tuple(state.n for state in self.machine.fragments)
@@ -465,7 +479,7 @@ class Island:
         pending = any(state.pending is not None for state in self.machine.fragments)
         if pending and not self.cluster.scenario.overlap:
             waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())
-            if waited < self.cluster.scenario.wait_s:
+            if waited < self.cluster.scenario.wait_s or self.cluster.scenario.inline:
                 self._wait("exchange")
                 return
         if max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound():

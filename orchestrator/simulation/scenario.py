@@ -17,11 +17,13 @@ class FaultRates:
 
     mean_gap_s: float
     kill: float = 3.0
+    kill_holders: float = 0.7
     false_verdict: float = 1.0
     hang: float = 1.5
     cut: float = 2.0
     cut_pair: float = 2.0
     controller_crash: float = 1.5
+    crash_at_append: float = 1.5
     zombie: float = 0.7
     journal_full: float = 0.5
     sync_error: float = 0.3
@@ -43,6 +45,7 @@ class Scenario:
     batch_sizes: tuple[int, ...]
     step_s: tuple[float, ...]
     overlap: bool
+    inline: bool
     feedback: bool
     devices: int
     link: LinkQuality
@@ -100,7 +103,7 @@ def draw(
         seed=seed, num_members=num, num_nodes=rng.choice((1, 2, num)),
         num_chunks=tuple(rng.choice((1, 2, 3)) for _ in range(fragments)), plan=plan, batch_sizes=batch_sizes,
         step_s=tuple(step_s * rng.choice((1.0, 1.0, 1.0, 1.5, 3.0)) for _ in range(num)),
-        overlap=rng.random() < 0.3, feedback=rng.random() < 0.6, devices=rng.choice((1, 2)), link=link,
+        overlap=rng.random() < 0.3, inline=rng.random() < 0.15, feedback=rng.random() < 0.6, devices=rng.choice((1, 2)), link=link,
         fault_s=rng.choice((3.0, 6.0)), rates=rates, drain_s=90.0, wait_s=exchange.wait_s,
         timeout_s=rng.choice((0.5, 1.5)), clock_skew=0.1 if faults else 0.0,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def fetch_state(island: Island, fragment: int, donors: Sequence[Donor]) -> Steps
     num_chunks = replica.num_chunks[fragment]
     held: dict[int, StateChunk] = {}
     good = list(donors)
-    for _ in range(MAX_ROUNDS):
+    for turn in range(MAX_ROUNDS):
         missing = [chunk for chunk in range(num_chunks) if chunk not in held]
         if missing:
             good = (yield from _fetch_round(island, fragment, missing, good, held)) or list(donors)
@@ -52,7 +52,7 @@ def fetch_state(island: Island, fragment: int, donors: Sequence[Donor]) -> Steps
         sealed = log.digest(fragment, target)
         if sealed is not None and replica.digest_of_chunks(fragment, chunks) == sealed:
             return chunks
-        held = {}
+        held, good = {}, [donors[turn % len(donors)]]  # one of them lies: all from one, each in turn
     raise FetchFailed(f"fragment {fragment}: no whole state from {', '.join(name for name, _ in donors)}")
 
 

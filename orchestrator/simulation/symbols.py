@@ -52,10 +52,17 @@ class StateTorn(RuntimeError):
 class Names:
     """Digests: one short name for each content, the same in every run with the same seed."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("_known", "wrong_ones")
 
     def __init__(self) -> None:
         self._known: dict[Hashable, str] = {}
+        self.wrong_ones: set[str] = set()
+
+    def wrong(self, content: Hashable) -> str:
+        """A name for a content computed wrongly: never the same twice."""
+        name = self.of(("wrong", len(self._known), content))
+        self.wrong_ones.add(name)
+        return name
 
     def of(self, content: Hashable) -> str:
         """The name of a content."""
@@ -181,7 +188,7 @@ class Replica:
         trail = tuple(self.names.of((old, p.digest)) for old, p in zip(part.trail, payloads, strict=True))
         if self.wrong_once:
             self.wrong_once -= 1
-            return self.names.of(("wrong", trail))
+            return self.names.wrong(trail)
         return self.names.of(("anchor", fragment, trail))
 
     def apply(

@@ -12,10 +12,13 @@ from __future__ import annotations
 import math
 import struct
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from strategies.codecs.backends import Backend
 
 HEADER_BYTES = 16
 _FRAME = struct.Struct("<3sBIQ")
@@ -48,7 +51,7 @@ class Codec(Protocol):
 
     @property
     def codec_id(self) -> int:
-        """Number in the header of a payload; never given to another codec."""
+        """Number in the header of a payload: it names what decodes it, and is never given to another format."""
         ...
 
     @property
@@ -59,6 +62,16 @@ class Codec(Protocol):
     @property
     def block(self) -> int:
         """Values that share one scale; chunks should be a multiple of it. 1 for codecs without blocks."""
+        ...
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each value arrives with a small error of its own: what the result of a part needs."""
+        ...
+
+    @property
+    def backend(self) -> Backend:
+        """Which implementation runs on the CPU; the bytes do not depend on it."""
         ...
 
     def num_bytes(self, num_values: int) -> int:
@@ -76,6 +89,14 @@ class Codec(Protocol):
         """Return the `num_values` fp32 values of a payload, in `out` if given. The payload is not kept or changed.
 
         Raises PayloadError if the payload is not a well-formed one of this codec with that many values.
+        """
+        ...
+
+    def decode_parts(self, payload: Tensor, *, num_values: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield what `decode` returns in consecutive parts, each with its place, without all of it in memory at once.
+
+        Every part but the last has a multiple of `norm.ROW_VALUES` values. A part is valid until the next is asked for.
+        Raises PayloadError as `decode` does, before the first part.
         """
         ...
 
@@ -124,7 +145,7 @@ def read_header(payload: Tensor) -> Header:
         raise PayloadError(f"a payload is flat contiguous uint8, got {payload.dtype} of shape {tuple(payload.shape)}")
     if payload.numel() < HEADER_BYTES:
         raise PayloadError(f"payload of {payload.numel()} bytes; its header alone has {HEADER_BYTES}")
-    magic, codec_id, block, num_values = _FRAME.unpack(bytes(payload[:HEADER_BYTES].tolist()))
+    magic, codec_id, block, num_values = _FRAME.unpack(payload[:HEADER_BYTES].cpu().numpy().tobytes())
     if magic != _MAGIC:
         raise PayloadError(f"payload starts with {magic!r} instead of {_MAGIC!r}")
     return Header(codec_id, block, num_values)

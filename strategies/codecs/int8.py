@@ -1,130 +1,80 @@
-"""Blockwise int8: one scale for `block` values, code = nearest integer to value / scale, in -127..127.
+"""Blockwise int8: one scale for `block` values, code = value / scale rounded to an integer in -127..127.
 
 Source: blockwise absmax quantisation as in 8-bit Optimizers (arXiv 2110.02861), section 2.1, but linear and symmetric.
-What differs: the scale absmax / 127 is rounded to 17 significant bits. Then code * scale (7 + 17 bits) is *exact* in
-fp32, so decoding has no rounding at all, and encoding what was decoded gives the same bytes (idempotent).
-A block whose scale would be subnormal (absmax under about 1.5e-36) is sent as zeros: some devices flush subnormals.
+What differs: the scale absmax / 127 is rounded to 17 significant bits, so that code * scale (7 + 17 bits) is exact in
+fp32 (`blockwise.py`). With stochastic rounding (`stochastic.py`) it is cut to 17 bits, so that the largest value of
+a block is never under 127 scales and always sent as 127. Both forms have the same bytes: one decoder reads them.
 
 Body: one fp32 scale per block, then one int8 code per value. Suffixes: N values, R blocks (rows), B values of a block.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from strategies.codecs.base import (
-    HEADER_BYTES,
-    NonFiniteError,
-    PayloadError,
-    check_values,
-    largest_magnitude,
-    new_payload,
-    open_payload,
-    output_for,
-)
-from strategies.elementwise import scalar_like, values_per_pass
+from strategies.codecs.blockwise import Blockwise, cut_scales, divisors
+from strategies.codecs.stochastic import key_words, round_randomly
+from strategies.elementwise import scalar_like
 
 LEVELS = 127
+DROPPED_BITS = 7
 MIN_SCALE = 2.0**-126
 # Largest scale whose product with any int8 code, -128 included, is finite in fp32.
 MAX_SCALE = (2.0 - 2.0**-23) * 2.0**120
 
 
 @dataclass(frozen=True, slots=True)
-class Int8:
-    """1 byte a value and 4 bytes a block; error of a value at most half the scale of its block."""
+class Int8(Blockwise):
+    """1 byte a value and 4 bytes a block, rounded to nearest even: an error of at most half the scale of the block."""
 
     block: int = 4096
 
     name: ClassVar[str] = "int8"
     codec_id: ClassVar[int] = 3
-    lossy: ClassVar[bool] = True
+    values_per_byte: ClassVar[int] = 1
+    min_scale: ClassVar[float] = MIN_SCALE
+    max_scale: ClassVar[float] = MAX_SCALE
 
-    def __post_init__(self) -> None:
-        """Check the block size."""
-        if not 1 <= self.block < 1 << 32:
-            raise ValueError(f"codec.block = {self.block}; it must lie between 1 and {(1 << 32) - 1}")
+    def _scales(self, magnitudes_R: Tensor) -> Tensor:
+        scales_R = torch.div(magnitudes_R, scalar_like(LEVELS, magnitudes_R))
+        # Half of the lowest kept bit is added.
+        scales_R.view(torch.int32).add_(1 << (DROPPED_BITS - 1))
+        return cut_scales(scales_R, dropped_bits=DROPPED_BITS)
 
-    def num_blocks(self, num_values: int) -> int:
-        """ceil(N / block)."""
-        return -(-num_values // self.block)
+    def _encode_rows(self, x_RB: Tensor, scales_R: Tensor, codes_RC: Tensor, *, first: int) -> None:
+        codes_RC.view(torch.int8).copy_(torch.div(x_RB, divisors(scales_R)).round_())
 
-    def num_bytes(self, num_values: int) -> int:
-        """16 + 4 ceil(N / block) + N."""
-        return HEADER_BYTES + 4 * self.num_blocks(num_values) + num_values
+    def _decode_rows(self, scales_R: Tensor, codes_RC: Tensor, out_RB: Tensor) -> None:
+        out_RB.copy_(codes_RC.view(torch.int8)).mul_(scales_R.unsqueeze(1))
 
-    def encode(self, values_N: Tensor) -> Tensor:
-        """See `Codec.encode`. Raises NonFiniteError if a block holds NaN, infinity or a number within a hair of it."""
-        check_values(values_N)
-        scales_R = self._scales(values_N)
-        payload = new_payload(self, values_N)
-        payload_scales_R, codes_N = self._parts(payload[HEADER_BYTES:], values_N.numel())
-        payload_scales_R.copy_(scales_R)
-        # x / inf = 0: an all-zero block needs no branch.
-        divisors_R = torch.where(scales_R == 0, scalar_like(math.inf, scales_R), scales_R)
-        scratch = values_N.new_empty(min(max(values_per_pass(values_N), self.block), values_N.numel()))
-        for values, blocks, width in self._passes(values_N):
-            x_RB = values_N[values].view(-1, width)
-            code_RB = scratch[: x_RB.numel()].view(-1, width)
-            torch.div(x_RB, divisors_R[blocks].unsqueeze(1), out=code_RB).round_()
-            codes_N[values].view(-1, width).copy_(code_RB)
-        return payload
+    def _run_encode_kernel(self, kernels: ModuleType, x_N: Any, scales_R: Any, codes: Any) -> bool:
+        return bool(kernels.int8_encode(x_N, scales_R, codes.view("i1"), self.block))
 
-    def decode(self, payload: Tensor, *, num_values: int, out: Tensor | None = None) -> Tensor:
-        """See `Codec.decode`. Scales that no encoder writes are refused, so the values are always finite."""
-        scales_R, codes_N = self._parts(open_payload(self, payload, num_values), num_values)
-        self._check_scales(scales_R)
-        out_N = output_for(payload, num_values, out)
-        for values, blocks, width in self._passes(out_N):
-            out_RB = out_N[values].view(-1, width)
-            out_RB.copy_(codes_N[values].view(-1, width)).mul_(scales_R[blocks].unsqueeze(1))
-        return out_N
+    def _decode_kernel(self, kernels: ModuleType) -> Any:
+        return kernels.int8_decode
 
-    def _parts(self, body: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
-        scale_bytes = 4 * self.num_blocks(num_values)
-        return body[:scale_bytes].view(torch.float32), body[scale_bytes:].view(torch.int8)
 
-    def _passes(self, values_N: Tensor) -> Iterator[tuple[slice, slice, int]]:
-        """Yield ranges of values and of their blocks, and the width of these blocks; the short last block by itself."""
-        num_values = values_N.numel()
-        whole = num_values // self.block
-        rows = max(values_per_pass(values_N) // self.block, 1)
-        for first in range(0, whole, rows):
-            last = min(first + rows, whole)
-            yield slice(first * self.block, last * self.block), slice(first, last), self.block
-        if whole * self.block < num_values:
-            yield slice(whole * self.block, num_values), slice(whole, whole + 1), num_values - whole * self.block
+@dataclass(frozen=True, slots=True)
+class Int8Stochastic(Int8):
+    """Int8 rounded up or down at random, right on average: an error of less than the scale of the block."""
 
-    def _scales(self, values_N: Tensor) -> Tensor:
-        absmax_R = torch.empty(self.num_blocks(values_N.numel()), dtype=torch.float32, device=values_N.device)
-        for values, blocks, width in self._passes(values_N):
-            x_RB = values_N[values].view(-1, width)
-            # amax and amin, which keep a NaN, are ten times as fast here as aminmax or an infinity norm.
-            absmax_R[blocks] = torch.maximum(x_RB.amax(1), x_RB.amin(1).neg_())
-        largest = largest_magnitude(absmax_R)
-        if not math.isfinite(largest):
-            block = int((~torch.isfinite(absmax_R)).nonzero()[0])
-            raise NonFiniteError(f"codec 'int8': block {block} of {self.block} values holds {absmax_R[block].item()}")
-        scales_R = torch.div(absmax_R, scalar_like(LEVELS, absmax_R))
-        # Round the significand from 24 to 17 bits: half of the lowest kept bit is added, 7 bits are cut.
-        scales_R = scales_R.view(torch.int32).add_(64).bitwise_and_(~127).view(torch.float32)
-        scales_R.masked_fill_(scales_R < MIN_SCALE, 0.0)
-        if largest_magnitude(scales_R) > MAX_SCALE:
-            raise NonFiniteError(f"codec 'int8': the largest magnitude is {largest}, too near the end of fp32")
-        return scales_R
+    key: int = 0
 
-    @staticmethod
-    def _check_scales(scales_R: Tensor) -> None:
-        if scales_R.numel() == 0:
-            return
-        low, high = (float(bound) for bound in torch.aminmax(scales_R))
-        if not (low >= 0.0 and high <= MAX_SCALE):
-            raise PayloadError(
-                f"payload for codec 'int8': scales lie between {low} and {high}, which no encoder writes"
-            )
+    name: ClassVar[str] = "int8-stochastic"
+
+    def _scales(self, magnitudes_R: Tensor) -> Tensor:
+        return cut_scales(torch.div(magnitudes_R, scalar_like(LEVELS, magnitudes_R)), dropped_bits=DROPPED_BITS)
+
+    def _encode_rows(self, x_RB: Tensor, scales_R: Tensor, codes_RC: Tensor, *, first: int) -> None:
+        quotient_RB = torch.div(x_RB, divisors(scales_R))
+        codes_RC.view(torch.int8).copy_(round_randomly(quotient_RB, largest=LEVELS, key=self.key, first=first))
+
+    def _run_encode_kernel(self, kernels: ModuleType, x_N: Any, scales_R: Any, codes: Any) -> bool:
+        return bool(
+            kernels.int8_encode_randomly(x_N, scales_R, codes.view("i1"), self.block, *key_words(self.key))
+        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from strategies.codecs.backends import Backend
 from strategies.codecs.base import (
     HEADER_BYTES,
     NonFiniteError,
@@ -18,6 +20,7 @@ from strategies.codecs.base import (
     open_payload,
     output_for,
 )
+from strategies.elementwise import passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Fp32:
     codec_id: ClassVar[int] = 1
     lossy: ClassVar[bool] = False
     block: ClassVar[int] = 1
+    elementwise: ClassVar[bool] = True
+    backend: ClassVar[Backend] = "torch"
 
     def num_bytes(self, num_values: int) -> int:
         """16 + 4 N."""
@@ -41,6 +46,10 @@ class Fp32:
         """See `Codec.decode`. NaN and infinity in the payload are returned as such: the caller looks for them."""
         return _decode(self, payload, num_values, out, torch.float32)
 
+    def decode_parts(self, payload: Tensor, *, num_values: int) -> Iterator[tuple[slice, Tensor]]:
+        """See `Codec.decode_parts`."""
+        return _decode_parts(self, payload, num_values, torch.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class Bf16:
@@ -50,6 +59,8 @@ class Bf16:
     codec_id: ClassVar[int] = 2
     lossy: ClassVar[bool] = True
     block: ClassVar[int] = 1
+    elementwise: ClassVar[bool] = True
+    backend: ClassVar[Backend] = "torch"
 
     def num_bytes(self, num_values: int) -> int:
         """16 + 2 N."""
@@ -62,6 +73,10 @@ class Bf16:
     def decode(self, payload: Tensor, *, num_values: int, out: Tensor | None = None) -> Tensor:
         """See `Codec.decode`. NaN and infinity in the payload are returned as such: the caller looks for them."""
         return _decode(self, payload, num_values, out, torch.bfloat16)
+
+    def decode_parts(self, payload: Tensor, *, num_values: int) -> Iterator[tuple[slice, Tensor]]:
+        """See `Codec.decode_parts`."""
+        return _decode_parts(self, payload, num_values, torch.bfloat16)
 
 
 def _encode(codec: Fp32 | Bf16, values_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,3 +93,10 @@ def _encode(codec: Fp32 | Bf16, values_N: Tensor, dtype: torch.dtype) -> Tensor:
 def _decode(codec: Fp32 | Bf16, payload: Tensor, num_values: int, out: Tensor | None, dtype: torch.dtype) -> Tensor:
     body = open_payload(codec, payload, num_values)
     return output_for(payload, num_values, out).copy_(body.view(dtype))
+
+
+def _decode_parts(
+    codec: Fp32 | Bf16, payload: Tensor, num_values: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    values_N = open_payload(codec, payload, num_values).view(dtype)
+    return ((part, values_N[part].to(torch.float32)) for part in passes(values_N))

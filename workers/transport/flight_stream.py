@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -166,14 +167,17 @@ class Streams:
         failure: BaseException | None = None
         try:
             reader.run()
-        except BaseException as error:  # nothing is swallowed: `wait` raises it in the caller's thread
+        except TransportError as error:
             failure = error
-        with self._lock:
-            self._num_running -= 1
-            if failure is not None:
-                self._failures.append((reader, failure))
-            if failure is not None or self._num_running == 0:
-                self._over.set()
+        finally:
+            # A bug of ours is on its way to the thread's excepthook: the caller must hear of it too, not wait in vain.
+            failure = failure or sys.exc_info()[1]
+            with self._lock:
+                self._num_running -= 1
+                if failure is not None:
+                    self._failures.append((reader, failure))
+                if failure is not None or self._num_running == 0:
+                    self._over.set()
 
 
 def explain(error: Exception, *, peer: str) -> TransportError:

@@ -25,6 +25,7 @@ from tests.unit.transport.support import TOKEN, random_bytes, store_with, wait_f
 from workers.store import BlobStore
 from workers.transport.base import Cancelled, PeerUnreachable, TransportError
 from workers.transport.flight import FlightTransport, TlsConfig
+from workers.transport.flight_stream import StreamReader
 from workers.transport.wire import Ticket, encode_ticket
 
 
@@ -154,6 +155,21 @@ def test_a_reader_that_stalls_cannot_hold_up_stop(caplog: pytest.LogCaptureFixtu
         while True:
             reader.read_chunk()
     wait_for(lambda: not any(t.name == "atoll-flight-shutdown" for t in threading.enumerate()), "the stream to end")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_a_stream_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(reader: StreamReader) -> None:
+        raise KeyError("a bug of ours")
+
+    server, client = _transport(store_with(a=b"1")), _transport(BlobStore())
+    monkeypatch.setattr(StreamReader, "run", run)
+    try:
+        with pytest.raises(KeyError, match="a bug of ours"):
+            client.fetch(server.address, ["a"], timeout_s=20, max_bytes=1)
+    finally:
+        client.stop()
+        server.stop()
 
 
 def test_reconnects_when_a_peer_comes_back_at_the_same_address() -> None:

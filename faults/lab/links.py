@@ -1,0 +1,146 @@
+"""One direction of one link: rate, queue, delay, jitter, loss. Pure: the clock and the randomness are given.
+
+A packet waits until those before it are sent (rate), longer than `queue_ms` it does not wait (it is dropped), then it
+travels (delay, jitter), and may be lost on the way: the lost ones have used the link too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+DEFAULT_QUEUE_MS = 200.0
+MTU_BYTES = 1500
+TRAIN_S = 0.001
+"""Packets that travel as one frame take no longer than this on the wire, unless it is a single one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What one direction of a link does to packets.
+
+    Attributes:
+        rate_mbit: million bits of IP packets a second; None = unlimited.
+        delay_ms: one way.
+        jitter_ms: each packet is late by up to this much more, uniformly; the order is kept.
+        loss: share of packets that is lost, each on its own.
+        queue_ms: longest a packet waits for the rate; None = as `DEFAULT_QUEUE_MS`.
+    """
+
+    rate_mbit: float | None = None
+    delay_ms: float = 0.0
+    jitter_ms: float = 0.0
+    loss: float = 0.0
+    queue_ms: float = DEFAULT_QUEUE_MS
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether packets pass at once and unharmed."""
+        return self.rate_mbit is None and not (self.delay_ms or self.jitter_ms or self.loss)
+
+
+@dataclass(kw_only=True, slots=True)
+class Counters:
+    """What one direction of a link has carried and dropped: bytes of IP packets, packets of MTU size."""
+
+    num_bytes: int = 0
+    num_packets: int = 0
+    dropped_queue: int = 0
+    dropped_loss: int = 0
+    dropped_cut: int = 0
+
+
+@dataclass(slots=True)
+class Link:
+    """One direction of a link in operation; every time is in seconds on the caller's clock.
+
+    Attributes:
+        random: a float of [0, 1) for each call.
+        is_ordered: what a packet does here depends on those before it, so they must come in order of time.
+        max_packets: most packets that may travel as one frame.
+    """
+
+    name: str
+    random: Callable[[], float]
+    shape: Shape = field(default_factory=Shape)
+    counters: Counters = field(default_factory=Counters)
+    is_plain: bool = field(init=False)
+    is_ordered: bool = field(init=False)
+    max_packets: int = field(init=False)
+    _s_per_byte: float = field(init=False)
+    _queue_s: float = field(init=False)
+    _delay_s: float = field(init=False)
+    _jitter_s: float = field(init=False)
+    _until_loss: int = field(init=False)
+    _free_at_s: float = field(default=-math.inf, init=False)
+    _last_arrival_s: float = field(default=-math.inf, init=False)
+
+    def __post_init__(self) -> None:
+        self.configure(self.shape)
+
+    def configure(self, shape: Shape) -> None:
+        """Act otherwise from the next packet on; what is on the way arrives as it would have."""
+        self.shape = shape
+        rate = shape.rate_mbit
+        self._s_per_byte = 0.0 if rate is None else 8e-6 / rate
+        self._queue_s = shape.queue_ms / 1e3
+        self._delay_s = shape.delay_ms / 1e3
+        self._jitter_s = shape.jitter_ms / 1e3
+        self._until_loss = self._draw_gap()
+        self.is_plain = shape.is_plain
+        self.is_ordered = rate is not None or shape.jitter_ms > 0
+        self.max_packets = max_train(shape)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether packets get lost here."""
+        return self.shape.loss > 0
+
+    def carry(self, at_s: float, num_bytes: int, num_packets: int) -> float | None:
+        """Take a frame that comes at `at_s`; return when it arrives at the other end, or None if the queue is full."""
+        counters = self.counters
+        if self._s_per_byte:
+            leaves_s = self._free_at_s if self._free_at_s > at_s else at_s
+            if leaves_s - at_s > self._queue_s:
+                counters.dropped_queue += num_packets
+                return None
+            at_s = self._free_at_s = leaves_s + num_bytes * self._s_per_byte
+        counters.num_bytes += num_bytes
+        counters.num_packets += num_packets
+        arrival_s = at_s + self._delay_s
+        if self._jitter_s:
+            arrival_s = max(arrival_s + self._jitter_s * self.random(), self._last_arrival_s)
+            self._last_arrival_s = arrival_s
+        return arrival_s
+
+    def lose(self, num_packets: int) -> list[int]:
+        """The numbers of those of the next `num_packets` packets that are lost."""
+        if num_packets <= self._until_loss:
+            self._until_loss -= num_packets
+            return []
+        lost, at = [], self._until_loss
+        while at < num_packets:
+            lost.append(at)
+            at += 1 + self._draw_gap()
+        self._until_loss = at - num_packets
+        self.counters.dropped_loss += len(lost)
+        return lost
+
+    def _draw_gap(self) -> int:
+        """How many packets pass before the next one is lost: independent losses have geometric gaps."""
+        loss = self.shape.loss
+        if loss <= 0:
+            return 1 << 62
+        if loss >= 1:
+            return 0
+        return int(math.log(1.0 - self.random()) / math.log1p(-loss))
+
+
+def max_train(shape: Shape) -> int:
+    """Most packets of MTU size that may travel as one frame: one with jitter, else what passes in `TRAIN_S`."""
+    if shape.jitter_ms > 0:
+        return 1
+    if shape.rate_mbit is None:
+        return 1 << 16
+    return max(1, int(TRAIN_S * shape.rate_mbit * 1e6 / 8 / MTU_BYTES))

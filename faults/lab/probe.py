@@ -1,0 +1,124 @@
+"""Packets and bytes between two nodes, timed: `probe.py ROLE ...` (by path on a node; imports nothing of ours).
+
+Called by `faults.lab.measure` alone. All nodes share one machine and so one clock: a packet's delay is the time at which
+the kernel received it minus the time of sending that it carries. The receiving roles print their port, then, when they
+are done, one JSON object.
+
+    receive HOST NUM IDLE_S      datagrams until NUM came, or none for IDLE_S
+    send HOST PORT NUM SIZE RATE_MBIT
+    sink HOST NUM_STREAMS WARM_UP_S
+    stream HOST PORT SECONDS NUM_STREAMS
+"""
+
+import json
+import select
+import socket
+import struct
+import sys
+import time
+
+STAMP = struct.Struct("!Iq")
+HEADERS_BYTES = 28
+BUFFER_BYTES = 1 << 20
+_SO_TIMESTAMPNS = 35
+_TIMESPEC = struct.Struct("@qq")
+
+
+def receive(host: str, num: str, idle_s: str) -> None:
+    """Count datagrams and their delays."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    # As root, beyond the limit of the machine: no datagram is lost here while this process waits for the CPU.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE if hasattr(socket, "SO_RCVBUFFORCE") else 33, 1 << 27)
+    listener.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+    listener.bind((host, 0))
+    _say({"port": listener.getsockname()[1]})
+    listener.settimeout(60)
+    delays_us, numbers, num_bytes = [], [], 0
+    first_ns = last_ns = 0
+    while len(numbers) < int(num):
+        try:
+            data, control, _, _ = listener.recvmsg(2048, 64)
+        except TimeoutError:
+            break
+        listener.settimeout(float(idle_s))
+        number, sent_ns = STAMP.unpack_from(data)
+        seconds, nanoseconds = _TIMESPEC.unpack(control[0][2])
+        last_ns = seconds * 10**9 + nanoseconds
+        if numbers:
+            num_bytes += len(data) + HEADERS_BYTES
+        else:
+            first_ns = last_ns
+        numbers.append(number)
+        delays_us.append((last_ns - sent_ns) / 1e3)
+    span_s = (last_ns - first_ns) / 1e9
+    num_swapped = sum(later < earlier for earlier, later in zip(numbers, numbers[1:]))
+    _say(
+        {
+            "numbers": len(set(numbers)),
+            "num_received": len(numbers),
+            "num_swapped": num_swapped,
+            "rate_mbit": num_bytes * 8e-6 / span_s if span_s else 0.0,
+            "delays_us": delays_us if len(delays_us) <= 10_000 else sorted(delays_us)[:: len(delays_us) // 1000],
+        }
+    )
+
+
+def send(host: str, port: str, num: str, size: str, rate_mbit: str) -> None:
+    """Send numbered datagrams of `size` bytes, evenly at a rate of IP packets."""
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.connect((host, int(port)))
+    gap_s = (int(size) + HEADERS_BYTES) * 8e-6 / float(rate_mbit)
+    padding = bytes(int(size) - STAMP.size)
+    begin_s = time.monotonic()
+    for number in range(int(num)):
+        wait_s = begin_s + number * gap_s - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
+        sender.send(STAMP.pack(number, time.time_ns()) + padding)
+
+
+def sink(host: str, num_streams: str, warm_up_s: str) -> None:
+    """Take TCP streams to their ends; the rate counts from `warm_up_s` after the first byte to the last one."""
+    listener = socket.create_server((host, 0), backlog=64)
+    _say({"port": listener.getsockname()[1]})
+    listener.settimeout(60)
+    streams = [listener.accept()[0] for _ in range(int(num_streams))]
+    buffer = bytearray(BUFFER_BYTES)
+    begin_s = time.monotonic()
+    counted = total = 0
+    from_s = last_s = begin_s
+    while streams:
+        for stream in select.select(streams, [], [], 60)[0]:
+            received = stream.recv_into(buffer)
+            last_s = time.monotonic()
+            total += received
+            if last_s - begin_s < float(warm_up_s):
+                from_s = last_s
+            else:
+                counted += received
+            if not received:
+                streams.remove(stream)
+    _say({"goodput_mbit": counted * 8e-6 / (last_s - from_s) if last_s > from_s else 0.0, "num_bytes": total})
+
+
+def stream(host: str, port: str, seconds: str, num_streams: str) -> None:
+    """Fill TCP streams for a time."""
+    streams = [socket.create_connection((host, int(port)), timeout=60) for _ in range(int(num_streams))]
+    for one in streams:
+        one.setblocking(False)
+    data = bytes(BUFFER_BYTES)
+    num_bytes = 0
+    until_s = time.monotonic() + float(seconds)
+    while (left_s := until_s - time.monotonic()) > 0:
+        for one in select.select([], streams, [], left_s)[1]:
+            num_bytes += one.send(data)
+    congestion = streams[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+    _say({"num_bytes": num_bytes, "congestion": congestion})
+
+
+def _say(message: object) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    {"receive": receive, "send": send, "sink": sink, "stream": stream}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,56 @@
+"""Changes of links at given times: data that a fault plan can hold. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from faults.lab.errors import LabError
+from faults.lab.targets import parse_target, routes_of
+from faults.lab.topology import CROSS_CHECK, Topology, link_changes
+from strategies.config import Section
+
+
+class LinkChange(Section):
+    """One change: `{ at_s = 20, action = "cut", target = "eu" }`."""
+
+    at_s: float = Field(ge=0, description="Seconds after the start.")
+    action: Literal["cut", "heal", "set"] = Field(description="What to do.")
+    target: str = Field(description="A node, a region, a pair (us:eu), or one way (us>eu).")
+    values: dict[str, float] = Field(default_factory=dict, description="For set: the keys of a line or link.")
+
+    @model_validator(mode="after")
+    def _values_are_for_set(self) -> Self:
+        if bool(self.values) != (self.action == "set"):
+            message = f"{self.action} of {self.target!r} {'takes no' if self.values else 'needs'} values"
+            context = {"key": "values", "message": message, "remedy": "values with action = 'set', and only there"}
+            raise PydanticCustomError(CROSS_CHECK, "{message}; try {remedy}", context)
+        return self
+
+    def __str__(self) -> str:
+        """In words, for messages."""
+        values = "".join(f" {key}={value:g}" for key, value in self.values.items())
+        return f"{self.action} {self.target}{values} at {self.at_s:g} s"
+
+
+def check_changes(changes: Sequence[LinkChange], topology: Topology) -> None:
+    """Raise `LabError` for the first change that names nobody or sets what cannot be set in this topology."""
+    for change in changes:
+        try:
+            if change.action == "set":
+                link_changes(topology, change.target, change.values)
+            else:
+                routes_of(parse_target(change.target, topology.members), topology.members)
+        except LabError as error:
+            raise LabError(error.message, place=str(change), remedy=error.remedy) from error
+
+
+def due(changes: Sequence[LinkChange], *, after_s: float, until_s: float) -> list[LinkChange]:
+    """The changes of a span of time (`after_s` excluded, `until_s` included), in order of time, then as given.
+
+    Ask first with `after_s=-1`, so that those at 0 are in.
+    """
+    return sorted((change for change in changes if after_s < change.at_s <= until_s), key=lambda change: change.at_s)

@@ -1,0 +1,63 @@
+"""Which implementation of a codec runs: the torch form, or the compiled one where numba is installed.
+
+Both write and read the same bytes, so members of one run may differ in it. The choice is made once, when the settings
+are resolved; nothing falls back later. Torch is not imported here: the command line asks before it starts anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Backend = Literal["torch", "numba"]
+BackendChoice = Literal["auto", "torch", "numba"]
+
+REMEDY = "`pip install 'atoll[fast]'` installs it"
+Kernels = Literal["numba_dense", "numba_sparse"]
+
+
+def resolve_backend(choice: BackendChoice) -> tuple[Backend, str | None]:
+    """Return the implementation that `codec.backend` means on this machine, and a warning if it is the slower one.
+
+    Raises ValueError when numba is asked for by name and not installed.
+    """
+    if choice == "torch":
+        return "torch", None
+    if importlib.util.find_spec("numba") is not None:
+        return "numba", None
+    if choice == "numba":
+        raise ValueError(
+            f"codec.backend = 'numba', but numba is not installed; {REMEDY}, or set codec.backend = 'auto'"
+        )
+    return "torch", f"numba is not installed: codecs run in their torch form, several times slower; {REMEDY}"
+
+
+def use_cache_dir(path: str) -> None:
+    """Keep compiled code under `path`, for example `~/.cache/atoll/numba`, written out. Call it before `load_kernels`.
+
+    NUMBA_CACHE_DIR in the environment stays in force. Without either, numba writes beside the source, or into its own
+    folder below the user's cache where that is read-only. Does nothing where numba is not installed.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return
+    config = importlib.import_module("numba").config
+    if not config.CACHE_DIR:
+        config.CACHE_DIR = path
+
+
+def load_kernels(name: Kernels) -> ModuleType:
+    """Import a file of compiled codecs (0.3 s for numba; each kernel is compiled or read from numba's cache at its first call).
+
+    Raises ValueError when numba is installed but cannot be imported, for example beside an unsupported numpy.
+    """
+    try:
+        return importlib.import_module(f"strategies.codecs.{name}")
+    except ImportError as error:
+        raise ValueError(
+            f"codec.backend = 'numba', but numba cannot be imported ({error}); reinstall it ({REMEDY}) "
+            "or set codec.backend = 'torch'"
+        ) from error

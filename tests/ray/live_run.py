@@ -1,0 +1,130 @@
+"""A run on real Ray processes that a test can look into and act upon while it goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from faults.inject import Injection, Point, arm, hurry, read_marks
+from orchestrator.build import resolve
+from orchestrator.config import RunConfig
+from orchestrator.launch import RaySession
+from orchestrator.metrics import FaultEvent, StepRow, latest_faults, read_rows
+from orchestrator.run_state import RunState
+from orchestrator.segments import read_run
+from orchestrator.summary import Summary, load_summary
+from workers.records import CommitRecord, MemberId, Record
+
+T = TypeVar("T")
+
+WAIT_S = 50.0
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kill:
+    """One kill that fired: whom, where, and what the controller wrote about it."""
+
+    member: str
+    point: Point
+    victim: MemberId
+    mark: dict[str, Any]
+    fault: FaultEvent
+
+
+class LiveRun:
+    """A run that was started through the launcher, as `atoll train` does."""
+
+    def __init__(self, config: RunConfig, pack: Path, run_dir: Path, *, pace_s: float = 0.0) -> None:
+        """Nothing is started before `start`."""
+        self.config, self.pack, self.run_dir, self.pace_s = resolve(config), pack, run_dir, pace_s
+        self.session = RaySession(self.config)
+
+    def start(self, *, resume: bool = False) -> None:
+        """Start the controller, which starts the islands."""
+        self.run_dir.mkdir(exist_ok=True)
+        (self.run_dir / "config.toml").write_text(self.config.to_toml())
+        self.session.__enter__()
+        self.controller = self.session.start(
+            self.run_dir, self.pack, [], resume=resume, wrap=Injection(pace_s=self.pace_s)
+        )
+
+    def stop(self) -> None:
+        """End every process of the run."""
+        self.session.__exit__()
+
+    # ------------------------------------------------------------ looking
+
+    def status(self) -> dict[str, Any]:
+        """What the controller says; waits a little if there is nothing new."""
+        return ray.get(self.controller.wait.remote(POLL_S), timeout=WAIT_S)
+
+    def until(self, condition: Callable[[], T | None], what: str) -> T:
+        """Wait until `condition` gives something; fails with what it waited for, or if the run ends before."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            found = condition()
+            if found:
+                return found
+            status = self.status()
+            assert not status["over"], f"the run ended ({status['reason']}: {status['detail']}) while waiting for {what}"
+            assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for {what}; {status}"
+
+    def records(self) -> list[Record]:
+        """The journal so far."""
+        return [row.record for row in read_run(self.run_dir).rows]
+
+    def state(self) -> RunState:
+        """The journal's replay."""
+        state = RunState()
+        for record in self.records():
+            state.apply(record)
+        return state
+
+    def commits(self) -> list[CommitRecord]:
+        """The commits so far."""
+        return [record for record in self.records() if isinstance(record, CommitRecord)]
+
+    def faults(self) -> list[FaultEvent]:
+        """What the controller wrote about faults so far."""
+        return latest_faults(row for row in read_rows(self.run_dir / "metrics.jsonl") if isinstance(row, FaultEvent))
+
+    def steps(self) -> list[StepRow]:
+        """The step rows so far."""
+        return [row for row in read_rows(self.run_dir / "metrics.jsonl") if isinstance(row, StepRow)]
+
+    # ------------------------------------------------------------ acting
+
+    def until_training(self) -> None:
+        """Wait until every island has contributed to a commit."""
+        names = {f"island-{i}" for i in range(int(self.config.run.islands))}
+        self.until(
+            lambda: any({e.member for e in c.roster} == names for c in self.commits()), "a commit with all islands in it"
+        )
+
+    def kill_at(self, member: str, point: Point) -> Kill:
+        """Kill `member` when it next comes to `point`; wait until its successor has contributed to a commit."""
+        victim = self.state().current[member]
+        before = sum(event.member == member for event in self.faults())
+        arm(self.run_dir, member, point)
+        mark = self.until(lambda: read_marks(self.run_dir).get(f"{member}-{point}"), f"{member} to die at {point}")
+
+        def recovered() -> FaultEvent | None:
+            events = [event for event in self.faults() if event.member == member][before:]
+            return events[0] if events and events[0].contributed_s is not None else None
+
+        fault = self.until(recovered, f"the successor of {victim} to contribute")
+        return Kill(member=member, point=point, victim=victim, mark=mark, fault=fault)
+
+    def finish(self) -> Summary:
+        """Let the islands train as fast as they can, and wait for the end."""
+        hurry(self.run_dir)
+        deadline = time.monotonic() + WAIT_S
+        while not (status := self.status())["over"]:
+            assert time.monotonic() < deadline, f"the run does not end: {status}"
+        return load_summary(self.run_dir)

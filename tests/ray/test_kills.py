@@ -1,0 +1,122 @@
+"""SIGKILL to an island at each point of an exchange: one run goes through all of them, the tests look at what happened."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from faults.inject import Point, read_marks
+from orchestrator.ledger import ledger_command
+from orchestrator.metrics import StepRow
+from orchestrator.summary import Summary
+from tests.ray.live_run import Kill, LiveRun
+from tests.small_run import small_config
+from workers.records import CommitRecord, FaultRecord, FenceRecord, JoinRecord, MemberId, Record
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+PACE_S = 0.11
+# Who dies where. island-0 made version 0; each point of an exchange once.
+KILLS: tuple[tuple[str, Point], ...] = (
+    ("island-1", "before_offer"),
+    ("island-2", "offered"),
+    ("island-0", "pulling"),
+    ("island-1", "reducing"),
+    ("island-2", "spread"),
+    ("island-1", "committed"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Story:
+    """The whole run, told from its files."""
+
+    run_dir: Path
+    kills: tuple[Kill, ...]
+    records: list[Record]
+    steps: list[StepRow]
+    starts: dict[str, dict[str, Any]]
+    summary: Summary
+
+
+@pytest.fixture(scope="module")
+def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    config = small_config(pack_dir, "run.islands=3", "train.tokens=100000", "strategy.inner_steps=5")
+    run = LiveRun(config, pack_dir, tmp_path_factory.mktemp("kills") / "run", pace_s=PACE_S)
+    run.start()
+    try:
+        run.until_training()
+        kills = tuple(run.kill_at(member, point) for member, point in KILLS)
+        summary = run.finish()
+    finally:
+        run.stop()
+    yield Story(
+        run_dir=run.run_dir,
+        kills=kills,
+        records=run.records(),
+        steps=run.steps(),
+        starts=read_marks(run.run_dir, "start"),
+        summary=summary,
+    )
+
+
+@pytest.fixture(params=KILLS, ids=[point for _, point in KILLS])
+def kill(request: pytest.FixtureRequest, story: Story) -> Kill:
+    member, point = request.param
+    return next(kill for kill in story.kills if (kill.member, kill.point) == (member, point))
+
+
+def test_every_point_of_an_exchange_is_there() -> None:
+    assert {point for _, point in KILLS} == set(get_args(Point)) - {"joining"}
+
+
+def test_the_dead_is_blamed_and_nobody_else(kill: Kill, story: Story) -> None:
+    assert kill.mark["incarnation"] == kill.victim.incarnation
+    fences = [r for r in story.records if isinstance(r, FenceRecord)]
+    assert [MemberId(name=f.member, incarnation=f.incarnation) for f in fences] == [k.victim for k in story.kills]
+    assert not any(fence.refused for fence in fences)
+    blamed = [r.member for r in story.records if isinstance(r, FaultRecord)]
+    assert blamed == [k.member for k in story.kills], [r for r in story.records if isinstance(r, FaultRecord)]
+
+
+def test_the_successor_starts_from_a_committed_anchor(kill: Kill, story: Story) -> None:
+    successor = MemberId(name=kill.member, incarnation=kill.victim.incarnation + 1)
+    note = story.starts[f"{successor.name}-{successor.incarnation}"]
+    assert note["displacement"] == 0.0
+    assert note["version"] >= kill.mark["version"]
+    entries = [e for r in commits(story) for e in r.roster if e.offer.member == successor]
+    assert entries[0].since == 0
+
+
+def test_what_the_dead_had_offered_counts_once_or_goes_back(kill: Kill, story: Story) -> None:
+    """Its last watermark is what a commit lists; nothing of it is committed after its samples got their fate."""
+    entries = [e for r in commits(story) for e in r.roster if e.offer.member == kill.victim]
+    assert [e.since for e in entries] == [0, *(e.upto for e in entries[:-1])]
+
+
+def test_the_summary_tells_the_recovery(kill: Kill, story: Story) -> None:
+    place = story.kills.index(kill)
+    row = story.summary.faults[place]
+    assert (row.kind, row.member) == ("kill", kill.member)
+    known = (row.detected_after_s, row.next_commit_after_s, row.back_after_s, row.contributed_after_s)
+    assert None not in known
+    assert row.detected_after_s <= row.next_commit_after_s <= row.contributed_after_s
+    assert row.back_after_s <= row.contributed_after_s
+
+
+def test_the_run_finishes_and_its_ledger_adds_up(story: Story) -> None:
+    summary = story.summary
+    assert summary.exit_reason == "done"
+    assert summary.tokens_committed == 100_000
+    assert summary.tokens_lost <= summary.tokens_reissued
+    assert ledger_command(story.run_dir, False) == 0
+    assert len(summary.faults) == len(story.kills)
+
+
+def commits(story: Story) -> list[CommitRecord]:
+    return [record for record in story.records if isinstance(record, CommitRecord)]
