@@ -249,7 +249,7 @@ class Island:
         from orchestrator.preflight import check_pack
         from orchestrator.rundir import create_run_dir
         from workers.loop_checks import ParameterGuard
-        from workers.samples import num_samples_of
+        from workers.samples import check_own_data, num_samples_of
 
         dataset = self._data["dataset"]
         if self._resume:
@@ -257,6 +257,7 @@ class Island:
         else:
             config = script_config(self._config, num_samples=None if dataset is None else num_samples_of(dataset))
         ParameterGuard(self._model, self._optimizer, device=config.train.device)
+        check_own_data(config.data, **self._data)
         check_pack(config.data.path, config.data.digest)
         config = resolve(config)
         pack = pack_path(config)

@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -97,13 +98,22 @@ class Board:
         """Return whether everything is done."""
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
-            while True:
-                left = self._fill(pool)
-                if not self.open:
-                    return left == 0
-                done, _ = wait(self.open, return_when=FIRST_COMPLETED)
-                for future in done:
-                    self._finished(self.open.pop(future), future.result())
+            try:
+                return self._until_done(pool)
+            except BaseException:
+                # Leaving the pool would wait for its jobs, and a killed parent would leave them running.
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
+
+    def _until_done(self, pool: ProcessPoolExecutor) -> bool:
+        while True:
+            left = self._fill(pool)
+            if not self.open:
+                return left == 0
+            done, _ = wait(self.open, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._finished(self.open.pop(future), future.result())
 
     def _fill(self, pool: ProcessPoolExecutor) -> int:
         """Start what there is time and a worker for; returns how many known jobs are not done."""
@@ -148,8 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     runs = RunsFile(options.out / RUNS)
     whole = True
     if not options.report:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
         board = Board(runs, length, workers=options.workers, minutes=options.minutes, out=options.out)
-        whole = board.work()
+        try:
+            whole = board.work()
+        except KeyboardInterrupt:
+            print("interrupted; finished runs are kept: start again to go on", file=sys.stderr)
+            return 130
     report = write_report(runs.of_corpus(corpus_digest()), length, options.out)
     print(report.text)
     if not whole:

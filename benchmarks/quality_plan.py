@@ -46,7 +46,7 @@ COMMON: dict[str, Value] = {
 # Grid points lie a factor of about 1.6 apart, and so do the ones that the search adds at an edge.
 LR_GRID = (2e-3, 3e-3, 5e-3, 8e-3)
 LR_FACTOR = 1.6
-OUTER_PAIRS: tuple[OuterPair, ...] = ((0.9, 0.5), (0.7, 0.7), (0.9, 0.7), (1.0, 0.6), (0.7, 0.9))
+OUTER_PAIRS: tuple[OuterPair, ...] = ((0.9, 0.5), (0.9, 0.7), (0.7, 0.7), (0.7, 0.9))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +62,7 @@ class Row:
     """One line of the table.
 
     rates_of   the row whose swept learning rates it takes: its own name, or that of the row it is compared with
+    goal       one of the rows that a goal speaks of: they come first
     """
 
     name: str
@@ -70,6 +71,7 @@ class Row:
     islands: int = NUM_ISLANDS
     tuned_outer: bool = False
     rates_of: str = ""
+    goal: bool = False
 
     @property
     def tuned_as(self) -> str:
@@ -87,14 +89,16 @@ ROWS: tuple[Row, ...] = (
         name="ddp",
         label="data parallel",
         settings={"strategy.name": "ddp", "strategy.inner_steps": 1, "codec.name": "fp32"},
+        goal=True,
     ),
-    Row(name="diloco-30", label="DiLoCo, H = 30, fp32", settings=_diloco(30), tuned_outer=True),
+    Row(name="diloco-30", label="DiLoCo, H = 30, fp32", settings=_diloco(30), tuned_outer=True, goal=True),
     Row(
         name="diloco-30-int8",
         label="DiLoCo, H = 30, int8",
         settings=_diloco(30, "int8"),
         tuned_outer=True,
         rates_of="diloco-30",
+        goal=True,
     ),
     Row(
         name="diloco-30-int8-warm",
@@ -102,6 +106,7 @@ ROWS: tuple[Row, ...] = (
         settings=_diloco(30, "int8", **{"strategy.warmup_sync": 0.1}),
         tuned_outer=True,
         rates_of="diloco-30",
+        goal=True,
     ),
     Row(name="alone", label="one island alone", settings=_diloco(100) | AVERAGE, islands=1),
     Row(name="average-30", label="plain averaging, H = 30, fp32", settings=_diloco(30) | AVERAGE),
@@ -253,19 +258,20 @@ def chosen_rates(losses: Losses, length: Length, rows: Iterable[Row] = ROWS) -> 
 
 
 def next_jobs(losses: Losses, length: Length, rows: tuple[Row, ...] = ROWS) -> list[Job]:
-    """All jobs that can be run now and are not done: the table's as soon as their rates are known, then the sweep's.
+    """All jobs that can be run now and are not done, the most wanted first.
 
-    The table goes seed by seed, so that a run cut short has whole pairs.
+    The rows of the goals come before the others; of each kind the sweep comes before the table, which needs it, and the
+    table goes seed by seed, so that a run cut short has whole pairs.
     """
     rates = chosen_rates(losses, length, rows)
-    sweeping = [
-        job
-        for row in rows
-        if row.tuned_as == row.name and row.name not in rates
-        for job in sweep(row, losses, steps=length.steps, short_steps=length.short_steps).todo
-    ]
-    table = [job for seed in length.seeds for job in table_jobs(rates, seed, length, rows)]
-    return [*sweeping, *_missing(table, losses)]
+    todo: list[Job] = []
+    for group in ([row for row in rows if row.goal], [row for row in rows if not row.goal]):
+        for row in group:
+            if row.tuned_as == row.name and row.name not in rates:
+                todo += sweep(row, losses, steps=length.steps, short_steps=length.short_steps).todo
+        table = [job for seed in length.seeds for job in table_jobs(rates, seed, length, group)]
+        todo += _missing(table, losses)
+    return todo
 
 
 def table_jobs(rates: Mapping[str, Rates], seed: int, length: Length, rows: Iterable[Row] = ROWS) -> list[Job]:

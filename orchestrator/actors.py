@@ -123,7 +123,7 @@ class IslandActor:
 
     def _train(self) -> None:
         assert self.context is not None
-        from workers.island import run_builtin_loop, run_user_loop
+        from workers.loops import run_builtin_loop, run_user_loop
 
         done = False
         try:
@@ -201,6 +201,7 @@ class ControllerActor:
         self.nonce_of: dict[str, str] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
+        self.spoke: set[str] = set()
         self.over = asyncio.Event()
         self.concluding = False
         self.failure = ""
@@ -275,6 +276,7 @@ class ControllerActor:
         await self.begin()
         with _must_not_fail():
             if not self.over.is_set() and self.host.died is None:
+                self.spoke.add(self.nonce_of.get(envelope.name, ""))
                 self.host.receive(envelope)
                 self._conclude_if_over()
 
@@ -401,8 +403,7 @@ class ControllerActor:
     async def _conclude(self) -> None:
         """The run is over: let the members finish, write the summary, close the journal."""
         with _must_not_fail():
-            present = {member.name for member in self.host.coordinator.state.current.values()}
-            waits = [self.watches[nonce] for name, nonce in self.nonce_of.items() if name in present]
+            waits = [self.watches[nonce] for nonce in self.handles if nonce in self.spoke]
             if waits:
                 await asyncio.wait(waits, timeout=GOODBYE_S)
             save_summary(build_summary(self.host, self.config), self.run_dir)

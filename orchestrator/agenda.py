@@ -117,7 +117,7 @@ class Agenda(Desk):
 
     def _stop_requested(self, event: ev.StopRequested) -> None:
         if not event.save:
-            self._end("stopped", "stopped at once by the user; un-offered steps are lost")
+            self._stop_now(event)
             return
         if self.stopping is None:
             self.stopping = event
@@ -125,6 +125,10 @@ class Agenda(Desk):
             self._ask_save("stop")
             self._tell_all(msg.Stop(save=True))
             self._stop_if_saved()
+
+    def _stop_now(self, event: ev.StopRequested) -> None:
+        """Stop without waiting for anybody."""
+        raise NotImplementedError
 
     def _stop_if_saved(self) -> None:
         if self.stopping is not None and {m.name for m in self.roll.processes} <= self.local_saved:

@@ -14,6 +14,7 @@ from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator.desk import RunPlan
 from orchestrator.lifecycle import Lifecycle
+from orchestrator.membership import Process
 from orchestrator.revocation import Revocations
 from orchestrator.run_state import Head
 from workers import messages as msg
@@ -59,8 +60,8 @@ class Coordinator(Lifecycle):
                 case ev.StopRequested():
                     self._stop_requested(event)
                 case ev.Recovered():
-                    for member in self.state.live():
-                        self._fence(member, "the journal was rebuilt from the members' copies", refused=False)
+                    for incarnation in self.state.live():
+                        self._fence(incarnation, "the journal was rebuilt from the members' copies", refused=False)
                 case ev.Tick():
                     self._tick()
         elif isinstance(event, ev.Received):
@@ -145,6 +146,8 @@ class Coordinator(Lifecycle):
                 self._observed(member, body)
             case msg.FaultSeen():
                 self._fault(body.fault, member.name, body.detail, injected=False)
+                if body.fault == "no_state":
+                    self.without_snapshot[member.name] = body.detail
             case _:
                 self.stale_messages += 1
 
@@ -301,6 +304,25 @@ class Coordinator(Lifecycle):
             self._ask_evaluation(record.n)
         self._finish_if_done()
 
+    # ------------------------------------------------------------ stopping at once
+
+    def _stop_now(self, event: ev.StopRequested) -> None:
+        """Who has not saved its state ends here: what it has not offered goes back. One member writes the anchor."""
+        if self.state.stopped is not None:
+            return
+        self.stopping = event
+        for exchange in self.exchanges:
+            self._effects(exchange, exchange.discard("the run is stopped at once"))
+        processes = sorted(self.roll.processes.items())
+        ahead = max((p for _, p in processes if p.ready()), key=num_versions, default=None)
+        for _, process in processes:
+            save = (msg.Save(name="stop", local=False),) if process is ahead else ()
+            self._tell(process.nonce, *save, msg.Stop(save=False))
+        for member in self.state.live():
+            if member.name not in self.local_saved:
+                self._fence(member, "the run was stopped at once", refused=False)
+        self._end("stopped", "stopped at once by the user; steps that were not offered are lost")
+
     # ------------------------------------------------------------ time
 
     def _tick(self) -> None:
@@ -309,6 +331,7 @@ class Coordinator(Lifecycle):
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
         self._ask_genesis()
         self._start_if_ready()
+        self._restore_if_lost()
         self._revocations()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:
             self._ask_evaluation(self.eval_asked[1])
@@ -318,6 +341,7 @@ class Coordinator(Lifecycle):
             if self.now - self.last_save_s > self.plan.snapshot_every_s:
                 self._ask_save(f"v{max(h.version.n for h in self.state.heads)}")
         self._finish_if_done()
+        self._stop_if_saved()
         if self.stopping is not None and self.now - self.begun_stop_s > self.ask_again_s:
             self._end(
                 "stopped",
@@ -330,7 +354,7 @@ class Coordinator(Lifecycle):
         for fragment, head in enumerate(self.state.heads):
             record = self.revocations.step(
                 fragment, head.version, list(self.roll.processes.values()), self.now, self._tell,
-                all_live=len(self.roll.processes) == len(self.state.live()),
+                all_live=self._all_here(),
             )  # fmt: skip
             if record is not None:
                 self._effects(self.exchanges[fragment], self.exchanges[fragment].discard("its base was revoked"))
@@ -339,6 +363,11 @@ class Coordinator(Lifecycle):
                     "revoked", "", f"version {record.n} of fragment {fragment} is held by nobody", injected=False
                 )
                 self._tell_all()
+
+
+def num_versions(process: Process) -> int:
+    """How far a process is, over all fragments."""
+    return sum(report.n for report in process.hello.fragments) if process.hello is not None else -1
 
 
 def is_stuck_behind(hello: msg.Hello, had: msg.Hello, heads: Sequence[Head]) -> bool:

@@ -140,13 +140,17 @@ Command = Append | Send | Spawn | End | Metric | Say | Finish | Die
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultTrack:
-    """One fault from injection to recovery; seconds since the run's start, None while unknown."""
+    """One fault from injection to recovery; seconds since the run's start, None while unknown.
+
+    `estimated`: when it happened is not known, `injected_s` is the last sign of life.
+    """
 
     fault: str
     member: str
     injected_s: float | None
     detected_s: float
     victim: MemberId
+    estimated: bool = False
     next_commit_s: float | None = None
     back_s: float | None = None
     contributed_s: float | None = None

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 from orchestrator.metrics import StepRow, read_rows
 from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures
 
+EARLIER = "summary.before-resume.json"
+
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
     from orchestrator.host import Host
+    from orchestrator.rundir import RunDir
 
 
 def build_summary(host: Host, config: RunConfig) -> Summary:
     """The summary of a run that has ended (or is about to)."""
-    coordinator, plan = host.coordinator, host.plan
+    coordinator, plan, earlier = host.coordinator, host.plan, earlier_summary(host.run_dir)
     state = coordinator.state
     finished = host.finished
     reason = finished.reason if finished else "failed"
@@ -23,11 +26,9 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
     joins = {name: 0.0 for name in plan.islands}
     joins.update(coordinator.first_joins)
     figures = derive_figures(read_rows(host.run_dir.metrics), tokens_committed=tokens, end_s=seconds, joins_s=joins)
-    peak = max(
-        (r.mem_peak_bytes for r in read_rows(host.run_dir.metrics) if isinstance(r, StepRow) and r.mem_peak_bytes),
-        default=None,
-    )
-    sent = coordinator.bytes_sent()
+    peaks = [row.mem_peak_bytes for row in read_rows(host.run_dir.metrics) if isinstance(row, StepRow)]
+    peak = max((peak for peak in peaks if peak), default=None)
+    sent = coordinator.bytes_sent() + (earlier.bytes_sent if earlier else 0)
     members_per_round = sum(len(commit.roster) for history in state.history for commit in history)
     return Summary(
         run_id=plan.run_id,
@@ -38,12 +39,13 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         initial_val_loss=state.evaluations[0].val_loss if state.evaluations else None,
         final_val_loss=state.evaluations[-1].val_loss if len(state.evaluations) > 1 else None,
         tokens_committed=tokens,
-        tokens_lost=coordinator.samples_lost * plan.seq_len,
+        tokens_lost=state.lost * plan.seq_len,
         tokens_reissued=state.reissued * plan.seq_len,
         exchanges_committed=sum(head.version.n for head in state.heads),
-        exchanges_discarded=sum(exchange.discards for exchange in coordinator.exchanges),
+        exchanges_discarded=sum(exchange.discards for exchange in coordinator.exchanges)
+        + (earlier.exchanges_discarded if earlier else 0),
         bytes_sent=sent,
-        control_bytes_sent=host.counts["control_bytes"],
+        control_bytes_sent=host.counts["control_bytes"] + (earlier.control_bytes_sent if earlier else 0),
         bytes_sent_per_param_per_round=bytes_sent_per_param_per_round(
             sent, params=state.num_params, num_contributions=members_per_round, num_fragments=len(state.heads)
         ),
@@ -58,6 +60,18 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         journal_rows=len(coordinator.rows),
         journal_hash=coordinator.rows[-1].hash,
     )
+
+
+def set_aside(run_dir: RunDir) -> None:
+    """A run goes on: the summary of its stop is no summary any more, but its counts go into the next one."""
+    if run_dir.summary.exists():
+        run_dir.summary.replace(run_dir.path / EARLIER)
+
+
+def earlier_summary(run_dir: RunDir) -> Summary | None:
+    """The summary of the last stop of a run that was resumed."""
+    path = run_dir.path / EARLIER
+    return Summary.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _combined(host: Host) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from orchestrator import events as ev
 from orchestrator.coordinator import Coordinator, RunPlan
+from orchestrator.finish import set_aside
 from orchestrator.journal import FileJournal, JournalFull, claim_segment, open_segment
 from orchestrator.journal_recovery import recover as recover_rows
 from orchestrator.metrics import FaultEvent, MetricsWriteError, MetricsWriter, RowError, row_from_dict
@@ -83,6 +84,7 @@ class Host:
 
     def _begin(self, journal: FileJournal) -> None:
         self.journal = journal
+        set_aside(self.run_dir)
         self.metrics = MetricsWriter(self.run_dir.metrics).open()
         before = _seconds_so_far(self.run_dir)
         self.coordinator = Coordinator(
@@ -198,7 +200,7 @@ class Host:
                 next_commit_s=track.next_commit_s,
                 back_s=track.back_s,
                 contributed_s=track.contributed_s,
-                estimated=track.injected_s is None,
+                estimated=track.estimated,
             )
             key = (track.member, track.detected_s)
             if self.fault_rows_written.get(key) != row:

@@ -14,6 +14,7 @@ from faults.plan import PlannedFault, parse_fault
 from orchestrator.build import island_name, num_islands, pack_path, resolve
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.progress import Progress
+from orchestrator.resume import check_resumable
 from orchestrator.rundir import RunDir, create_run_dir
 from orchestrator.summary import load_summary
 from orchestrator.watch import watch
@@ -37,6 +38,8 @@ RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
     "MALLOC_ARENA_MAX": "2",
+    # Ray gives its workers the priority 15, which starves training and heartbeats where anything else runs.
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -55,6 +58,8 @@ def run_to_end(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resum
     import_from_here()
     config = resolve(config, num_gpus=_num_gpus(config))
     plan = _check(config, faults)
+    if resume:
+        check_resumable(RunDir(run_dir))
     RunDir(run_dir).record(config.to_toml())
     pack = pack_path(config)
     with RaySession(config) as session:
@@ -93,7 +98,7 @@ def _check(config: RunConfig, faults: Sequence[str]) -> list[PlannedFault]:
 
         load_factory(config.model.factory)
     if config.train.loop is not None:
-        from workers.island import load_loop
+        from workers.loops import load_loop
 
         load_loop(config.train.loop)
     for name in config.train.per_island:

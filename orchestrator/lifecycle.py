@@ -13,6 +13,7 @@ from orchestrator import leases
 from orchestrator.agenda import Agenda
 from orchestrator.desk import RunPlan
 from orchestrator.membership import Process, Verdict
+from orchestrator.run_state import Membership
 from workers import messages as msg
 from workers.records import (
     DropRecord,
@@ -26,11 +27,32 @@ from workers.records import (
 )
 
 EARLY_DEATHS = 3
+RESTORE_AGAIN_S = 5.0
+
+
+def may_speak(entry: Membership | None, nonce: str) -> bool:
+    """Only the process of a live incarnation is listened to: the work of a fenced one is refused (C4)."""
+    return entry is not None and entry.live and entry.nonce == nonce
+
+
+def has_ended(entry: Membership, process: Process | None) -> bool:
+    """Only a fence ends an incarnation and returns its leases; a suspect one keeps them, however long (C4)."""
+    return not entry.live
 
 
 def may_settle(member: MemberId, exchanges: Sequence[ex.FragmentExchange]) -> bool:
     """A fenced incarnation's samples get their fate only when it is in no open roster (C3)."""
     return not any(exchange.holds(member) for exchange in exchanges)
+
+
+def state_is_lost(processes: Sequence[Process], num_fragments: int, *, all_live: bool) -> bool:
+    """Whether there is a history, and no process has any state of some fragment of it."""
+    if not (num_fragments and processes and all_live):
+        return False
+    reports = [process.hello.fragments for process in processes if process.hello is not None]
+    if len(reports) < len(processes):
+        return False
+    return any(all(report[fragment].n < 0 for report in reports) for fragment in range(num_fragments))
 
 
 def process_of(nonce: str) -> str:
@@ -60,7 +82,8 @@ class Lifecycle(Agenda):
         self.injected: list[tuple[float, str, str]] = []
         self.faults: list[ev.FaultTrack] = []
         self.consumed_at_end: dict[MemberId, int] = {}
-        self.samples_lost = 0
+        self.restore_asked_s = float("-inf")
+        self.without_snapshot: dict[str, str] = {}
 
     # ------------------------------------------------------------ joining
 
@@ -70,7 +93,7 @@ class Lifecycle(Agenda):
             return None
         member = MemberId(name=envelope.name, incarnation=envelope.incarnation)
         entry = self.state.members.get(member)
-        if entry is not None and entry.live and entry.nonce == envelope.nonce:
+        if may_speak(entry, envelope.nonce):
             if member in self.roll.processes:
                 self._verdict(self.roll.heard(member, self.now))
             return member
@@ -179,6 +202,24 @@ class Lifecycle(Agenda):
                 for f, n in enumerate(self.state.num_chunks)
             ]
 
+    def _restore_if_lost(self) -> None:
+        """Every living member is here and none holds a state: what is left of the model is the snapshots on disk."""
+        processes = self.roll.processes
+        if not state_is_lost(list(processes.values()), len(self.state.heads), all_live=self._all_here()):
+            self.without_snapshot.clear()
+            return
+        if set(self.without_snapshot) >= {member.name for member in processes}:
+            why = next(iter(self.without_snapshot.values()))
+            self._end("failed", f"no living member holds the model, and no snapshot can be loaded: {why}")
+        elif self.now - self.restore_asked_s >= RESTORE_AGAIN_S:
+            self.restore_asked_s = self.now
+            why = "no living member holds the model: the newest snapshot is loaded"
+            self._fault("state_lost", "", why, injected=False)
+            self._tell_all(msg.Restore())
+
+    def _all_here(self) -> bool:
+        return len(self.roll.processes) == len(self.state.live())
+
     def _start_if_ready(self) -> None:
         if self.started or not self.state.num_fragments:
             return
@@ -266,10 +307,11 @@ class Lifecycle(Agenda):
 
     def _settle_all(self) -> None:
         for member, entry in self.state.members.items():
-            if not entry.live and not entry.settled and may_settle(member, self.exchanges):
-                self._log(SettleRecord(member=member.name, incarnation=member.incarnation))
+            ended = has_ended(entry, self.roll.processes.get(member))
+            if ended and not entry.settled and may_settle(member, self.exchanges):
                 trained = self.consumed_at_end.get(member, 0)
-                self.samples_lost += max(trained - max(entry.watermarks, default=0), 0)
+                lost = max(trained - max(entry.watermarks, default=0), 0)
+                self._log(SettleRecord(member=member.name, incarnation=member.incarnation, lost=lost))
         self._grant()
         self._finish_if_done()
 
@@ -278,11 +320,7 @@ class Lifecycle(Agenda):
         if member is None:
             self.early_deaths[name] += 1
         elif self.state.members[member].live:
-            injected = next((t for t, f, m in reversed(self.injected) if m == name), None)
-            self.injected = [i for i in self.injected if i[2] != name]
-            self.faults.append(
-                ev.FaultTrack(fault="kill", member=name, injected_s=injected, detected_s=self.seconds(), victim=member)
-            )
+            self._track_death(member)
             self._fault("died", name, why, injected=False)
             self.missing_since.setdefault(name, self.seconds())
             process = self.roll.processes.get(member)
@@ -293,6 +331,23 @@ class Lifecycle(Agenda):
             self._end("failed", f"{name}: {why}")
         else:
             self._replace(name, why)
+
+    def _track_death(self, member: MemberId) -> None:
+        """It happened when it was injected, or else (an estimate) when the member was last heard."""
+        injected = next((t for t, _, m in reversed(self.injected) if m == member.name), None)
+        self.injected = [i for i in self.injected if i[2] != member.name]
+        process = self.roll.processes.get(member)
+        heard = process.heard_s - self.zero_s if process is not None else None
+        self.faults.append(
+            ev.FaultTrack(
+                fault="kill",
+                member=member.name,
+                injected_s=injected if injected is not None else heard,
+                detected_s=self.seconds(),
+                victim=member,
+                estimated=injected is None,
+            )
+        )
 
     def _replace(self, name: str, why: str) -> None:
         if self.stopping is not None or self.ended or not self.plan.replace_dead:

@@ -19,8 +19,8 @@ from orchestrator.events import Finish, ProcessDied, StopRequested
 from orchestrator.host import Handed, Host
 from orchestrator.segments import segment_paths
 from workers.context import IslandContext
-from workers.island import BuiltinLoop
 from workers.jobs import MemberStore
+from workers.loops import BuiltinLoop
 from workers.messages import Batch, Envelope
 from workers.records import Term
 from workers.transport.loopback import LoopbackNetwork, LoopbackTransport
@@ -185,12 +185,12 @@ class LocalRun:
             self.turn()
         return self.host.finished
 
-    def stop(self) -> None:
-        """Ask for a resumable stop and let the islands save their state."""
-        self.host.handle(StopRequested(save=True))
+    def stop(self, *, save: bool = True) -> None:
+        """Ask for a resumable stop and let the islands save their state; without `save`, stop at once."""
+        self.host.handle(StopRequested(save=save))
         for _ in range(1000):
             self.turn()
-            if self.host.finished is not None:
+            if self.host.finished is not None and all(i.loop.island.finished for i in self.islands.values()):
                 return
 
     def close(self) -> None:

@@ -92,7 +92,7 @@ class Revocations:
             question = self.open[fragment] = Question(version=head, nonce=self.counter, asked_s=now - ASK_AGAIN_S)
         if all_live and all_promise(question, processes):
             del self.open[fragment]
-            self.since.pop(fragment, None)
+            self.since[fragment] = now - ASK_AFTER_S  # the version before may be held by nobody either: ask at once
             return RevokeRecord(fragment=fragment, n=head.n, chain=head.chain)
         if now - question.asked_s >= ASK_AGAIN_S:
             question.asked_s = now

@@ -89,6 +89,7 @@ class RunState:
         self.committed: list[int] = []
         self.settled_full = 0
         self.reissued = 0
+        self.lost = 0
         self.evaluations: list[EvaluationRecord] = []
         self.stopped: StopRecord | None = None
 
@@ -193,10 +194,12 @@ class RunState:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
         _must(not member.live and not member.settled, f"{member.id} cannot be settled")
         member.settled = True
+        self.lost += r.lost
         low, high = (min(member.watermarks), max(member.watermarks)) if member.watermarks else (0, 0)
         self.settled_full += low
         self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
-        self._give_back(ranges.cut(member.leases, high, member.num_leased), refused=member.refused)
+        since = first_returned(member.watermarks)
+        self._give_back(ranges.cut(member.leases, since, member.num_leased), refused=member.refused)
 
     def _give_back(self, returned: tuple[Range, ...], *, refused: bool) -> None:
         if refused:
@@ -247,6 +250,7 @@ class RunState:
         returned = ranges.cut(member.leases, high, before_high)
         self.partial = ranges.subtract(self.partial, returned)
         self.free = ranges.union(self.free, returned)
+        self.lost += ranges.count(returned)
 
     def _evaluation(self, r: EvaluationRecord) -> None:
         self.evaluations.append(r)
@@ -267,6 +271,11 @@ class RunState:
         EvaluationRecord: _evaluation,
         StopRecord: _stop,
     }
+
+
+def first_returned(watermarks: list[int]) -> int:
+    """From where on the samples of an ended incarnation are issued again: no fragment has counted any of them (C7)."""
+    return max(watermarks, default=0)
 
 
 def _must(condition: bool, story: str) -> None:

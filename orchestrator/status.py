@@ -26,7 +26,10 @@ class MemberStatus(BaseModel):
 
     incarnation: int = Field(description="Its live incarnation; the last one if it is gone.")
     live: bool = Field(description="Whether the journal has it as a live member.")
-    doing: str = Field(description="Phase of its newest span: compute, sync, evaluate, start; 'gone' if it is fenced.")
+    doing: str = Field(
+        description="Phase of its newest span: compute, sync, evaluate, start; 'gone' if it is fenced, 'ended' after "
+        "the run."
+    )
     step: int = Field(description="Inner steps of this incarnation.")
     loss: float | None = Field(description="Newest training loss, nats per token.")
     tokens_per_s: float | None = Field(description="Tokens per second inside its steps.")
@@ -70,9 +73,10 @@ def read_status(run_dir: Path) -> Status:
     now = max((row.t_s for row in rows), default=0.0)
     speed = _speed(exchanges)
     left = max(config.train.tokens - tokens, 0)
+    standing = directory.state()
     return Status(
         run_dir=str(run_dir),
-        state=directory.state(),
+        state=standing,
         seconds=now,
         progress=min(tokens / config.train.tokens, 1.0),
         tokens_committed=tokens,
@@ -80,7 +84,7 @@ def read_status(run_dir: Path) -> Status:
         val_loss=evals[-1].val_loss if evals else None,
         tokens_per_s=speed,
         eta_s=left / speed if speed and left else None,
-        members=_members(state, steps, spans, now),
+        members=_members(state, steps, spans, now, running=standing == "running"),
         faults=[
             {"fault": f.fault, "member": f.member, "t_s": f.t_s, "back_s": f.back_s, "contributed_s": f.contributed_s}
             for f in latest_faults(faults)
@@ -141,16 +145,17 @@ def _speed(exchanges: list[ExchangeRow]) -> float | None:
 
 
 def _members(
-    state: RunState, steps: dict[str, StepRow], spans: dict[str, SpanRow], now: float
+    state: RunState, steps: dict[str, StepRow], spans: dict[str, SpanRow], now: float, *, running: bool
 ) -> dict[str, MemberStatus]:
     out: dict[str, MemberStatus] = {}
     for name, incarnation in sorted(state.last_incarnation.items()):
         live, step, span = name in state.current, steps.get(name), spans.get(name)
         fresh = step is not None and step.incarnation == incarnation
+        phase = span.phase if span and span.incarnation == incarnation else "start"
         out[name] = MemberStatus(
             incarnation=incarnation,
             live=live,
-            doing="gone" if not live else span.phase if span and span.incarnation == incarnation else "start",
+            doing="gone" if not live else phase if running else "ended",
             step=step.step if step and fresh else 0,
             loss=step.loss if step and fresh else None,
             tokens_per_s=step.tokens_per_s if step and fresh else None,
@@ -190,14 +195,13 @@ def render(status: Status) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    head = (
-        f"{status.run_dir}: {status.state}, {100 * status.progress:.1f} % of the tokens, round {status.rounds}, "
-        f"{status.seconds:.0f} s"
-    )
+    running, path = status.state == "running", _as_typed(status.run_dir)
+    head = f"{path}: {status.state}"
+    where = f"{100 * status.progress:.1f} % of the tokens, round {status.rounds}, {status.seconds:.0f} s"
     loss = "not evaluated yet" if status.val_loss is None else f"{status.val_loss:.4f} nats per token"
     speed = "" if status.tokens_per_s is None else f", {status.tokens_per_s:,.0f} tokens/s"
-    eta = "" if status.eta_s is None else f", {status.eta_s:.0f} s left"
-    table = Table("member", "doing", "step", "loss", "tokens/s", "last row")
+    eta = "" if status.eta_s is None or not running else f", {status.eta_s:.0f} s left"
+    table = Table("member", "doing", "step", "loss", "tokens/s", *(["last row"] if running else []))
     for name, member in status.members.items():
         table.add_row(
             f"{name}.{member.incarnation}",
@@ -205,13 +209,21 @@ def render(status: Status) -> Any:
             str(member.step),
             _figure(member.loss, ".4f"),
             _figure(member.tokens_per_s, ",.0f"),
-            _figure(member.seen_before_s, ".1f", " s ago"),
+            *([_figure(member.seen_before_s, ".1f", " s ago")] if running else []),
         )
-    parts: list[Any] = [Text(head), Text(f"validation loss {loss}{speed}{eta}"), table]
+    parts: list[Any] = [Text(head), Text(where), Text(f"validation loss {loss}{speed}{eta}"), table]
     for fault in status.faults:
         back = "not back yet" if fault["back_s"] is None else f"back {fault['back_s'] - fault['t_s']:.1f} s later"
         parts.append(Text(f"fault at {fault['t_s']:.1f} s: {fault['fault']} {fault['member']}, {back}"))
+    if status.state in ("stopped", "interrupted"):
+        parts.append(Text(f"go on: atoll train --resume {path}"))
     return Group(*parts)
+
+
+def _as_typed(run_dir: str) -> str:
+    """The directory as a person would type it here."""
+    path, here = Path(run_dir), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else run_dir
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:

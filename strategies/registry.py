@@ -7,27 +7,41 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from strategies.codecs.base import Codec, Header, PayloadError, read_header
-from strategies.codecs.int8 import Int8
+from strategies.codecs.backends import Backend, resolve_backend
+from strategies.codecs.base import Codec, PayloadError, read_header
+from strategies.codecs.e3m0 import E3m0
+from strategies.codecs.fp4 import Fp4
+from strategies.codecs.int4 import Int4, Int4Stochastic
+from strategies.codecs.int8 import Int8, Int8Stochastic
 from strategies.codecs.none import Bf16, Fp32
+from strategies.codecs.sign import Sign
+from strategies.codecs.topk import TopK
 from strategies.config import CodecConfig, StrategyConfig
 from strategies.ddp import InnerSettings, build_ddp
 from strategies.diloco import build_diloco
 from strategies.strategy import Strategy
 
-CODECS: Mapping[str, Callable[[CodecConfig], Codec]] = {
-    "fp32": lambda config: Fp32(),
-    "bf16": lambda config: Bf16(),
-    "int8": lambda config: Int8(config.block),
+# Name -> (block, backend, key) -> codec.
+CODECS: Mapping[str, Callable[[int, Backend, int], Codec]] = {
+    "fp32": lambda block, backend, key: Fp32(),
+    "bf16": lambda block, backend, key: Bf16(),
+    "int8": lambda block, backend, key: Int8(block, backend),
+    "int8-stochastic": lambda block, backend, key: Int8Stochastic(block, backend, key),
+    "int4": lambda block, backend, key: Int4(block, backend),
+    "int4-stochastic": lambda block, backend, key: Int4Stochastic(block, backend, key),
+    "fp4": lambda block, backend, key: Fp4(block, backend),
+    "e3m0": lambda block, backend, key: E3m0(block, backend),
+    "sign": lambda block, backend, key: Sign(block, backend),
+    "topk": lambda block, backend, key: TopK(block, backend),
 }
 
 T = TypeVar("T")
 
 # From the id in a payload's header to the codec that reads it.
-DECODERS: Mapping[int, Callable[[Header], Codec]] = {
-    Fp32.codec_id: lambda header: Fp32(),
-    Bf16.codec_id: lambda header: Bf16(),
-    Int8.codec_id: lambda header: Int8(header.block),
+DECODERS: Mapping[int, Callable[[int, Backend], Codec]] = {
+    Fp32.codec_id: lambda block, backend: Fp32(),
+    Bf16.codec_id: lambda block, backend: Bf16(),
+    **{kind.codec_id: kind for kind in (Int8, Int4, Fp4, E3m0, Sign, TopK)},
 }
 
 Builder = Callable[[StrategyConfig, CodecConfig, Codec, Callable[[float], float], InnerSettings], Strategy]
@@ -40,27 +54,39 @@ STRATEGIES: Mapping[str, Builder] = {
 }
 
 
-def build_codec(config: CodecConfig) -> Codec:
-    """Return the codec that `[codec]` names. Raises ValueError for an unknown name."""
-    return _lookup("codec.name", config.name, CODECS)(config)
+def build_codec(config: CodecConfig, *, key: int = 0) -> Codec:
+    """Return the codec that `[codec]` names, in the implementation that this machine has.
+
+    `key` distinguishes the random numbers of members (`stochastic.mix` of the run's seed and the member's number).
+    Raises ValueError for an unknown name or block, and for a backend that is not installed.
+    """
+    build = _lookup("codec.name", config.name, CODECS)
+    backend, _ = resolve_backend(config.backend)
+    return build(config.values_per_block, backend, key)
 
 
 def build_strategy(
-    config: StrategyConfig, codec_config: CodecConfig, *, lr_at: Callable[[float], float], train: InnerSettings
+    config: StrategyConfig,
+    codec_config: CodecConfig,
+    *,
+    lr_at: Callable[[float], float],
+    train: InnerSettings,
+    codec_key: int = 0,
 ) -> Strategy:
     """Return the strategy that `[strategy]` and `[codec]` describe.
 
     `lr_at` (progress -> learning rate of the inner optimizer) and `train` (`[train]`) are for strategies that apply
-    the optimizer themselves. Raises ValueError for an unknown name and settings that exclude each other.
+    the optimizer themselves; `codec_key` is the key of `build_codec`. Raises ValueError for an unknown name and
+    settings that exclude each other.
     """
     build = _lookup("strategy.name", config.name, STRATEGIES)
-    return build(config, codec_config, build_codec(codec_config), lr_at, train)
+    return build(config, codec_config, build_codec(codec_config, key=codec_key), lr_at, train)
 
 
-def decode_payload(payload: Tensor, *, num_values: int, out: Tensor | None = None) -> Tensor:
-    """Decode a payload of any codec, chosen by its header: a run may mix them (a leaver's last offer is lossless).
+def decoder_of(payload: Tensor, *, num_values: int, backend: Backend = "torch") -> Codec:
+    """Return the codec that a payload names: a run may mix them (a leaver's last offer is lossless).
 
-    Raises PayloadError for an unknown codec or a malformed payload.
+    Raises PayloadError for an unknown codec, an impossible block or another number of values.
     """
     header = read_header(payload)
     decoder = DECODERS.get(header.codec_id)
@@ -70,7 +96,21 @@ def decode_payload(payload: Tensor, *, num_values: int, out: Tensor | None = Non
         raise PayloadError(f"payload holds {header.num_values} values, expected {num_values}")
     if header.block == 0:
         raise PayloadError("payload names a block size of 0")
-    return decoder(header).decode(payload, num_values=num_values, out=out)
+    try:
+        return decoder(header.block, backend)
+    except ValueError as error:
+        raise PayloadError(f"payload names a block size that its codec has not: {error}") from error
+
+
+def decode_payload(
+    payload: Tensor, *, num_values: int, out: Tensor | None = None, backend: Backend = "torch"
+) -> Tensor:
+    """Decode a payload of any codec, chosen by its header.
+
+    Raises PayloadError for an unknown codec or a malformed payload.
+    """
+    codec = decoder_of(payload, num_values=num_values, backend=backend)
+    return codec.decode(payload, num_values=num_values, out=out)
 
 
 def _lookup(key: str, name: str, known: Mapping[str, T]) -> T:

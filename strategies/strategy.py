@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from strategies.codecs.base import Codec
+from strategies.codecs.int4 import Int4
+from strategies.codecs.int8 import Int8
 from strategies.fragments import Pattern
 from strategies.outer import Average, OuterStep
 
@@ -21,6 +23,8 @@ class Strategy:
                       batch, the live parameters being the anchor itself
     inner_steps       progress -> local steps between two contributions of a fragment
     outer_at          progress -> the outer step; all of them keep the same number of states
+    codec             of contributions
+    result            codec of results where it is not `result_codec_of(codec)`
     error_feedback    whether residuals are kept; never with a codec that loses nothing
     overlap_steps     inner steps between a contribution and the step at which its result is due; 0: wait for it
     merge_alpha       weight of the local point when a result is applied (`merge.advance_included`)
@@ -33,6 +37,7 @@ class Strategy:
     inner_steps: Callable[[float], int]
     outer_at: Callable[[float], OuterStep]
     codec: Codec
+    result: Codec | None = None
     error_feedback: bool = False
     feedback_decay: float = 1.0
     overlap_steps: int = 0
@@ -45,6 +50,24 @@ class Strategy:
     def num_states(self) -> int:
         """Number of state vectors that the outer step keeps beside the anchor."""
         return self.outer_at(0.0).num_states
+
+    @property
+    def result_codec(self) -> Codec:
+        """How the sum of the contributions is sent back: elementwise, and always rounded to nearest."""
+        return self.result or result_codec_of(self.codec)
+
+
+def result_codec_of(codec: Codec) -> Codec:
+    """Return the codec for the results of a run whose contributions have this one.
+
+    Everybody applies the result and nobody keeps what it lost, so every value must arrive: codecs that are not
+    elementwise are replaced by int8. Those that round at random are replaced by their nearest form: averaging over
+    members, which makes up for the randomness, is over by then.
+    """
+    if not codec.elementwise:
+        return Int8(backend=codec.backend)
+    nearest = {Int8.codec_id: Int8, Int4.codec_id: Int4}.get(codec.codec_id)
+    return codec if nearest is None else nearest(codec.block, codec.backend)
 
 
 def with_warmup_sync(strategy: Strategy, share: float) -> Strategy:

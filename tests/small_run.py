@@ -36,8 +36,7 @@ outer_lr = 0.9
 outer_momentum = 0.5
 
 [codec]
-name = "int8"
-block = 64
+name = "fp32"
 
 [exchange]
 quorum = 1.0

@@ -10,14 +10,14 @@
 
 `batches()` yields the leased samples in order and does everything that belongs to a step boundary in between:
 applies commits, sends contributions, evaluates, saves, waits, and ends when the run does. The built-in loop
-(`run_builtin_loop`) is written with it. What a user's script uses is `atoll.Island`, which puts a run around it.
+(`workers/loops.py`) is written with it. What a user's script uses is `atoll.Island`, which puts a run around it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,22 +29,31 @@ from strategies.registry import build_strategy
 from strategies.strategy import Strategy
 from workers import messages as msg
 from workers import sync as sy
+from workers.actions import EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
 from workers.context import IslandContext, IslandSpec, current
 from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
-from workers.device import peak_memory_bytes, resolve_device
-from workers.functions import FunctionError, load_function
-from workers.inner_loop import InnerLoop, StepStats, evaluate
+from workers.device import peak_memory_bytes
+from workers.inner_loop import StepStats, evaluate
 from workers.jobs import MemberStore
 from workers.local_state import load_local, read_meta, save_local
 from workers.loop_checks import BufferWatch, ChangeWatch, LoopError, ParameterGuard, synchronised
 from workers.member import MemberMachine
-from workers.model.factory import LossFn, ModelBundle, build_model, next_token_loss
+from workers.model.factory import LossFn, ModelBundle, next_token_loss
 from workers.model.flops import measured_matmul_flops
-from workers.optim import InnerOptimizer, build_optimizer
+from workers.optim import InnerOptimizer
 from workers.records import StopRecord
 from workers.replica import Replica
-from workers.samples import Collate, Ids, SampleSource, cut, evenly_spread, open_source, positions_of
+from workers.samples import (
+    Collate,
+    Ids,
+    SampleSource,
+    check_own_data,
+    cut,
+    evenly_spread,
+    open_source,
+    positions_of,
+)
 from workers.schedule import lr_at
 from workers.snapshot import write_snapshot
 from workers.timeline import Timeline
@@ -95,8 +104,6 @@ class Island:
         found = context or current()
         if found is None:
             raise NoContext
-        if val_dataset is not None and loss_fn is None:
-            raise LoopError("val_dataset is evaluated with loss_fn(model, batch): give atoll.Island a loss_fn as well")
         self.context, self.spec = found, found.spec
         self.model, self.optimizer = model, optimizer
         self.bundle = ModelBundle(model=model, loss_fn=loss_fn or next_token_loss, flops_per_token=flops_per_token)
@@ -107,6 +114,7 @@ class Island:
         self.finished = False
         self.watches_changes = True
         self._data = {"dataset": dataset, "val_dataset": val_dataset, "collate": collate}
+        check_own_data(self.spec.data, loss_fn=loss_fn, **self._data)
         self._yielded = 0
         self._progress = 0.0
         self._loss_sum, self._loss_count, self._row_s = 0.0, 0, float("-inf")
@@ -178,6 +186,7 @@ class Island:
             clock=context.clock,
             settings=settings,
             executor=context.executor,
+            snapshots=spec.run_dir / "snapshots",
             on_reset=self._forget_moments,
         )
 
@@ -239,11 +248,11 @@ class Island:
         while True:
             action = self.sync.boundary()
             match action:
-                case sy.TrainOn() if training:
+                case TrainOn() if training:
                     return self._take(action)
-                case sy.TrainOn():
+                case TrainOn():
                     self.sync.wait(self.spec.heartbeat_s)
-                case sy.WaitFor():
+                case WaitFor():
                     self.timeline.enter("sync" if action.reason != "state" else "start")
                     if not blocking:
                         return None
@@ -251,13 +260,13 @@ class Island:
                     self.sync.wait(action.timeout_s)
                     kind = "data" if action.reason == "leases" else "sync"
                     self._waits[kind] += self.context.clock() - began
-                case sy.EvaluateNow():
+                case EvaluateNow():
                     self.timeline.enter("evaluate")
                     self.sync.say(self._evaluate(action.samples))
-                case sy.SaveNow(order=order):
+                case SaveNow(order=order):
                     versions = write_snapshot(self.spec.run_dir / "snapshots", order.name, self.sync.replica)
                     self.sync.say(msg.Saved(name=order.name, versions=versions, local=False))
-                case sy.Finished(save=save):
+                case Finished(save=save):
                     self._finish(save, blocking=blocking)
                     return None
             for row in self.timeline.take():
@@ -293,7 +302,7 @@ class Island:
             self.sync.boundary()
             self.sync.wait(self.spec.heartbeat_s)
 
-    def _take(self, action: sy.TrainOn) -> Ids:
+    def _take(self, action: TrainOn) -> Ids:
         self.timeline.enter("compute")
         positions = positions_of(action.ranges)
         self._yielded, self._progress, self._stepped = len(positions), action.progress, False
@@ -410,78 +419,3 @@ def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpe
         pattern=strategy.pattern,
         chunk_values=chunk,
     )
-
-
-class BuiltinLoop:
-    """The built-in loop: model and optimizer from the settings, one `advance` per inner step."""
-
-    def __init__(self, context: IslandContext) -> None:
-        """Builds the model on its device; raises ModelError or LoopError for settings that do not fit."""
-        spec = context.spec
-        if spec.pack is None:
-            raise LoopError(
-                f"data.samples = {spec.data.samples}: the data comes from a loop of your own, and train.loop names none"
-            )
-        device = resolve_device(spec.train.device, index=spec.index)
-        index = PackReader(spec.pack).index
-        self.bundle = build_model(spec.model, vocab_size=index.vocab_size, seq_len=index.seq_len, seed=spec.train.seed)
-        self.bundle.model.to(device)
-        optimizer = build_optimizer(self.bundle.model, spec.train)
-        self.inner = InnerLoop(self.bundle, optimizer, spec.train, device)
-        self.island = Island(
-            self.bundle.model,
-            optimizer,
-            loss_fn=self.bundle.loss_fn,
-            context=context,
-            flops_per_token=self.bundle.flops_per_token,
-        )
-        self.island.watches_changes = False
-        self.gradients_only = strategy_of(spec).contribution == "gradient"
-
-    def advance(self, *, blocking: bool) -> bool:
-        """One inner step, if there is something to train on; whether a step was made."""
-        batch = self.island.next_batch(blocking=blocking)
-        if batch is None:
-            return False
-        if self.gradients_only:
-            self.island.step(self.inner.forward_backward(batch))
-        else:
-            stats = self.inner.step(batch, progress=self.island.progress)
-            self.island.step(stats.loss, stats=stats)
-        return True
-
-    def run(self) -> None:
-        """Train until the run ends."""
-        with self.island:
-            while self.advance(blocking=True):
-                pass
-
-
-def run_builtin_loop(context: IslandContext) -> None:
-    """What an island's training thread does unless `train.loop` names another loop."""
-    BuiltinLoop(context).run()
-
-
-def run_user_loop(context: IslandContext) -> None:
-    """What it does if `train.loop` is set: call that function, which makes the island; `context` is this thread's.
-
-    Raises LoopError if the function returns before the run is over, besides whatever it raises itself.
-    """
-    spec = context.spec.train.loop
-    assert spec is not None, "run_builtin_loop is for the other case"
-    load_loop(spec)()
-    if context.deliver is None:
-        raise LoopError(f"train.loop = {spec!r} returned without an island: it must enter `with atoll.Island(...)`")
-    if not context.ended:
-        raise LoopError(
-            f"train.loop = {spec!r} returned before the run was over: iterate over island.batches() to its end, which "
-            "train.tokens decides"
-        )
-
-
-def load_loop(spec: str) -> Callable[[], object]:
-    """The function that `train.loop` names; raises LoopError that says what was looked for."""
-    try:
-        return load_function(spec, key="train.loop", num_arguments=0, called="without arguments")
-    except FunctionError as error:
-        raise LoopError(str(error)) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from workers.digest import digest
 from workers.record_log import RecordLog
 from workers.records import OfferId
 from workers.replica import BadPiece, Replica, StateChunk, as_bytes
+from workers.snapshot import SnapshotError, load_chunks, newest_on_path
 from workers.state_fetch import fetch_state
 from workers.store import BlobStore, StoredBlob
 from workers.transport.base import Transport
@@ -69,10 +71,15 @@ class Jobs:
         lock: threading.RLock | threading.Condition,
         timeout_s: float,
         threaded: bool,
+        snapshots: Path | None = None,
     ) -> None:
-        """`log`: the member's present copy of the journal, read under `lock`; `threaded`: whether a fetch may wait."""
+        """`log`: the member's present copy of the journal, read under `lock`; `threaded`: whether a fetch may wait.
+
+        `snapshots`: the folder of the run's durable snapshots.
+        """
         self.replica, self.store, self.transport = replica, store, transport
         self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
+        self.snapshots = snapshots
         self.staged: dict[tuple[int, str], list[StateChunk]] = {}  # by fragment and chain
 
     def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:
@@ -180,8 +187,31 @@ class Jobs:
             chunks = fetch_state(self, c.fragment, c.donors)
         except TransportError as error:
             return ev.StateFailed(fragment=c.fragment, why=str(error))
-        self.staged[c.fragment, chunks[0].chain] = chunks
-        return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
+        return self._stage(c.fragment, chunks)
+
+    def load_state(self, c: ev.LoadState) -> ev.Event:
+        """Load a state from the newest snapshot of the journal's history; it is staged like a fetched one."""
+        try:
+            return self._stage(c.fragment, self._load_state(c.fragment))
+        except SnapshotError as error:
+            return ev.StateFailed(fragment=c.fragment, why=str(error), from_disk=True)
+
+    def _load_state(self, fragment: int) -> list[StateChunk]:
+        if self.snapshots is None:
+            raise SnapshotError("this process has no folder of snapshots")
+        with self.lock:
+            log = self.log()
+            path = newest_on_path(self.snapshots, log)
+        if path is None:
+            raise SnapshotError(f"{self.snapshots} holds no snapshot of this run's history")
+        chunks = load_chunks(path, fragment, self.replica.specs[fragment])
+        if Replica.digest_of_chunks(chunks) != log.digest(fragment, chunks[0].n):
+            raise SnapshotError(f"{path} is not what the journal sealed as version {chunks[0].n}")
+        return chunks
+
+    def _stage(self, fragment: int, chunks: list[StateChunk]) -> ev.Event:
+        self.staged[fragment, chunks[0].chain] = chunks
+        return ev.StateStaged(fragment=fragment, n=chunks[0].n, chain=chunks[0].chain)
 
 
 def _tensor(data: memoryview) -> Tensor:

@@ -28,6 +28,7 @@ from workers.tensor_file import file_digest, save_tensors
 
 TENSORS, META = "tensors.safetensors", "member.json"
 SCHEMA = 1
+REMEDY = "remove the folder {folder}: its island then starts from the committed anchor"
 
 
 class LocalStateError(ValueError):
@@ -110,12 +111,25 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads(path.read_text())
     except ValueError as error:
-        raise LocalStateError(
-            f"{path}: not readable ({error}); remove the folder to start this island afresh"
-        ) from error
+        raise LocalStateError(f"{path}: not readable ({error}); {REMEDY.format(folder=folder)}") from error
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         raise LocalStateError(f"{path}: schema {meta.get('schema')!r}, this version reads {SCHEMA}")
     return meta
+
+
+def check_local(folder: Path) -> bool:
+    """Whether a folder holds a saved state. Raises LocalStateError if it does and cannot be used."""
+    meta = read_meta(folder)
+    if meta is not None:
+        _check_tensors(folder, meta)
+    return meta is not None
+
+
+def _check_tensors(folder: Path, meta: dict[str, Any]) -> Path:
+    path = folder / TENSORS
+    if not path.exists() or file_digest(path) != meta["tensors_digest"]:
+        raise LocalStateError(f"{path}: missing or altered; {REMEDY.format(folder=folder)}")
+    return path
 
 
 def load_local(
@@ -126,10 +140,7 @@ def load_local(
     optimizer: InnerOptimizer,
 ) -> None:
     """Put a saved state back, bit for bit, and remove it: from now on the process is ahead of it."""
-    path = folder / TENSORS
-    if not path.exists() or file_digest(path) != meta["tensors_digest"]:
-        raise LocalStateError(f"{path}: missing or altered; remove the folder to start this island afresh")
-    tensors = load_file(path)
+    tensors = load_file(_check_tensors(folder, meta))
     model.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("live/")})
     import_state(optimizer, model, {n[10:]: v for n, v in tensors.items() if n.startswith("optimizer/")})
     for fragment, part in enumerate(sync.replica.parts):
@@ -159,9 +170,8 @@ def _restore_machine(machine: MemberMachine, meta: dict[str, Any]) -> None:
             offer = _offer(saved["pending"])
             member = f"{meta['name']}.{meta['incarnation']}"
             assert meta["incarnation"] is not None, f"{member} offered before it was a member"
-            state.pending = Pending(
-                offer=offer, id=OfferId(member=machine.member_id(meta["incarnation"]), seq=offer.seq)
-            )
+            offer_id = OfferId(member=machine.member_id(meta["incarnation"]), seq=offer.seq)
+            state.pending = Pending(offer=offer, id=offer_id, published=False)
         fragments.append(state)
     machine.restore(
         incarnation=meta["incarnation"],

@@ -28,10 +28,11 @@ RESEND_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """An offer whose fate is open."""
+    """An offer whose fate is open. `published`: its payload is in this process; that of a stopped one is gone."""
 
     offer: Offer
     id: OfferId
+    published: bool = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,7 +96,6 @@ class MemberMachine:
         self.built: msg.GenesisMade | None = None
         self.dropped_to: int | None = None
         self.drop_asked = ""
-        self.resumed = False
         self.may_rewrite = False  # a new lineage may replace rows that only the lost journal had
         self.waiting = ""
         self.bytes_sent = 0
@@ -151,8 +151,10 @@ class MemberMachine:
                 if n > self.fragments[f].n and self.log.on_path(f, chain):  # else overtaken by a commit, or revoked
                     self.fragments[f].staged = Version(n=n, chain=chain)
                     self.out.append(ev.Wake())
-            case ev.StateFailed(fragment=f):
+            case ev.StateFailed(fragment=f, why=why, from_disk=from_disk):
                 self.fragments[f].fetching_state = False
+                if from_disk:
+                    self._post(msg.FaultSeen(fault="no_state", detail=why))
         return self.out
 
     def attach(self, term: Term) -> tuple[Term | None, tuple[msg.Row, ...]]:
@@ -315,13 +317,13 @@ class MemberMachine:
         """Take up the saved local state of a stopped process: same nonce, same incarnation."""
         self.first_nonce = self.nonce = nonce
         self.incarnation, self.consumed, self.steps = incarnation, consumed, steps
-        self.leases, self.fragments, self.resumed = list(leases), list(fragments), True
+        self.leases, self.fragments = list(leases), list(fragments)
 
-    def _decide_resumed(self) -> None:
-        """An offer that was open when the run stopped: its exchange ended with the old controller unless committed."""
-        self.resumed = False
+    def _withdraw_lost(self) -> None:
+        """An offer that was open when the run stopped is made anew, unless it was committed (and not revoked since)."""
         for fragment, state in enumerate(self.fragments):
-            if state.pending is not None and self.log.next(fragment, state.chain) is None:
+            lost = state.pending is not None and not state.pending.published
+            if lost and self.log.next(fragment, state.chain) is None:
                 state.pending = None
 
     # ------------------------------------------------------------ messages in
@@ -352,8 +354,8 @@ class MemberMachine:
             self._hello()
         else:
             self._rows(new)
-            if self.resumed and new:
-                self._decide_resumed()
+            if new:
+                self._withdraw_lost()
         for body in batch.bodies:
             self._body(body, batch)
         if new:
@@ -423,6 +425,11 @@ class MemberMachine:
                 self._discarded(f, exchange)
             case msg.RevokeQuery() | msg.RevokeCancel():
                 self._revoke(body)
+            case msg.Restore():
+                for fragment, state in enumerate(self.fragments):
+                    if state.n < 0 and state.staged is None and not state.fetching_state:
+                        state.fetching_state = True
+                        self.out.append(ev.LoadState(fragment=fragment))
             case msg.Evaluate() | msg.Save() | msg.Stop():
                 self.out.append(ev.Order(body=body))
                 self.out.append(ev.Wake())
@@ -733,7 +740,7 @@ class MemberMachine:
         if state.assign is not None and state.assign.exchange == exchange:
             state.assign = state.spread = state.have = state.computing = None
             state.results, state.reduced, state.reducing = {}, {}, set()
-        if state.pending is not None:
+        if state.pending is not None and state.pending.published:
             state.posted_s = self.now
             self._post(state.pending.offer)
 
@@ -757,7 +764,7 @@ class MemberMachine:
                 self._join()
             return
         for fragment, state in enumerate(self.fragments):
-            if state.pending is not None and self.now - state.posted_s >= RESEND_S:
+            if state.pending is not None and state.pending.published and self.now - state.posted_s >= RESEND_S:
                 state.posted_s = self.now
                 self._post(state.pending.offer)
             if state.have is not None and self.now - state.have_s >= RESEND_S:

@@ -116,10 +116,11 @@ class StateStaged:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateFailed:
-    """No donor could give a state."""
+    """No donor could give a state, or no snapshot (`from_disk`)."""
 
     fragment: int
     why: str
+    from_disk: bool = False
 
 
 Event = (
@@ -199,6 +200,13 @@ class FetchState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoadState:
+    """Load the state of a fragment from the newest snapshot on disk."""
+
+    fragment: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Forget:
     """Free pieces, payloads and results that nobody can ask for any more."""
 
@@ -228,6 +236,6 @@ class Apply:
 
 
 Command = (
-    Post | BuildGenesis | FetchPieces | Reduce | FetchResults | ComputeNext | VerifyAnchor | FetchState | Forget | Wake
-    | Order
+    Post | BuildGenesis | FetchPieces | Reduce | FetchResults | ComputeNext | VerifyAnchor | FetchState | LoadState
+    | Forget | Wake | Order
 )  # fmt: skip

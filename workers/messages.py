@@ -362,6 +362,11 @@ class RevokeCancel:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Restore:
+    """No living member holds a state: load the newest snapshot on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluate:
     """Evaluate the anchor once every fragment has reached `versions`."""
 
@@ -405,6 +410,7 @@ ControllerBody = (
     | Discarded
     | RevokeQuery
     | RevokeCancel
+    | Restore
     | Evaluate
     | Save
     | Tail

@@ -160,11 +160,15 @@ class CommitRecord(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettleRecord(Record):
-    """The samples of a fenced incarnation got their fates: full, partial, or free again."""
+    """The samples of a fenced incarnation got their fates: full, partial, or free again.
+
+    `lost`: how many of those that are free again it had trained on, as far as it was heard.
+    """
 
     kind: ClassVar[str] = "settle"
     member: str
     incarnation: int
+    lost: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ from strategies.norm import sum_of_squares
 from strategies.registry import decode_payload
 from strategies.strategy import Strategy
 from workers.digest import combine, digest
+from workers.member_rules import residual_after
 
 
 class BadPiece(ValueError):
@@ -302,8 +303,8 @@ class Replica:
         scatter(spec, theta_C, self.tensors, values=where)
 
     def _conclude(self, part: _Part, *, included: bool) -> None:
+        part.residual = residual_after(part.residual, part.next_residual, included=included)
         if included:
-            part.residual = part.next_residual if self.strategy.error_feedback else None
             if part.gradients is not None:
                 if part.displacement is None:
                     part.gradients = None
@@ -381,12 +382,9 @@ class Replica:
                 for own, value in zip(part.states, state.values[1:], strict=True):
                     own[where] = value.to(own.device)
             part.n, part.chain = chunks[0].n, chunks[0].chain
-        if fresh:
-            self._clear(fragment)
-        else:
-            self._conclude(part, included=included)
-            if self.strategy.contribution == "gradient":
-                scatter(spec, part.anchor, self.tensors)
+        self._conclude(part, included=included)
+        if fresh or self.strategy.contribution == "gradient":
+            scatter(spec, part.anchor, self.tensors)
 
     def reset(self) -> None:
         """Drop everything that is not committed: live := anchor, residual := 0 (H4, H9)."""

@@ -187,6 +187,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def check_own_data(
+    data: DataConfig, *, loss_fn: object, dataset: Any, val_dataset: Any, collate: Collate | None
+) -> None:
+    """Look at what a loop brings, before anything starts; raises LoopError."""
+    if val_dataset is not None and loss_fn is None:
+        raise LoopError("val_dataset is evaluated with loss_fn(model, batch): give atoll.Island a loss_fn as well")
+    if data.samples is not None:
+        device = torch.device("cpu")
+        DatasetSamples(dataset, val_dataset, collate=collate, num_samples=data.samples, device=device)
+
+
 def open_source(
     data: DataConfig,
     pack: PackReader | None,

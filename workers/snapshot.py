@@ -15,7 +15,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from workers.replica import Replica
+from strategies.fragments import FragmentSpec, gather
+from workers.record_log import RecordLog
+from workers.replica import Replica, StateChunk
 from workers.tensor_file import file_digest, save_tensors
 
 MANIFEST = "manifest.json"
@@ -92,13 +94,52 @@ def load_states(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path, manifest: dict[str, Any], file: str) -> dict[str, Tensor]:
+    return load_file(_checked_file(path, manifest, file))
+
+
+def _checked_file(path: Path, manifest: dict[str, Any], file: str) -> Path:
     target = path / file
     if not target.exists() or file_digest(target) != manifest["files"][file]:
-        raise SnapshotError(f"{target} is missing or altered; use another snapshot of the run")
-    return load_file(target)
+        raise SnapshotError(f"{target} is missing or altered; remove its folder to use the snapshot before it")
+    return target
 
 
 def newest(folder: Path) -> Path | None:
     """The complete snapshot with the newest versions, or None."""
-    complete = [p for p in folder.iterdir() if p.is_dir() and (p / MANIFEST).exists()] if folder.exists() else []
-    return max(complete, key=lambda p: sum(read_manifest(p)["versions"]), default=None)
+    return next(iter(_complete(folder)), None)
+
+
+def newest_on_path(folder: Path, log: RecordLog) -> Path | None:
+    """The newest complete snapshot whose versions are part of the journal's history, or None."""
+    return next((path for path in _complete(folder) if _is_on_path(read_manifest(path), log)), None)
+
+
+def check_snapshot(path: Path) -> list[tuple[int, str]]:
+    """Version and sealed digest of each fragment, after the files were checked. Raises SnapshotError."""
+    manifest = read_manifest(path)
+    for file in FILES:
+        _checked_file(path, manifest, file)
+    return list(zip(manifest["versions"], manifest["digests"], strict=True))
+
+
+def load_chunks(path: Path, fragment: int, spec: FragmentSpec) -> list[StateChunk]:
+    """One fragment of a snapshot as a donor would have served it. Raises SnapshotError."""
+    manifest = read_manifest(path)
+    n, chain = int(manifest["versions"][fragment]), str(manifest["chains"][fragment])
+    anchor_N, states = gather(spec, load_anchor(path)), load_states(path)
+    places = sorted(int(key.split("/")[2]) for key in states if key.split("/")[1] == str(fragment))
+    mine = [states[f"state/{fragment}/{place}"] for place in places]
+    return [
+        StateChunk(n=n, chain=chain, values=tuple(values[spec.chunk_slice(chunk)] for values in (anchor_N, *mine)))
+        for chunk in range(spec.num_chunks)
+    ]
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The snapshots that have a manifest, newest first."""
+    found = [path for path in folder.iterdir() if (path / MANIFEST).is_file()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: sum(read_manifest(path)["versions"]), reverse=True)
+
+
+def _is_on_path(manifest: dict[str, Any], log: RecordLog) -> bool:
+    return all(log.on_path(fragment, chain) for fragment, chain in enumerate(manifest["chains"]))

@@ -15,14 +15,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from pathlib import Path
 
 from strategies.codecs.base import NonFiniteError
 from workers import member_events as ev
+from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
+from workers.actions import Action, EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.member import MemberMachine
-from workers.ranges import Range
 from workers.record_log import GENESIS_CHAIN
 from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateTorn, as_bytes
@@ -41,46 +43,6 @@ class SyncSettings:
     total_samples: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainOn:
-    """Make one inner step on these sample positions."""
-
-    ranges: tuple[Range, ...]
-    progress: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateNow:
-    """Evaluate the anchor, then call `evaluated`."""
-
-    samples: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SaveNow:
-    """Write a snapshot or the local state, then call `saved`."""
-
-    order: msg.Save
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WaitFor:
-    """Nothing to do yet: wait for a change, at most `timeout_s`."""
-
-    reason: str
-    timeout_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
-    """The controller asks to stop; `save` = write the local state first."""
-
-    save: bool
-
-
-Action = TrainOn | EvaluateNow | SaveNow | WaitFor | Finished
-
-
 class IslandSync:
     """One member: its machine, its tensors and its transport."""
 
@@ -95,9 +57,13 @@ class IslandSync:
         clock: Callable[[], float],
         settings: SyncSettings,
         executor: Executor | None = None,
+        snapshots: Path | None = None,
         on_reset: Callable[[], None] | None = None,
     ) -> None:
-        """`post` hands an envelope to the controller and must not block; `executor` None = everything inline."""
+        """`post` hands an envelope to the controller and must not block; `executor` None = everything inline.
+
+        `snapshots`: the folder of the run's durable snapshots.
+        """
         self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
         self.post, self.clock, self.settings, self.executor = post, clock, settings, executor
         self.on_reset = on_reset
@@ -122,6 +88,7 @@ class IslandSync:
             lock=self.changed,
             timeout_s=settings.timeout_s,
             threaded=executor is not None,
+            snapshots=snapshots,
         )
         self._thread: threading.Thread | None = None
         self.base_samples = 0
@@ -223,6 +190,8 @@ class IslandSync:
                     self._work(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
                 case ev.VerifyAnchor():
                     self._work(lambda c=command: self.jobs.verify_anchor(c))  # type: ignore[misc]
+                case ev.LoadState():
+                    self._work(lambda c=command: self.jobs.load_state(c))  # type: ignore[misc]
                 case ev.FetchState():
                     self._work(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
         self._flush()
@@ -321,12 +290,15 @@ class IslandSync:
             self.marks = [self.total_steps for _ in self.marks]
 
     def _take_states(self) -> None:
+        for key in list(self.jobs.staged):
+            if self.jobs.staged[key][0].n <= self.replica.parts[key[0]].n:
+                self.jobs.staged.pop(key, None)  # overtaken by a commit
         for fragment, state in enumerate(self.machine.fragments):
             if state.staged is None:
                 continue
             record = self.machine.log.next(fragment, state.chain) if state.n >= 0 else None
             pending = state.pending
-            included = record is not None and pending is not None and any(e.offer == pending.id for e in record.roster)
+            included = record is not None and pending is not None and rules.included(record, pending.id)
             fresh = not self.steps_done  # nothing uncommitted: the live parameters are the anchor
             self.replica.install(
                 fragment, self.jobs.staged.pop((fragment, state.staged.chain)), included=included, fresh=fresh

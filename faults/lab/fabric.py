@@ -11,14 +11,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 from random import Random
 from typing import Any
 
 from faults.lab.errors import LabError
 from faults.lab.links import Link, Shape
-from faults.lab.segments import split, wire_bytes, without
+from faults.lab.segments import Run, runs_of, runs_without, take_runs, wire_bytes
 
-EARLY_S = 2e-4
+EARLY_S = 5e-4
 """What is due so soon is due now: it is not worth another turn of the loop."""
 
 LATE_S = 1e-3
@@ -36,7 +37,7 @@ class RoutePlan:
 
 @dataclass(slots=True, eq=False)
 class Route:
-    """A way in operation. `is_plain`: a frame may be handed over at once."""
+    """A way in operation. `is_plain`: a frame may be handed over at once; `exit_fd`: where, for the caller to know."""
 
     source: str
     target: str
@@ -44,6 +45,7 @@ class Route:
     is_cut: bool = False
     is_plain: bool = True
     max_packets: int = 1
+    exit_fd: int = -1
 
     def refresh(self) -> None:
         """Look at the links again after one has changed."""
@@ -96,9 +98,7 @@ class Fabric:
             name: Link(name, Random(f"{self.seed}/{name}").random, shape) for name, shape in self.shapes.items()
         }
         self.routes = {
-            (plan.source, plan.target): Route(
-                plan.source, plan.target, tuple(self.links[name] for name in plan.links)
-            )
+            (plan.source, plan.target): Route(plan.source, plan.target, tuple(self.links[name] for name in plan.links))
             for plan in self.plans
         }
         self._refresh()
@@ -124,11 +124,14 @@ class Fabric:
         """
         if route.is_cut:
             route.links[0].counters.dropped_cut += num_packets
-        elif num_packets <= route.max_packets:
-            self._advance(_Transit(route, frame, num_packets, num_bytes), now_s, now_s)
+            return
+        transit = _Transit(route, frame, num_packets, num_bytes)
+        if num_packets <= route.max_packets:
+            self._advance(transit, now_s, now_s)
         else:
-            parts = split(frame, route.max_packets)
-            self._advance_parts(_Transit(route, frame, num_packets, num_bytes), parts, now_s, now_s)
+            runs = runs_of(num_packets, route.max_packets)
+            for part in _parts(transit, runs):
+                self._advance(part, now_s, now_s)
 
     def due(self, now_s: float) -> list[tuple[Route, bytes]]:
         """What has arrived by `now_s`, in order of time: to be handed over to the target of each route."""
@@ -186,18 +189,25 @@ class Fabric:
             transit.hop += 1
             at_s = arrival_s
             if link.has_loss and (lost := link.lose(transit.num_packets)):
-                return self._advance_parts(transit, without(transit.frame, lost), at_s, now_s)
+                for part in _parts(transit, runs_without(transit.num_packets, lost)):
+                    self._leave(part, link, at_s, now_s)
+                return
+            if link.has_jitter:
+                self._leave(transit, link, at_s, now_s)
+                return
         self._count += 1
         heappush(self._heap, (at_s, self._count, transit))
-        return None
 
-    def _advance_parts(
-        self, whole: _Transit, parts: Sequence[tuple[bytes, int]], at_s: float, now_s: float
-    ) -> None:
-        """Take parts of a frame on from where the whole stands; each has its own bytes on the wire."""
-        for frame, num_packets in parts:
-            part = _Transit(whole.route, frame, num_packets, wire_bytes(frame, len(frame)), whole.hop)
-            self._advance(part, at_s, now_s)
+    def _leave(self, transit: _Transit, link: Link, at_s: float, now_s: float) -> None:
+        """Take a frame on whose packets arrive at the end of a link at `at_s`, give or take its jitter."""
+        if not link.has_jitter:
+            self._advance(transit, at_s, now_s)
+            return
+        groups = link.scatter(at_s, transit.num_packets)
+        ends = list(accumulate(num for num, _ in groups))
+        runs = list(zip([0, *ends], ends, strict=False))
+        for part, (_, arrival_s) in zip(_parts(transit, runs), groups, strict=True):
+            self._advance(part, arrival_s, now_s)
 
     def _note(self, late_s: float) -> None:
         punctuality = self.punctuality
@@ -206,3 +216,14 @@ class Fabric:
             punctuality.num_late += 1
         if late_s > punctuality.worst_s:
             punctuality.worst_s = late_s
+
+
+def _parts(whole: _Transit, runs: Sequence[Run]) -> list[_Transit]:
+    """Runs of the packets of a frame, each standing where the whole stands."""
+    if runs == [(0, whole.num_packets)]:
+        return [whole]
+    frames = take_runs(whole.frame, runs)
+    return [
+        _Transit(whole.route, frame, end - start, wire_bytes(frame, len(frame)), whole.hop)
+        for frame, (start, end) in zip(frames, runs, strict=True)
+    ]

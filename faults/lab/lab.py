@@ -53,9 +53,7 @@ class Lab:
         root: where its state is kept.
     """
 
-    def __init__(
-        self, topology: Topology, *, name: str | None = None, seed: int = 0, root: Path = STATE_ROOT
-    ) -> None:
+    def __init__(self, topology: Topology, *, name: str | None = None, seed: int = 0, root: Path = STATE_ROOT) -> None:
         self.topology = topology
         self.name = name or secrets.token_hex(3)
         self.seed = seed

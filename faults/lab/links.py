@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 DEFAULT_QUEUE_MS = 200.0
 MTU_BYTES = 1500
-TRAIN_S = 0.001
+TRAIN_S = 0.002
 """Packets that travel as one frame take no longer than this on the wire, unless it is a single one."""
 
 
@@ -67,6 +67,8 @@ class Link:
     counters: Counters = field(default_factory=Counters)
     is_plain: bool = field(init=False)
     is_ordered: bool = field(init=False)
+    has_jitter: bool = field(init=False)
+    has_loss: bool = field(init=False)
     max_packets: int = field(init=False)
     _s_per_byte: float = field(init=False)
     _queue_s: float = field(init=False)
@@ -89,16 +91,13 @@ class Link:
         self._jitter_s = shape.jitter_ms / 1e3
         self._until_loss = self._draw_gap()
         self.is_plain = shape.is_plain
-        self.is_ordered = rate is not None or shape.jitter_ms > 0
+        self.has_jitter = shape.jitter_ms > 0
+        self.has_loss = shape.loss > 0
+        self.is_ordered = rate is not None or self.has_jitter
         self.max_packets = max_train(shape)
 
-    @property
-    def has_loss(self) -> bool:
-        """Whether packets get lost here."""
-        return self.shape.loss > 0
-
     def carry(self, at_s: float, num_bytes: int, num_packets: int) -> float | None:
-        """Take a frame that comes at `at_s`; return when it arrives at the other end, or None if the queue is full."""
+        """Take a frame that comes at `at_s`; return when it arrives without jitter, or None if the queue is full."""
         counters = self.counters
         if self._s_per_byte:
             leaves_s = self._free_at_s if self._free_at_s > at_s else at_s
@@ -108,11 +107,24 @@ class Link:
             at_s = self._free_at_s = leaves_s + num_bytes * self._s_per_byte
         counters.num_bytes += num_bytes
         counters.num_packets += num_packets
-        arrival_s = at_s + self._delay_s
-        if self._jitter_s:
-            arrival_s = max(arrival_s + self._jitter_s * self.random(), self._last_arrival_s)
-            self._last_arrival_s = arrival_s
-        return arrival_s
+        return at_s + self._delay_s
+
+    def scatter(self, arrival_s: float, num_packets: int) -> list[tuple[int, float]]:
+        """When packets that would arrive together do arrive, with jitter: (how many, when), in order.
+
+        Each is late by a time of its own, but none overtakes: what catches up with the one before comes with it.
+        """
+        groups: list[tuple[int, float]] = []
+        last_s, num = self._last_arrival_s, 0
+        for _ in range(num_packets):
+            own_s = arrival_s + self._jitter_s * self.random()
+            if own_s > last_s:
+                if num:
+                    groups.append((num, last_s))
+                last_s, num = own_s, 0
+            num += 1
+        self._last_arrival_s = last_s
+        return [*groups, (num, last_s)]
 
     def lose(self, num_packets: int) -> list[int]:
         """The numbers of those of the next `num_packets` packets that are lost."""
@@ -138,9 +150,7 @@ class Link:
 
 
 def max_train(shape: Shape) -> int:
-    """Most packets of MTU size that may travel as one frame: one with jitter, else what passes in `TRAIN_S`."""
-    if shape.jitter_ms > 0:
-        return 1
+    """Most packets of MTU size that may travel as one frame: what passes in `TRAIN_S`."""
     if shape.rate_mbit is None:
         return 1 << 16
     return max(1, int(TRAIN_S * shape.rate_mbit * 1e6 / 8 / MTU_BYTES))

@@ -87,9 +87,7 @@ def fill_streams(
         arguments = ("stream", lab.address(target), port, seconds, num_streams)
         sent = _finish(lab.popen(source, _probe(*arguments), **_PIPES))
         result = _finish(sink)
-    return Streams(
-        goodput_mbit=result["goodput_mbit"], num_bytes=result["num_bytes"], congestion=sent["congestion"]
-    )
+    return Streams(goodput_mbit=result["goodput_mbit"], num_bytes=result["num_bytes"], congestion=sent["congestion"])
 
 
 _PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

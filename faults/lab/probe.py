@@ -1,8 +1,8 @@
 """Packets and bytes between two nodes, timed: `probe.py ROLE ...` (by path on a node; imports nothing of ours).
 
-Called by `faults.lab.measure` alone. All nodes share one machine and so one clock: a packet's delay is the time at which
-the kernel received it minus the time of sending that it carries. The receiving roles print their port, then, when they
-are done, one JSON object.
+Called by `faults.lab.measure` alone. All nodes share one machine and so one clock: a packet's delay is the time at
+which the kernel received it minus the time of sending that it carries. The receiving roles print their port, then, when
+they are done, one JSON object.
 
     receive HOST NUM IDLE_S      datagrams until NUM came, or none for IDLE_S
     send HOST PORT NUM SIZE RATE_MBIT
@@ -16,10 +16,13 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
+from itertools import pairwise
 
 STAMP = struct.Struct("!Iq")
 HEADERS_BYTES = 28
 BUFFER_BYTES = 1 << 20
+_SO_RCVBUFFORCE = 33
 _SO_TIMESTAMPNS = 35
 _TIMESPEC = struct.Struct("@qq")
 
@@ -28,12 +31,14 @@ def receive(host: str, num: str, idle_s: str) -> None:
     """Count datagrams and their delays."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     # As root, beyond the limit of the machine: no datagram is lost here while this process waits for the CPU.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE if hasattr(socket, "SO_RCVBUFFORCE") else 33, 1 << 27)
+    listener.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 27)
     listener.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
     listener.bind((host, 0))
     _say({"port": listener.getsockname()[1]})
     listener.settimeout(60)
-    delays_us, numbers, num_bytes = [], [], 0
+    delays_us: list[float] = []
+    numbers: list[int] = []
+    num_bytes = 0
     first_ns = last_ns = 0
     while len(numbers) < int(num):
         try:
@@ -51,7 +56,7 @@ def receive(host: str, num: str, idle_s: str) -> None:
         numbers.append(number)
         delays_us.append((last_ns - sent_ns) / 1e3)
     span_s = (last_ns - first_ns) / 1e9
-    num_swapped = sum(later < earlier for earlier, later in zip(numbers, numbers[1:]))
+    num_swapped = sum(later < earlier for earlier, later in pairwise(numbers))
     _say(
         {
             "numbers": len(set(numbers)),
@@ -120,5 +125,11 @@ def _say(message: object) -> None:
     print(json.dumps(message), flush=True)
 
 
+def main(role: str, arguments: list[str]) -> None:
+    """Play one role."""
+    roles: dict[str, Callable[..., None]] = {"receive": receive, "send": send, "sink": sink, "stream": stream}
+    roles[role](*arguments)
+
+
 if __name__ == "__main__":
-    {"receive": receive, "send": send, "sink": sink, "stream": stream}[sys.argv[1]](*sys.argv[2:])
+    main(sys.argv[1], sys.argv[2:])

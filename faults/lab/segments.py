@@ -2,15 +2,17 @@
 
 A frame is what a TAP device with a virtio header gives: 10 bytes of header (flags, gso type, header length, gso size,
 start and place of the checksum), then Ethernet. With offload on, the kernel hands over up to 64 KB of TCP at once and
-leaves the checksum to whoever segments. We segment only as far as a link needs it: into single packets where each has
-its own fate, else into runs of packets ("trains") that are valid offload frames again, which costs far less.
+leaves the checksum to whoever segments. Loss and jitter decide on every packet; those that stay together in time travel
+on as one frame, which is a valid offload frame again and costs far less than its packets would.
 
 Layouts: Linux `include/uapi/linux/virtio_net.h`; RFC 791 and RFC 9293 for the fields that change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from struct import Struct
 
 VNET_BYTES = 10
@@ -19,6 +21,9 @@ OVERHEAD_BYTES = VNET_BYTES + ETHERNET_BYTES
 NEEDS_CHECKSUM = 1
 GSO_NONE = 0
 GSO_TCPV4 = 1
+
+Run = tuple[int, int]
+"""Packets of a frame: the number of the first one, and that of the one behind the last."""
 
 VNET = Struct("<BBHHHH")
 _FIN_PSH = 0x09
@@ -73,26 +78,24 @@ def layout(frame: bytes | bytearray | memoryview, length: int) -> Layout:
     return Layout(ip=ip, tcp=tcp, payload=payload, gso_size=gso_size, num_packets=max(1, num))
 
 
-def split(frame: bytes, max_packets: int) -> list[tuple[bytes, int]]:
-    """A frame as trains of at most `max_packets` packets, each with its number of packets, in order."""
+def take_runs(frame: bytes, runs: Sequence[Run]) -> list[bytes]:
+    """Runs of the packets of a frame, each as a frame of its own; a run of the whole is the frame itself."""
     if frame[1] == GSO_NONE:
-        return [(frame, 1)]
+        return [frame for _ in runs]
     parts = layout(frame, len(frame))
-    if parts.num_packets <= max_packets:
-        return [(frame, parts.num_packets)]
-    starts = range(0, parts.num_packets, max_packets)
-    ends = [min(start + max_packets, parts.num_packets) for start in starts]
-    return [(_take(frame, parts, start, end), end - start) for start, end in zip(starts, ends, strict=True)]
+    whole = (0, parts.num_packets)
+    return [frame if run == whole else _take(frame, parts, *run) for run in runs]
 
 
-def without(frame: bytes, lost: list[int]) -> list[tuple[bytes, int]]:
-    """What is left of a train when some of its packets (by number, in order) are lost: the runs between them."""
-    if frame[1] == GSO_NONE:
-        return []
-    parts = layout(frame, len(frame))
-    bounds = [-1, *lost, parts.num_packets]
-    runs = [(before + 1, after) for before, after in zip(bounds, bounds[1:], strict=False) if after > before + 1]
-    return [(_take(frame, parts, start, end), end - start) for start, end in runs]
+def runs_of(num_packets: int, max_packets: int) -> list[Run]:
+    """All packets, in runs of at most `max_packets`."""
+    return [(start, min(start + max_packets, num_packets)) for start in range(0, num_packets, max_packets)]
+
+
+def runs_without(num_packets: int, lost: Sequence[int]) -> list[Run]:
+    """The runs that are left between those packets (by number, in order) that are lost."""
+    bounds = [-1, *lost, num_packets]
+    return [(before + 1, after) for before, after in pairwise(bounds) if after > before + 1]
 
 
 def _take(frame: bytes, parts: Layout, start: int, end: int) -> bytes:

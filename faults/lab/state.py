@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ class LabStates:
             values = json.loads((self.path(name) / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        processes = {key: ProcessId(**values[key]) if values[key] else None for key in ("owner", "switch")}
-        return replace(LabRecord(**(values | {"owner": None, "switch": None})), **processes)
+        for key in ("owner", "switch"):
+            values[key] = ProcessId(**values[key]) if values[key] else None
+        return LabRecord(**values)
 
     def names(self) -> list[str]:
         """The labs that are recorded."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import select
 import socket
@@ -35,7 +36,7 @@ PLAN = "switch.json"
 MAX_FRAME_BYTES = 1 << 17
 FRAMES_IN_A_ROW = 32
 RETRY_S = 0.1
-TURN_S = 5e-4
+TURN_S = 1e-3
 BURST = 8
 MAX_MESSAGE_BYTES = 1 << 20
 # gso type is byte 1 of the virtio header; the destination address comes right behind that header.
@@ -51,7 +52,7 @@ class Port:
         self.routes = routes
         self.num_unroutable = 0
         self.num_refused = 0
-        self.retry_s: float | None = None
+        self.is_down = False
 
 
 @dataclass(slots=True)
@@ -77,13 +78,16 @@ class Switch:
     def __init__(self, fabric: Fabric, ports: list[Port], listener: socket.socket) -> None:
         self.fabric = fabric
         self.ports = {port.fd: port for port in ports}
-        self.port_of = {port.node: port for port in ports}
+        port_of = {port.node: port for port in ports}
+        for route in fabric.routes.values():
+            route.exit_fd = port_of[route.target].fd
         self.listener = listener
         self.connections: dict[int, socket.socket] = {}
         self.is_owned = True
         self.scheduling = "normal"
         self.pace = Pace()
         self._hurries = False
+        self._retry_s = math.inf
         self._buffer = bytearray(MAX_FRAME_BYTES)
         self._view = memoryview(self._buffer)
         self._fds: list[int] = []
@@ -104,12 +108,13 @@ class Switch:
                     self._forward(port, clock, fabric)
                 elif not self._serve(fd):
                     return
-            self._retry(clock())
+            if clock() >= self._retry_s:
+                self._retry()
 
     def _patience_s(self, now_s: float) -> float | None:
         """How long there is nothing to do unless something comes; None = for ever."""
-        until_s = min([self.fabric.next_s, *(p.retry_s for p in self.ports.values() if p.retry_s is not None)])
-        return None if until_s == float("inf") else max(0.0, until_s - now_s)
+        until_s = min(self.fabric.next_s, self._retry_s)
+        return None if until_s == math.inf else max(0.0, until_s - now_s)
 
     def _forward(self, port: Port, clock: Callable[[], float], fabric: Fabric) -> None:
         """Take what a node sends: not too much in a row, and not beyond the time when something else is due."""
@@ -121,7 +126,8 @@ class Switch:
                 return
             except OSError:
                 # Its interface is down or gone. Asking again at once would turn the loop into a spin.
-                port.retry_s = clock() + RETRY_S
+                port.is_down = True
+                self._retry_s = clock() + RETRY_S
                 self._watch()
                 return
             gso_type, address = _HEAD.unpack_from(buffer)
@@ -138,7 +144,10 @@ class Switch:
             if route.is_plain:
                 self._hurries = True
                 route.count(num_bytes, num_packets)
-                self._write(route, view[:length])
+                try:
+                    os.write(route.exit_fd, view[:length])
+                except OSError:
+                    self._refused(route)
                 if fabric.next_s > clock():
                     continue
             else:
@@ -150,27 +159,27 @@ class Switch:
             self._deliver(clock())
 
     def _deliver(self, now_s: float) -> None:
+        write = os.write
         for route, frame in self.fabric.due(now_s):
-            self._write(route, frame)
+            try:
+                write(route.exit_fd, frame)
+            except OSError:
+                self._refused(route)
 
-    def _write(self, route: Route, frame: bytes | memoryview) -> None:
-        port = self.port_of[route.target]
-        try:
-            os.write(port.fd, frame)
-        except OSError:
-            # The node's interface is down: a packet to a host that is off goes nowhere.
-            port.num_refused += 1
+    def _refused(self, route: Route) -> None:
+        """A node's interface is down: a packet to a host that is off goes nowhere."""
+        self.ports[route.exit_fd].num_refused += 1
 
-    def _retry(self, now_s: float) -> None:
-        waiting = [port for port in self.ports.values() if port.retry_s is not None and port.retry_s <= now_s]
-        for port in waiting:
-            port.retry_s = None
-        if waiting:
-            self._watch()
+    def _retry(self) -> None:
+        """Look again at interfaces that were down."""
+        self._retry_s = math.inf
+        for port in self.ports.values():
+            port.is_down = False
+        self._watch()
 
     def _watch(self) -> None:
         """Rebuild the list of what to wait for."""
-        self._fds = [fd for fd, port in self.ports.items() if port.retry_s is None]
+        self._fds = [fd for fd, port in self.ports.items() if not port.is_down]
         self._fds += [self.listener.fileno(), *self.connections]
         if self.is_owned:
             self._fds.append(sys.stdin.fileno())

@@ -1,4 +1,4 @@
-"""TAP devices inside other network namespaces: what a node writes to its interface, we read, and the other way round."""
+"""TAP devices in other network namespaces: what a node writes to its interface, we read, and the other way round."""
 
 from __future__ import annotations
 

@@ -274,7 +274,8 @@ def _check_network(topology: Topology) -> None:
         _refuse("network", f"network = {topology.network!r} is no IPv4 network: {error}", "10.201.7.0/24")
     num = len(topology.node_names())
     if network.num_addresses - 2 < num or not network.is_private:
-        _refuse("network", f"network = {topology.network!r} is not private or too small for {num} nodes", "10.201.7.0/24")
+        problem = f"network = {topology.network!r} is not private, or too small for {num} nodes"
+        _refuse("network", problem, "10.201.7.0/24")
 
 
 def _refuse(key: str, message: str, remedy: str) -> NoReturn:

@@ -36,6 +36,9 @@ COMMANDS = {
     "sample": LazyCommand(target="orchestrator.cli.artifacts:sample", help="Let the trained model go on with a text."),
     "runs": LazyCommand(target="orchestrator.cli.inspect:runs", help="List the runs."),
     "data": LazyCommand(target="orchestrator.cli.data:data", help="Pack text into token shards."),
+    "lab": LazyCommand(
+        target="orchestrator.cli.lab:lab", help="Several hosts on this machine, joined by emulated links."
+    ),
     "config": LazyCommand(target="orchestrator.cli.config:config", help="Show and check configurations."),
 }
 

@@ -236,12 +236,11 @@ class Replica:
         part.hi, part.lo = [c.hi for c in chunks], [c.lo for c in chunks]
         part.trail = [c.trail for c in chunks]
         part.n, part.chain = chunks[0].n, chunks[0].chain
-        if fresh:
-            self._clear(part)
-            return
         if included:
             part.d &= ~(part.held if part.held is not None else part.d)
         self._conclude(part, included=included)
+        if fresh:
+            part.d = 0
 
     def reset(self) -> None:
         """Drop everything that is not committed."""

@@ -50,7 +50,7 @@ def use_cache_dir(path: str) -> None:
 
 
 def load_kernels(name: Kernels) -> ModuleType:
-    """Import a file of compiled codecs (0.3 s for numba; each kernel is compiled or read from numba's cache at its first call).
+    """Import a file of compiled codecs; each kernel is compiled, or read from numba's cache, at its first call.
 
     Raises ValueError when numba is installed but cannot be imported, for example beside an unsupported numpy.
     """

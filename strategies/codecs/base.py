@@ -134,8 +134,10 @@ def new_payload(codec: Codec, values_N: Tensor) -> Tensor:
     require_little_endian()
     num_values = values_N.numel()
     payload = torch.empty(codec.num_bytes(num_values), dtype=torch.uint8, device=values_N.device)
-    header = bytearray(_FRAME.pack(_MAGIC, codec.codec_id, codec.block, num_values))
-    payload[:HEADER_BYTES].copy_(torch.frombuffer(header, dtype=torch.uint8))
+    header = payload if payload.is_cpu else torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    _FRAME.pack_into(header.numpy().data, 0, _MAGIC, codec.codec_id, codec.block, num_values)
+    if header is not payload:
+        payload[:HEADER_BYTES].copy_(header)
     return payload
 
 
@@ -145,14 +147,15 @@ def read_header(payload: Tensor) -> Header:
         raise PayloadError(f"a payload is flat contiguous uint8, got {payload.dtype} of shape {tuple(payload.shape)}")
     if payload.numel() < HEADER_BYTES:
         raise PayloadError(f"payload of {payload.numel()} bytes; its header alone has {HEADER_BYTES}")
-    magic, codec_id, block, num_values = _FRAME.unpack(payload[:HEADER_BYTES].cpu().numpy().tobytes())
+    header = payload if payload.is_cpu else payload[:HEADER_BYTES].cpu()
+    magic, codec_id, block, num_values = _FRAME.unpack_from(header.numpy().data)
     if magic != _MAGIC:
         raise PayloadError(f"payload starts with {magic!r} instead of {_MAGIC!r}")
     return Header(codec_id, block, num_values)
 
 
-def open_payload(codec: Codec, payload: Tensor, num_values: int) -> Tensor:
-    """Check frame and length of a payload against the codec and return its body, aligned to 4 bytes.
+def check_frame(codec: Codec, payload: Tensor, num_values: int) -> Tensor:
+    """Check frame and length of a payload against the codec and return it, aligned to 4 bytes (a copy if need be).
 
     Raises PayloadError saying what differs.
     """
@@ -166,9 +169,13 @@ def open_payload(codec: Codec, payload: Tensor, num_values: int) -> Tensor:
     ):
         if found != wanted:
             raise PayloadError(f"payload for codec {codec.name!r}: {what} is {found}, expected {wanted}")
-    body = payload[HEADER_BYTES:]
     # A payload cut out of a network buffer may start anywhere; fp32 views need its alignment.
-    return body if body.storage_offset() % 4 == 0 and body.data_ptr() % 4 == 0 else body.clone()
+    return payload if payload.storage_offset() % 4 == 0 and payload.data_ptr() % 4 == 0 else payload.clone()
+
+
+def open_payload(codec: Codec, payload: Tensor, num_values: int) -> Tensor:
+    """Check a payload as `check_frame` does and return its body."""
+    return check_frame(codec, payload, num_values)[HEADER_BYTES:]
 
 
 def output_for(payload: Tensor, num_values: int, out: Tensor | None) -> Tensor:

@@ -25,18 +25,16 @@ from strategies.codecs.base import (
     HEADER_BYTES,
     NonFiniteError,
     PayloadError,
+    check_frame,
     check_values,
     largest_magnitude,
     new_payload,
-    open_payload,
     output_for,
 )
 from strategies.elementwise import scalar_like, values_per_pass
 from strategies.norm import ROW_VALUES
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     import numpy as np
 
 MAX_BLOCK = (1 << 32) - 1
@@ -71,7 +69,6 @@ class Blockwise:
     lossy: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     values_per_byte: ClassVar[int]
-    kernels: ClassVar[Kernels] = "numba_dense"
     # scale = magnitude / levels, `rounding` added to its bits, `dropped_bits` of them cleared.
     levels: ClassVar[float] = 1.0
     rounding: ClassVar[int] = 0
@@ -80,6 +77,10 @@ class Blockwise:
     min_scale: ClassVar[float]
     # Largest scale with which every code decodes to a finite value.
     max_scale: ClassVar[float]
+    # The compiled form: its file and the names of its functions.
+    kernels: ClassVar[Kernels] = "numba_dense"
+    encode_kernel: ClassVar[str]
+    decode_kernel: ClassVar[str]
 
     def __post_init__(self) -> None:
         """Check the block size, and that the backend is there."""
@@ -105,34 +106,33 @@ class Blockwise:
         """See `Codec.encode`. Raises NonFiniteError if a block holds NaN, infinity or a number within a hair of it."""
         check_values(values_N)
         payload = new_payload(self, values_N)
-        body = self._body(payload[HEADER_BYTES:], values_N.numel())
         # The torch form says what is wrong with values that the compiled one refuses.
-        if not (self._runs_compiled(values_N) and self._compiled_encode(values_N, body)):
-            self._torch_encode(values_N, body)
+        if not (self._runs_compiled(values_N) and self._compiled_encode(values_N, payload)):
+            self._torch_encode(values_N, self._body(payload, values_N.numel()))
         return payload
 
     def decode(self, payload: Tensor, *, num_values: int, out: Tensor | None = None) -> Tensor:
         """See `Codec.decode`. Scales that no encoder writes are refused, so the values are always finite."""
-        body = self._open(payload, num_values)
+        payload = check_frame(self, payload, num_values)
         out_N = output_for(payload, num_values, out)
-        self._decode(body, out_N)
+        if not (self._runs_compiled(payload) and self._compiled_decode(payload, num_values, 0, out_N)):
+            self._torch_decode(self._checked_body(payload, num_values), out_N)
         return out_N
 
     def decode_parts(self, payload: Tensor, *, num_values: int) -> Iterator[tuple[slice, Tensor]]:
         """See `Codec.decode_parts`; one part if no multiple of the block and of `ROW_VALUES` fits into a pass."""
-        body = self._open(payload, num_values)
+        payload = check_frame(self, payload, num_values)
+        body = self._checked_body(payload, num_values)
         length = math.lcm(self.block, ROW_VALUES)
         length *= max(values_per_pass(payload) // length, 1)
         scratch = torch.empty(min(length, num_values), dtype=torch.float32, device=payload.device)
-        return self._decoded_parts(body, num_values, scratch)
-
-    def _decoded_parts(self, body: Body, num_values: int, scratch: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, num_values, max(scratch.numel(), 1)):
-            stop = min(start + scratch.numel(), num_values)
+        for start in range(0, num_values, length):
+            stop = min(start + length, num_values)
             part = scratch[: stop - start]
-            scales_R = body.scales_R[start // self.block : self.num_blocks(stop)]
-            codes = body.codes[self.num_code_bytes(start) : self.num_code_bytes(stop)]
-            self._decode(Body(scales_R, codes), part)
+            if not (self._runs_compiled(payload) and self._compiled_decode(payload, num_values, start, part)):
+                scales_R = body.scales_R[start // self.block : self.num_blocks(stop)]
+                codes = body.codes[self.num_code_bytes(start) : self.num_code_bytes(stop)]
+                self._torch_decode(Body(scales_R, codes), part)
             yield slice(start, stop), part
 
     # ------------------------------------------------------------ frame
@@ -140,29 +140,27 @@ class Blockwise:
     def _bytes_of(self, width: int) -> int:
         return -(-width // self.values_per_byte)
 
-    def _body(self, body: Tensor, num_values: int) -> Body:
-        scale_bytes = 4 * self.num_blocks(num_values)
-        return Body(body[:scale_bytes].view(torch.float32), body[scale_bytes:])
+    def _body(self, payload: Tensor, num_values: int) -> Body:
+        scales_end = HEADER_BYTES + 4 * self.num_blocks(num_values)
+        return Body(payload[HEADER_BYTES:scales_end].view(torch.float32), payload[scales_end:])
 
-    def _open(self, payload: Tensor, num_values: int) -> Body:
-        body = self._body(open_payload(self, payload, num_values), num_values)
+    def _checked_body(self, payload: Tensor, num_values: int) -> Body:
+        body = self._body(payload, num_values)
         if body.scales_R.numel() > 0:
             low, high = (float(bound) for bound in torch.aminmax(body.scales_R))
             if not (low >= 0.0 and high <= self.max_scale):
                 raise PayloadError(
                     f"payload for codec {self.name!r}: scales lie between {low} and {high}, which no encoder writes"
                 )
-            self._check_padding(body, num_values)
+        whole, rest = divmod(num_values, self.block)
+        border = whole * self._bytes_of(self.block)
+        self._check_padding(body.codes[:border], whole, self.block)
+        self._check_padding(body.codes[border:], min(rest, 1), rest)
         return body
 
-    def _check_padding(self, body: Body, num_values: int) -> None:
-        whole, rest = divmod(num_values, self.block)
-        row_bytes = self._bytes_of(self.block)
-        groups = [(body.codes[: whole * row_bytes].view(whole, row_bytes), self.block)]
-        groups.append((body.codes[whole * row_bytes :].view(1, -1), rest))
-        for codes_RC, width in groups:
-            if width % self.values_per_byte and codes_RC.shape[0] and bool(self._padding(codes_RC, width).any()):
-                raise PayloadError(f"payload for codec {self.name!r}: bits behind the last value of a block are set")
+    def _check_padding(self, codes: Tensor, num_blocks: int, width: int) -> None:
+        if width % self.values_per_byte and num_blocks and bool(self._padding(codes.view(num_blocks, -1), width).any()):
+            raise PayloadError(f"payload for codec {self.name!r}: bits behind the last value of a block are set")
 
     def _rows(self, values_N: Tensor) -> Iterator[Rows]:
         """Yield ranges of whole blocks that fit into a pass; the short last block by itself."""
@@ -199,16 +197,10 @@ class Blockwise:
         scales_R.view(torch.int32).add_(self.rounding).bitwise_and_(-1 << self.dropped_bits)
         scales_R.masked_fill_(scales_R < self.min_scale, 0.0)
         if largest_magnitude(scales_R) > self.max_scale:
-            raise NonFiniteError(
-                f"codec {self.name!r}: the largest magnitude is {largest}, too near the end of fp32"
-            )
+            raise NonFiniteError(f"codec {self.name!r}: the largest magnitude is {largest}, too near the end of fp32")
         return scales_R
 
-    def _decode(self, body: Body, out_N: Tensor) -> None:
-        if self._runs_compiled(out_N):
-            kernel = getattr(load_kernels(self.kernels), f"{self.decoder}_decode")
-            kernel(as_array(body.scales_R), as_array(body.codes), self.block, as_array(out_N))
-            return
+    def _torch_decode(self, body: Body, out_N: Tensor) -> None:
         for rows in self._rows(out_N):
             codes_RC = body.codes[rows.codes].view(-1, self._bytes_of(rows.width))
             self._decode_rows(body.scales_R[rows.blocks], codes_RC, out_N[rows.values].view(-1, rows.width))
@@ -230,17 +222,21 @@ class Blockwise:
 
     # ------------------------------------------------------------ the compiled form
 
-    def _runs_compiled(self, values_N: Tensor) -> bool:
-        return self.backend == "numba" and values_N.device.type == "cpu"
+    def _runs_compiled(self, values: Tensor) -> bool:
+        return self.backend == "numba" and values.is_cpu
 
-    def _compiled_encode(self, values_N: Tensor, body: Body) -> bool:
+    def _compiled_encode(self, values_N: Tensor, payload: Tensor) -> bool:
         """Return whether all values could be encoded."""
-        kernel = getattr(load_kernels(self.kernels), f"{self.encoder}_encode")
-        arrays = (as_array(values_N), as_array(body.scales_R), as_array(body.codes))
+        kernel = getattr(load_kernels(self.kernels), self.encode_kernel)
         limits = (self.levels, self.rounding, -1 << self.dropped_bits, self.min_scale, self.max_scale)
-        return bool(kernel(*arrays, self.block, limits, *self._encoder_arguments()))
+        return bool(kernel(as_array(values_N), payload.numpy(), self.block, limits, *self._encode_arguments()))
 
-    def _encoder_arguments(self) -> tuple[float, ...]:
+    def _compiled_decode(self, payload: Tensor, num_values: int, first: int, out_N: Tensor) -> bool:
+        """Decode the values from number `first` on, the start of a block; return whether the payload is well-formed."""
+        kernel = getattr(load_kernels(self.kernels), self.decode_kernel)
+        return bool(kernel(payload.numpy(), num_values, self.block, self.max_scale, first, as_array(out_N)))
+
+    def _encode_arguments(self) -> tuple[float, ...]:
         """What the compiled encoder needs beside the limits of the scales."""
         return ()
 

@@ -1,34 +1,46 @@
-"""Two 4-bit codes to a byte, and tables that give each code its value.
+"""What the 4-bit codecs share: two codes to a byte, and a table that gives each code its value.
 
 Byte i of a block holds the codes of its values i (low half) and i + C (high half), C = ceil(B / 2) bytes: both halves
-of a block are read and written in order, which vector units want. Suffixes: R blocks (rows), B values, C bytes.
+of a block are read and written in order, which vector units want. The unused half of the last byte of an odd block is
+zero. Suffixes: R blocks (rows), B values of a block, C bytes of the codes of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-
-def pack_nibbles(codes_RB: Tensor, out_RC: Tensor) -> None:
-    """Pack uint8 codes 0..15 into bytes; the unused half of the last byte of an odd block is zero."""
-    half = out_RC.shape[1]
-    out_RC.copy_(codes_RB[:, :half])
-    high = codes_RB[:, half:]
-    out_RC[:, : high.shape[1]].bitwise_or_(high << 4)
+from strategies.codecs.blockwise import Blockwise
 
 
-def decode_nibbles(table: Sequence[float], scales_R: Tensor, codes_RC: Tensor, out_RB: Tensor) -> None:
-    """Write `table[code] * scale` for every code."""
-    values_16 = torch.tensor(table, dtype=torch.float32, device=out_RB.device)
-    half = codes_RC.shape[1]
-    low_RC, high_RC = codes_RC & 15, codes_RC[:, : out_RB.shape[1] - half] >> 4
-    for place, codes in ((slice(0, half), low_RC), (slice(half, None), high_RC)):
-        torch.mul(values_16[codes.int()], scales_R.unsqueeze(1), out=out_RB[:, place])
+@dataclass(frozen=True, slots=True)
+class Nibbles(Blockwise):
+    """Base of the 4-bit codecs: half a byte a value and 4 bytes a block."""
 
+    block: int = 256
 
-def padding_nibbles(codes_RC: Tensor) -> Tensor:
-    """Return the unused halves of odd blocks."""
-    return codes_RC[:, -1] >> 4
+    values_per_byte: ClassVar[int] = 2
+    # What each of the 16 codes decodes to, before it is multiplied by the scale of its block; the product is exact.
+    table: ClassVar[tuple[float, ...]]
+
+    def _codes(self, x_RB: Tensor, scales_R: Tensor, first: int) -> Tensor:
+        """Return the codes as uint8."""
+        raise NotImplementedError
+
+    def _encode_rows(self, x_RB: Tensor, scales_R: Tensor, codes_RC: Tensor, *, first: int) -> None:
+        codes_RB, half = self._codes(x_RB, scales_R, first), codes_RC.shape[1]
+        codes_RC.copy_(codes_RB[:, :half])
+        codes_RC[:, : codes_RB.shape[1] - half].bitwise_or_(codes_RB[:, half:] << 4)
+
+    def _decode_rows(self, scales_R: Tensor, codes_RC: Tensor, out_RB: Tensor) -> None:
+        table_16 = torch.tensor(self.table, dtype=torch.float32, device=out_RB.device)
+        half = codes_RC.shape[1]
+        low_RC, high_RC = codes_RC & 15, codes_RC[:, : out_RB.shape[1] - half] >> 4
+        for place, codes in ((slice(0, half), low_RC), (slice(half, None), high_RC)):
+            torch.mul(table_16[codes.int()], scales_R.unsqueeze(1), out=out_RB[:, place])
+
+    def _padding(self, codes_RC: Tensor, width: int) -> Tensor:
+        return codes_RC[:, -1] >> 4

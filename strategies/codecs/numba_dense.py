@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from strategies.codecs.numba_tools import Array, as_bits, as_float, compiled
+from strategies.codecs.numba_tools import (
+    Array,
+    as_bits,
+    as_float,
+    compiled,
+    decoder_views,
+    encoder_views,
+    helper,
+    is_scale,
+)
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY = np.int32(0x7F800000)
@@ -21,7 +30,7 @@ EXPONENT_SHIFT = np.int32(23)
 REFUSED = np.float32(-1)
 
 
-@compiled
+@helper
 def block_scale(bits_B: Array, limits: Any) -> Any:
     """Return the scale of a block, `REFUSED` for values that cannot be sent."""
     levels, rounding, kept_bits, smallest, highest = limits
@@ -38,7 +47,13 @@ def block_scale(bits_B: Array, limits: Any) -> Any:
     return scale if scale <= np.float32(highest) else REFUSED
 
 
-@compiled
+@helper
+def nothing_behind(codes_C: Array, num_high: int) -> bool:
+    """Whether the half byte behind the last code of an odd block is 0."""
+    return num_high == codes_C.size or codes_C[codes_C.size - 1] >> 4 == 0
+
+
+@helper
 def divisor_of(scale: Any) -> Any:
     """x / inf = 0: a block of zeros needs no branch."""
     return scale if scale != np.float32(0) else np.float32(np.inf)
@@ -47,7 +62,7 @@ def divisor_of(scale: Any) -> Any:
 # ------------------------------------------------------------ random numbers: see `stochastic.py`
 
 
-@compiled
+@helper
 def scramble(h: Any) -> Any:
     """`lowbias32`."""
     h = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D))
@@ -55,7 +70,7 @@ def scramble(h: Any) -> Any:
     return np.uint32(h ^ (h >> np.uint32(16)))
 
 
-@compiled
+@helper
 def rounded_randomly(x: Any, position: Any, low: Any, high: Any, largest: Any) -> Any:
     """`round_randomly` for one value."""
     h = scramble(np.uint32(scramble(np.uint32(np.uint32(position) ^ low)) ^ high))
@@ -70,8 +85,9 @@ def rounded_randomly(x: Any, position: Any, low: Any, high: Any, largest: Any) -
 
 
 @compiled
-def int8_encode(x_N: Array, scales_R: Array, codes_N: Array, block: int, limits: Any) -> bool:
+def int8_encode(x_N: Array, payload: Array, block: int, limits: Any) -> bool:
     """Nearest even."""
+    scales_R, codes_N = encoder_views(payload, x_N.size, block)
     bits_N, signed_N = x_N.view(np.int32), codes_N.view(np.int8)
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, x_N.size)
@@ -86,10 +102,9 @@ def int8_encode(x_N: Array, scales_R: Array, codes_N: Array, block: int, limits:
 
 
 @compiled
-def int8_encode_randomly(
-    x_N: Array, scales_R: Array, codes_N: Array, block: int, limits: Any, low: int, high: int
-) -> bool:
+def int8_encode_randomly(x_N: Array, payload: Array, block: int, limits: Any, low: int, high: int) -> bool:
     """Stochastic."""
+    scales_R, codes_N = encoder_views(payload, x_N.size, block)
     bits_N, signed_N = x_N.view(np.int32), codes_N.view(np.int8)
     low_word, high_word = np.uint32(low), np.uint32(high)
     for r in range(scales_R.size):
@@ -105,22 +120,27 @@ def int8_encode_randomly(
 
 
 @compiled
-def int8_decode(scales_R: Array, codes_N: Array, block: int, out_N: Array) -> None:
+def int8_decode(payload: Array, num_values: int, block: int, highest: float, first: int, out_N: Array) -> bool:
     """Code times scale."""
+    scales_R, codes_N = decoder_views(payload, num_values, block, block, first, out_N.size)
     signed_N = codes_N.view(np.int8)
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, out_N.size)
         scale, codes_B, out_B = scales_R[r], signed_N[start:stop], out_N[start:stop]
+        if not is_scale(scale, highest):
+            return False
         for i in range(out_B.size):
             out_B[i] = np.float32(codes_B[i]) * scale
+    return True
 
 
 # ------------------------------------------------------------ int4
 
 
 @compiled
-def int4_encode(x_N: Array, scales_R: Array, codes: Array, block: int, limits: Any) -> bool:
+def int4_encode(x_N: Array, payload: Array, block: int, limits: Any) -> bool:
     """Nearest even."""
+    scales_R, codes = encoder_views(payload, x_N.size, block)
     bits_N, row_bytes = x_N.view(np.int32), (block + 1) // 2
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, x_N.size)
@@ -140,10 +160,9 @@ def int4_encode(x_N: Array, scales_R: Array, codes: Array, block: int, limits: A
 
 
 @compiled
-def int4_encode_randomly(
-    x_N: Array, scales_R: Array, codes: Array, block: int, limits: Any, low: int, high: int
-) -> bool:
+def int4_encode_randomly(x_N: Array, payload: Array, block: int, limits: Any, low: int, high: int) -> bool:
     """Stochastic."""
+    scales_R, codes = encoder_views(payload, x_N.size, block)
     bits_N, row_bytes = x_N.view(np.int32), (block + 1) // 2
     low_word, high_word = np.uint32(low), np.uint32(high)
     for r in range(scales_R.size):
@@ -166,24 +185,28 @@ def int4_encode_randomly(
 
 
 @compiled
-def int4_decode(scales_R: Array, codes: Array, block: int, out_N: Array) -> None:
+def int4_decode(payload: Array, num_values: int, block: int, highest: float, first: int, out_N: Array) -> bool:
     """Code times scale; (c ^ 8) - 8 is the number that c is in two's complement."""
     row_bytes = (block + 1) // 2
+    scales_R, codes = decoder_views(payload, num_values, block, row_bytes, first, out_N.size)
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, out_N.size)
         half = (stop - start + 1) // 2
         low_C, high_C = out_N[start : start + half], out_N[start + half : stop]
         scale, codes_C = scales_R[r], codes[r * row_bytes : r * row_bytes + half]
+        if not (is_scale(scale, highest) and nothing_behind(codes_C, high_C.size)):
+            return False
         for i in range(low_C.size):
             low_C[i] = np.float32((np.int32(codes_C[i] & 15) ^ 8) - 8) * scale
         for i in range(high_C.size):
             high_C[i] = np.float32((np.int32(codes_C[i] >> 4) ^ 8) - 8) * scale
+    return True
 
 
 # ------------------------------------------------------------ fp4
 
 
-@compiled
+@helper
 def fp4_middles(scale: Any, far: float) -> Any:
     """Bits of the middles between the values of the grid (`fp4.MIDDLES`), exact."""
     s = scale if scale != np.float32(0) else np.float32(far)
@@ -192,7 +215,7 @@ def fp4_middles(scale: Any, far: float) -> Any:
     return m0, m1, m2, m3, m4, m5, as_bits(s * np.float32(5.0))
 
 
-@compiled
+@helper
 def fp4_code(bits: Any, middles: Any) -> Any:
     """Return the number of middles that the magnitude lies beyond, and the sign as the fourth bit."""
     m0, m1, m2, m3, m4, m5, m6 = middles
@@ -203,8 +226,9 @@ def fp4_code(bits: Any, middles: Any) -> Any:
 
 
 @compiled
-def fp4_encode(x_N: Array, scales_R: Array, codes: Array, block: int, limits: Any, far: float) -> bool:
+def fp4_encode(x_N: Array, payload: Array, block: int, limits: Any, far: float) -> bool:
     """Nearest on the grid, middles to the even code."""
+    scales_R, codes = encoder_views(payload, x_N.size, block)
     bits_N, row_bytes = x_N.view(np.int32), (block + 1) // 2
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, x_N.size)
@@ -222,7 +246,7 @@ def fp4_encode(x_N: Array, scales_R: Array, codes: Array, block: int, limits: An
     return True
 
 
-@compiled
+@helper
 def fp4_value(code: Any, half_scale: Any) -> Any:
     """Bits of grid * scale: twice the grid is 0 1 2 3 4 6 8 12, a line with two bends."""
     c = code & np.int32(7)
@@ -231,24 +255,28 @@ def fp4_value(code: Any, half_scale: Any) -> Any:
 
 
 @compiled
-def fp4_decode(scales_R: Array, codes: Array, block: int, out_N: Array) -> None:
+def fp4_decode(payload: Array, num_values: int, block: int, highest: float, first: int, out_N: Array) -> bool:
     """Grid times scale."""
     bits_N, row_bytes = out_N.view(np.int32), (block + 1) // 2
+    scales_R, codes = decoder_views(payload, num_values, block, row_bytes, first, out_N.size)
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, out_N.size)
         half = (stop - start + 1) // 2
         low_C, high_C = bits_N[start : start + half], bits_N[start + half : stop]
         half_scale, codes_C = scales_R[r] * np.float32(0.5), codes[r * row_bytes : r * row_bytes + half]
+        if not (is_scale(scales_R[r], highest) and nothing_behind(codes_C, high_C.size)):
+            return False
         for i in range(low_C.size):
             low_C[i] = fp4_value(np.int32(codes_C[i] & 15), half_scale)
         for i in range(high_C.size):
             high_C[i] = fp4_value(np.int32(codes_C[i] >> 4), half_scale)
+    return True
 
 
 # ------------------------------------------------------------ e3m0
 
 
-@compiled
+@helper
 def e3m0_code(bits: Any, border: Any) -> Any:
     """Return the level by the distance of the bits from the highest border, and the sign as the fourth bit."""
     level = max(np.int32(7) + (((bits & MAGNITUDE) - border) >> EXPONENT_SHIFT), np.int32(0))
@@ -256,8 +284,9 @@ def e3m0_code(bits: Any, border: Any) -> Any:
 
 
 @compiled
-def e3m0_encode(x_N: Array, scales_R: Array, codes: Array, block: int, limits: Any, border: float) -> bool:
+def e3m0_encode(x_N: Array, payload: Array, block: int, limits: Any, border: float) -> bool:
     """Nearest in log space."""
+    scales_R, codes = encoder_views(payload, x_N.size, block)
     bits_N, row_bytes = x_N.view(np.int32), (block + 1) // 2
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, x_N.size)
@@ -276,7 +305,7 @@ def e3m0_encode(x_N: Array, scales_R: Array, codes: Array, block: int, limits: A
     return True
 
 
-@compiled
+@helper
 def e3m0_value(code: Any, scale: Any) -> Any:
     """Bits of 2^(L - 7) * scale; 0 for level 0, and for every level of a block of zeros."""
     level = code & np.int32(7)
@@ -287,15 +316,19 @@ def e3m0_value(code: Any, scale: Any) -> Any:
 
 
 @compiled
-def e3m0_decode(scales_R: Array, codes: Array, block: int, out_N: Array) -> None:
+def e3m0_decode(payload: Array, num_values: int, block: int, highest: float, first: int, out_N: Array) -> bool:
     """Power of two times scale."""
     bits_N, row_bytes = out_N.view(np.int32), (block + 1) // 2
+    scales_R, codes = decoder_views(payload, num_values, block, row_bytes, first, out_N.size)
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, out_N.size)
         half = (stop - start + 1) // 2
         low_C, high_C = bits_N[start : start + half], bits_N[start + half : stop]
         scale, codes_C = as_bits(scales_R[r]), codes[r * row_bytes : r * row_bytes + half]
+        if not (is_scale(scales_R[r], highest) and nothing_behind(codes_C, high_C.size)):
+            return False
         for i in range(low_C.size):
             low_C[i] = e3m0_value(np.int32(codes_C[i] & 15), scale)
         for i in range(high_C.size):
             high_C[i] = e3m0_value(np.int32(codes_C[i] >> 4), scale)
+    return True

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from strategies.codecs.numba_tools import Array, as_bits, as_float, compiled
+from strategies.codecs.numba_tools import (
+    Array,
+    as_bits,
+    as_float,
+    compiled,
+    decoder_views,
+    encoder_views,
+    helper,
+    is_scale,
+)
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY = np.int32(0x7F800000)
@@ -18,7 +27,7 @@ SIGN = np.int32(-(1 << 31))
 SIGN_SHIFT = np.int32(31)
 
 
-@compiled
+@helper
 def halving_sum(values_W: Array) -> Any:
     """`norm.halving_sum` of one row, in place."""
     remaining = values_W.size
@@ -34,7 +43,7 @@ def halving_sum(values_W: Array) -> Any:
 # ------------------------------------------------------------ sign
 
 
-@compiled
+@helper
 def mean_magnitude(x_B: Array, scratch: Array) -> Any:
     """Mean of |x| by halving in fp64; the first halving is part of the conversion."""
     kept = (x_B.size + 1) // 2
@@ -46,7 +55,7 @@ def mean_magnitude(x_B: Array, scratch: Array) -> Any:
     return np.float32(halving_sum(sums) / np.float64(x_B.size))
 
 
-@compiled
+@helper
 def pack_signs(bits_B: Array, codes_C: Array) -> None:
     """Bit k of byte j is the sign of value j + k C."""
     width, c = bits_B.size, codes_C.size
@@ -66,9 +75,10 @@ def pack_signs(bits_B: Array, codes_C: Array) -> None:
 
 
 @compiled
-def sign_encode(x_N: Array, scales_R: Array, codes: Array, block: int, smallest: float) -> bool:
+def sign_encode(x_N: Array, payload: Array, block: int, limits: Any) -> bool:
     """Signs, and the mean magnitude as the scale."""
-    bits_N, row_bytes = x_N.view(np.int32), (block + 7) // 8
+    bits_N, row_bytes, smallest = x_N.view(np.int32), (block + 7) // 8, limits[3]
+    scales_R, codes = encoder_views(payload, x_N.size, block)
     scratch = np.empty((min(block, x_N.size) + 1) // 2, np.float64)
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, x_N.size)
@@ -81,23 +91,30 @@ def sign_encode(x_N: Array, scales_R: Array, codes: Array, block: int, smallest:
 
 
 @compiled
-def sign_decode(scales_R: Array, codes: Array, block: int, out_N: Array) -> None:
+def sign_decode(payload: Array, num_values: int, block: int, highest: float, first: int, out_N: Array) -> bool:
     """The scale with the sign that the bit says."""
     bits_N, row_bytes = out_N.view(np.int32), (block + 7) // 8
+    scales_R, codes = decoder_views(payload, num_values, block, row_bytes, first, out_N.size)
     for r in range(scales_R.size):
         start, stop = r * block, min((r + 1) * block, out_N.size)
         row, c = bits_N[start:stop], (stop - start + 7) // 8
         scale, codes_C = as_bits(scales_R[r]), codes[r * row_bytes : r * row_bytes + c]
+        if not is_scale(scales_R[r], highest):
+            return False
+        for i in range(row.size, 8 * c):
+            if (codes_C[i % c] >> (i // c)) & 1:
+                return False
         for k in range(8):
             part, shift = row[min(k * c, row.size) : min((k + 1) * c, row.size)], np.int32(31 - k)
             for j in range(part.size):
                 part[j] = scale | ((np.int32(codes_C[j]) << shift) & SIGN)
+    return True
 
 
 # ------------------------------------------------------------ top-k
 
 
-@compiled
+@helper
 def kth_largest(magnitudes_B: Array, k: int) -> Any:
     """Bits of the k-th largest magnitude, by bisection: the counting is vector code. -1 for NaN and infinity."""
     largest = np.int32(0)
@@ -118,7 +135,7 @@ def kth_largest(magnitudes_B: Array, k: int) -> Any:
     return low
 
 
-@compiled
+@helper
 def keep_largest(magnitudes_B: Array, threshold: Any, index_K: Array) -> None:
     """Places of the k largest in ascending order; of those at the threshold the first ones."""
     above = 0
@@ -135,48 +152,44 @@ def keep_largest(magnitudes_B: Array, threshold: Any, index_K: Array) -> None:
             n += 1
 
 
-@compiled
-def mean_level(magnitude_K: Array, members_K: Array, shift: int, lowest: int, highest: int) -> int:
-    """`topk._level` of one block; `magnitude_K` and `members_K` (0 or 1) are overwritten."""
-    count = 0
-    for i in range(magnitude_K.size):
-        magnitude_K[i] *= members_K[i]
-        count += members_K[i]
-    mean = np.float32(halving_sum(magnitude_K) / np.float64(max(count, 1)))
+@helper
+def mean_level(members_K: Array, count: int, limits: Any) -> Any:
+    """`topk._level` of one block; `members_K` (0 for the others) is overwritten."""
+    shift, lowest, highest = limits
+    mean = np.float32(halving_sum(members_K) / np.float64(max(count, 1)))
     level = min((np.int64(as_bits(mean)) + (1 << (shift - 1))) >> shift, highest)
     return level if level >= lowest else 0
 
 
-@compiled
-def choose(bits_B: Array, scratch_B: Array, index_K: Array, level_K: Array, limits: Any) -> int:
+@helper
+def choose(bits_B: Array, scratch_B: Array, index_K: Array, level_K: Array, limits: Any) -> Any:
     """`topk.keep_largest` of one block. Returns the highest level, -1 for NaN and infinity."""
-    shift, lowest, highest = limits
     for i in range(bits_B.size):
         scratch_B[i] = bits_B[i] & MAGNITUDE
     threshold = kth_largest(scratch_B, index_K.size)
     if threshold < 0:
         return -1
     keep_largest(scratch_B, threshold, index_K)
-    magnitude_K, upper_K, lower_K = np.empty((3, index_K.size), np.float64)
+    magnitude_K, upper_K = np.empty(index_K.size, np.float64), np.empty(index_K.size, np.float64)
+    lower_K = np.empty(index_K.size, np.float64)
     smallest, largest = np.inf, 0.0
     for i in range(index_K.size):
         magnitude_K[i] = np.float64(as_float(np.int32(scratch_B[index_K[i]])))
         largest = max(largest, magnitude_K[i])
         if magnitude_K[i] > 0:
             smallest = min(smallest, magnitude_K[i])
-    middle = (largest + smallest) * 0.5
+    middle, num_upper, num_lower = (largest + smallest) * 0.5, 0, 0
     for i in range(index_K.size):
-        upper_K[i] = np.float64(magnitude_K[i] > middle)
-        lower_K[i] = np.float64(0 < magnitude_K[i] <= middle)
-    sides = upper_K - lower_K
-    upper = mean_level(magnitude_K.copy(), upper_K, shift, lowest, highest)
-    lower = mean_level(magnitude_K, lower_K, shift, lowest, highest)
+        is_upper, is_lower = magnitude_K[i] > middle, 0 < magnitude_K[i] <= middle
+        upper_K[i], lower_K[i] = magnitude_K[i] * is_upper, magnitude_K[i] * is_lower
+        num_upper, num_lower = num_upper + is_upper, num_lower + is_lower
+    upper, lower = mean_level(upper_K, num_upper, limits), mean_level(lower_K, num_lower, limits)
     for i in range(index_K.size):
-        level_K[i] = upper if sides[i] > 0 else (lower if sides[i] < 0 else 0)
+        level_K[i] = upper if magnitude_K[i] > middle else (lower if magnitude_K[i] > 0 else 0)
     return max(upper, lower)
 
 
-@compiled
+@helper
 def name_entries(bits_B: Array, index_K: Array, level_K: Array, code_K: Array, base: int, names_2: Array) -> None:
     """`topk.name_levels` of one block: the entries that are sent to the front, the last of them into the rest."""
     low, high = 256, 0
@@ -197,7 +210,7 @@ def name_entries(bits_B: Array, index_K: Array, level_K: Array, code_K: Array, b
     names_2[0], names_2[1] = low, high if high > low else 0
 
 
-@compiled
+@helper
 def pack_entries(index_K: Array, code_K: Array, packed_C: Array) -> None:
     """`topk.pack` of one block."""
     packed_C[:] = 0
@@ -239,8 +252,8 @@ def topk_encode(x_N: Array, block: int, names_R2: Array, packed: Array, limits: 
     return base
 
 
-@compiled
-def entries_are_good(index_K: Array, code_K: Array, width: int, low: int, high: int) -> bool:
+@helper
+def entries_are_good(index_K: Array, code_K: Array, width: int, low: Any, high: Any) -> bool:
     """`topk._check_entries` of one block, but for unused bits."""
     for i in range(index_K.size):
         if index_K[i] >= width or (code_K[i] & 1 and high == 0):
@@ -272,7 +285,10 @@ def topk_decode(names_R2: Array, packed_RC: Array, base: int, shift: int, out_RW
             index_K[i] = (first | ((second & 15) << 8)) if i % 2 == 0 else ((first >> 4) | (second << 4))
             code_K[i] = (codes_Q[i // 4] >> (i % 4 * 2)) & 3
         pack_entries(index_K, code_K, repacked_C)
-        if not entries_are_good(index_K, code_K, width, low, high) or not np.array_equal(repacked_C, packed_C):
+        for i in range(packed_C.size):
+            if repacked_C[i] != packed_C[i]:
+                return False
+        if not entries_are_good(index_K, code_K, width, low, high):
             return False
         row = out_RW[r].view(np.int32)
         row[:] = 0

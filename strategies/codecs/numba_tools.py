@@ -15,6 +15,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+HEADER_BYTES = 16
+
 Array = np.ndarray[Any, Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,6 +24,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 def compiled(function: F) -> F:
     """Compile at the first call, or take the code from numba's cache."""
     return cast("F", numba.njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)(function))
+
+
+def helper(function: F) -> F:
+    """Compile as a part of the kernels that call it: it cannot be called from Python, and is not in the cache."""
+    # Two options that numba's annotations do not know: nothing outside of compiled code calls it.
+    no_wrappers: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast("F", numba.njit(nogil=True, error_model="numpy", boundscheck=False, **no_wrappers)(function))
 
 
 def _as_float(context: Any, bits: Any) -> Any:
@@ -41,5 +50,26 @@ def _bitcast(wanted: Any) -> Callable[..., Any]:
     return generate
 
 
-as_float = intrinsic(_as_float)
-as_bits = intrinsic(_as_bits)
+as_float: Callable[..., Any] = intrinsic(_as_float)
+as_bits: Callable[..., Any] = intrinsic(_as_bits)
+
+
+@helper
+def encoder_views(payload: Array, num_values: int, block: int) -> Any:
+    """Scales and codes of a blockwise payload (`blockwise.Body`)."""
+    codes_start = HEADER_BYTES + 4 * ((num_values + block - 1) // block)
+    return payload[HEADER_BYTES:codes_start].view(np.float32), payload[codes_start:]
+
+
+@helper
+def decoder_views(payload: Array, num_values: int, block: int, row_bytes: int, first: int, num_decoded: int) -> Any:
+    """Those of `num_decoded` values from number `first` on, which starts a block."""
+    scales_R, codes = encoder_views(payload, num_values, block)
+    row, last_row = first // block, (first + num_decoded + block - 1) // block
+    return scales_R[row:last_row], codes[row * row_bytes :]
+
+
+@helper
+def is_scale(scale: Any, highest: float) -> Any:
+    """Whether an encoder can have written it; not so for NaN."""
+    return np.float32(0) <= scale <= np.float32(highest)

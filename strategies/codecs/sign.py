@@ -1,6 +1,6 @@
 """One bit a value: its sign, times one scale = mean of |x| per block.
 
-Source: scaled sign compression, EF-SGD (arXiv 1901.09847), section 3: s = (|x|_1 / d) sign(x), here per block. Made
+Source: scaled sign compression, EF-SGD (arXiv 1901.09847): s = (|x|_1 / d) sign(x), here per block. Made
 for contributions with error feedback: a result must not be sent so, since zeros become +-scale (`Codec.elementwise`).
 
 The mean is a sum by halving in fp64 (`norm.py`), divided there and rounded to fp32 once: the same bits everywhere,
@@ -13,12 +13,12 @@ Suffixes: R blocks (rows), B values of a block, C bytes of the codes of a block,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from strategies.codecs.backends import Kernels
 from strategies.codecs.blockwise import FP32_MAX, Blockwise
 from strategies.elementwise import scalar_like
 from strategies.norm import halving_sum
@@ -38,13 +38,13 @@ class Sign(Blockwise):
     values_per_byte: ClassVar[int] = 8
     min_scale: ClassVar[float] = 2.0**-126
     max_scale: ClassVar[float] = FP32_MAX
+    kernels: ClassVar[Kernels] = "numba_sparse"
+    encode_kernel: ClassVar[str] = "sign_encode"
+    decode_kernel: ClassVar[str] = "sign_decode"
 
     def _magnitudes(self, x_RB: Tensor) -> Tensor:
         sums_R = halving_sum(x_RB.to(torch.float64).abs_())
         return torch.div(sums_R, scalar_like(x_RB.shape[1], sums_R)).to(torch.float32)
-
-    def _scales(self, magnitudes_R: Tensor) -> Tensor:
-        return magnitudes_R
 
     def _encode_rows(self, x_RB: Tensor, scales_R: Tensor, codes_RC: Tensor, *, first: int) -> None:
         num_rows, width = x_RB.shape
@@ -65,9 +65,3 @@ class Sign(Blockwise):
     def _bits(codes_RC: Tensor) -> Tensor:
         weights_8 = torch.tensor(WEIGHTS, dtype=torch.uint8, device=codes_RC.device)
         return (codes_RC.unsqueeze(1) & weights_8.unsqueeze(1)).ne(0).view(codes_RC.shape[0], -1)
-
-    def _run_encode_kernel(self, kernels: ModuleType, x_N: Any, scales_R: Any, codes: Any) -> bool:
-        return bool(kernels.sign_encode(x_N, scales_R, codes, self.block))
-
-    def _decode_kernel(self, kernels: ModuleType) -> Any:
-        return kernels.sign_decode

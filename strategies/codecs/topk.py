@@ -1,6 +1,6 @@
 """Chunked top-k: of each block of 4,096 values the 64 largest, each with a 12-bit index and 2 bits.
 
-Source: SparseLoCo (arXiv 2508.15706), section 3, and `algorithms.md` 5.2: 0.219 bits a value. For contributions, with
+Source: SparseLoCo (arXiv 2508.15706) and `algorithms.md` 5.2: 0.219 bits a value. For contributions, with
 error feedback (decay 0.95): a result must not be sent so (`Codec.elementwise`). What differs: the two bits are the sign
 and one of two levels of the *block*, the means of the kept magnitudes above and below the middle of their range
 (SparseLoCo: four bucket means of a whole tensor). One byte per level, an exponent and 3 bits of significand below the
@@ -94,7 +94,7 @@ class TopK:
                 f"{1 << INDEX_BITS}"
             )
         if self.backend == "numba":
-            load_kernels()
+            load_kernels("numba_sparse")
 
     def num_bytes(self, num_values: int) -> int:
         """16 + 4 + (2 + 1.75 k) per block."""
@@ -147,7 +147,9 @@ class TopK:
         smallest = int(torch.where(low_R == 0, HIGHEST_CODE, low_R).min()) if levels_R2.numel() else HIGHEST_CODE
         fits = largest == HIGHEST_CODE and smallest + base - HIGHEST_CODE >= MIN_LEVEL and base <= MAX_LEVEL
         if not (fits or (base == 0 and largest == 0)) or bool(((high_R > 0) & (high_R <= low_R)).any()):
-            raise PayloadError(f"payload for codec {self.name!r}: base {base} and levels are not what an encoder writes")
+            raise PayloadError(
+                f"payload for codec {self.name!r}: base {base} and levels are not what an encoder writes"
+            )
         return base
 
     def _groups(self, body: Tensor, part: slice, num_values: int) -> Iterator[Group]:
@@ -197,14 +199,16 @@ class TopK:
         """Return whether all values could be encoded."""
         num_blocks = self._num_blocks(values_N.numel())
         levels, packed = body[4 : 4 + 2 * num_blocks].view(-1, 2), body[4 + 2 * num_blocks :]
-        base = load_kernels().topk_encode(as_array(values_N), self.block, as_array(levels), as_array(packed))
+        limits = (LEVEL_SHIFT, MIN_LEVEL, MAX_LEVEL)
+        kernel = load_kernels("numba_sparse").topk_encode
+        base = kernel(as_array(values_N), self.block, as_array(levels), as_array(packed), limits)
         body[:4].view(torch.int32).fill_(max(base, 0))
         return bool(base >= 0)
 
     def _compiled_decode(self, group: Group, base: int, out_RW: Tensor) -> bool:
         """Return whether the entries were well-formed."""
-        arrays = (as_array(group.levels_R2), as_array(group.packed_RC), base, as_array(out_RW))
-        return bool(load_kernels().topk_decode(*arrays))
+        kernel = load_kernels("numba_sparse").topk_decode
+        return bool(kernel(as_array(group.levels_R2), as_array(group.packed_RC), base, LEVEL_SHIFT, as_array(out_RW)))
 
 
 def num_kept(width: int) -> int:

@@ -72,7 +72,9 @@ class LiveRun:
             if found:
                 return found
             status = self.status()
-            assert not status["over"], f"the run ended ({status['reason']}: {status['detail']}) while waiting for {what}"
+            assert not status["over"], (
+                f"the run ended ({status['reason']}: {status['detail']}) while waiting for {what}"
+            )
             assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for {what}; {status}"
 
     def records(self) -> list[Record]:
@@ -104,7 +106,8 @@ class LiveRun:
         """Wait until every island has contributed to a commit."""
         names = {f"island-{i}" for i in range(int(self.config.run.islands))}
         self.until(
-            lambda: any({e.member for e in c.roster} == names for c in self.commits()), "a commit with all islands in it"
+            lambda: any({e.member for e in c.roster} == names for c in self.commits()),
+            "a commit with all islands in it",
         )
 
     def kill_at(self, member: str, point: Point) -> Kill:

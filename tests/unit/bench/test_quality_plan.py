@@ -76,8 +76,9 @@ def test_nothing_runs_twice_and_finished_jobs_are_skipped() -> None:
 
 def test_table_of_a_finished_sweep_goes_seed_by_seed() -> None:
     _, order = run_all(bowl(5e-3, (0.9, 0.7)))
-    seeds = [job.seed for job in order if job.seed != SWEEP_SEED]
-    assert seeds == sorted(seeds)
+    table = [(not job.row.goal, job.seed) for job in order if job.seed != SWEEP_SEED]
+    assert table == sorted(table)
+    assert table[0] == (False, 1)
 
 
 @pytest.mark.parametrize("best_lr", [4e-4, 3e-2])

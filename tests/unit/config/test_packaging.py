@@ -15,6 +15,7 @@ import pytest
 
 import atoll
 from orchestrator.config import list_presets, presets_dir
+from orchestrator.topology import list_topologies
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYERS = ("faults", "orchestrator", "strategies", "workers")
@@ -76,6 +77,7 @@ def test_presets_are_found_from_an_installed_wheel(installed: Path, tmp_path: Pa
 
 def test_wheel_has_every_file_of_the_packages_and_nothing_else(installed: Path) -> None:
     wanted = {"atoll.py"} | {f"orchestrator/presets/{path.name}" for path in list_presets().values()}
+    wanted |= {f"orchestrator/topologies/{path.name}" for path in list_topologies().values()}
     for layer in LAYERS:
         files = [path for path in (ROOT / layer).rglob("*") if path.suffix in {".py"} | DATA_SUFFIXES]
         wanted |= {str(path.relative_to(ROOT)) for path in files}

@@ -88,7 +88,7 @@ def test_a_model_on_another_device_than_the_setting(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_of_another_model(tmp_path: Path) -> None:
-    model, optimizer = make()
+    _, optimizer = make()
     with pytest.raises(atoll.LoopError, match="6 of the 6 parameters in the optimizer do not belong to the model"):
         island(tmp_path, ConvNet(), optimizer).__enter__()
 
@@ -156,7 +156,7 @@ def test_data_that_does_not_fit_the_configuration(tmp_path: Path) -> None:
 
 
 def test_another_configuration_inside_a_run(tmp_path: Path) -> None:
-    config = make_config({**SMALL, "data.samples": NUM_IMAGES})
+    config = make_config({**SMALL, "data.samples": NUM_IMAGES, "run.islands": 1})
     folder = tmp_path / "run"
     folder.mkdir()
     run = InlineRun(config, RunDir(folder), pack=None)

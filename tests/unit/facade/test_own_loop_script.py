@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +34,22 @@ def script(folder: Path, **values: object) -> atoll.Island:
 
 def train(island: atoll.Island, *, steps: int = 10**9) -> int:
     """Enter, train at most so many steps, leave; returns the steps made."""
-    model, optimizer, done = island._model, island._optimizer, 0
     with island:
-        for batch in island.batches():
-            loss = loss_of(model, batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            island.step(loss)
-            done += 1
-            if done == steps:
-                break
+        return train_steps(island, steps)
+
+
+def train_steps(island: atoll.Island, steps: int) -> int:
+    """Train at most so many steps; returns the steps made."""
+    model, optimizer, done = island._model, island._optimizer, 0
+    for batch in island.batches():
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        island.step(loss)
+        done += 1
+        if done == steps:
+            break
     return done
 
 
@@ -126,6 +133,34 @@ def test_a_break_can_be_resumed_and_ends_where_an_unbroken_run_does(tmp_path: Pa
         train(atoll.Island(model, optimizer, dataset=images(NUM_IMAGES), run_dir=tmp_path / "run", resume=True))
 
 
+def test_an_offer_whose_payload_died_with_its_process_is_made_anew(tmp_path: Path) -> None:
+    """The run is stopped after a commit that its only holder did not hear of: it is revoked and made again."""
+    island = script(tmp_path)
+    with island:
+        train_steps(island, 45)  # nine rounds: the tenth commit is due
+        assert island._run is not None and island._island is not None and island._island.sync is not None
+        run, sync = island._run, island._island.sync
+        deliver, context = sync.deliver, run.contexts["island-0"]
+        context.deliver = lambda batch: deliver(replace(batch, rows_from=0, rows=()))
+        sync.boundary()
+        wait_until(lambda: run.host.coordinator.state.heads[0].version.n == 9, "commit 9")
+    assert island.summary is not None and island.summary.exchanges_committed == 9
+    model, optimizer = make(seed=5)
+    rest = atoll.Island(model, optimizer, dataset=images(NUM_IMAGES), run_dir=tmp_path / "run", resume=True)
+    assert train(rest) == 150 - 45
+    assert rest.summary is not None and rest.summary.tokens_committed == 1200 and rest.summary.tokens_lost == 0
+    assert ledger_command(tmp_path / "run", as_json=True) == 0
+    assert "revoke" in (tmp_path / "run" / "journal.jsonl").read_text()
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"{what} did not come")
+
+
 def test_the_first_interrupt_stops_after_the_step_and_the_second_is_an_ordinary_one(tmp_path: Path) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         pytest.skip("something else handles SIGINT here")
@@ -204,9 +239,7 @@ def test_presets_and_islands_of_a_script(tmp_path: Path, caplog: pytest.LogCaptu
     assert config.strategy == atoll.load_config("demo").strategy
 
 
-def test_logs_go_to_the_run_directory_and_elsewhere_as_before(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_logs_go_to_the_run_directory_and_elsewhere_as_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers()]
     train(script(tmp_path, **{"train.tokens": 80}))
     assert [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers()] == before

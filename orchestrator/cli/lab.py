@@ -1,0 +1,148 @@
+"""`atoll lab`: several hosts on this machine, joined by emulated links."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestrator.cli.lazy import HelpfulGroup
+from orchestrator.cli.options import json_option
+
+if TYPE_CHECKING:
+    from faults.lab.lab import Lab
+
+NONE = "none"
+
+lab_option = click.option("--lab", "name", metavar="NAME", help="Which lab, where there are several.")
+
+
+@click.group(cls=HelpfulGroup)
+def lab() -> None:
+    """Several hosts on this machine, joined by emulated links (needs root).
+
+    TARGET is a node or a region (eu), both directions between two of them (us:eu), or one of them ('us>eu', in quotes).
+    """
+
+
+@lab.command()
+@click.argument("topology")
+@click.option("--name", metavar="NAME", help="What to call the lab [the name of the topology].")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of loss and jitter.")
+@json_option
+def up(topology: str, name: str | None, seed: int, as_json: bool) -> int:
+    """Make the hosts and links of TOPOLOGY and leave them running.
+
+    TOPOLOGY is the name of one that comes with Atoll (two-regions, slow-pair, three-continents, home-uplinks, starved,
+    satellite) or the path of a TOML file. What dead labs left behind is removed first.
+    """
+    from faults.lab.lab import Lab
+    from orchestrator.topology import find_topology, load_topology
+
+    made = Lab(load_topology(topology), name=name or find_topology(topology).stem.lower(), seed=seed)
+    made.start()
+    addresses = {node: made.address(node) for node in made.nodes}
+    made.detach()
+    if as_json:
+        click.echo(json.dumps({"lab": made.name, "nodes": addresses}))
+        return 0
+    click.echo(f"lab {made.name}")
+    for node, address in addresses.items():
+        click.echo(f"  {node:<16} {address:<16} region {made.topology.region_of(node)}")
+    click.echo(f"atoll lab exec {made.nodes[0]} COMMAND runs a command on a host, atoll lab down removes all")
+    return 0
+
+
+@lab.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("node")
+@click.argument("command", nargs=-1, required=True)
+@lab_option
+def exec_command(node: str, command: Sequence[str], name: str | None) -> int:
+    """Run COMMAND on the host NODE and return its exit code (--lab goes before NODE)."""
+    return subprocess.call(_attach(name).command(node, command))
+
+
+@lab.command(name="set")
+@click.argument("target")
+@click.argument("values", metavar="KEY=VALUE...", nargs=-1, required=True)
+@lab_option
+def set_command(target: str, values: Sequence[str], name: str | None) -> int:
+    """Change a link while packets pass.
+
+    Keys: rate_mbit (up_mbit and down_mbit for the line of a host), delay_ms, jitter_ms, loss, queue_ms. The value none
+    sets a key back to its default (rate_mbit=none: no limit).
+    """
+    _attach(name).set(target, **dict(map(_key_value, values)))
+    return 0
+
+
+@lab.command()
+@click.argument("target")
+@lab_option
+def cut(target: str, name: str | None) -> int:
+    """Let nothing pass, silently, as when a cable is cut."""
+    _attach(name).cut(target)
+    return 0
+
+
+@lab.command()
+@click.argument("target", required=False)
+@lab_option
+def heal(target: str | None, name: str | None) -> int:
+    """Let everything pass again; without TARGET, everywhere."""
+    _attach(name).heal(target)
+    return 0
+
+
+@lab.command()
+@lab_option
+@json_option
+def status(name: str | None, as_json: bool) -> int:
+    """Show every link, with bytes and drops, what is cut, and how well the emulation keeps its own times."""
+    from dataclasses import asdict
+
+    from orchestrator.cli.lab_table import format_status
+
+    attached = _attach(name)
+    now = attached.status()
+    click.echo(json.dumps({"lab": attached.name, **asdict(now)}) if as_json else format_status(attached.name, now))
+    return 0
+
+
+@lab.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="All labs.")
+def down(name: str | None, every: bool) -> int:
+    """End everything that runs on the hosts of a lab and remove it, and whatever dead labs left behind."""
+    from faults.lab.state import LabStates
+
+    states = LabStates()
+    with states.lock():
+        removed = states.sweep()
+        records = states.records()
+        if not every and (records or not removed or name) and name not in removed:
+            records = [states.only(name)]
+        for record in records:
+            states.remove(record.name, record)
+    for gone in [*removed, *(record.name for record in records)]:
+        click.echo(f"lab {gone} removed")
+    return 0
+
+
+def _attach(name: str | None) -> Lab:
+    from faults.lab.lab import Lab
+
+    return Lab.attach(name)
+
+
+def _key_value(text: str) -> tuple[str, float | None]:
+    key, separator, value = text.partition("=")
+    try:
+        if separator:
+            return key, None if value == NONE else float(value)
+    except ValueError:
+        pass
+    raise click.UsageError(f"{text!r} is not of the form KEY=NUMBER, for example rate_mbit=100")

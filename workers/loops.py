@@ -1,0 +1,90 @@
+"""What an island's training thread runs: the built-in loop, or the function that `train.loop` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from workers.context import IslandContext
+from workers.data.reader import PackReader
+from workers.device import resolve_device
+from workers.functions import FunctionError, load_function
+from workers.inner_loop import InnerLoop
+from workers.island import Island, strategy_of
+from workers.loop_checks import LoopError
+from workers.model.factory import build_model
+from workers.optim import build_optimizer
+
+
+class BuiltinLoop:
+    """The built-in loop: model and optimizer from the settings, one `advance` per inner step."""
+
+    def __init__(self, context: IslandContext) -> None:
+        """Builds the model on its device; raises ModelError or LoopError for settings that do not fit."""
+        spec = context.spec
+        if spec.pack is None:
+            raise LoopError(
+                f"data.samples = {spec.data.samples}: the data comes from a loop of your own, and train.loop names none"
+            )
+        device = resolve_device(spec.train.device, index=spec.index)
+        index = PackReader(spec.pack).index
+        self.bundle = build_model(spec.model, vocab_size=index.vocab_size, seq_len=index.seq_len, seed=spec.train.seed)
+        self.bundle.model.to(device)
+        optimizer = build_optimizer(self.bundle.model, spec.train)
+        self.inner = InnerLoop(self.bundle, optimizer, spec.train, device)
+        self.island = Island(
+            self.bundle.model,
+            optimizer,
+            loss_fn=self.bundle.loss_fn,
+            context=context,
+            flops_per_token=self.bundle.flops_per_token,
+        )
+        self.island.watches_changes = False
+        self.gradients_only = strategy_of(spec).contribution == "gradient"
+
+    def advance(self, *, blocking: bool) -> bool:
+        """One inner step, if there is something to train on; whether a step was made."""
+        batch = self.island.next_batch(blocking=blocking)
+        if batch is None:
+            return False
+        if self.gradients_only:
+            self.island.step(self.inner.forward_backward(batch))
+        else:
+            stats = self.inner.step(batch, progress=self.island.progress)
+            self.island.step(stats.loss, stats=stats)
+        return True
+
+    def run(self) -> None:
+        """Train until the run ends."""
+        with self.island:
+            while self.advance(blocking=True):
+                pass
+
+
+def run_builtin_loop(context: IslandContext) -> None:
+    """What an island's training thread does unless `train.loop` names another loop."""
+    BuiltinLoop(context).run()
+
+
+def run_user_loop(context: IslandContext) -> None:
+    """What it does if `train.loop` is set: call that function, which makes the island; `context` is this thread's.
+
+    Raises LoopError if the function returns before the run is over, besides whatever it raises itself.
+    """
+    spec = context.spec.train.loop
+    assert spec is not None, "run_builtin_loop is for the other case"
+    load_loop(spec)()
+    if context.deliver is None:
+        raise LoopError(f"train.loop = {spec!r} returned without an island: it must enter `with atoll.Island(...)`")
+    if not context.ended:
+        raise LoopError(
+            f"train.loop = {spec!r} returned before the run was over: iterate over island.batches() to its end, which "
+            "train.tokens decides"
+        )
+
+
+def load_loop(spec: str) -> Callable[[], object]:
+    """The function that `train.loop` names; raises LoopError that says what was looked for."""
+    try:
+        return load_function(spec, key="train.loop", num_arguments=0, called="without arguments")
+    except FunctionError as error:
+        raise LoopError(str(error)) from error
