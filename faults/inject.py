@@ -84,8 +84,8 @@ class Injection:
 class Tap:
     """Watches what goes in and out of one island, and kills its process at the armed points.
 
-    It also notes how far an incarnation's parameters are from the anchor when it is given its first samples:
-    `displacement`, the largest absolute difference, and `version`, in the mark `<member>-<incarnation>.start`.
+    It also notes how far an incarnation's parameters are from the anchor when it is given its first samples, in the
+    mark `<member>-<incarnation>.start`: `displacement` (the largest absolute difference), `version`, and `pid`.
     """
 
     def __init__(self, context: IslandContext) -> None:
@@ -161,7 +161,7 @@ class Tap:
             ]
             versions = [part.n for part in replica.parts]
         self._folder.mkdir(exist_ok=True)
-        note = {"displacement": max(distances), "version": min(versions)}
+        note = {"displacement": max(distances), "version": min(versions), "pid": os.getpid()}
         (self._folder / f"{self._name}-{self._incarnation}.start").write_text(json.dumps(note))
 
 

@@ -242,7 +242,7 @@ class Coordinator(Lifecycle):
                 suspect=process is None or process.status == "suspect", ready=process is not None and process.ready(),
                 stepped=process is not None and process.stepped, weight=process.info.weight if process else 0,
                 watermark=entry.watermarks[fragment], leases=entry.leases,
-                blocked=process is not None and process.blocked(entry.watermarks[fragment]),
+                blocked=process is not None and process.blocked(fragment, head.n, entry.watermarks[fragment]),
             )  # fmt: skip
         return ex.Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),

@@ -27,6 +27,7 @@ from workers.records import (
 )
 
 EARLY_DEATHS = 3
+LOST_AFTER_S = 2.0
 RESTORE_AGAIN_S = 5.0
 
 
@@ -82,6 +83,7 @@ class Lifecycle(Agenda):
         self.injected: list[tuple[float, str, str]] = []
         self.faults: list[ev.FaultTrack] = []
         self.consumed_at_end: dict[MemberId, int] = {}
+        self.lost_since: float | None = None
         self.restore_asked_s = float("-inf")
         self.without_snapshot: dict[str, str] = {}
 
@@ -206,8 +208,12 @@ class Lifecycle(Agenda):
         """Every living member is here and none holds a state: what is left of the model is the snapshots on disk."""
         processes = self.roll.processes
         if not state_is_lost(list(processes.values()), len(self.state.heads), all_live=self._all_here()):
+            self.lost_since = None
             self.without_snapshot.clear()
             return
+        self.lost_since = self.now if self.lost_since is None else self.lost_since
+        if self.now - self.lost_since < LOST_AFTER_S:
+            return  # who has just made or fetched a state may not have said so yet
         if set(self.without_snapshot) >= {member.name for member in processes}:
             why = next(iter(self.without_snapshot.values()))
             self._end("failed", f"no living member holds the model, and no snapshot can be loaded: {why}")

@@ -41,10 +41,14 @@ class Process:
         """Whether this incarnation has made an inner step."""
         return self.hello is not None and self.hello.consumed > 0
 
-    def blocked(self, watermark: int) -> bool:
-        """Whether it has nothing to offer above `watermark` and makes no step either: it waits for another fragment."""
+    def blocked(self, fragment: int, head: int, watermark: int) -> bool:
+        """Whether it has nothing to offer above `watermark` and makes no step either: it waits for another fragment.
+
+        What it said before it had version `head` of this fragment does not count: it goes on with that one.
+        """
+        report = self.report(fragment)
         waits = self.hello is not None and self.hello.waiting in ("bound", "leases", "exchange")
-        return waits and self.consumed <= watermark
+        return waits and report is not None and report.n >= head and self.consumed <= watermark
 
     def report(self, fragment: int) -> FragmentReport | None:
         """What it last said about one fragment."""

@@ -18,15 +18,17 @@ class Progress:
         self.config, self.quiet = config, quiet
         self._evaluations = -1
         self._members: set[str] = set()
+        self._gone: set[str] = set()
         self._live = sys.stdout.isatty() and not quiet
         self._width = 0
 
     def __enter__(self) -> Self:
         """Say what is about to happen."""
-        strategy = self.config.strategy
+        strategy, islands = self.config.strategy, self.config.run.islands
+        steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
         self.say(
-            f"{self.config.run.islands} islands, {self.config.train.tokens:,} tokens, strategy {strategy.name}, "
-            f"synchronising every {strategy.inner_steps} steps as {self.config.codec.name}"
+            f"{islands} {'island' if islands == 1 else 'islands'}, {self.config.train.tokens:,} tokens, "
+            f"strategy {strategy.name}, synchronising every {steps} as {self.config.codec.name}"
         )
         return self
 
@@ -46,9 +48,11 @@ class Progress:
         """The newest status."""
         members = set(status["members"])
         for gone in sorted(self._members - members):
-            self.say(f"{status['seconds']:7.1f} s  {gone} is gone; training goes on")
+            self._gone.add(gone.rpartition(".")[0])
+            self.say(f"{status['seconds']:7.1f} s  {gone} is gone{'; the others train on' if members else ''}")
         for new in sorted(members - self._members):
-            self.say(f"{status['seconds']:7.1f} s  {new} joined")
+            again = new.rpartition(".")[0] in self._gone
+            self.say(f"{status['seconds']:7.1f} s  {new} {'takes its place' if again else 'joined'}")
         self._members = members
         if status["evaluations"] > max(self._evaluations, 0):
             self._evaluations = status["evaluations"]

@@ -16,10 +16,10 @@ from workers.digest import digest
 NUM_IMAGES, NUM_CLASSES, SIZE = 300, 4, 8
 Images = tuple[NDArray[np.float32], NDArray[np.int64]]
 
-# 150 steps of 8 images; a step is under a millisecond.
+NUM_STEPS = 80
 CONFIG: dict[str, Any] = {
     "run.name": "images",
-    "train.tokens": 1200,
+    "train.tokens": 8 * NUM_STEPS,
     "train.batch_size": 8,
     "train.device": "cpu",
     "strategy.inner_steps": 5,

@@ -13,6 +13,10 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
 
 
+# What `train.loop` is in the run directory of a script: only the script itself can go on with such a run.
+SCRIPT = "__main__:script"
+
+
 class IslandOverrides(Section):
     """`[train.per_island.island-N]`: what one island does otherwise than the rest; unset = as in `[train]`."""
 
@@ -25,7 +29,9 @@ class IslandOverrides(Section):
 class TrainConfig(Section):
     """`[train]`: the inner loop of one island."""
 
-    tokens: int = Field(10_000_000, ge=1, description="The run ends when this many tokens are committed.")
+    tokens: int = Field(
+        10_000_000, ge=1, description="The run ends when this many tokens are committed (samples, with data.samples)."
+    )
     batch_size: int = Field(8, ge=1, le=1 << 20, description="Samples in one inner step of an island.")
     accumulation: int = Field(
         1, ge=1, le=65536, description="Micro-batches of equal size that one inner step is cut into."

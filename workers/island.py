@@ -137,7 +137,7 @@ class Island:
             load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer)
         gradients_only = self.sync.replica.strategy.contribution == "gradient"
         self._changes = ChangeWatch(synchronised(self.model), wanted=not gradients_only)
-        self._buffers = BufferWatch(self.model)
+        self._buffers = BufferWatch(self.model) if self.watches_changes else None
         self.context.deliver, self.context.abort = self.sync.deliver, self.sync.abort
         self.sync.start()
         return self
@@ -314,7 +314,7 @@ class Island:
         if self.sync is None or self._stepped:
             raise LoopError(STEP_TWICE)
         self.guard.check()
-        if self.watches_changes:
+        if self._buffers is not None:
             self._changes.step(self.sync.replica.anchor_tensors)
             self._buffers.first_step_done()
         if self.sync.replica.strategy.contribution == "gradient":

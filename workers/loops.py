@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from workers.config import SCRIPT
 from workers.context import IslandContext
 from workers.data.reader import PackReader
 from workers.device import resolve_device
@@ -84,6 +85,11 @@ def run_user_loop(context: IslandContext) -> None:
 
 def load_loop(spec: str) -> Callable[[], object]:
     """The function that `train.loop` names; raises LoopError that says what was looked for."""
+    if spec == SCRIPT:
+        raise LoopError(
+            "this run belongs to a script: go on with it there, by atoll.Island(model, optimizer, run_dir=..., "
+            "resume=True); for a new run on Ray, name a function in train.loop"
+        )
     try:
         return load_function(spec, key="train.loop", num_arguments=0, called="without arguments")
     except FunctionError as error:

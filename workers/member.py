@@ -236,6 +236,7 @@ class MemberMachine:
         self._decide(fragment, record)
         state.n, state.chain = record.n, record.chain
         state.recent[record.n] = record.chunk_digests
+        self.waiting = ""  # until it says so again, for the version that it has now
         self._clean(fragment)
         self._advance(fragment)
         self._hello()
@@ -254,6 +255,7 @@ class MemberMachine:
         state.n, state.chain, state.staged, state.catching_up, state.tries = version.n, version.chain, None, False, 0
         if joined:  # a founder keeps to its own schedule; who joins later offers as soon as somebody has
             state.late = version.n > 0
+        self.waiting = ""
         self._clean(fragment)
         self._advance(fragment)
         self._hello()

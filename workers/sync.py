@@ -291,7 +291,7 @@ class IslandSync:
 
     def _take_states(self) -> None:
         for key in list(self.jobs.staged):
-            if self.jobs.staged[key][0].n <= self.replica.parts[key[0]].n:
+            if self.jobs.staged[key][0].n <= self.machine.fragments[key[0]].n:
                 self.jobs.staged.pop(key, None)  # overtaken by a commit
         for fragment, state in enumerate(self.machine.fragments):
             if state.staged is None:

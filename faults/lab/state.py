@@ -80,11 +80,13 @@ class LabStates:
 
     def _open_locked(self) -> int:
         while True:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
                 fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:
                 continue
+            except PermissionError as error:
+                raise LabError("labs belong to root", place=str(self.root), remedy="sudo") from error
             fcntl.flock(fd, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
                 # Whoever held it before may have removed the directory.

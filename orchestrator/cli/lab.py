@@ -75,7 +75,8 @@ def set_command(target: str, values: Sequence[str], name: str | None) -> int:
     Keys: rate_mbit (up_mbit and down_mbit for the line of a host), delay_ms, jitter_ms, loss, queue_ms. The value none
     sets a key back to its default (rate_mbit=none: no limit).
     """
-    _attach(name).set(target, **dict(map(_key_value, values)))
+    changes = dict(map(_key_value, values))
+    _attach(name).set(target, **changes)
     return 0
 
 

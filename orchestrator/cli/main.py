@@ -91,11 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: ValueError, *, show_traceback: bool) -> int:
     """A mistake of the user: `UserError`, or a ValueError of a lower layer, which may have place and remedy too."""
+    message, remedy = str(getattr(error, "message", None) or error), getattr(error, "remedy", None)
+    if remedy and message.endswith(remedy):  # errors of the journal say it in their text as well
+        message = message.removesuffix(remedy).rstrip("; ")
     return _fail(
-        str(getattr(error, "message", None) or error),
+        message,
         code=int(getattr(error, "exit_code", BAD_INPUT)),
         place=getattr(error, "place", None),
-        remedy=getattr(error, "remedy", None),
+        remedy=remedy,
         show_traceback=show_traceback,
     )
 

@@ -68,7 +68,11 @@ class Bookkeeping:
 
     def apply(self, row: Row) -> None:
         """One more row of the path."""
-        must(row.seq == self.num_rows and (not self.num_rows or row.prev == self.last_hash), 2, f"row {row.seq} does not follow")
+        must(
+            row.seq == self.num_rows and (not self.num_rows or row.prev == self.last_hash),
+            2,
+            f"row {row.seq} does not follow",
+        )
         self.num_rows, self.last_hash = row.seq + 1, row.hash
         match row.record:
             case TermRecord() as r:
@@ -214,8 +218,14 @@ class Bookkeeping:
         story = f"by the controller free {state.free} partial {state.partial} dropped {state.dropped}"
         must(bits_of(state.free) == self.free, 5, f"free samples differ: {story}, here {spans_of(self.free)}")
         must(bits_of(state.partial) == partial, 5, f"partial samples differ: {story}, here {spans_of(partial)}")
-        must(bits_of(state.dropped) == self.dropped, 5, f"dropped samples differ: {story}, here {spans_of(self.dropped)}")
-        must(state.samples_committed() == full.bit_count(), 5, f"{state.samples_committed()} samples, {full.bit_count()} here")
+        must(
+            bits_of(state.dropped) == self.dropped, 5, f"dropped samples differ: {story}, here {spans_of(self.dropped)}"
+        )
+        must(
+            state.samples_committed() == full.bit_count(),
+            5,
+            f"{state.samples_committed()} samples, {full.bit_count()} here",
+        )
         must([h.version.n for h in state.heads] == [len(p) - 1 for p in self.chains], 2, "heads differ")
 
 

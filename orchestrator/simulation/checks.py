@@ -49,6 +49,10 @@ class Checks:
         """Chain ids of the versions on the journal's path."""
         return self.book.chains[fragment] if self.book.chains else []
 
+    def on_path(self, fragment: int, chain: str) -> bool:
+        """Whether a version is on the journal's path."""
+        return chain in self.path(fragment)
+
     def doubted(self, fragment: int) -> set[str]:
         """Versions that a controller may be about to revoke."""
         out: set[str] = set()
@@ -204,7 +208,11 @@ class Checks:
     def offer(self, island: Island, offer: msg.Offer) -> None:
         """Invariant 1: a member offers only for versions on the path as it knows it."""
         log = island.machine.log
-        must(log.on_path(offer.fragment, offer.base.chain), 1, f"{island.machine.nonce} offers for a version off the path")
+        must(
+            log.on_path(offer.fragment, offer.base.chain),
+            1,
+            f"{island.machine.nonce} offers for a version off the path",
+        )
 
     # ------------------------------------------------------------ controllers, regularly, at the end
 

@@ -13,7 +13,7 @@ from orchestrator.simulation.checks import Checks
 from orchestrator.simulation.controller import Controller
 from orchestrator.simulation.island import Fetch, FetchFailed, Island, Job
 from orchestrator.simulation.scenario import Scenario
-from orchestrator.simulation.symbols import Names, must
+from orchestrator.simulation.symbols import Names, Snapshots, must
 from workers.messages import Batch, Envelope
 from workers.records import Row
 
@@ -31,6 +31,7 @@ class Cluster:
         self.network = VirtualNetwork(self.time, self.rng, scenario.link)
         self.disk: VirtualDisk[Row] = VirtualDisk()
         self.names = Names()
+        self.snapshots = Snapshots()
         self.counts: Counter[str] = Counter()
         self.checks = Checks(self)
         self.islands: dict[str, list[Island]] = {name: [] for name in scenario.plan.islands}
@@ -129,7 +130,9 @@ class Cluster:
             path = self.checks.path(fragment)
             doubted = self.checks.doubted(fragment)
             if not any(
-                part.n >= 0 and part.chain in path and part.chain not in doubted
+                part.n >= 0
+                and part.chain in path
+                and part.chain not in doubted
                 and o.replica.digest(fragment) == sealed[part.chain]
                 for o in others
                 for part in (o.replica.parts[fragment],)

@@ -23,6 +23,7 @@ class Chaos:
         kinds: list[tuple[str, float, Callable[[], bool]]] = [
             ("kill", rates.kill, self._kill),
             ("kill_holders", rates.kill_holders, self._kill_holders),
+            ("kill_all", rates.kill_all, self._kill_all),
             ("false_verdict", rates.false_verdict, self._false_verdict),
             ("hang", rates.hang, self._hang),
             ("cut", rates.cut, self._cut),
@@ -144,6 +145,21 @@ class Chaos:
         if island.alive and island.frozen:
             self.cluster.note(f"thaw {island.first_nonce}")
             island.thaw()
+
+    def _kill_all(self) -> bool:
+        """Every process dies at once; only if a sound snapshot is on the journal's path."""
+        cluster = self.cluster
+        snapshot = cluster.snapshots.newest_on_path(cluster.checks)
+        if snapshot is None:
+            return False
+        names, book = cluster.names, cluster.checks.book
+        for fragment, chunks in enumerate(snapshot):
+            digest = names.of(("anchor", fragment, tuple(chunk.trail for chunk in chunks)))
+            if digest != book.digests[fragment][chunks[0].chain] or cluster.checks.doubted(fragment):
+                return False
+        for island in list(cluster.processes()):
+            self._kill_one(island)
+        return True
 
     # ------------------------------------------------------------ links
 

@@ -165,6 +165,8 @@ class Island:
                     self._work(self._compute_next(command))
                 case ev.VerifyAnchor():
                     self._work(self._verify_anchor(command))
+                case ev.LoadState():
+                    self._work(self._load_state(command))
                 case ev.FetchState():
                     self._work(self._fetch_state(command))
         if self.bodies:
@@ -219,7 +221,9 @@ class Island:
             return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=c.chunks, why=str(error))
         for chunk, payload in zip(c.chunks, payloads, strict=True):
             if payload.digest != c.offer.chunk_digests[chunk]:
-                return ev.PieceRejected(fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced")
+                return ev.PieceRejected(
+                    fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced"
+                )
             self.store.put(group, chunk, payload)
         return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
 
@@ -291,8 +295,22 @@ class Island:
         except FetchFailed as error:
             return ev.StateFailed(fragment=c.fragment, why=str(error))
         self.cluster.counts["states fetched"] += 1
-        self.staged_chunks[c.fragment, chunks[0].chain] = chunks
-        return ev.StateStaged(fragment=c.fragment, n=chunks[0].n, chain=chunks[0].chain)
+        return self._stage(c.fragment, chunks)
+
+    def _load_state(self, c: ev.LoadState) -> Job:
+        yield self._busy()
+        snapshot = self.cluster.snapshots.newest_on_path(self.machine.log)
+        if snapshot is None:
+            return ev.StateFailed(fragment=c.fragment, why="there is no snapshot", from_disk=True)
+        chunks = snapshot[c.fragment]
+        if self.replica.digest_of_chunks(c.fragment, chunks) != self.machine.log.digest(c.fragment, chunks[0].n):
+            return ev.StateFailed(fragment=c.fragment, why="it is not what the journal sealed", from_disk=True)
+        self.cluster.counts["states loaded"] += 1
+        return self._stage(c.fragment, chunks)
+
+    def _stage(self, fragment: int, chunks: list[StateChunk]) -> ev.Event:
+        self.staged_chunks[fragment, chunks[0].chain] = chunks
+        return ev.StateStaged(fragment=fragment, n=chunks[0].n, chain=chunks[0].chain)
 
     # ------------------------------------------------------------ the training thread
 
@@ -343,6 +361,9 @@ class Island:
         self.marks = [self.total_steps for _ in self.marks]
 
     def _take_states(self) -> None:
+        for key in list(self.staged_chunks):
+            if self.staged_chunks[key][0].n <= self.machine.fragments[key[0]].n:
+                del self.staged_chunks[key]
         for fragment, state in enumerate(self.machine.fragments):
             if state.staged is None:
                 continue
@@ -350,7 +371,9 @@ class Island:
             pending = state.pending
             included = record is not None and pending is not None and rules.included(record, pending.id)
             fresh = not self.steps_done
-            self.replica.install(fragment, self.staged_chunks.pop((fragment, state.staged.chain)), included=included, fresh=fresh)
+            self.replica.install(
+                fragment, self.staged_chunks.pop((fragment, state.staged.chain)), included=included, fresh=fresh
+            )
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self.marks[fragment] = self.total_steps
             self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
@@ -470,7 +493,8 @@ class Island:
         versions = tuple(state.n for state in self.machine.fragments)
         if what == "evaluated":
             self.bodies.append(msg.Evaluated(versions=versions, samples=order, val_loss=1.0))
-        else:
+        elif min(versions) >= 0:
+            self.cluster.snapshots.write(self.replica)
             self.bodies.append(msg.Saved(name=order.name, versions=versions, local=order.local))
         self._carry_out(())
         self._next_turn(0.0)

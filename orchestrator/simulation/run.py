@@ -46,7 +46,16 @@ def simulate(seed: int, *, scenario: Scenario | None = None, trace: bool = False
         drive(cluster)
     except Violation as violation:
         problem, invariant = violation.story, violation.number
-    except (JournalContradiction, AssertionError, KeyError, ValueError, IndexError, TypeError, AttributeError, NameError) as error:
+    except (
+        JournalContradiction,
+        AssertionError,
+        KeyError,
+        ValueError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        NameError,
+    ) as error:
         problem = "".join(traceback.format_exception(error)[-3:]).strip() or repr(error)
         invariant = 2 if isinstance(error, JournalContradiction) else 0
     if problem:

@@ -18,6 +18,7 @@ class FaultRates:
     mean_gap_s: float
     kill: float = 3.0
     kill_holders: float = 0.7
+    kill_all: float = 0.3
     false_verdict: float = 1.0
     hang: float = 1.5
     cut: float = 2.0
@@ -62,9 +63,7 @@ class Scenario:
     check_every: int = 100
 
 
-def draw(
-    seed: int, *, members: int | None = None, faults: bool = True, samples: int | None = None
-) -> Scenario:
+def draw(seed: int, *, members: int | None = None, faults: bool = True, samples: int | None = None) -> Scenario:
     """The scenario of a seed; what is given is not drawn."""
     rng = random.Random(seed)
     num = members or rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 5, 6))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from workers import member_rules as rules
 from workers.ranges import Range
@@ -221,7 +222,9 @@ class Replica:
             return None
         return StateChunk(part.n, part.chain, part.hi[chunk], part.lo[chunk], part.trail[chunk])
 
-    def step_chunk(self, chunk: int, state: StateChunk, payloads: Sequence[Payload], *, n: int, chain: str) -> StateChunk:
+    def step_chunk(
+        self, chunk: int, state: StateChunk, payloads: Sequence[Payload], *, n: int, chain: str
+    ) -> StateChunk:
         """Bring a fetched chunk from version n-1 to `n` with that version's result."""
         hi, lo, trail = absorb(self.names, state.hi, state.lo, state.trail, payloads[chunk])
         return StateChunk(n, chain, hi, lo, trail)
@@ -284,3 +287,35 @@ class Store:
         below = prefix + "/"
         for group in [g for g in self.groups if g == prefix or g.startswith(below)]:
             del self.groups[group]
+
+
+class Path(Protocol):
+    """What knows a journal's history."""
+
+    def on_path(self, fragment: int, chain: str) -> bool:
+        """Whether a version belongs to it."""
+        ...
+
+
+class Snapshots:
+    """The run's folder of durable snapshots: whole states of all fragments, a few of the newest."""
+
+    KEPT = 3
+
+    def __init__(self) -> None:
+        self.kept: list[list[list[StateChunk]]] = []
+
+    def write(self, replica: Replica) -> None:
+        """One more, of a replica that holds every fragment."""
+        state = [
+            [chunk for c in range(len(part.trail)) if (chunk := replica.serve(fragment, c)) is not None]
+            for fragment, part in enumerate(replica.parts)
+        ]
+        self.kept = [*self.kept, state][-self.KEPT :]
+
+    def newest_on_path(self, log: Path) -> list[list[StateChunk]] | None:
+        """The newest one whose versions all belong to a journal's history."""
+        for state in reversed(self.kept):
+            if all(log.on_path(fragment, chunks[0].chain) for fragment, chunks in enumerate(state)):
+                return state
+        return None

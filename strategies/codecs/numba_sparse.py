@@ -116,7 +116,10 @@ def sign_decode(payload: Array, num_values: int, block: int, highest: float, fir
 
 @helper
 def kth_largest(magnitudes_B: Array, k: int) -> Any:
-    """Bits of the k-th largest magnitude, by bisection: the counting is vector code. -1 for NaN and infinity."""
+    """Bits that exactly the k largest reach, or those of the k-th: by bisection, as counting is vector code.
+
+    -1 for NaN and infinity.
+    """
     largest = np.int32(0)
     for i in range(magnitudes_B.size):
         largest = max(largest, magnitudes_B[i])
@@ -128,7 +131,9 @@ def kth_largest(magnitudes_B: Array, k: int) -> Any:
         count = np.int32(0)
         for i in range(magnitudes_B.size):
             count += np.int32(magnitudes_B[i] >= middle)
-        if count >= k:
+        if count == k:
+            return middle
+        if count > k:
             low = middle
         else:
             high = middle

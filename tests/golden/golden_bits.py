@@ -1,8 +1,8 @@
 """Digests of everything in `strategies/` that must have the same bits on all members.
 
-Run as a program, for one device and one CPU capability: prints one JSON object. `--write` stores the digests in
-strategies.json: do that only when a change of the numbers is meant, since members of one run with different numbers
-cannot work together.
+Run as a program, for one device, one backend and one CPU capability: prints one JSON object. `--write` stores the
+digests in strategies.json and short payloads of all codecs in payloads.json: do that only when a change of the numbers
+is meant, since members of one run with different numbers cannot work together.
 The input comes from an integer hash, never from torch.randn, which differs between CPUs.
 """
 
@@ -18,17 +18,26 @@ import torch
 from torch import Tensor
 
 from strategies.aggregate import accumulate, weighted_sum
+from strategies.codecs.backends import Backend
 from strategies.codecs.base import Codec
+from strategies.codecs.e3m0 import E3m0
 from strategies.codecs.feedback import encode_with_feedback
-from strategies.codecs.int8 import Int8
+from strategies.codecs.fp4 import Fp4
+from strategies.codecs.int4 import Int4, Int4Stochastic
+from strategies.codecs.int8 import Int8, Int8Stochastic
 from strategies.codecs.none import Bf16, Fp32
+from strategies.codecs.sign import Sign
+from strategies.codecs.stochastic import mix
+from strategies.codecs.topk import TopK
 from strategies.elementwise import PASS_VALUES
 from strategies.fragments import TensorSpec, plan_fragments
 from strategies.merge import advance_included, rebase
 from strategies.norm import sum_of_squares
 from strategies.outer import Average, Nesterov, OuterAdamW, OuterStep, States
+from strategies.strategy import result_codec_of
 
 GOLDEN = Path(__file__).with_name("strategies.json")
+PAYLOADS = Path(__file__).with_name("payloads.json")
 # More than one pass, and a remainder that fills neither a block nor a vector register.
 N = PASS_VALUES + 4096 + 77
 COEFFICIENTS = [0.4375, 0.3, 0.123456789]
@@ -62,18 +71,48 @@ def two_steps(outer: OuterStep, anchor: Tensor, contributions: list[Tensor], **w
     return [anchor, *states]
 
 
-def compute(device: str) -> dict[str, str]:
+def all_codecs(backend: Backend) -> list[Codec]:
+    """One of each kind, in the configuration's block size."""
+    key = mix(0, 17, 3)
+    dense = [Int8(4096, backend), Int8(64, backend), Int8Stochastic(4096, backend, key), Int4(256, backend)]
+    low_bit = [Int4Stochastic(256, backend, key), Fp4(256, backend), E3m0(256, backend)]
+    return [Fp32(), Bf16(), *dense, *low_bit, Sign(4096, backend), TopK(4096, backend)]
+
+
+def short_payloads(backend: Backend) -> dict[str, dict[str, str]]:
+    """Name -> bytes of a payload and of what it decodes to, in hexadecimal: small enough to be looked at."""
+    ends = torch.tensor([0.0, -0.0, 1e-40, -1e-30, 3.0, 2.5, -0.25, 1.0])
+    x = torch.cat([hashed(5, 63), ends])
+    key = mix(0, 17, 3)
+    small = [Int8(32, backend), Int8Stochastic(32, backend, key), Int4(32, backend), Int4Stochastic(32, backend, key)]
+    codecs = [Fp32(), Bf16(), *small, Fp4(32, backend), E3m0(32, backend), Sign(32, backend), TopK(64, backend)]
+    result = {"input": {"values": as_hex(x)}}
+    for codec in codecs:
+        payload = codec.encode(x)
+        result[codec.name] = {
+            "payload": as_hex(payload),
+            "decoded": as_hex(codec.decode(payload, num_values=x.numel())),
+        }
+    return result
+
+
+def as_hex(values: Tensor) -> str:
+    """Bytes in hexadecimal."""
+    return values.contiguous().view(torch.uint8).numpy().tobytes().hex()
+
+
+def compute(device: str, backend: Backend) -> dict[str, str]:
     """Return name -> digest."""
     anchor, *contributions = (hashed(seed).to(device) for seed in range(4))
     theta = hashed(7, exponents=18).to(device)
     result: dict[str, str] = {}
-    codecs: list[Codec] = [Fp32(), Bf16(), Int8(), Int8(64)]
-    for codec in codecs:
+    for codec in all_codecs(backend):
         name = f"{codec.name}-{codec.block}"
         payloads = [codec.encode(x) for x in contributions]
         decoded = [codec.decode(p, num_values=N) for p in payloads]
         reduced = weighted_sum(decoded, COEFFICIENTS)
-        g = codec.decode(codec.encode(reduced), num_values=N)
+        result_codec = result_codec_of(codec)
+        g = result_codec.decode(result_codec.encode(reduced), num_values=N)
         result[f"encode/{name}"] = digest(*payloads)
         result[f"decode/{name}"] = digest(*decoded)
         result[f"reduce/{name}"] = digest(reduced)
@@ -104,14 +143,17 @@ def main() -> None:
     """Print or store the digests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="torch", choices=["torch", "numba"])
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    digests = compute(arguments.device)
+    digests, payloads = compute(arguments.device, arguments.backend), short_payloads(arguments.backend)
     if arguments.write:
+        PAYLOADS.write_text(json.dumps(payloads, indent=1) + "\n", encoding="utf-8")
         GOLDEN.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     capability = torch.backends.cpu.get_cpu_capability()
-    print(json.dumps({"capability": capability, "control": fused_control(arguments.device), "digests": digests}))
+    control = fused_control(arguments.device)
+    print(json.dumps({"capability": capability, "control": control, "digests": digests, "payloads": payloads}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from strategies.registry import CODECS, decode_payload
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # In the order in which CPUs acquired them; "default" runs everywhere.
@@ -20,15 +22,18 @@ CAPABILITIES = ["default", "avx2", "avx512"]
 
 
 @cache
-def run_golden(capability: str, device: str = "cpu") -> dict[str, Any]:
+def run_golden(
+    capability: str, device: str = "cpu", backend: str = "torch", cpu_name: str | None = None
+) -> dict[str, Any]:
     environment = {
         **os.environ,
+        **({"NUMBA_CPU_NAME": cpu_name, "NUMBA_CPU_FEATURES": ""} if cpu_name else {}),
         "ATEN_CPU_CAPABILITY": capability,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "golden_bits.py"), "--device", device],
+        [sys.executable, str(HERE / "golden_bits.py"), "--device", device, "--backend", backend],
         env=environment,
         capture_output=True,
         text=True,
@@ -51,12 +56,38 @@ def golden() -> dict[str, str]:
     return dict(json.loads((HERE / "strategies.json").read_text(encoding="utf-8")))
 
 
+def golden_payloads() -> dict[str, dict[str, str]]:
+    return dict(json.loads((HERE / "payloads.json").read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_same_bits_under_every_cpu_capability(capability: str) -> None:
     require(capability)
     result = run_golden(capability)
     assert result["capability"].lower() == capability, "the capability was not used, so nothing was checked"
     assert result["digests"] == golden()
+    assert result["payloads"] == golden_payloads()
+
+
+def test_the_compiled_form_has_the_same_bits() -> None:
+    result = run_golden("default", backend="numba")
+    assert result["digests"] == golden()
+    assert result["payloads"] == golden_payloads()
+
+
+def test_every_codec_has_golden_bytes() -> None:
+    assert set(golden_payloads()) == {"input", *CODECS}
+    encoded = {name.rpartition("-")[0].partition("/")[2] for name in golden() if name.startswith("encode/")}
+    assert encoded == set(CODECS)
+
+
+def test_golden_bytes_name_the_decoder_that_reads_them() -> None:
+    payloads = golden_payloads()
+    num = len(payloads.pop("input")["values"]) // 8
+    for name, stored in payloads.items():
+        payload = torch.frombuffer(bytearray.fromhex(stored["payload"]), dtype=torch.uint8)
+        decoded = decode_payload(payload, num_values=num)
+        assert decoded.view(torch.uint8).numpy().tobytes().hex() == stored["decoded"], name
 
 
 def test_the_input_tells_one_rounding_from_two() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from orchestrator.metrics import FaultEvent, StepRow, latest_faults, read_rows
 from orchestrator.run_state import RunState
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
-from workers.records import CommitRecord, MemberId, Record
+from workers.records import CommitRecord, MemberId, Record, TermRecord
 
 T = TypeVar("T")
 
@@ -61,8 +63,14 @@ class LiveRun:
     # ------------------------------------------------------------ looking
 
     def status(self) -> dict[str, Any]:
-        """What the controller says; waits a little if there is nothing new."""
-        return ray.get(self.controller.wait.remote(POLL_S), timeout=WAIT_S)
+        """What the controller says; waits a little if there is nothing new, and for a controller that comes back."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return ray.get(self.controller.wait.remote(POLL_S), timeout=WAIT_S)
+            except ray.exceptions.ActorUnavailableError:
+                assert time.monotonic() < deadline, f"the controller is not back after {WAIT_S:g} s"
+                time.sleep(POLL_S)
 
     def until(self, condition: Callable[[], T | None], what: str) -> T:
         """Wait until `condition` gives something; fails with what it waited for, or if the run ends before."""
@@ -123,6 +131,20 @@ class LiveRun:
 
         fault = self.until(recovered, f"the successor of {victim} to contribute")
         return Kill(member=member, point=point, victim=victim, mark=mark, fault=fault)
+
+    def kill_controller(self, *, with_island: str | None = None) -> None:
+        """Kill the controller's process, an island's with it if one is named; wait until another life goes on."""
+        before, commits = self.lives(), len(self.commits())
+        ray.kill(self.controller, no_restart=False)
+        if with_island is not None:
+            member = self.state().current[with_island]
+            os.kill(read_marks(self.run_dir, "start")[f"{member.name}-{member.incarnation}"]["pid"], signal.SIGKILL)
+        self.until(lambda: self.lives() > before, "the next controller's life")
+        self.until(lambda: len(self.commits()) > commits + 1, "commits of the next controller")
+
+    def lives(self) -> int:
+        """Controller lives so far."""
+        return sum(isinstance(record, TermRecord) for record in self.records())
 
     def finish(self) -> Summary:
         """Let the islands train as fast as they can, and wait for the end."""

@@ -17,7 +17,18 @@ from orchestrator.ledger import ledger_command
 from orchestrator.metrics import EvalRow, read_rows
 from orchestrator.rundir import RunDir
 from orchestrator.summary import Summary
-from tests.own_loops import CONFIG, NUM_IMAGES, ConvNet, digest_of, images, loss_of, make, train_images, train_on
+from tests.own_loops import (
+    CONFIG,
+    NUM_IMAGES,
+    NUM_STEPS,
+    ConvNet,
+    digest_of,
+    images,
+    loss_of,
+    make,
+    train_images,
+    train_on,
+)
 from workers.context import enter
 
 DATA = {"data.samples": NUM_IMAGES}
@@ -59,7 +70,7 @@ def test_three_islands_train_a_model_that_atoll_has_never_seen(tmp_path: Path) -
     model = ConvNet()
     model.load_state_dict(atoll.load_anchor(tmp_path / "run"))
     assert {end[0] for end in ends} == {digest_of(model)}
-    assert sum(int(end[1]) for end in ends) >= 150
+    assert sum(int(end[1]) for end in ends) >= NUM_STEPS
 
 
 def test_without_anything_to_evaluate_on_a_run_still_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 import atoll
+from orchestrator import revocation
 from orchestrator.ledger import ledger_command
 from orchestrator.rundir import RunDir, RunDirInUse
-from tests.own_loops import CONFIG, NUM_IMAGES, digest_of, images, loss_of, make, train_on
+from tests.own_loops import CONFIG, NUM_IMAGES, NUM_STEPS, digest_of, images, loss_of, make, train_on
 from tests.small_run import SEQ_LEN, make_pack
 from workers.data.permutation import sample_ids
+from workers.loops import load_loop
 
 
 def script(folder: Path, **values: object) -> atoll.Island:
@@ -64,10 +66,10 @@ def test_a_script_is_a_whole_run(tmp_path: Path) -> None:
         assert RunDir(tmp_path / "run").state() == "running"
         losses = train_on(island, model, optimizer)
         assert island.progress == pytest.approx(1.0, abs=0.05)
-    assert len(losses) == 150 and np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
+    assert len(losses) == NUM_STEPS and np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
     assert set(threading.enumerate()) == threads
     summary = island.summary
-    assert summary is not None and summary.exit_reason == "done" and summary.tokens_committed == 1200
+    assert summary is not None and summary.exit_reason == "done" and summary.tokens_committed == 8 * NUM_STEPS
     assert summary.final_val_loss is not None and summary.initial_val_loss is not None
     assert summary.final_val_loss < 0.5 * summary.initial_val_loss
     assert RunDir(tmp_path / "run").state() == "done"
@@ -124,17 +126,23 @@ def test_a_break_can_be_resumed_and_ends_where_an_unbroken_run_does(tmp_path: Pa
     rest = atoll.Island(
         model, optimizer, dataset=images(NUM_IMAGES), loss_fn=loss_of, run_dir=tmp_path / "run", resume=True
     )
-    assert train(rest) == 150 - 47
+    assert train(rest) == NUM_STEPS - 47
     assert rest.summary is not None and rest.summary.exit_reason == "done"
-    assert rest.summary.tokens_committed == 1200 and rest.summary.tokens_lost == 0
+    assert rest.summary.tokens_committed == 8 * NUM_STEPS and rest.summary.tokens_lost == 0
     assert ledger_command(tmp_path / "run", as_json=True) == 0
     assert digest_of(model) == digest_of(whole._model)
+    with pytest.raises(atoll.LoopError, match=r"this run belongs to a script: go on with it there, by atoll\.Island"):
+        load_loop(atoll.load_config(tmp_path / "run").train.loop or "")
     with pytest.raises(atoll.UserError, match="is done, there is nothing to resume"):
         train(atoll.Island(model, optimizer, dataset=images(NUM_IMAGES), run_dir=tmp_path / "run", resume=True))
 
 
-def test_an_offer_whose_payload_died_with_its_process_is_made_anew(tmp_path: Path) -> None:
+def test_an_offer_whose_payload_died_with_its_process_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run is stopped after a commit that its only holder did not hear of: it is revoked and made again."""
+    monkeypatch.setattr(revocation, "ASK_AFTER_S", 0.1)
+    monkeypatch.setattr(revocation, "ASK_AGAIN_S", 0.1)
     island = script(tmp_path)
     with island:
         train_steps(island, 45)  # nine rounds: the tenth commit is due
@@ -147,8 +155,8 @@ def test_an_offer_whose_payload_died_with_its_process_is_made_anew(tmp_path: Pat
     assert island.summary is not None and island.summary.exchanges_committed == 9
     model, optimizer = make(seed=5)
     rest = atoll.Island(model, optimizer, dataset=images(NUM_IMAGES), run_dir=tmp_path / "run", resume=True)
-    assert train(rest) == 150 - 45
-    assert rest.summary is not None and rest.summary.tokens_committed == 1200 and rest.summary.tokens_lost == 0
+    assert train(rest) == NUM_STEPS - 45
+    assert rest.summary is not None and rest.summary.tokens_committed == 8 * NUM_STEPS and rest.summary.tokens_lost == 0
     assert ledger_command(tmp_path / "run", as_json=True) == 0
     assert "revoke" in (tmp_path / "run" / "journal.jsonl").read_text()
 
@@ -176,7 +184,7 @@ def test_the_first_interrupt_stops_after_the_step_and_the_second_is_an_ordinary_
             optimizer.zero_grad()
             island.step(loss)
             steps += 1
-    assert 4 <= steps < 150
+    assert 4 <= steps < NUM_STEPS
     assert island.summary is not None and island.summary.exit_reason == "stopped" and island.summary.tokens_lost == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     island = script(tmp_path / "second")
@@ -215,8 +223,7 @@ def test_a_controller_that_fails_ends_the_loop(tmp_path: Path, monkeypatch: pyte
             loss.backward()
             island._optimizer.step()
             island.step(loss)
-    island = script(tmp_path / "next")
-    assert train(island) == 150
+    assert train(script(tmp_path / "next", **{"train.tokens": 80})) == 10
 
 
 def test_a_run_directory_belongs_to_one_run(tmp_path: Path) -> None:

@@ -42,8 +42,16 @@ def start(pack_dir: Path, run_dir: Path, *overrides: str, resume: bool = False) 
 
 
 def turns(run: LocalRun, num: int) -> LocalRun:
-    run.run(until=lambda: run.turns >= num, max_turns=num)
+    run.run(until=lambda: run.turns >= num)
     return run
+
+
+def heartbeat(run: LocalRun) -> None:
+    """The islands say how far they are; by the clock they do so more often than they are asked here."""
+    for island in run.islands.values():
+        assert island.loop.island.sync is not None
+        island.loop.island.sync.tick()
+    run.settle()
 
 
 def end(run: LocalRun) -> Summary:
@@ -92,12 +100,13 @@ def test_several_islands_go_on_without_loss(pack_dir: Path, tmp_path: Path) -> N
 
 def test_a_stop_at_once_loses_what_was_not_offered_and_nothing_else(pack_dir: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    turns(run := start(pack_dir, run_dir, "run.islands=2"), 21).stop(save=False)
+    run = turns(start(pack_dir, run_dir, "run.islands=2"), 21)
+    heartbeat(run)
+    run.stop(save=False)
     stopped = end(run)
-    consumed = {island.loop.island.sync.machine.consumed for island in run.islands.values() if island.loop.island.sync}
     assert stopped.exit_reason == "stopped"
     assert stopped.tokens_committed == stopped.exchanges_committed * 2 * 8 * 4 * SEQ_LEN
-    assert 0 < stopped.tokens_lost <= 2 * 8 * 4 * SEQ_LEN, consumed
+    assert 0 < stopped.tokens_lost <= 2 * 8 * 4 * SEQ_LEN
     check_resumable(RunDir(run_dir))
     done = finish(start(pack_dir, run_dir, "run.islands=2", resume=True))
     assert done.tokens_lost == stopped.tokens_lost
@@ -135,6 +144,8 @@ def test_everything_dies_and_the_newest_snapshot_is_what_is_left(pack_dir: Path,
 def test_the_only_island_dies_and_its_successor_takes_the_snapshot(pack_dir: Path, tmp_path: Path) -> None:
     run = start(pack_dir, tmp_path / "run", "run.snapshot_every_s=0.3")
     run.run(until=lambda: bool(run.host.coordinator.state.heads) and run.host.coordinator.state.heads[0].version.n >= 4)
+    turns(run, run.turns + 3)
+    heartbeat(run)
     run.kill("island-0")
     summary = finish(run)
     assert [fault.member for fault in summary.faults] == ["island-0"]

@@ -8,12 +8,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from strategies.codecs.base import HEADER_BYTES, Codec, NonFiniteError, PayloadError, is_finite, largest_magnitude
-from strategies.codecs.int8 import MAX_SCALE, Int8
+from strategies.codecs.e3m0 import E3m0
+from strategies.codecs.fp4 import Fp4
+from strategies.codecs.int4 import Int4, Int4Stochastic
+from strategies.codecs.int8 import Int8, Int8Stochastic
 from strategies.codecs.none import Bf16, Fp32
-from strategies.config import CodecConfig
+from strategies.codecs.sign import Sign
+from strategies.codecs.topk import TopK
+from strategies.config import DEFAULT_BLOCKS, CodecConfig
+from strategies.fragments import default_chunk_values
 from strategies.registry import CODECS, DECODERS, build_codec, decode_payload
 
-ALL: list[Codec] = [Fp32(), Bf16(), Int8(), Int8(32), Int8(100)]
+PLAIN: list[Codec] = [Fp32(), Bf16(), Int8(), Int8(32), Int8(100), Int8Stochastic(32, key=7)]
+LOW_BIT: list[Codec] = [Int4(), Int4(33), Int4Stochastic(64, key=8), Fp4(), Fp4(35), E3m0(), E3m0(32)]
+SPARSE: list[Codec] = [Sign(), Sign(32), Sign(35), TopK(), TopK(64), TopK(192)]
+ALL = [*PLAIN, *LOW_BIT, *SPARSE]
 codecs = st.sampled_from(ALL)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**120), max_value=2.0**120)
 
@@ -41,11 +50,29 @@ def test_payload_sizes_are_the_formula() -> None:
             "fp32": 16 + 4 * num,
             "bf16": 16 + 2 * num,
             "int8": 16 + num + 4 * -(-num // 4096),
+            "int4": 16 + -(-num // 2) + 4 * -(-num // 256),
+            "fp4": 16 + -(-num // 2) + 4 * -(-num // 256),
+            "e3m0": 16 + -(-num // 2) + 4 * -(-num // 256),
+            "sign": 16 + -(-num // 8) + 4 * -(-num // 4096),
         }
-        for codec in (Fp32(), Bf16(), Int8()):
+        for codec in (Fp32(), Bf16(), Int8(), Int4(), Fp4(), E3m0(), Sign()):
             payload = codec.encode(torch.ones(num))
             assert payload.dtype == torch.uint8
             assert payload.numel() == codec.num_bytes(num) == sizes[codec.name]
+    for codec in ALL:
+        assert all(codec.encode(torch.ones(num)).numel() == codec.num_bytes(num) for num in (0, 1, 63, 65, 4097, 9000))
+
+
+@pytest.mark.parametrize("numel", [10_000_000, 50_000_001])
+def test_large_models_take_the_bits_that_the_formulas_say(numel: int) -> None:
+    # algorithms.md 9.1, 9.4 to 9.7 and 5.2; the 16 bytes of framing of each chunk come beside it.
+    bits = {"int8": 8, "int4": 4.125, "fp4": 4.125, "e3m0": 4.125, "sign": 1 + 32 / 4096, "topk": 64 * 14 / 4096}
+    for name, formula in bits.items():
+        codec = build_codec(CodecConfig(name=name))
+        chunk = default_chunk_values(numel, codec.block)
+        whole, rest = divmod(numel, chunk)
+        num_bytes = whole * codec.num_bytes(chunk) + codec.num_bytes(rest) - 16 * (whole + 1)
+        assert 1.0 <= 8 * num_bytes / numel / formula < 1.02
 
 
 @given(codec=codecs, x=vectors())
@@ -57,6 +84,7 @@ def test_decoding_is_odd_idempotent_and_keeps_its_input(codec: Codec, x: Tensor)
     y = decode(codec, payload, x)
     assert is_finite(y)
     assert torch.equal(decode(codec, codec.encode(-x), x), -y)
+    # Not only equal numbers: the same bytes, down to the sign of a zero.
     assert torch.equal(codec.encode(y)[HEADER_BYTES:], payload[HEADER_BYTES:])
     assert torch.equal(decode(codec, codec.encode(y), y), y)
     assert torch.equal(decode_payload(payload, num_values=x.numel()), y)
@@ -167,7 +195,12 @@ def test_largest_magnitude_does_not_lose_nan() -> None:
 
 
 def test_encode_takes_flat_fp32_only() -> None:
-    for bad in (torch.zeros(4, dtype=torch.float64), torch.zeros(2, 2), torch.zeros(8)[::2]):
+    for bad in (
+        torch.zeros(4, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(2, 2),
+        torch.zeros(8)[::2],
+    ):
         for codec in ALL:
             with pytest.raises(ValueError, match="flat contiguous float32"):
                 codec.encode(bad)
@@ -228,10 +261,12 @@ def test_cut_padded_and_damaged_payloads_are_refused(codec: Codec, data: st.Data
             pass
 
 
-@given(data=st.data())
+BLOCKWISE = [codec for codec in ALL if codec.lossy and codec.block > 1]
+
+
+@given(codec=st.sampled_from(BLOCKWISE), data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_int8_bodies_decode_to_finite_values_or_are_refused(data: st.DataObject) -> None:
-    codec = Int8(32)
+def test_bodies_decode_to_finite_values_or_are_refused(codec: Codec, data: st.DataObject) -> None:
     payload = codec.encode(gaussian(100))
     for _ in range(data.draw(st.integers(1, 8))):
         payload[data.draw(st.integers(HEADER_BYTES, payload.numel() - 1))] = data.draw(st.integers(0, 255))
@@ -243,12 +278,32 @@ def test_int8_bodies_decode_to_finite_values_or_are_refused(data: st.DataObject)
     assert is_finite(y)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, 2 * MAX_SCALE])
-def test_int8_refuses_scales_that_no_encoder_writes(scale: float) -> None:
-    codec = Int8(32)
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("codec", [c for c in BLOCKWISE if c.name != "topk"], ids=lambda c: f"{c.name}-{c.block}")
+def test_scales_that_no_encoder_writes_are_refused(codec: Codec, scale: float) -> None:
     payload = codec.encode(gaussian(100))
     payload[HEADER_BYTES : HEADER_BYTES + 4].view(torch.float32)[0] = scale
     refused(codec, payload, 100)
+
+
+@pytest.mark.parametrize("codec", [Int8(32), Int4(32), Fp4(32)], ids=lambda c: c.name)
+def test_scales_that_could_overflow_are_refused(codec: Int8 | Int4 | Fp4) -> None:
+    payload = codec.encode(gaussian(100))
+    scale = payload[HEADER_BYTES : HEADER_BYTES + 4].view(torch.float32)
+    scale[0] = codec.max_scale
+    payload[-1] = 0x80  # the largest magnitude that the codes have
+    assert is_finite(codec.decode(payload, num_values=100))
+    scale[0] = 1.001 * codec.max_scale
+    refused(codec, payload, 100)
+
+
+@pytest.mark.parametrize(
+    "codec", [Int4(), Fp4(), E3m0(), Sign(), Int4(33), Sign(35)], ids=lambda c: f"{c.name}{c.block}"
+)
+def test_bits_behind_the_last_value_are_refused(codec: Codec) -> None:
+    payload = codec.encode(gaussian(99))
+    payload[-1] |= 0x80
+    refused(codec, payload, 99)
 
 
 def test_payloads_of_another_type_or_codec_are_refused() -> None:
@@ -263,18 +318,26 @@ def test_payloads_of_another_type_or_codec_are_refused() -> None:
     with pytest.raises(PayloadError, match="block size is 4096, expected 32"):
         Int8(32).decode(payload, num_values=100)
     payload[3] = 200
-    with pytest.raises(PayloadError, match=r"codec id 200; known are \[1, 2, 3\]"):
+    with pytest.raises(PayloadError, match=r"codec id 200; known are \[1, 2, 3, 4, 5, 6, 7, 8\]"):
         decode_payload(payload, num_values=100)
 
 
 def test_registry_builds_every_codec_of_the_configuration() -> None:
-    for name in ("fp32", "bf16", "int8"):
+    for name in CODECS:
         codec = build_codec(CodecConfig(name=name, block=128))
         assert codec.name == name
-        assert codec.block == (128 if name == "int8" else 1)
+        assert codec.block == CodecConfig(name=name, block=128).values_per_block == (1 if name[-2:] in "32 16" else 128)
         assert codec.codec_id in DECODERS
-    assert set(CODECS) == {"fp32", "bf16", "int8"}
-    with pytest.raises(ValueError, match=r"codec\.name = 'zip' is not known; known are bf16, fp32, int8"):
+        assert build_codec(CodecConfig(name=name)).block == DEFAULT_BLOCKS.get(name, 1)
+    with pytest.raises(ValueError, match=r"codec\.name = 'zip' is not known; known are bf16, e3m0, fp32, fp4, int4"):
         build_codec(CodecConfig.model_construct(name="zip"))
     with pytest.raises(ValueError, match=r"codec\.block = 0"):
         Int8(0)
+    for block in (0, 100, 8192):
+        with pytest.raises(ValueError, match=r"codec 'topk' needs a multiple of 64 up to 4096"):
+            TopK(block)
+
+
+def test_the_blocks_of_the_configuration_are_those_of_the_codecs() -> None:
+    kinds = (Int8, Int8Stochastic, Int4, Int4Stochastic, Fp4, E3m0, Sign, TopK)
+    assert {kind.name: kind().block for kind in kinds} == DEFAULT_BLOCKS

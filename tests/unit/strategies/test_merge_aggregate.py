@@ -7,9 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strategies.aggregate import accumulate, weighted_sum
+from strategies.aggregate import accumulate, decode_accumulate, weighted_sum
+from strategies.codecs.base import Codec, PayloadError
+from strategies.config import DEFAULT_BLOCKS, CodecConfig
 from strategies.elementwise import PASS_VALUES
 from strategies.merge import advance_included, rebase
+from strategies.norm import ROW_VALUES, SquareSum, sum_of_squares
+from strategies.registry import CODECS, build_codec
 
 
 def gaussian(num: int, seed: int = 0) -> Tensor:
@@ -147,3 +151,61 @@ def test_a_missing_coefficient_or_contribution_is_an_error() -> None:
         weighted_sum([], [])
     with pytest.raises(ValueError, match="argument 2"):
         weighted_sum([torch.zeros(1)], [])
+
+
+EVERY_CODEC = [
+    build_codec(CodecConfig(name=name, block=block, backend=backend))
+    for name in CODECS
+    for block in ([None] if name == "topk" or name not in DEFAULT_BLOCKS else [None, 33])
+    for backend in ("torch", "numba")
+]
+
+
+@pytest.mark.parametrize("codec", EVERY_CODEC, ids=lambda c: f"{c.name}-{c.block}-{c.backend}")
+def test_decoding_and_adding_in_parts_is_the_same_to_the_bit(codec: Codec) -> None:
+    for num in (0, 1, 500, ROW_VALUES, 3 * ROW_VALUES + 77, N):
+        pieces = [gaussian(num, seed) for seed in range(3)]
+        # A zero that the sum starts with keeps or loses its sign as in the plain sum.
+        pieces[0][::2] = -0.0
+        payloads = [codec.encode(piece) for piece in pieces]
+        acc = expected = None
+        for payload, coefficient in zip(payloads, (0.25, 0.3, 0.45), strict=True):
+            decoded = codec.decode(payload, num_values=num)
+            expected = accumulate(expected, decoded, coefficient)
+            acc, squares = decode_accumulate(codec, payload, coefficient, acc, num_values=num)
+            assert torch.equal(squares, sum_of_squares(decoded))
+        assert acc is not None and expected is not None
+        assert torch.equal(bits(acc), bits(expected))
+
+
+@pytest.mark.parametrize("codec", EVERY_CODEC, ids=lambda c: f"{c.name}-{c.block}-{c.backend}")
+def test_parts_are_short_and_malformed_payloads_have_none(codec: Codec) -> None:
+    num = 4 * PASS_VALUES
+    payload = codec.encode(gaussian(num))
+    longest = max(part.numel() for _, part in codec.decode_parts(payload, num_values=num))
+    assert longest <= (num if codec.block == 33 else PASS_VALUES)
+    for broken in (payload[:-1], payload[:3]):
+        with pytest.raises(PayloadError):
+            decode_accumulate(codec, broken, 1.0, None, num_values=num)
+
+
+def test_a_payload_is_only_added_once_it_is_known_to_be_good() -> None:
+    codec = build_codec(CodecConfig(name="int4"))
+    payload = codec.encode(gaussian(N))
+    payload[16:20].view(torch.float32)[0] = float("nan")
+    acc = gaussian(N, 1)
+    before = acc.clone()
+    with pytest.raises(PayloadError):
+        decode_accumulate(codec, payload, 1.0, acc, num_values=N)
+    assert torch.equal(acc, before)
+
+
+def test_squares_are_summed_alike_however_the_vector_is_cut() -> None:
+    x = gaussian(5 * ROW_VALUES + 123)
+    total = SquareSum()
+    for cut in (x[: 3 * ROW_VALUES], x[3 * ROW_VALUES : 4 * ROW_VALUES], x[4 * ROW_VALUES :]):
+        total.add(cut)
+    assert torch.equal(total.total(), sum_of_squares(x))
+    assert float(SquareSum().total()) == 0.0
+    with pytest.raises(AssertionError, match="no multiple of"):
+        total.add(x[:5])

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from strategies.codecs.base import Codec
+from strategies.codecs.e3m0 import E3m0
+from strategies.codecs.fp4 import Fp4
+from strategies.codecs.int4 import Int4, Int4Stochastic
+from strategies.codecs.int8 import Int8, Int8Stochastic
+from strategies.codecs.none import Bf16, Fp32
+from strategies.codecs.sign import Sign
+from strategies.codecs.topk import TopK
 from strategies.config import CodecConfig, StrategyConfig
 from strategies.outer import Average, Nesterov, OuterAdamW
 from strategies.registry import STRATEGIES, build_strategy
-from strategies.strategy import Strategy
+from strategies.strategy import Strategy, result_codec_of
 
 
 def train_settings(**changes: Any) -> Any:
@@ -76,6 +85,42 @@ def test_error_feedback_only_where_something_is_lost() -> None:
     assert build(CodecConfig(name="int8", error_feedback=True, feedback_decay=0.9)).feedback_decay == 0.9
     assert not build(CodecConfig(name="fp32", error_feedback=True)).error_feedback
     assert not build(CodecConfig(name="int8")).error_feedback
+
+
+@pytest.mark.parametrize(
+    ("codec", "result"),
+    [
+        (Fp32(), Fp32()),
+        (Bf16(), Bf16()),
+        (Int8(64, "numba"), Int8(64, "numba")),
+        (Int8Stochastic(64, key=3), Int8(64)),
+        (Int4(), Int4()),
+        (Int4Stochastic(512, key=3), Int4(512)),
+        (Fp4(32), Fp4(32)),
+        (E3m0(), E3m0()),
+        (Sign(64), Int8()),
+        (TopK(backend="numba"), Int8(backend="numba")),
+    ],
+    ids=lambda c: c.name,
+)
+def test_results_are_sent_elementwise_and_rounded_to_nearest(codec: Codec, result: Codec) -> None:
+    assert result_codec_of(codec) == result
+    assert type(result_codec_of(codec)) is type(result)
+    assert result.elementwise
+    strategy = build(CodecConfig(name=codec.name))
+    assert strategy.result_codec.name == result.name
+    assert replace(strategy, result=Fp32()).result_codec == Fp32()
+
+
+def test_members_round_with_their_own_random_numbers() -> None:
+    config = CodecConfig(name="int4-stochastic")
+    codecs = [
+        build_strategy(StrategyConfig(), config, lr_at=lambda p: 0.0, train=train_settings(), codec_key=key).codec
+        for key in (1, 2)
+    ]
+    assert codecs[0] == Int4Stochastic(backend=codecs[0].backend, key=1)
+    payloads = [codec.encode(torch.linspace(-1, 1, 500)) for codec in codecs]
+    assert not torch.equal(*payloads)
 
 
 def test_ddp_takes_the_optimizer_of_the_inner_loop() -> None:

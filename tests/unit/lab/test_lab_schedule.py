@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from faults.lab.errors import LabError
+from faults.lab.schedule import LinkChange, check_changes, due
+from faults.lab.topology import Topology
+
+PAIR = Topology.model_validate({"regions": {"p": {"nodes": ["a", "b"]}}, "links": {"a:b": {"rate_mbit": 10}}})
+CUT = LinkChange(at_s=20, action="cut", target="a")
+HEAL = LinkChange(at_s=40, action="heal", target="a")
+SLOW = LinkChange(at_s=0, action="set", target="a:b", values={"rate_mbit": 5})
+
+
+def test_changes_come_once_and_in_order_of_time() -> None:
+    changes = [HEAL, CUT, SLOW]
+    assert due(changes, after_s=-1, until_s=0) == [SLOW]
+    assert due(changes, after_s=0, until_s=19.9) == []
+    assert due(changes, after_s=19.9, until_s=60) == [CUT, HEAL]
+    assert due(changes, after_s=40, until_s=60) == []
+
+
+def test_changes_are_plain_data() -> None:
+    values = {"at_s": 3, "action": "set", "target": "a:b", "values": {"loss": 0.1}}
+    assert LinkChange.model_validate(values).model_dump() == values
+    assert str(SLOW) == "set a:b rate_mbit=5 at 0 s"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"at_s": -1, "action": "cut", "target": "a"}, "at_s"),
+        ({"at_s": 1, "action": "explode", "target": "a"}, "action"),
+        ({"at_s": 1, "action": "set", "target": "a"}, "set of 'a' needs values"),
+        ({"at_s": 1, "action": "cut", "target": "a", "values": {"loss": 1}}, "cut of 'a' takes no values"),
+    ],
+)
+def test_what_is_no_change(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LinkChange.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (LinkChange(at_s=1, action="cut", target="c"), "no node or region is called 'c'.*place: cut c at 1 s"),
+        (LinkChange(at_s=1, action="cut", target="p"), "'p' is the whole lab"),
+        (LinkChange(at_s=1, action="set", target="a", values={"speed": 1}), "a has no setting 'speed'"),
+    ],
+)
+def test_a_plan_that_names_nobody_is_refused_before_it_starts(change: LinkChange, message: str) -> None:
+    with pytest.raises(LabError, match=message):
+        check_changes([SLOW, change], PAIR)
+    check_changes([SLOW, CUT, HEAL], PAIR)
