@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,18 @@ class Board:
         self.open: dict[Future[dict[str, Any]], Job] = {}
 
     def work(self) -> bool:
-        """Return whether everything is done."""
+        """Return whether everything is done. Raises BrokenProcessPool if workers die again and again."""
+        while True:
+            before = len(self.runs.records)
+            try:
+                return self._work_with_pool()
+            except BrokenProcessPool:
+                if len(self.runs.records) == before:
+                    raise
+                print("a worker process was killed from outside; its runs start again", file=sys.stderr, flush=True)
+                self.open.clear()
+
+    def _work_with_pool(self) -> bool:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
             try:

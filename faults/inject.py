@@ -11,9 +11,7 @@ The points, in the order in which a member comes to them:
     offered         its offer was accepted and announced to all
     pulling         as a part owner, in the middle of fetching pieces
     reducing        as a part owner, its part is reduced and not reported
-    spread          it holds the whole result and has not said so
     committed       it was told of the commit and has not applied it
-    joining         it fetches the state, as a newcomer
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ from typing import Any, Literal, cast
 from strategies.fragments import gather
 from workers.context import IslandContext
 from workers.jobs import MemberStore
-from workers.messages import Announce, Assign, Batch, Envelope, Have, LeaseGrant, Offer, Reduced
+from workers.messages import Announce, Assign, Batch, Envelope, LeaseGrant, Offer, Reduced
 from workers.records import CommitRecord
 from workers.transport.base import Blob, Transport
 
-Point = Literal["before_offer", "offered", "pulling", "reducing", "spread", "committed", "joining"]
+Point = Literal["before_offer", "offered", "pulling", "reducing", "committed"]
 HURRY = "hurry"
 
 
@@ -103,8 +101,6 @@ class Tap:
                     self._at("before_offer")
                 case Reduced():
                     self._at("reducing")
-                case Have():
-                    self._at("spread")
                 case _:
                     pass
 
@@ -127,11 +123,9 @@ class Tap:
 
     def fetching(self, keys: Sequence[str], fetch: Callable[[], object]) -> None:
         """The island is about to fetch; a kill comes when the fetch is under way."""
-        points: dict[str, Point] = {"piece": "pulling", "state": "joining"}
-        point = points.get(keys[0].partition("/")[0])
-        if point is not None and self._armed(point).exists():
+        if keys[0].startswith("piece/") and self._armed("pulling").exists():
             threading.Thread(target=fetch, daemon=True).start()
-            self._at(point)
+            self._at("pulling")
 
     def _armed(self, point: Point) -> Path:
         return self._folder / f"{self._name}-{point}.armed"

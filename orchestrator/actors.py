@@ -39,6 +39,7 @@ WORKER_RESOURCE = "atoll_worker"
 TICK_S = 0.1
 WATCH_S = 60.0
 GOODBYE_S = 10.0
+LINGER_S = 300.0
 # Errors of the user's settings or loop: a replacement would end the same way.
 HOPELESS = ("DataError", "LoopError", "ModelError")
 
@@ -411,6 +412,8 @@ class ControllerActor:
             for handle in self.handles.values():
                 ray.kill(handle)
             self.over.set()
+        await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def _load(run_dir: Path) -> RunConfig:
 
 
 def _snapshot(run_dir: Path, name: str | None) -> Path:
-    from workers.snapshot import newest
+    from workers.saved import newest
 
     folder = RunDir(run_dir).snapshots
     found = folder / name if name is not None else newest(folder)

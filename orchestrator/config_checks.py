@@ -127,9 +127,13 @@ def check_exchange(config: RunConfig) -> Iterator[Problem]:
         if short_s >= long_s:
             message = f"exchange.{long} = {long_s:g} is not longer than exchange.{short} = {short_s:g}"
             yield Problem(key=f"exchange.{long}", message=message, remedy=f"more than {short_s:g}")
-    if exchange.chunk_values is not None and codec.name == "int8" and exchange.chunk_values % codec.block:
-        message = f"exchange.chunk_values = {exchange.chunk_values} is no multiple of codec.block = {codec.block}"
-        yield Problem(key="exchange.chunk_values", message=message, remedy=f"a multiple of {codec.block}")
+    block = codec.values_per_block
+    if exchange.chunk_values is not None and exchange.chunk_values % block:
+        message = f"exchange.chunk_values = {exchange.chunk_values} is no multiple of codec.block = {block}"
+        yield Problem(key="exchange.chunk_values", message=message, remedy=f"a multiple of {block}")
+    if codec.name == "topk" and (block % 64 or block > 4096):
+        message = f"codec.block = {block}: codec.name = 'topk' keeps one of 64 values and has 12 bits for an index"
+        yield Problem(key="codec.block", message=message, remedy=str(min(max(round(block / 64), 1), 64) * 64))
 
 
 def _divisors(number: int) -> str:

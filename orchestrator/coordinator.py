@@ -36,6 +36,7 @@ class Coordinator(Lifecycle):
         """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
         super().__init__(plan, rows, term, now=now, started_s=started_s)
         self.revocations = Revocations()
+        self.verified_s = float("-inf")
         self.sent: dict[str, int] = {}
         self._open_exchanges()
 
@@ -148,6 +149,8 @@ class Coordinator(Lifecycle):
                 self._fault(body.fault, member.name, body.detail, injected=False)
                 if body.fault == "no_state":
                     self.without_snapshot[member.name] = body.detail
+                elif body.fault == "unverified_state":
+                    self._verify_all()
             case _:
                 self.stale_messages += 1
 
@@ -304,6 +307,13 @@ class Coordinator(Lifecycle):
             self._ask_evaluation(record.n)
         self._finish_if_done()
 
+    def _verify_all(self) -> None:
+        """What somebody fetched was not as sealed: everybody looks at what it holds and serves (1.7)."""
+        if self.now - self.verified_s >= self.ask_again_s:
+            self.verified_s = self.now
+            for exchange in self.exchanges:
+                self._tell_all(msg.Verify(fragment=exchange.fragment, exchange=None, attempt=0))
+
     # ------------------------------------------------------------ stopping at once
 
     def _stop_now(self, event: ev.StopRequested) -> None:
@@ -332,6 +342,8 @@ class Coordinator(Lifecycle):
         self._ask_genesis()
         self._start_if_ready()
         self._restore_if_lost()
+        if self.state.unsettled:
+            self._settle_all()
         self._revocations()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:
             self._ask_evaluation(self.eval_asked[1])

@@ -131,12 +131,14 @@ def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None
 def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
     """Who may offer: live members with samples leased beyond their watermark, suspect ones too (H11).
 
-    Not who is blocked: it stands at its bound because of another fragment, and would be waited for in a circle.
+    Not who is blocked: it stands at its bound because of another fragment, and would be waited for in a circle. Nor a
+    newcomer before its first step, which is slow: it has nothing to offer, and everybody else would stand still.
     """
+    fresh = {m.id for m in fleet.members.values() if not m.stepped and fleet.head.n > 0}
     return [
         m
         for m in fleet.members.values()
-        if m.id in open_.offers or (ranges.count(m.leases) > m.watermark and not m.blocked)
+        if m.id in open_.offers or (ranges.count(m.leases) > m.watermark and not m.blocked and m.id not in fresh)
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.config import RunConfig
     from orchestrator.summary import Summary
 
+KNOCK_S = 5.0
 EXIT = {"done": 0, "failed": 1, "stopped": 3}
 # Set to 0, a Ray of our own listens on 127.0.0.1 alone: no firewall, no changed address, nobody else gets in.
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -58,7 +60,7 @@ def run_to_end(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resum
     import_from_here()
     config = resolve(config, num_gpus=_num_gpus(config))
     plan = _check(config, faults)
-    if resume:
+    if resume and config.run.address is None:  # elsewhere the run may be going on, see `RaySession.start`
         check_resumable(RunDir(run_dir))
     RunDir(run_dir).record(config.to_toml())
     pack = pack_path(config)
@@ -126,6 +128,8 @@ class RaySession:
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*python_path(), *inherited]))
         if self.config.run.address is None:
             os.environ[LOOPBACK_ONLY] = "0"
+        else:
+            _knock(self.config.run.address)
         import ray
 
         from orchestrator.actors import NAMESPACE, WORKER_RESOURCE
@@ -152,23 +156,30 @@ class RaySession:
         try:
             ray.init(**options)
         except ConnectionError as error:
-            raise ClusterUnreachable(
-                f"no Ray cluster answers at {self.config.run.address!r}: {error}",
+            raise _no_answer(self.config.run.address, str(error)) from error
+        places = ray.cluster_resources().get(WORKER_RESOURCE, 0)  # type: ignore[no-untyped-call]
+        if places < num_islands(self.config):
+            ray.shutdown()
+            raise UserError(
+                f"the cluster at {self.config.run.address!r} has room for {places:g} islands "
+                f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
                 place="run.address",
-                remedy="start one there, or remove run.address to run on this machine",
-            ) from error
+                remedy=f"ray start ... --resources='{{\"{WORKER_RESOURCE}\": N}}' with one for each island of a node",
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         """End what this session started; a connection that was there before stays."""
         import ray
 
-        if self.controller is not None:
-            from orchestrator.actors import end_processes
+        try:
+            if self.controller is not None:
+                from orchestrator.actors import end_processes
 
-            end_processes(self.run_id)
-        if not self.connected_before:
-            ray.shutdown()
+                end_processes(self.run_id)
+        finally:
+            if not self.connected_before:
+                ray.shutdown()
 
     def start(
         self,
@@ -179,12 +190,20 @@ class RaySession:
         resume: bool,
         wrap: ContextWrapper | None = None,
     ) -> ActorHandle[Any]:
-        """Create the run's controller, which starts the islands. `wrap`: see `faults.inject`."""
+        """Create the run's controller, which starts the islands. `wrap`: see `faults.inject`.
+
+        A run that is resumed may be going on: its controller outlives whoever started it, and is taken over then.
+        """
         import ray
 
         from orchestrator.actors import NAMESPACE, ControllerActor, controller_name
 
         run_id = self.run_id = run_dir.name
+        if resume and (alive := _find_controller(run_id)) is not None:
+            self.controller = alive
+            return alive
+        if resume:
+            check_resumable(RunDir(run_dir))
         self.controller = ControllerActor.options(  # type: ignore[attr-defined]
             name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached"
         ).remote(
@@ -208,6 +227,36 @@ class RaySession:
         with Progress(self.config, quiet=quiet) as progress:
             watch(controller, progress)
         return load_summary(run_dir)
+
+
+def _find_controller(run_id: str) -> ActorHandle[Any] | None:
+    import ray
+
+    from orchestrator.actors import NAMESPACE, controller_name
+
+    try:
+        return ray.get_actor(controller_name(run_id), namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _knock(address: str) -> None:
+    """Ray tries for minutes to reach a cluster that is not there: see whether anything listens at `host:port` first."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or something that Ray has to make sense of
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+    except OSError as error:
+        raise _no_answer(address, str(error)) from error
+
+
+def _no_answer(address: str | None, why: str) -> ClusterUnreachable:
+    return ClusterUnreachable(
+        f"no Ray cluster answers at {address!r}: {why}",
+        place="run.address",
+        remedy="start one there, or remove run.address to run on this machine",
+    )
 
 
 def demo(run_dir: Path | None, overrides: list[str], as_json: bool) -> int:

@@ -12,8 +12,8 @@ from orchestrator import exchange as ex
 from orchestrator import leases
 from orchestrator.agenda import Agenda
 from orchestrator.desk import RunPlan
-from orchestrator.membership import Process, Verdict
-from orchestrator.run_state import Membership
+from orchestrator.membership import Process, Roll, Verdict
+from orchestrator.run_state import Membership, RunState
 from workers import messages as msg
 from workers.records import (
     DropRecord,
@@ -36,9 +36,9 @@ def may_speak(entry: Membership | None, nonce: str) -> bool:
     return entry is not None and entry.live and entry.nonce == nonce
 
 
-def has_ended(entry: Membership, process: Process | None) -> bool:
-    """Only a fence ends an incarnation and returns its leases; a suspect one keeps them, however long (C4)."""
-    return not entry.live
+def ended_members(state: RunState, roll: Roll) -> list[MemberId]:
+    """Whose leases go back: only a fence ends an incarnation; a suspect one keeps them, however long (C4)."""
+    return list(state.unsettled)
 
 
 def may_settle(member: MemberId, exchanges: Sequence[ex.FragmentExchange]) -> bool:
@@ -273,7 +273,10 @@ class Lifecycle(Agenda):
 
     def _drop(self, member: MemberId, upto: int, why: str) -> None:
         entry = self.state.members[member]
-        upto = max(upto, *entry.watermarks)
+        upto = max([upto, *entry.watermarks])
+        if min(entry.watermarks, default=0) >= upto:  # asked twice
+            self._sync(member)
+            return
         if not entry.live or upto > entry.num_leased or any(exchange.holds(member) for exchange in self.exchanges):
             return  # in a fixed roster: its commit comes first; the member asks again
         self._log(DropRecord(member=member.name, incarnation=member.incarnation, upto=upto, why=why))
@@ -312,9 +315,9 @@ class Lifecycle(Agenda):
         raise NotImplementedError
 
     def _settle_all(self) -> None:
-        for member, entry in self.state.members.items():
-            ended = has_ended(entry, self.roll.processes.get(member))
-            if ended and not entry.settled and may_settle(member, self.exchanges):
+        for member in ended_members(self.state, self.roll):
+            entry = self.state.members[member]
+            if not entry.settled and may_settle(member, self.exchanges):
                 trained = self.consumed_at_end.get(member, 0)
                 lost = max(trained - max(entry.watermarks, default=0), 0)
                 self._log(SettleRecord(member=member.name, incarnation=member.incarnation, lost=lost))

@@ -8,6 +8,7 @@ from orchestrator.errors import UserError
 from orchestrator.run_state import RunState
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
+from workers.saved import check_local, check_snapshot, newest
 
 
 def check_resumable(run_dir: RunDir) -> None:
@@ -29,15 +30,11 @@ def check_resumable(run_dir: RunDir) -> None:
 
 def _has_local_states(folder: Path) -> bool:
     """Whether islands have saved their states. Raises LocalStateError for a damaged one."""
-    from workers.local_state import check_local
-
     found = [check_local(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     return any(found)
 
 
 def _check_snapshots(run_dir: RunDir, state: RunState) -> None:
-    from workers.snapshot import check_snapshot, newest
-
     path = newest(run_dir.snapshots)
     if path is None:
         message = f"the run in {run_dir.path} ended before its first snapshot: nothing is left of its model"

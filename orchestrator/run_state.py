@@ -39,6 +39,15 @@ class JournalContradiction(AssertionError):
 
 
 @dataclass(kw_only=True, slots=True)
+class Dropped:
+    """Work of an incarnation that a rule made final: positions `since` to `upto`, and what each fragment had of them."""
+
+    since: int
+    upto: int
+    watermarks: list[int]
+
+
+@dataclass(kw_only=True, slots=True)
 class Membership:
     """One incarnation as the journal knows it. `watermarks[f]`: samples of its leases that fragment f has settled."""
 
@@ -49,7 +58,7 @@ class Membership:
     live: bool = True
     settled: bool = False
     refused: bool = False
-    dropped_upto: int = 0
+    drops: list[Dropped] = field(default_factory=list)
     leases: list[Range] = field(default_factory=list)
 
     @property
@@ -79,6 +88,7 @@ class RunState:
         self.digests: list[dict[int, str]] = []
         self.members: dict[MemberId, Membership] = {}
         self.current: dict[str, MemberId] = {}
+        self.unsettled: dict[MemberId, Membership] = {}  # fenced, fates of their samples still open
         self.last_incarnation: dict[str, int] = {}
         self.nonces: dict[str, MemberId] = {}
         self.next_position = 0
@@ -155,6 +165,7 @@ class RunState:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
         _must(member.live, f"{member.id} is fenced twice")
         member.live, member.refused = False, r.refused
+        self.unsettled[member.id] = member
         del self.current[r.member]
 
     def _lease(self, r: LeaseRecord) -> None:
@@ -194,6 +205,7 @@ class RunState:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
         _must(not member.live and not member.settled, f"{member.id} cannot be settled")
         member.settled = True
+        del self.unsettled[member.id]
         self.lost += r.lost
         low, high = (min(member.watermarks), max(member.watermarks)) if member.watermarks else (0, 0)
         self.settled_full += low
@@ -218,8 +230,9 @@ class RunState:
         self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
         self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, high, r.upto))
         self.settled_full -= r.upto - low
+        since = member.drops[-1].upto if member.drops else 0
+        member.drops.append(Dropped(since=since, upto=r.upto, watermarks=member.watermarks))
         member.watermarks = [r.upto] * self.num_fragments
-        member.dropped_upto = r.upto
 
     def _revoke(self, r: RevokeRecord) -> None:
         commit = self.history[r.fragment].pop()
@@ -235,22 +248,24 @@ class RunState:
             self._take_back(self.members[entry.offer.member], r.fragment, entry.since, entry.upto)
 
     def _take_back(self, member: Membership, fragment: int, since: int, upto: int) -> None:
-        if since < member.dropped_upto:  # its process kept nothing of that work: it cannot be offered again
-            if self.num_fragments == 1:
-                self.settled_full -= upto - since
-                self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, since, upto))
+        """A fragment lost what it had of positions `since` to `upto`. If those were final, their fates change."""
+        drop = next((drop for drop in member.drops if drop.since <= since < drop.upto), None)
+        marks = drop.watermarks if drop is not None else member.watermarks
+        _must(marks[fragment] == upto, f"fragment {fragment} has the work of {member.id} up to {marks[fragment]}")
+        before_low, before_high = min(marks), max(marks)
+        marks[fragment] = since
+        if drop is None and not member.settled:
             return
-        before_low, before_high = min(member.watermarks), max(member.watermarks)
-        member.watermarks[fragment] = since
-        if not member.settled:
-            return
-        low, high = min(member.watermarks), max(member.watermarks)
+        low, high = min(marks), max(marks)
         self.settled_full -= before_low - low
         self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, before_low))
-        returned = ranges.cut(member.leases, high, before_high)
-        self.partial = ranges.subtract(self.partial, returned)
-        self.free = ranges.union(self.free, returned)
-        self.lost += ranges.count(returned)
+        left = ranges.cut(member.leases, high, before_high)
+        self.partial = ranges.subtract(self.partial, left)
+        if drop is not None:  # its process kept nothing of that work: it cannot be offered again
+            self.dropped = ranges.union(self.dropped, left)
+        else:
+            self.free = ranges.union(self.free, left)
+            self.lost += ranges.count(left)
 
     def _evaluation(self, r: EvaluationRecord) -> None:
         self.evaluations.append(r)

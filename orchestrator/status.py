@@ -127,9 +127,9 @@ def _newest(
 def _seq_len(exchanges: list[ExchangeRow], state: RunState) -> int:
     """Tokens of one sample: the metrics count tokens, the journal counts samples."""
     for row in exchanges:
-        record = (
-            state.history[row.fragment][row.version - 1] if len(state.history[row.fragment]) >= row.version else None
-        )
+        # The metrics were read after the journal: they may know of more.
+        history = state.history[row.fragment] if row.fragment < state.num_fragments else []
+        record = history[row.version - 1] if len(history) >= row.version else None
         if record is not None and row.tokens_committed:
             samples = record.base_samples + sum(entry.upto - entry.since for entry in record.roster)
             if samples and row.tokens_committed % samples == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from strategies.codecs.backends import Backend, resolve_backend
@@ -111,6 +112,12 @@ def decode_payload(
     """
     codec = decoder_of(payload, num_values=num_values, backend=backend)
     return codec.decode(payload, num_values=num_values, out=out)
+
+
+def warm_up(codec: Codec) -> None:
+    """Encode and decode once, so that no exchange waits for the compiler: 1 to 4 s where numba's cache is empty."""
+    values_N = torch.zeros(codec.block + 1)
+    codec.decode(codec.encode(values_N), num_values=values_N.numel())
 
 
 def _lookup(key: str, name: str, known: Mapping[str, T]) -> T:

@@ -9,6 +9,7 @@ Source: https://github.com/BLAKE3-team/BLAKE3-specs/blob/master/blake3.pdf (any 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from blake3 import blake3
@@ -61,3 +62,8 @@ def combine(digests: Sequence[str]) -> str:
             raise ValueError(f"{item!r} is not a digest: expected {2 * DIGEST_BYTES} hex characters")
         hasher.update(raw)
     return hasher.hexdigest(length=DIGEST_BYTES)
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's bytes, memory-mapped."""
+    return blake3().update_mmap(path).hexdigest(length=DIGEST_BYTES)

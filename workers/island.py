@@ -36,7 +36,7 @@ from workers.data.reader import PackReader
 from workers.device import peak_memory_bytes
 from workers.inner_loop import StepStats, evaluate
 from workers.jobs import MemberStore
-from workers.local_state import load_local, read_meta, save_local
+from workers.local_state import load_local, save_local
 from workers.loop_checks import BufferWatch, ChangeWatch, LoopError, ParameterGuard, synchronised
 from workers.member import MemberMachine
 from workers.model.factory import LossFn, ModelBundle, next_token_loss
@@ -54,6 +54,7 @@ from workers.samples import (
     open_source,
     positions_of,
 )
+from workers.saved import read_meta
 from workers.schedule import lr_at
 from workers.snapshot import write_snapshot
 from workers.timeline import Timeline

@@ -18,8 +18,9 @@ from workers.digest import digest
 from workers.record_log import RecordLog
 from workers.records import OfferId
 from workers.replica import BadPiece, Replica, StateChunk, as_bytes
-from workers.snapshot import SnapshotError, load_chunks, newest_on_path
-from workers.state_fetch import fetch_state
+from workers.saved import SnapshotError
+from workers.snapshot import load_chunks, newest_on_path
+from workers.state_fetch import UnverifiedState, fetch_state
 from workers.store import BlobStore, StoredBlob
 from workers.transport.base import Transport
 from workers.transport.errors import TransportError
@@ -176,9 +177,12 @@ class Jobs:
             fragment=c.assign.fragment, exchange=c.assign.exchange, attempt=c.assign.attempt, digest=digest_hex
         )
 
-    def verify_anchor(self, c: ev.VerifyAnchor) -> ev.Event:
+    def verify_anchor(self, c: ev.VerifyAnchor) -> ev.Event | None:
         """Hash the present version against its sealed digest."""
-        intact = self.replica.digest(c.fragment) == c.digest
+        with self.replica.lock:
+            if self.replica.parts[c.fragment].chain != c.chain:
+                return None
+            intact = self.replica.digest(c.fragment) == c.digest
         return ev.AnchorVerified(fragment=c.fragment, intact=intact, exchange=c.exchange, attempt=c.attempt)
 
     def fetch_state(self, c: ev.FetchState) -> ev.Event:
@@ -186,7 +190,8 @@ class Jobs:
         try:
             chunks = fetch_state(self, c.fragment, c.donors)
         except TransportError as error:
-            return ev.StateFailed(fragment=c.fragment, why=str(error))
+            mismatch = isinstance(error, UnverifiedState)
+            return ev.StateFailed(fragment=c.fragment, why=str(error), mismatch=mismatch)
         return self._stage(c.fragment, chunks)
 
     def load_state(self, c: ev.LoadState) -> ev.Event:

@@ -23,22 +23,15 @@ from workers.messages import Offer, Version
 from workers.optim import InnerOptimizer, export_state, import_state
 from workers.records import OfferId
 from workers.replica import Replica
+from workers.saved import LOCAL_META, LOCAL_SCHEMA, LOCAL_TENSORS, local_tensors
 from workers.sync import IslandSync
-from workers.tensor_file import file_digest, save_tensors
-
-TENSORS, META = "tensors.safetensors", "member.json"
-SCHEMA = 1
-REMEDY = "remove the folder {folder}: its island then starts from the committed anchor"
-
-
-class LocalStateError(ValueError):
-    """A saved local state that cannot be used; says why and what to do."""
+from workers.tensor_file import save_tensors
 
 
 def save_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: InnerOptimizer) -> None:
     """Write the state of an island between two steps."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / META).unlink(missing_ok=True)
+    (folder / LOCAL_META).unlink(missing_ok=True)
     with sync.changed:
         sync.replica.hold_displacement()
         tensors = {f"optimizer/{name}": value for name, value in export_state(optimizer, model).items()}
@@ -46,13 +39,13 @@ def save_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: Inne
         tensors |= _replica_tensors(sync.replica)
         tensors["random/torch"] = torch.get_rng_state()
         meta = _machine_meta(sync)
-    temporary = folder / (TENSORS + ".tmp")
+    temporary = folder / (LOCAL_TENSORS + ".tmp")
     meta["tensors_digest"] = save_tensors(temporary, tensors)
-    temporary.rename(folder / TENSORS)
-    temporary = folder / (META + ".tmp")
+    temporary.rename(folder / LOCAL_TENSORS)
+    temporary = folder / (LOCAL_META + ".tmp")
     temporary.write_text(json.dumps(meta))
     _sync_file(temporary)
-    temporary.rename(folder / META)
+    temporary.rename(folder / LOCAL_META)
 
 
 def _sync_file(path: Path) -> None:
@@ -76,7 +69,7 @@ def _replica_tensors(replica: Replica) -> dict[str, Tensor]:
 def _machine_meta(sync: IslandSync) -> dict[str, Any]:
     machine, replica = sync.machine, sync.replica
     return {
-        "schema": SCHEMA,
+        "schema": LOCAL_SCHEMA,
         "run_id": machine.run_id,
         "name": machine.name,
         "nonce": machine.nonce,
@@ -103,35 +96,6 @@ def _machine_meta(sync: IslandSync) -> dict[str, Any]:
     }
 
 
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """What a saved state says of itself; None if there is no complete one."""
-    path = folder / META
-    if not path.exists():
-        return None
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise LocalStateError(f"{path}: not readable ({error}); {REMEDY.format(folder=folder)}") from error
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
-        raise LocalStateError(f"{path}: schema {meta.get('schema')!r}, this version reads {SCHEMA}")
-    return meta
-
-
-def check_local(folder: Path) -> bool:
-    """Whether a folder holds a saved state. Raises LocalStateError if it does and cannot be used."""
-    meta = read_meta(folder)
-    if meta is not None:
-        _check_tensors(folder, meta)
-    return meta is not None
-
-
-def _check_tensors(folder: Path, meta: dict[str, Any]) -> Path:
-    path = folder / TENSORS
-    if not path.exists() or file_digest(path) != meta["tensors_digest"]:
-        raise LocalStateError(f"{path}: missing or altered; {REMEDY.format(folder=folder)}")
-    return path
-
-
 def load_local(
     folder: Path,
     meta: dict[str, Any],
@@ -140,7 +104,7 @@ def load_local(
     optimizer: InnerOptimizer,
 ) -> None:
     """Put a saved state back, bit for bit, and remove it: from now on the process is ahead of it."""
-    tensors = load_file(_check_tensors(folder, meta))
+    tensors = load_file(local_tensors(folder, meta))
     model.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("live/")})
     import_state(optimizer, model, {n[10:]: v for n, v in tensors.items() if n.startswith("optimizer/")})
     for fragment, part in enumerate(sync.replica.parts):
@@ -157,7 +121,7 @@ def load_local(
     sync.total_steps, sync.marks = meta["total_steps"], list(meta["marks"])
     sync.steps_done = deque((end, tuple(versions)) for end, versions in meta["steps_done"])
     sync.base_samples = meta["base_samples"]
-    (folder / META).unlink()
+    (folder / LOCAL_META).unlink()
 
 
 def _restore_machine(machine: MemberMachine, meta: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from workers import ranges
 from workers.messages import Assign, Offer, Version
 from workers.ranges import Range
 from workers.record_log import GENESIS_CHAIN, RecordLog
-from workers.records import CommitRecord, DropRecord, MemberId, OfferId, Term
+from workers.records import CommitRecord, DropRecord, MemberId, OfferId, Row, Term
 
 KEEP_RESULTS = 2
 RESEND_S = 1.0
@@ -151,13 +151,13 @@ class MemberMachine:
                 if n > self.fragments[f].n and self.log.on_path(f, chain):  # else overtaken by a commit, or revoked
                     self.fragments[f].staged = Version(n=n, chain=chain)
                     self.out.append(ev.Wake())
-            case ev.StateFailed(fragment=f, why=why, from_disk=from_disk):
+            case ev.StateFailed(fragment=f, why=why, from_disk=from_disk, mismatch=mismatch):
                 self.fragments[f].fetching_state = False
-                if from_disk:
-                    self._post(msg.FaultSeen(fault="no_state", detail=why))
+                if from_disk or mismatch:
+                    self._post(msg.FaultSeen(fault="no_state" if from_disk else "unverified_state", detail=why))
         return self.out
 
-    def attach(self, term: Term) -> tuple[Term | None, tuple[msg.Row, ...]]:
+    def attach(self, term: Term) -> tuple[Term | None, tuple[Row, ...]]:
         """Hand in the journal copy to a controller of a new lineage: first the term, then the copy (C11)."""
         if not rules.obeys(self.term, term):
             return self.term, ()
@@ -367,7 +367,7 @@ class MemberMachine:
         if welcome is not None:
             self._hello()
 
-    def _rows(self, rows: Sequence[msg.Row]) -> None:
+    def _rows(self, rows: Sequence[Row]) -> None:
         for row in rows:
             record = row.record
             if isinstance(record, DropRecord) and self.incarnation is not None:
@@ -631,9 +631,12 @@ class MemberMachine:
     def _verify(self, body: msg.Verify) -> None:
         state = self.fragments[body.fragment]
         digest = self.log.digest(body.fragment, state.n)
-        if state.assign is not None and state.assign.exchange == body.exchange and digest is not None:
+        asked = body.exchange is None or (state.assign is not None and state.assign.exchange == body.exchange)
+        if asked and state.n >= 0 and digest is not None:
             self.out.append(
-                ev.VerifyAnchor(fragment=body.fragment, digest=digest, exchange=body.exchange, attempt=body.attempt)
+                ev.VerifyAnchor(
+                    fragment=body.fragment, chain=state.chain, digest=digest, exchange=body.exchange, attempt=body.attempt
+                )
             )
 
     def _anchor_verified(self, event: ev.AnchorVerified) -> None:

@@ -101,7 +101,7 @@ class AnchorVerified:
 
     fragment: int
     intact: bool
-    exchange: ExchangeId
+    exchange: ExchangeId | None
     attempt: int
 
 
@@ -116,11 +116,12 @@ class StateStaged:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateFailed:
-    """No donor could give a state, or no snapshot (`from_disk`)."""
+    """No donor could give a state, or no snapshot (`from_disk`). `mismatch`: what donors gave was not as sealed."""
 
     fragment: int
     why: str
     from_disk: bool = False
+    mismatch: bool = False
 
 
 Event = (
@@ -183,11 +184,12 @@ class ComputeNext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyAnchor:
-    """Hash the present anchor against its sealed digest."""
+    """Hash the anchor of version `chain` against its sealed digest, unless a newer one has taken its place."""
 
     fragment: int
+    chain: str
     digest: str
-    exchange: ExchangeId
+    exchange: ExchangeId | None
     attempt: int
 
 

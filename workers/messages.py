@@ -328,10 +328,12 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verify:
-    """Next anchors differ: hash your present anchor against the sealed digest, then report `Have` again."""
+    """Hash your present anchor against the sealed digest: next anchors differ, then report `Have` again; or, without an
+    exchange, what somebody fetched was not as sealed.
+    """
 
     fragment: int
-    exchange: ExchangeId
+    exchange: ExchangeId | None
     attempt: int
 
 

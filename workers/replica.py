@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strategies.aggregate import accumulate
+from strategies.aggregate import decode_accumulate
 from strategies.codecs.feedback import encode_with_feedback
+from strategies.codecs.stochastic import keyed
 from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.merge import advance_included, rebase
 from strategies.norm import sum_of_squares
-from strategies.registry import decode_payload
+from strategies.registry import decode_payload, decoder_of
 from strategies.strategy import Strategy
 from workers.digest import combine, digest
 from workers.member_rules import residual_after
@@ -148,14 +149,15 @@ class Replica:
         for chunk in range(spec.num_chunks):
             where = spec.chunk_slice(chunk)
             values_C = self._contribution(part, spec, where)
+            codec = keyed(strategy.codec, fragment, part.n, where.start)
             if feedback and next_residual is not None:
                 residual = part.residual[where] if part.residual is not None else None
-                done = encode_with_feedback(strategy.codec, values_C, residual, decay=strategy.feedback_decay)
+                done = encode_with_feedback(codec, values_C, residual, decay=strategy.feedback_decay)
                 payload = done.payload
                 next_residual[where] = done.next_residual_N
             else:
-                payload = strategy.codec.encode(values_C)
-            sent_C = decode_payload(payload, num_values=values_C.numel()) if strategy.codec.lossy else values_C
+                payload = codec.encode(values_C)
+            sent_C = codec.decode(payload, num_values=values_C.numel()) if codec.lossy else values_C
             sums.append(float(sum_of_squares(sent_C)))
             payloads.append(payload.cpu())
         part.next_residual, part.displacement, part.sent = next_residual, None, True
@@ -194,17 +196,18 @@ class Replica:
         device = self.parts[fragment].anchor.device
         for place, (payload, coefficient, sumsq) in enumerate(pieces):
             try:
-                decoded = decode_payload(payload.to(device), num_values=num)
+                piece = payload.to(device)
+                codec = decoder_of(piece, num_values=num, backend=self.strategy.codec.backend)
+                acc, squares = decode_accumulate(codec, piece, coefficient, acc, num_values=num)
             except ValueError as error:
                 raise BadPiece(f"it cannot be decoded: {error}", place) from error
-            found = float(sum_of_squares(decoded))
+            found = float(squares)
             if not np.isfinite(found):
                 raise BadPiece("it is not finite", place)
             if found != sumsq:
                 raise BadPiece(f"its sum of squares is {found!r}, announced was {sumsq!r}", place)
-            acc = accumulate(acc, decoded, coefficient)
         assert acc is not None, "a roster without contributions"
-        return self.strategy.codec.encode(acc).cpu()
+        return self.strategy.result_codec.encode(acc).cpu()
 
     # ------------------------------------------------------------ the next version
 
@@ -231,7 +234,8 @@ class Replica:
 
     def _decode(self, payload: Tensor, where: slice, fragment: int) -> Tensor:
         device = self.parts[fragment].anchor.device
-        return decode_payload(payload.to(device), num_values=where.stop - where.start)
+        num, backend = where.stop - where.start, self.strategy.codec.backend
+        return decode_payload(payload.to(device), num_values=num, backend=backend)
 
     def _step(
         self,

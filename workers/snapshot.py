@@ -18,15 +18,10 @@ from torch import Tensor
 from strategies.fragments import FragmentSpec, gather
 from workers.record_log import RecordLog
 from workers.replica import Replica, StateChunk
-from workers.tensor_file import file_digest, save_tensors
+from workers.saved import MANIFEST, SNAPSHOT_FILES, complete_snapshots, read_manifest, snapshot_file
+from workers.tensor_file import save_tensors
 
-MANIFEST = "manifest.json"
-FILES = ("anchor.safetensors", "states.safetensors")
 KEEP = 3
-
-
-class SnapshotError(ValueError):
-    """A snapshot that is missing, incomplete or altered."""
 
 
 def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]:
@@ -45,7 +40,8 @@ def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     files = {
-        file: save_tensors(temporary / file, content) for file, content in zip(FILES, (tensors, states), strict=True)
+        file: save_tensors(temporary / file, content)
+        for file, content in zip(SNAPSHOT_FILES, (tensors, states), strict=True)
     }
     manifest = {
         "schema": 1,
@@ -70,18 +66,6 @@ def _retain(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a snapshot; `SnapshotError` if there is none."""
-    file = path / MANIFEST
-    if not file.exists():
-        raise SnapshotError(f"{path} is no complete snapshot: it has no {MANIFEST}; use another one of the run")
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise SnapshotError(f"{file} cannot be read ({error}); use another snapshot of the run") from error
-    return manifest
-
-
 def load_anchor(path: Path) -> dict[str, Tensor]:
     """The anchor's tensors by parameter name, checked against the manifest."""
     manifest = read_manifest(path)
@@ -94,32 +78,12 @@ def load_states(path: Path) -> dict[str, Tensor]:
 
 
 def _load(path: Path, manifest: dict[str, Any], file: str) -> dict[str, Tensor]:
-    return load_file(_checked_file(path, manifest, file))
-
-
-def _checked_file(path: Path, manifest: dict[str, Any], file: str) -> Path:
-    target = path / file
-    if not target.exists() or file_digest(target) != manifest["files"][file]:
-        raise SnapshotError(f"{target} is missing or altered; remove its folder to use the snapshot before it")
-    return target
-
-
-def newest(folder: Path) -> Path | None:
-    """The complete snapshot with the newest versions, or None."""
-    return next(iter(_complete(folder)), None)
+    return load_file(snapshot_file(path, manifest, file))
 
 
 def newest_on_path(folder: Path, log: RecordLog) -> Path | None:
     """The newest complete snapshot whose versions are part of the journal's history, or None."""
-    return next((path for path in _complete(folder) if _is_on_path(read_manifest(path), log)), None)
-
-
-def check_snapshot(path: Path) -> list[tuple[int, str]]:
-    """Version and sealed digest of each fragment, after the files were checked. Raises SnapshotError."""
-    manifest = read_manifest(path)
-    for file in FILES:
-        _checked_file(path, manifest, file)
-    return list(zip(manifest["versions"], manifest["digests"], strict=True))
+    return next((path for path in complete_snapshots(folder) if _is_on_path(read_manifest(path), log)), None)
 
 
 def load_chunks(path: Path, fragment: int, spec: FragmentSpec) -> list[StateChunk]:
@@ -133,12 +97,6 @@ def load_chunks(path: Path, fragment: int, spec: FragmentSpec) -> list[StateChun
         StateChunk(n=n, chain=chain, values=tuple(values[spec.chunk_slice(chunk)] for values in (anchor_N, *mine)))
         for chunk in range(spec.num_chunks)
     ]
-
-
-def _complete(folder: Path) -> list[Path]:
-    """The snapshots that have a manifest, newest first."""
-    found = [path for path in folder.iterdir() if (path / MANIFEST).is_file()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: sum(read_manifest(path)["versions"]), reverse=True)
 
 
 def _is_on_path(manifest: dict[str, Any], log: RecordLog) -> bool:

@@ -28,6 +28,10 @@ class NoState(TransportError):
     """No donor could give a whole, verified state."""
 
 
+class UnverifiedState(NoState):
+    """What the donors gave is not what the journal sealed: one of them has another state without knowing it."""
+
+
 def deal(chunks: Sequence[int], donors: Sequence[Donor]) -> dict[Donor, list[int]]:
     """Chunks to donors, round robin."""
     out: dict[Donor, list[int]] = {}
@@ -42,6 +46,7 @@ def fetch_state(jobs: Jobs, fragment: int, donors: Sequence[Donor]) -> list[Stat
     num_chunks = replica.specs[fragment].num_chunks
     held: dict[int, StateChunk] = {}
     good = list(donors)
+    mismatch = False
     for turn in range(MAX_ROUNDS):
         missing = [chunk for chunk in range(num_chunks) if chunk not in held]
         if missing:
@@ -63,9 +68,11 @@ def fetch_state(jobs: Jobs, fragment: int, donors: Sequence[Donor]) -> list[Stat
             sealed = jobs.log().digest(fragment, target)
         if sealed is not None and Replica.digest_of_chunks(chunks) == sealed:
             return chunks
+        mismatch = mismatch or sealed is not None
         held, good = {}, [donors[turn % len(donors)]]  # one of them lies: all from one, each in turn
     names = ", ".join(name for name, _ in donors)
-    raise NoState(peer=names, key=f"state/{fragment}", cause="no whole, verified state after several rounds")
+    error = UnverifiedState if mismatch else NoState
+    raise error(peer=names, key=f"state/{fragment}", cause="no whole, verified state after several rounds")
 
 
 def _fetch_round(

@@ -258,7 +258,8 @@ class IslandSync:
                 return order
             if not self.machine.holds_all() or self.machine.reset_wanted:
                 return self._wait("state")
-            self._send_due()
+            if not self.machine.drop_asked:
+                self._send_due()
             return self._wait("drop") if self.machine.drop_asked else self._next_batch()
 
     def behind(self) -> bool:
@@ -364,7 +365,7 @@ class IslandSync:
         standstill = self._at_standstill()
         for fragment, state in enumerate(self.machine.fragments):
             steps = self.open_steps(fragment)
-            if state.pending is not None or steps == 0 or state.staged is not None:
+            if state.pending is not None or steps == 0 or state.staged is not None or self.machine.drop_asked:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue  # a newer version is known: this base can't be offered for any more

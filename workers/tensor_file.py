@@ -61,8 +61,3 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         out.flush()
         os.fsync(out.fileno())
     return hasher.hexdigest(length=DIGEST_BYTES)
-
-
-def file_digest(path: Path) -> str:
-    """Digest of a file's bytes, memory-mapped."""
-    return blake3().update_mmap(path).hexdigest(length=DIGEST_BYTES)

@@ -109,16 +109,18 @@ class Lab:
         Raises:
             LabError: a process does not end.
         """
-        record, self._record = self._record, None
-        if record is None:
+        if self._record is None:
             return
-        with self._states.lock():
-            self._states.remove(self.name, record)
         for process in self._started:
-            process.wait()
+            # One that has not entered its node yet would not be found there.
+            process.kill()
+        with self._states.lock():
+            self._states.remove(self.name, self._record)
+        self._record = None
+        for process in self._started:
+            process.wait(timeout=END_TIMEOUT_S)
         if self._switch is not None:
-            self._switch.communicate()
-            self._switch = None
+            self._switch.communicate(timeout=END_TIMEOUT_S)
 
     @property
     def nodes(self) -> list[str]:
@@ -140,7 +142,7 @@ class Lab:
     def popen(self, node: str, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command on a node; options as for `subprocess.Popen`. The process id is that of the command."""
         process = subprocess.Popen(self.command(node, argv), **options)
-        self._started.append(process)
+        self._started = [one for one in self._started if one.poll() is None] + [process]
         return process
 
     def run(self, node: str, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:

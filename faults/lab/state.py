@@ -23,7 +23,7 @@ from faults.lab.tap import NETNS_DIR
 
 STATE_ROOT = Path("/run/atoll-lab")
 RECORD = "lab.json"
-END_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,9 +104,14 @@ def _launch(config: RunConfig, directory: RunDir, *, faults: Sequence[str], resu
         directory.record(config.to_toml())
         if not as_json:
             click.echo(f"starting in {path}; Ray and the islands take some seconds ...")
-        from orchestrator.launch import train as run_train
+        code = None
+        try:
+            from orchestrator.launch import train as run_train
 
-        code = run_train(config, directory.path, faults=list(faults), resume=resume, as_json=as_json)
+            code = run_train(config, directory.path, faults=list(faults), resume=resume, as_json=as_json)
+        finally:
+            if code is None and not resume:
+                _forget(directory)
     if not as_json:
         _show_end(directory, code)
     # The last line names the directory; with --json stdout belongs to the machine that reads it.
@@ -113,16 +119,36 @@ def _launch(config: RunConfig, directory: RunDir, *, faults: Sequence[str], resu
     return code
 
 
+def _forget(directory: RunDir) -> None:
+    """A run that never began leaves nothing behind, and `latest` is the run before it again."""
+    from orchestrator.rundir import LATEST, link_latest, list_runs
+
+    folders = (directory.logs, directory.snapshots)
+    if directory.journal.exists() or any(any(folder.iterdir()) for folder in folders if folder.is_dir()):
+        return
+    for file in (directory.config, directory.versions, directory.lock_file):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what is not empty holds something of the user's
+        for folder in (*folders, directory.path):
+            folder.rmdir()
+    link = directory.path.parent / LATEST
+    if link.is_symlink() and not link.exists():
+        before = list_runs(directory.path.parent)
+        link_latest(before[-1].path) if before else link.unlink()
+
+
 def _show_end(directory: RunDir, code: int) -> None:
     """The closing table, and what can be done next."""
+    path = shown(directory.path)
     if directory.summary.exists():
         from rich.console import Console
 
         from orchestrator.report.console import console_table
         from orchestrator.summary import load_summary
 
-        Console().print(console_table(load_summary(directory.path)))
-    path = shown(directory.path)
+        summary = load_summary(directory.path)
+        if summary.tokens_committed or not summary.error:  # one that failed at its start has nothing to show
+            Console().print(console_table(summary))
     after = {
         0: f"next: atoll report {path} (ledger, sample and export take the directory, too)",
         1: f"why: {path}/logs",

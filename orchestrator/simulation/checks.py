@@ -11,6 +11,7 @@ from orchestrator.exchange import OpenExchange, copies_needed
 from orchestrator.run_state import RunState
 from orchestrator.simulation.bookkeeping import Bookkeeping
 from orchestrator.simulation.symbols import bits_of, must
+from workers import member_events as ev
 from workers import messages as msg
 from workers import ranges
 from workers.member import KEEP_RESULTS
@@ -172,6 +173,14 @@ class Checks:
             if state.n < 0:
                 continue
             must((part.n, part.chain) == (state.n, state.chain), 1, f"{machine.nonce}: machine and tensors differ")
+
+    def obedience(self, island: Island, event: ev.Event) -> object:
+        """Of a batch of a lower term: what it must not change (invariant 10); None for all other events."""
+        machine = island.machine
+        if not isinstance(event, ev.Delivered) or machine.term is None or event.batch.term.rank >= machine.term.rank:
+            return None
+        attempts = [(s.assign, s.spread, s.barred, len(s.announced), s.n) for s in machine.fragments]
+        return (machine.term, len(machine.log), machine.num_leased(), machine.reset_wanted, attempts)
 
     def displacements(self, island: Island) -> None:
         """Invariants 1 and 6, at a step boundary: nothing of a member's work is lost, nothing is there twice."""

@@ -156,6 +156,12 @@ class Cluster:
         if not self.controllers:
             self.time.after(0.1 + 1.5 * self.rng.random(), self._restart_controller)
 
+    def crash_head(self) -> None:
+        """The machine of the journal goes down: all controllers end, and what was not synced may be lost."""
+        self.disk.crash(self.rng)
+        for controller in list(self.controllers):
+            self.lost(controller, "its machine went down")
+
     def _restart_controller(self) -> None:
         if not self.controllers and not self.finished:
             self.start_controller()
@@ -185,7 +191,7 @@ class Cluster:
     def finish(self, controller: Controller, reason: str, detail: str) -> None:
         """The run is over."""
         self.note(f"{controller.name} finishes: {reason} {detail}")
-        gave_up = reason == "failed" and "before its first step" in detail and self.counts["fault kill"] > 0
+        gave_up = reason == "failed" and "before its first step" in detail and self.counts["faults"] > 0
         must(reason == "done" or gave_up, 0, f"the run ended as {reason}: {detail}")
         self.finished = True
         if gave_up:

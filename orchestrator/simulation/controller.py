@@ -39,12 +39,6 @@ class Controller:
 
     # ------------------------------------------------------------ life
 
-    def crash(self, *, machine: bool) -> None:
-        """End without a word; with `machine` what was not synced may be lost."""
-        self.alive = False
-        if machine:
-            self.cluster.disk.crash(self.cluster.rng)
-
     def _later(self, action: object, delay_s: float | None = None) -> None:
         delay = self.cluster.scenario.flush_s * self.cluster.rng.random() * 2 if delay_s is None else delay_s
         self.cluster.time.after(delay, self._if_alive, action)
@@ -98,8 +92,10 @@ class Controller:
         """An injected end at a step of the append of a commit; half of the time the machine goes down with it."""
         if self.doomed_at != stage or not any(isinstance(row.record, CommitRecord) for row in self.writing):
             return False
-        self.crash(machine=self.cluster.rng.random() < 0.5)
-        self.cluster.lost(self, f"injected, {stage} of a commit")
+        if self.cluster.rng.random() < 0.5:
+            self.cluster.crash_head()
+        else:
+            self.cluster.lost(self, f"injected, {stage} of a commit")
         return True
 
     def _write(self) -> None:

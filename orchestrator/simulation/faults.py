@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from orchestrator.simulation.scenario import FaultRates
+from workers.records import MemberId
 
 if TYPE_CHECKING:
     from orchestrator.simulation.cluster import Cluster
     from orchestrator.simulation.island import Island
 
 HEAD = "head"
+NOBODY = MemberId(name="", incarnation=0)
 
 
 class Chaos:
@@ -100,7 +102,8 @@ class Chaos:
         cluster, nonce = self.cluster, island.machine.nonce
         cluster.note(f"FAULT kill {island.first_nonce}")
         cluster.kill(island)
-        if cluster.rng.random() < 0.85:
+        life = cluster.checks.book.lives.get(cluster.checks.book.by_nonce.get(nonce, NOBODY))
+        if life is None or not life.live or cluster.rng.random() < 0.85:  # silence tells of a live member's death too
             cluster.report_death(island.name, nonce if cluster.rng.random() < 0.7 else None)
 
     def _kill_holders(self) -> bool:
@@ -113,7 +116,8 @@ class Chaos:
             return False
         head = book.commits[fragment][-1]
         keys = {(fragment, digest) for digest in head.chunk_digests}
-        holders, others = [], []
+        holders: list[Island] = []
+        others: list[Island] = []
         for island in cluster.processes():
             holds = island.replica.parts[fragment].chain == head.chain or keys <= island.store.content.keys()
             (holders if holds else others).append(island)
@@ -202,9 +206,10 @@ class Chaos:
             return False
         machine = cluster.rng.random() < 0.3
         cluster.note(f"FAULT controller crash, {'its machine too' if machine else 'process only'}")
-        for controller in list(cluster.controllers) if machine else [cluster.rng.choice(cluster.controllers)]:
-            controller.crash(machine=machine)
-            cluster.lost(controller, "crash")
+        if machine:
+            cluster.crash_head()
+        else:
+            cluster.lost(cluster.rng.choice(cluster.controllers), "crash")
         return True
 
     def _crash_at_append(self) -> bool:

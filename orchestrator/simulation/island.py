@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.simulation.state_fetch import fetch_state
-from orchestrator.simulation.symbols import BadPiece, NonFinite, Payload, Replica, StateChunk, StateTorn, Store, bits_of
+from orchestrator.simulation.symbols import (
+    BadPiece,
+    NonFinite,
+    Payload,
+    Replica,
+    StateChunk,
+    StateTorn,
+    Store,
+    bits_of,
+    must,
+)
 from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
@@ -26,7 +36,11 @@ if TYPE_CHECKING:
 
 
 class FetchFailed(Exception):
-    """A transport call did not bring what was asked for."""
+    """A transport call did not bring what was asked for; or (`mismatch`) a state was not as sealed."""
+
+    def __init__(self, why: str, *, mismatch: bool = False) -> None:
+        super().__init__(why)
+        self.mismatch = mismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +149,10 @@ class Island:
     def _handle(self, event: ev.Event) -> None:
         if self.cluster.trace is not None and not isinstance(event, ev.Tick):
             self.cluster.note(f"{self.machine.nonce} <- {_short(event)}")
+        before = self.cluster.checks.obedience(self, event)
         self._carry_out(self.machine.handle(event, self.clock()))
         self.cluster.checks.member(self)
+        must(before is None or before == self.cluster.checks.obedience(self, event), 10, "a lower term is obeyed")
 
     # ------------------------------------------------------------ commands
 
@@ -286,6 +302,8 @@ class Island:
 
     def _verify_anchor(self, c: ev.VerifyAnchor) -> Job:
         yield self._busy()
+        if self.replica.parts[c.fragment].chain != c.chain:
+            return None
         intact = self.replica.digest(c.fragment) == c.digest
         return ev.AnchorVerified(fragment=c.fragment, intact=intact, exchange=c.exchange, attempt=c.attempt)
 
@@ -293,7 +311,7 @@ class Island:
         try:
             chunks = yield from fetch_state(self, c.fragment, c.donors)
         except FetchFailed as error:
-            return ev.StateFailed(fragment=c.fragment, why=str(error))
+            return ev.StateFailed(fragment=c.fragment, why=str(error), mismatch=error.mismatch)
         self.cluster.counts["states fetched"] += 1
         return self._stage(c.fragment, chunks)
 
@@ -334,7 +352,8 @@ class Island:
         if not self.machine.holds_all() or self.machine.reset_wanted:
             self._wait("state")
             return
-        self._send_due()
+        if not self.machine.drop_asked:
+            self._send_due()
         if self.machine.drop_asked:
             self._wait("drop")
         else:
@@ -426,7 +445,7 @@ class Island:
         standstill = self._at_standstill()
         for fragment, state in enumerate(self.machine.fragments):
             steps = self.open_steps(fragment)
-            if state.pending is not None or steps == 0 or state.staged is not None:
+            if state.pending is not None or steps == 0 or state.staged is not None or self.machine.drop_asked:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue

@@ -32,6 +32,7 @@ def fetch_state(island: Island, fragment: int, donors: Sequence[Donor]) -> Steps
     num_chunks = replica.num_chunks[fragment]
     held: dict[int, StateChunk] = {}
     good = list(donors)
+    mismatch = False
     for turn in range(MAX_ROUNDS):
         missing = [chunk for chunk in range(num_chunks) if chunk not in held]
         if missing:
@@ -52,8 +53,10 @@ def fetch_state(island: Island, fragment: int, donors: Sequence[Donor]) -> Steps
         sealed = log.digest(fragment, target)
         if sealed is not None and replica.digest_of_chunks(fragment, chunks) == sealed:
             return chunks
+        mismatch = mismatch or sealed is not None
         held, good = {}, [donors[turn % len(donors)]]  # one of them lies: all from one, each in turn
-    raise FetchFailed(f"fragment {fragment}: no whole state from {', '.join(name for name, _ in donors)}")
+    names = ", ".join(name for name, _ in donors)
+    raise FetchFailed(f"fragment {fragment}: no whole state from {names}", mismatch=mismatch)
 
 
 def _fetch_round(

@@ -289,6 +289,11 @@ class Store:
             del self.groups[group]
 
 
+def num_versions(state: list[list[StateChunk]]) -> int:
+    """How far a whole state is."""
+    return sum(chunks[0].n for chunks in state)
+
+
 class Path(Protocol):
     """What knows a journal's history."""
 
@@ -311,7 +316,7 @@ class Snapshots:
             [chunk for c in range(len(part.trail)) if (chunk := replica.serve(fragment, c)) is not None]
             for fragment, part in enumerate(replica.parts)
         ]
-        self.kept = [*self.kept, state][-self.KEPT :]
+        self.kept = sorted([*self.kept, state], key=num_versions)[-self.KEPT :]
 
     def newest_on_path(self, log: Path) -> list[list[StateChunk]] | None:
         """The newest one whose versions all belong to a journal's history."""

@@ -37,10 +37,13 @@ class Nibbles(Blockwise):
 
     def _decode_rows(self, scales_R: Tensor, codes_RC: Tensor, out_RB: Tensor) -> None:
         table_16 = torch.tensor(self.table, dtype=torch.float32, device=out_RB.device)
-        half = codes_RC.shape[1]
-        low_RC, high_RC = codes_RC & 15, codes_RC[:, : out_RB.shape[1] - half] >> 4
-        for place, codes in ((slice(0, half), low_RC), (slice(half, None), high_RC)):
-            torch.mul(table_16[codes.int()], scales_R.unsqueeze(1), out=out_RB[:, place])
+        # What the low and the high half of each of the 256 bytes stand for.
+        low_256, high_256 = table_16.repeat(16), table_16.repeat_interleave(16)
+        half, bytes_N = codes_RC.shape[1], codes_RC.int().view(-1)
+        low_RC = low_256.index_select(0, bytes_N).view(codes_RC.shape)
+        high_RC = high_256.index_select(0, bytes_N).view(codes_RC.shape)[:, : out_RB.shape[1] - half]
+        torch.mul(low_RC, scales_R.unsqueeze(1), out=out_RB[:, :half])
+        torch.mul(high_RC, scales_R.unsqueeze(1), out=out_RB[:, half:])
 
     def _padding(self, codes_RC: Tensor, width: int) -> Tensor:
         return codes_RC[:, -1] >> 4

@@ -23,8 +23,6 @@ from strategies.codecs.blockwise import FP32_MAX, Blockwise
 from strategies.elementwise import scalar_like
 from strategies.norm import halving_sum
 
-WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
-
 
 @dataclass(frozen=True, slots=True)
 class Sign(Blockwise):
@@ -55,13 +53,11 @@ class Sign(Blockwise):
             codes_RC.bitwise_or_(bits_RC << k)
 
     def _decode_rows(self, scales_R: Tensor, codes_RC: Tensor, out_RB: Tensor) -> None:
-        scales_R1 = scales_R.unsqueeze(1)
-        torch.where(self._bits(codes_RC)[:, : out_RB.shape[1]], -scales_R1, scales_R1, out=out_RB)
+        scales_R1, wide_RC = scales_R.view(torch.int32).unsqueeze(1), codes_RC.int()
+        for k, out_RC in enumerate(out_RB.view(torch.int32).split(codes_RC.shape[1], dim=1)):
+            torch.bitwise_left_shift(wide_RC[:, : out_RC.shape[1]], 31 - k, out=out_RC)
+            out_RC.bitwise_and_(-(1 << 31)).bitwise_or_(scales_R1)
 
     def _padding(self, codes_RC: Tensor, width: int) -> Tensor:
-        return self._bits(codes_RC)[:, width:]
-
-    @staticmethod
-    def _bits(codes_RC: Tensor) -> Tensor:
-        weights_8 = torch.tensor(WEIGHTS, dtype=torch.uint8, device=codes_RC.device)
-        return (codes_RC.unsqueeze(1) & weights_8.unsqueeze(1)).ne(0).view(codes_RC.shape[0], -1)
+        bits_RP = torch.stack([(codes_RC >> k) & 1 for k in range(8)], dim=1).view(codes_RC.shape[0], -1)
+        return bits_RP[:, width:]

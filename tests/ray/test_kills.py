@@ -21,16 +21,15 @@ from workers.records import CommitRecord, FaultRecord, FenceRecord, MemberId, Re
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-PACE_S = 0.15
-TOKENS = 96_000
+PACE_S = 0.25
+TOKENS = 57_600
 # Who dies where. island-0 made version 0; each point of an exchange once.
 KILLS: tuple[tuple[str, Point], ...] = (
     ("island-1", "before_offer"),
     ("island-2", "offered"),
     ("island-0", "pulling"),
     ("island-1", "reducing"),
-    ("island-2", "spread"),
-    ("island-1", "committed"),
+    ("island-2", "committed"),
 )
 
 
@@ -51,7 +50,7 @@ class Story:
 def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     # A busy machine must not make anybody suspect: this is about deaths.
     config = small_config(
-        pack_dir, "run.islands=3", f"train.tokens={TOKENS}", "strategy.inner_steps=5", "exchange.suspect_s=30"
+        pack_dir, "run.islands=3", f"train.tokens={TOKENS}", "strategy.inner_steps=4", "exchange.suspect_s=30"
     )
     run = LiveRun(config, pack_dir, tmp_path_factory.mktemp("kills") / "run", pace_s=PACE_S)
     run.start()
@@ -61,7 +60,7 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
         before = run.state().current
         run.kill_controller()
         after = run.state().current
-        run.kill_controller(with_island="island-2")
+        run.kill_controller(with_island="island-0")
         summary = run.finish()
     finally:
         run.stop()
@@ -83,13 +82,13 @@ def kill(request: pytest.FixtureRequest, story: Story) -> Kill:
 
 
 def test_every_point_of_an_exchange_is_there() -> None:
-    assert {point for _, point in KILLS} == set(get_args(Point)) - {"joining"}
+    assert {point for _, point in KILLS} == set(get_args(Point))
 
 
 def test_the_dead_is_blamed_and_nobody_else(kill: Kill, story: Story) -> None:
     assert kill.mark["incarnation"] == kill.victim.incarnation
     fences = [r for r in story.records if isinstance(r, FenceRecord)]
-    dead = [*(one.victim for one in story.kills), story.members[1]["island-2"]]
+    dead = [*(one.victim for one in story.kills), story.members[1]["island-0"]]
     assert [MemberId(name=f.member, incarnation=f.incarnation) for f in fences] == dead
     assert not any(fence.refused for fence in fences)
     faults = [record for record in story.records if isinstance(record, FaultRecord)]
@@ -151,7 +150,7 @@ def test_islands_outlive_the_controller(story: Story) -> None:
 
 
 def test_an_island_that_dies_with_the_controller_is_replaced(story: Story) -> None:
-    lost = story.members[1]["island-2"]
+    lost = story.members[1]["island-0"]
     successor = MemberId(name=lost.name, incarnation=lost.incarnation + 1)
     assert any(entry.offer.member == successor for record in commits(story) for entry in record.roster)
     assert story.starts[f"{successor.name}-{successor.incarnation}"]["displacement"] == 0.0

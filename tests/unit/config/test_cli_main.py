@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -89,10 +90,12 @@ def test_answers_at_once_without_torch_and_ray(arguments: list[str], monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
     seconds = []
     for _ in range(ATTEMPTS):
-        begin = time.perf_counter()
+        before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         command = [sys.executable, "-c", REPORT_HEAVY_IMPORTS, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        seconds.append(time.perf_counter() - begin)
+        after, waited = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begin
+        # On a machine that is busy with something else only the time on the processor says what the command costs.
+        seconds.append(min(waited, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
         assert done.stderr.splitlines()[-1].startswith("heavy: [] code: ")
         # Another process on the machine may take the time of one attempt.
         if seconds[-1] < ANSWER_LIMIT_S:

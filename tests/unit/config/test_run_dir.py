@@ -155,4 +155,4 @@ def test_every_file_has_one_place() -> None:
         "LOCK",
     ]
     assert run_dir.log("island-1", 2) == Path("r/logs/island-1-2.log")
-    assert run_dir.journal_segment(3) == Path("r/journal.3.jsonl")
+    assert run_dir.journal_segment(3) == Path("r/journal.000003.jsonl")

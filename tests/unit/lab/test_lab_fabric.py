@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -158,7 +159,7 @@ def test_losses_are_independent_and_as_many_as_asked(loss: float) -> None:
     spread = math.sqrt(num * loss * (1 - loss))
     assert abs(len(lost) - num * loss) < 4 * spread
     assert link.counters.dropped_loss == len(lost)
-    gaps = [later - earlier for earlier, later in zip(lost, lost[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(lost)]
     # Geometric: the standard deviation of the gaps is about their mean; regular losses would have none.
     assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.15)
 
@@ -217,7 +218,7 @@ def test_long_frames_are_cut_so_that_no_train_takes_long() -> None:
     fabric.send(fabric.routes["a", "b"], frame, num_bytes=40 * 1500, num_packets=40, now_s=0.0)
     arrived = drain(fabric)
     assert len(arrived) == math.ceil(40 / max_train(shape))
-    gaps_s = [later.at_s - earlier.at_s for earlier, later in zip(arrived, arrived[1:], strict=False)]
+    gaps_s = [later.at_s - earlier.at_s for earlier, later in pairwise(arrived)]
     assert max(gaps_s) <= TRAIN_S
     assert arrived[-1].at_s == pytest.approx(40 * 1500 * 8 / 20e6)
     assert max_train(Shape(rate_mbit=1)) == 1, "a single packet takes as long as it takes"

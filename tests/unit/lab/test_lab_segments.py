@@ -31,7 +31,7 @@ CSUM_OFFSET = 16
 def offload_frame(
     data: bytes, gso_size: int, *, flags: int = ACK | PSH, sequence: int = 1000, ip_id: int = 7, ip_options: int = 0
 ) -> bytes:
-    """What the kernel hands over: TCP with 12 bytes of options, the checksum open, and a header length that is a hint."""
+    """What the kernel hands over: TCP with 12 bytes of options, its checksum open, a header length that is a hint."""
     tcp_start = OVERHEAD_BYTES + 20 + ip_options
     tcp_bytes = 32 + len(data)
     pseudo = ones_sum(SOURCE + TARGET + bytes((0, 6)) + tcp_bytes.to_bytes(2))

@@ -99,7 +99,7 @@ def test_the_lab_that_is_meant(tmp_path: Path) -> None:
     with states.lock():
         states.write(record("one"))
     assert states.only(None).name == "one"
-    with pytest.raises(LabError, match="there is no lab 'two'.*one of one"):
+    with pytest.raises(LabError, match=r"there is no lab 'two'.*one of one"):
         states.only("two")
     with states.lock():
         states.write(record("two"))

@@ -16,9 +16,8 @@ from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, save_summary
 from tests.small_run import SEQ_LEN, make_pack, small_config
-from workers.local_state import LocalStateError
 from workers.records import FaultRecord, RevokeRecord
-from workers.snapshot import SnapshotError
+from workers.saved import LocalStateError, SnapshotError
 
 ALONE = {
     "adamw": (),

@@ -19,7 +19,7 @@ from strategies.codecs.backends import load_kernels, resolve_backend, use_cache_
 from strategies.codecs.base import HEADER_BYTES, Codec, NonFiniteError, PayloadError
 from strategies.codecs.stochastic import mix
 from strategies.config import DEFAULT_BLOCKS, CodecConfig
-from strategies.registry import CODECS, build_codec, decode_payload
+from strategies.registry import CODECS, build_codec, decode_payload, warm_up
 
 ROOT = Path(__file__).resolve().parents[3]
 BLOCKS = {"topk": (4096, 64, 192)}
@@ -141,6 +141,17 @@ def test_one_codec_serves_two_threads() -> None:
         with ThreadPoolExecutor(2) as pool:
             for _ in range(3):
                 assert all(map(torch.equal, pool.map(compiled.encode, chunks), expected))
+
+
+def test_warming_up_leaves_nothing_to_compile() -> None:
+    for _, compiled in PAIRS:
+        warm_up(compiled)
+        kernels = [k for k in vars(load_kernels("numba_dense")).values() if hasattr(k, "signatures")]
+        known = {kernel: list(kernel.signatures) for kernel in kernels}
+        x = hard_values(10_000, 0)
+        compiled.decode(compiled.encode(x), num_values=10_000)
+        list(compiled.decode_parts(compiled.encode(x), num_values=10_000))
+        assert {kernel: list(kernel.signatures) for kernel in kernels} == known
 
 
 # ------------------------------------------------------------ the choice

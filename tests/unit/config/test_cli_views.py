@@ -1,0 +1,143 @@
+"""What the command line shows of runs: progress, status, the list, the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cli.main import main
+from orchestrator.cli.options import shown
+from orchestrator.config import load_config
+from orchestrator.errors import UserError
+from orchestrator.journal import open_segment
+from orchestrator.progress import Progress
+from orchestrator.rundir import create_run_dir
+from tests.unit.report.synthetic_run import SyntheticRun
+
+
+@pytest.fixture
+def finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run in `runs/` of the current folder, done, with a journal of one row."""
+    monkeypatch.chdir(tmp_path)
+    path = create_run_dir("demo").path
+    SyntheticRun(rounds=6, kill_round=3).write(path)
+    open_segment(path, controller="c").close(merge=False)
+    return path
+
+
+def status_of(members: list[str], **values: Any) -> dict[str, Any]:
+    numbers = {"seconds": 1.0, "progress": 0.0, "rounds": 0, "tokens": 0, "evaluations": 0, "val_loss": None}
+    return {**numbers, "members": {name: {} for name in members}, **values}
+
+
+def test_progress_tells_of_deaths_and_who_takes_the_place(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("debug", overrides=["run.islands=2", "strategy.inner_steps=10"]).config
+    with Progress(config, quiet=False) as progress:
+        progress.show(status_of(["island-0.1", "island-1.1"]))
+        progress.show(status_of(["island-0.1"], seconds=2.0, evaluations=1, val_loss=5.5))
+        progress.show(status_of(["island-0.1", "island-1.2"], seconds=3.0, evaluations=1, val_loss=5.5))
+        progress.show(status_of([], seconds=4.0, evaluations=1, val_loss=5.5))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 islands, 40,960 tokens, strategy diloco, synchronising every 10 steps as int8"
+    assert lines[1:3] == ["    1.0 s  island-0.1 joined", "    1.0 s  island-1.1 joined"]
+    assert lines[3] == "    2.0 s  island-1.1 is gone; the others train on"
+    assert lines[4].endswith("validation loss 5.5000")
+    assert lines[5] == "    3.0 s  island-1.2 takes its place"
+    assert lines[6:] == ["    4.0 s  island-0.1 is gone", "    4.0 s  island-1.2 is gone"]
+
+
+def test_progress_counts_one_as_one_and_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("ddp", overrides=["run.islands=1"]).config
+    with Progress(config, quiet=False):
+        assert capsys.readouterr().out.startswith("1 island, 20,000,000 tokens, strategy ddp, synchronising every step")
+    with Progress(config, quiet=True) as progress:
+        progress.show(status_of(["island-0.1"]))
+    assert capsys.readouterr().out == ""
+
+
+def test_commands_take_the_newest_run_when_none_is_named(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report"]) == 0
+    assert (finished_run / "report.html").is_file()
+    main(["ledger"])
+    assert "1 row" in capsys.readouterr().out
+    for command in (["export", "--out", "x"], ["sample", "--prompt", "a"]):
+        assert main(command) == 2
+        assert "has no snapshot of the model yet" in capsys.readouterr().err
+
+
+def test_status_of_a_run_that_is_over(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"runs/{finished_run.name}: done\n")
+    assert "last row" not in out and " left" not in out
+    (finished_run / "summary.json").unlink()
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"runs/{finished_run.name}: interrupted\n")
+    assert f"go on: atoll train --resume runs/{finished_run.name}" in out
+
+
+def test_the_list_says_what_each_run_came_to(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs"]) == 0
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.startswith(f"runs/{finished_run.name}  done") and " tokens, validation loss " in line
+    assert main(["runs", "--base", "elsewhere"]) == 0
+    assert capsys.readouterr().err.startswith("no runs in elsewhere; ")
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"), [(0, "next: atoll report"), (1, "why: "), (3, "go on: atoll train --resume")]
+)
+def test_a_run_ends_with_what_can_be_done_next(
+    code: int, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import orchestrator.launch
+
+    def train(config: Any, path: Path, **options: Any) -> int:
+        SyntheticRun(rounds=6, kill_round=3).write(path)
+        return code
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(orchestrator.launch, "train", train)
+    assert main(["train", "debug"]) == code
+    lines = capsys.readouterr().out.splitlines()
+    name = next((tmp_path / "runs").glob("debug-*")).name
+    assert lines[0].startswith(f"starting in runs/{name}; ")
+    assert any(line.startswith("validation loss") for line in lines)
+    assert lines[-2].startswith(hint) and f"runs/{name}" in lines[-2]
+    assert lines[-1] == f"run directory: runs/{name}"
+
+
+def test_a_run_that_never_began_leaves_nothing_behind(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import orchestrator.launch
+
+    def train(config: Any, path: Path, **options: Any) -> int:
+        raise UserError("the model cannot be found")
+
+    monkeypatch.setattr(orchestrator.launch, "train", train)
+    assert main(["train", "debug"]) == 2
+    assert main(["train", "debug", "--run-dir", "mine"]) == 2
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted([finished_run.name, "latest"])
+    assert (tmp_path / "runs" / "latest").resolve() == finished_run.resolve()
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_damaged_journal_says_its_remedy_once(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = finished_run / "journal.jsonl"
+    journal.write_text(journal.read_text().replace('"controller":"c"', '"controller":"d"') + "{}\n{}\n")
+    assert main(["status"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("put back the file from a backup") == 1 and "\n  try:   put back" in error
+
+
+def test_paths_are_shown_as_one_would_type_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "runs" / "a") == Path("runs/a")
+    assert shown(Path("/elsewhere/a")) == Path("/elsewhere/a")
+    assert shown(Path("runs/a")) == Path("runs/a")

@@ -1,0 +1,107 @@
+"""What a run leaves on disk, looked at without torch: saved local states, and snapshots of the anchor.
+
+`workers/local_state.py` and `workers/snapshot.py` write and load them. Both kinds are folders with a JSON that is
+written last and names the digests of the files beside it: a folder without it is nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from workers.digest import file_digest
+
+LOCAL_TENSORS, LOCAL_META = "tensors.safetensors", "member.json"
+LOCAL_SCHEMA = 1
+MANIFEST = "manifest.json"
+SNAPSHOT_FILES = ("anchor.safetensors", "states.safetensors")
+
+
+class LocalStateError(ValueError):
+    """A saved local state that cannot be used; says why and what to do."""
+
+
+class SnapshotError(ValueError):
+    """A snapshot that is missing, incomplete or altered."""
+
+
+# ------------------------------------------------------------ local states
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What a saved state says of itself; None if there is no complete one. Raises LocalStateError."""
+    path = folder / LOCAL_META
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise _unusable(folder, f"{path}: not readable ({error})") from error
+    if not isinstance(meta, dict) or meta.get("schema") != LOCAL_SCHEMA:
+        raise _unusable(folder, f"{path}: not of schema {LOCAL_SCHEMA}, which this version reads")
+    return meta
+
+
+def check_local(folder: Path) -> bool:
+    """Whether a folder holds a saved state. Raises LocalStateError if it does and cannot be used."""
+    meta = read_meta(folder)
+    if meta is not None:
+        local_tensors(folder, meta)
+    return meta is not None
+
+
+def local_tensors(folder: Path, meta: dict[str, Any]) -> Path:
+    """The file with the tensors of a saved state, after its digest was checked. Raises LocalStateError."""
+    path = folder / LOCAL_TENSORS
+    if not path.exists() or file_digest(path) != meta["tensors_digest"]:
+        raise _unusable(folder, f"{path}: missing or altered")
+    return path
+
+
+def _unusable(folder: Path, why: str) -> LocalStateError:
+    return LocalStateError(f"{why}; remove the folder {folder}: its island then starts from the committed anchor")
+
+
+# ------------------------------------------------------------ snapshots
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a snapshot. Raises SnapshotError."""
+    file = path / MANIFEST
+    if not file.exists():
+        raise SnapshotError(f"{path} is no complete snapshot: it has no {MANIFEST}; use another one of the run")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise SnapshotError(f"{file} cannot be read ({error}); remove its folder to use the one before it") from error
+    if not isinstance(manifest, dict) or not {"versions", "chains", "digests", "files"} <= set(manifest):
+        raise SnapshotError(f"{file} is no manifest; remove its folder to use the snapshot before it")
+    return manifest
+
+
+def complete_snapshots(folder: Path) -> list[Path]:
+    """The snapshots that have a manifest, newest first. Raises SnapshotError for one that cannot be read."""
+    found = [path for path in folder.iterdir() if (path / MANIFEST).is_file()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: sum(read_manifest(path)["versions"]), reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The complete snapshot with the newest versions, or None."""
+    return next(iter(complete_snapshots(folder)), None)
+
+
+def check_snapshot(path: Path) -> list[tuple[int, str]]:
+    """Version and sealed digest of each fragment, after the files were checked. Raises SnapshotError."""
+    manifest = read_manifest(path)
+    for file in SNAPSHOT_FILES:
+        snapshot_file(path, manifest, file)
+    return list(zip(manifest["versions"], manifest["digests"], strict=True))
+
+
+def snapshot_file(path: Path, manifest: dict[str, Any], file: str) -> Path:
+    """One file of a snapshot, after its digest was checked. Raises SnapshotError."""
+    target = path / file
+    if not target.exists() or file_digest(target) != manifest["files"].get(file):
+        raise SnapshotError(f"{target} is missing or altered; remove its folder to use the snapshot before it")
+    return target
