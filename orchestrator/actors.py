@@ -33,6 +33,7 @@ from orchestrator.host import Host
 from orchestrator.summary import save_summary
 from workers.context import IslandContext, IslandSpec, enter
 from workers.messages import Batch, Envelope
+from workers.records import FaultRecord
 
 NAMESPACE = "atoll"
 WORKER_RESOURCE = "atoll_worker"
@@ -68,13 +69,17 @@ def find_islands(run_id: str) -> list[tuple[str, str]]:
 
 
 def end_processes(run_id: str) -> None:
-    """Kill the controller and the islands of a run that are left; they outlive whoever started them."""
-    names = [controller_name(run_id), *(island_actor_name(run_id, *island) for island in find_islands(run_id))]
-    for name in names:
-        try:
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-        except ValueError:
-            log.debug("%s is gone already", name)
+    """Kill the controller and then the islands of a run that are left; they outlive whoever started them."""
+    _kill(controller_name(run_id))
+    for name, nonce in find_islands(run_id):
+        _kill(island_actor_name(run_id, name, nonce))
+
+
+def _kill(actor_name: str) -> None:
+    try:
+        ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
+    except ValueError:
+        log.debug("%s is gone already", actor_name)
 
 
 # Batches are delivered on a thread of their own, in order; whoever waits for the end holds a thread while it waits.
@@ -234,11 +239,21 @@ class ControllerActor:
             raise
         with _must_not_fail():
             if ray.get_runtime_context().was_current_actor_reconstructed:
+                self._forget_injected()
                 self._find_islands()
             else:
                 for name in self.host.plan.islands:
                     self._spawn(name, "start")
         self._task(self._pulse())
+
+    def _forget_injected(self) -> None:
+        """Faults that an earlier life injected are not injected again."""
+        records = [row.record for row in self.host.journal.rows]
+        done = [(r.fault, r.member) for r in records if isinstance(r, FaultRecord) and r.injected]
+        for fault in list(self.faults):
+            if (fault.kind, fault.member) in done:
+                done.remove((fault.kind, fault.member))
+                self.faults.remove(fault)
 
     def _find_islands(self) -> None:
         """After a restart: adopt each island's newest process, end older ones, replace those that are gone."""

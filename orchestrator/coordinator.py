@@ -13,6 +13,7 @@ from dataclasses import replace
 from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator.desk import RunPlan
+from orchestrator.exchange_rules import Fleet, MemberView
 from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Process
 from orchestrator.revocation import Revocations
@@ -235,19 +236,19 @@ class Coordinator(Lifecycle):
 
     # ------------------------------------------------------------ exchanges
 
-    def _fleet(self, fragment: int) -> ex.Fleet:
+    def _fleet(self, fragment: int) -> Fleet:
         head = self.state.heads[fragment].version
-        members: dict[MemberId, ex.MemberView] = {}
+        members: dict[MemberId, MemberView] = {}
         for member in self.state.live():
             entry, process = self.state.members[member], self.roll.processes.get(member)
-            members[member] = ex.MemberView(
+            members[member] = MemberView(
                 id=member, node=entry.node, address=process.info.address if process else "",
                 suspect=process is None or process.status == "suspect", ready=process is not None and process.ready(),
                 stepped=process is not None and process.stepped, weight=process.info.weight if process else 0,
                 watermark=entry.watermarks[fragment], leases=entry.leases,
                 blocked=process is not None and process.blocked(fragment, head.n, entry.watermarks[fragment]),
             )  # fmt: skip
-        return ex.Fleet(
+        return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
             inner_steps=self.plan.strategy.inner_steps_at(self.progress()),
         )  # fmt: skip

@@ -1,22 +1,20 @@
 """The controller's side of one exchange: how a group agrees on one synchronisation of one fragment.
 
 `IDLE -> OPEN -> REDUCING -> SPREAD -> commit -> IDLE` (protocol 1.3). The machine is pure: events and the fleet's
-present state come in, effects come out; the clock is an argument. Every rule that keeps the result right is one small
-function below, named after what it decides; a test takes each of them out and shows what breaks.
+present state come in, effects come out; the clock is an argument. The rules that keep the result right are in
+`orchestrator/exchange_rules.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from orchestrator import exchange_rules as rules
+from orchestrator.exchange_rules import Fleet, OpenExchange
 from orchestrator.settings import ExchangeConfig
 from workers import messages as msg
-from workers import ranges
-from workers.messages import ExchangeId, Offer, Version
+from workers.messages import Offer
 from workers.records import (
     CommitRecord,
     MemberId,
@@ -27,33 +25,6 @@ from workers.records import (
     roster_digest,
     version_chain,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemberView:
-    """What the exchange needs to know of one live member."""
-
-    id: MemberId
-    node: str
-    address: str
-    suspect: bool
-    ready: bool
-    stepped: bool
-    weight: int
-    watermark: int
-    leases: Sequence[ranges.Range]
-    blocked: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fleet:
-    """Live members, the fragment's head, and the round's planned local steps, at one moment."""
-
-    members: Mapping[MemberId, MemberView]
-    head: Version
-    inner_steps: int
-    samples_committed: int
-
 
 # ---------------------------------------------------------------- effects
 
@@ -110,154 +81,7 @@ class Note:
 Effect = ToAll | ToOne | Journal | Fence | Drop | Note
 
 
-# ---------------------------------------------------------------- rules
-
-
-def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None:
-    """Why an offer is not valid for the head, or None (protocol 1.3; C2: the coverage must be contiguous)."""
-    if offer.base != head:
-        return f"base {offer.base.n} is not the head {head.n}"
-    if offer.since != member.watermark:
-        return f"since {offer.since} is not the watermark {member.watermark}"
-    if offer.upto <= offer.since or offer.weight <= 0 or offer.num_steps <= 0:
-        return "it covers no steps"
-    if offer.upto > ranges.count(member.leases):
-        return "it covers samples that were not leased"
-    if offer.ranges != ranges.cut(member.leases, offer.since, offer.upto):
-        return "its ranges are not what was leased"
-    return None
-
-
-def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
-    """Who may offer: live members with samples leased beyond their watermark, suspect ones too (H11).
-
-    Not who is blocked: it stands at its bound because of another fragment, and would be waited for in a circle. Nor a
-    newcomer before its first step, which is slow: it has nothing to offer, and everybody else would stand still.
-    """
-    fresh = {m.id for m in fleet.members.values() if not m.stepped and fleet.head.n > 0}
-    return [
-        m
-        for m in fleet.members.values()
-        if m.id in open_.offers or (ranges.count(m.leases) > m.watermark and not m.blocked and m.id not in fresh)
-    ]
-
-
-def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
-    """Offers that make a quorum: more than the share of those expected, or all."""
-    share = num_expected if config.quorum >= 1 else int(config.quorum * num_expected) + 1
-    return max(min(share, num_expected), 1)
-
-
-def close_reason(open_: OpenExchange, fleet: Fleet, config: ExchangeConfig, now: float) -> str | None:
-    """Why the exchange closes now, or None: everybody who can has offered, or quorum plus grace is over (H2)."""
-    expected = expected_members(open_, fleet)
-    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < config.min_members:
-        return None
-    awaited = [m for m in expected if m.ready and not m.suspect and m.id not in open_.offers]
-    if not awaited:
-        return "all members that can offer have offered"
-    if config.quorum >= 1 or open_.quorum_s is None or now < open_.quorum_s + config.grace_s:
-        return None
-    return f"quorum and {config.grace_s:g} s of grace; not waiting for {', '.join(str(m.id) for m in awaited)}"
-
-
-def staleness_factor(staleness: int) -> float:
-    """Weight of late work: 1 up to one version late, then staleness ** -1/2 (protocol 1.6)."""
-    return 1.0 if staleness <= 1 else float(staleness) ** -0.5
-
-
-def eligible_weight(fleet: Fleet, roster: Iterable[Offer]) -> float:
-    """Divisor of the coefficients: tokens per step of **all** live members that have made a step (C9)."""
-    return float(sum(m.weight for m in fleet.members.values() if m.stepped))
-
-
-def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list[float]:
-    """`c_i = a_i s(sigma_i) / sum of a over the eligible`, rounded to fp32 once; capped so that h_eff <= 2 H (1.6)."""
-    divisor = eligible_weight(fleet, [offer for _, offer in offers])
-    outside = sum(o.weight for m, o in offers if m not in fleet.members or not fleet.members[m].stepped)
-    divisor += outside
-    raw = [o.weight * staleness_factor(o.base.n - o.born) / divisor for _, o in offers]
-    effective = sum(c * o.num_steps for c, (_, o) in zip(raw, offers, strict=True))
-    limit = 2.0 * fleet.inner_steps
-    if effective > limit:
-        raw = [c * limit / effective for c in raw]
-    return [float(np.float32(c)) for c in raw]
-
-
-def deal_chunks(num_chunks: int, owners: Sequence[MemberId]) -> tuple[MemberId, ...]:
-    """Contiguous, nearly equal shares of the chunks, in member order."""
-    ordered = sorted(owners)
-    return tuple(ordered[chunk * len(ordered) // num_chunks] for chunk in range(num_chunks))
-
-
-def redeal_chunks(owners: Sequence[MemberId], lost: MemberId, left: Sequence[MemberId]) -> tuple[MemberId, ...]:
-    """Give the chunks of `lost` to those who are left, round robin; everybody else keeps his."""
-    ordered, turn, out = sorted(left), 0, []
-    for owner in owners:
-        if owner == lost:
-            out.append(ordered[turn % len(ordered)])
-            turn += 1
-        else:
-            out.append(owner)
-    return tuple(out)
-
-
-def copies_needed(config: ExchangeConfig, fleet: Fleet) -> tuple[int, int]:
-    """`(members, nodes)` that must hold a result before its commit (C1)."""
-    nodes = {m.node for m in fleet.members.values()}
-    need = min(config.copies, len(fleet.members))
-    return need, min(need, len(nodes))
-
-
-def enough_copies(holders: Iterable[MemberId], config: ExchangeConfig, fleet: Fleet) -> bool:
-    """Whether live members on different nodes hold the whole result (C1)."""
-    alive = [fleet.members[m] for m in holders if m in fleet.members]
-    need, nodes = copies_needed(config, fleet)
-    return len(alive) >= need and len({m.node for m in alive}) >= nodes
-
-
-def is_current(open_: OpenExchange | None, exchange: ExchangeId, attempt: int) -> bool:
-    """Whether a message belongs to the present attempt of the open exchange (C5)."""
-    return open_ is not None and open_.id == exchange and open_.attempt == attempt
-
-
-def keeps_parts_after_roster_change() -> bool:
-    """A new roster makes every reduced part invalid: a contribution is in all parts or in none (C6)."""
-    return False
-
-
-def make_exchange_id(term: Term, serial: int) -> ExchangeId:
-    """Exchange ids never repeat, not even after a restart of the controller (C5)."""
-    return ExchangeId(term=term, serial=serial)
-
-
 # ---------------------------------------------------------------- the machine
-
-
-@dataclass(kw_only=True, slots=True)
-class OpenExchange:
-    """An exchange between its first offer and its end. Lost at a restart, harmlessly."""
-
-    id: ExchangeId
-    base: Version
-    opened_s: float
-    state: Literal["open", "reducing", "spread"] = "open"
-    offers: dict[MemberId, tuple[str, Offer]] = field(default_factory=dict)
-    quorum_s: float | None = None
-    closed_s: float = 0.0
-    spread_s: float = 0.0
-    closed_because: str = ""
-    attempt: int = 0
-    roster: tuple[RosterEntry, ...] = ()
-    roster_digest: str = ""
-    base_samples: int = 0
-    owners: tuple[MemberId, ...] = ()
-    removed_owners: set[MemberId] = field(default_factory=set)
-    progress_s: dict[MemberId, float] = field(default_factory=dict)
-    reduced: dict[int, str] = field(default_factory=dict)
-    haves: dict[MemberId, str] = field(default_factory=dict)
-    bad_pairs: set[tuple[MemberId, MemberId]] = field(default_factory=set)
-    verified: bool = False
 
 
 class FragmentExchange:
@@ -279,22 +103,23 @@ class FragmentExchange:
     def on_offer(self, sender: MemberId, offer: Offer, fleet: Fleet, now: float) -> list[Effect]:
         """A member offers. Repeats are no-ops; an invalid offer is answered with the records that the sender lacks."""
         member = fleet.members[sender]
-        problem = offer_problem(offer, member, fleet.head)
+        problem = rules.offer_problem(offer, member, fleet.head)
         if problem is None and len(offer.chunk_digests) != self.num_chunks:
             problem = f"it has {len(offer.chunk_digests)} chunks, expected {self.num_chunks}"
         if problem is not None:
             return [ToOne(member=sender, body=None), Note(text=f"offer {sender}/{offer.seq} refused: {problem}")]
         staleness = fleet.head.n - offer.born
         if staleness > self.config.staleness_limit:
-            why = f"its oldest step is {staleness} versions old, exchange.staleness_limit is {self.config.staleness_limit}"
+            limit = self.config.staleness_limit
+            why = f"its oldest step is {staleness} versions old, exchange.staleness_limit is {limit}"
             return [Drop(member=sender, upto=offer.upto, why=why)]
         if self.open is None:
             self.serial += 1
-            self.open = OpenExchange(id=make_exchange_id(self.term, self.serial), base=fleet.head, opened_s=now)
+            self.open = OpenExchange(id=rules.make_exchange_id(self.term, self.serial), base=fleet.head, opened_s=now)
         if self.open.state != "open" or sender in self.open.offers:
             return []
         self.open.offers[sender] = (member.address, offer)
-        owners = deal_chunks(self.num_chunks, self._able(fleet) or [sender])
+        owners = rules.deal_chunks(self.num_chunks, self._able(fleet) or [sender])
         announce = msg.Announce(
             offer_by=sender, address=member.address, offer=offer, owners=tuple(str(owner) for owner in owners)
         )
@@ -308,7 +133,7 @@ class FragmentExchange:
         offers = [
             (member, open_.offers[member][1]) for member in sorted(open_.offers)
         ]  # fmt: skip
-        shares = coefficients(offers, fleet)
+        shares = rules.coefficients(offers, fleet)
         open_.roster = tuple(
             RosterEntry(
                 member=member.name, incarnation=member.incarnation, seq=offer.seq, since=offer.since, upto=offer.upto,
@@ -321,7 +146,7 @@ class FragmentExchange:
         able = self._able(fleet)
         if not able:
             return self.discard(f"no member can own a part of fragment {self.fragment}")
-        open_.owners = deal_chunks(self.num_chunks, able)
+        open_.owners = rules.deal_chunks(self.num_chunks, able)
         return [Note(text=f"exchange {open_.id} closes: {because}"), *self._assign(open_, fleet, now)]
 
     # ------------------------------------------------------------ REDUCING
@@ -352,9 +177,9 @@ class FragmentExchange:
         )
 
     def on_missing(self, sender: MemberId, body: msg.Missing, fleet: Fleet, now: float) -> list[Effect]:
-        """An owner lacks a piece: another owner if the contributor lives and one can reach it (H7), else a new roster."""
+        """An owner lacks a piece: another owner if the contributor lives and one can reach it (H7), else it leaves."""
         open_ = self.open
-        if open_ is None or not is_current(open_, body.exchange, body.attempt) or sender not in open_.owners:
+        if open_ is None or not rules.is_current(open_, body.exchange, body.attempt) or sender not in open_.owners:
             return []
         lost = body.offer.member
         if lost not in {entry.offer.member for entry in open_.roster}:
@@ -370,7 +195,7 @@ class FragmentExchange:
     def on_refused(self, sender: MemberId, body: msg.Refused, fleet: Fleet, now: float) -> list[Effect]:
         """An owner found bad content: a roster without it for all parts, and the contributor is fenced (H4)."""
         open_ = self.open
-        if open_ is None or not is_current(open_, body.exchange, body.attempt) or sender not in open_.owners:
+        if open_ is None or not rules.is_current(open_, body.exchange, body.attempt) or sender not in open_.owners:
             return []
         fence = Fence(member=body.offer.member, why=f"contribution refused: {body.why}", refused=True)
         return [fence, *self._shrink(open_, body.offer, body.why, fleet, now)]
@@ -383,9 +208,9 @@ class FragmentExchange:
             return self.discard(f"nobody is left in the roster ({why})")
         note = Note(text=f"exchange {open_.id}: {offer} leaves the roster: {why}", member=offer.member.name)
         kept = [(e.offer.member, open_.offers[e.offer.member][1]) for e in left]
-        shares = coefficients(kept, fleet)
+        shares = rules.coefficients(kept, fleet)
         open_.roster = tuple(replace(e, coefficient=share) for e, share in zip(left, shares, strict=True))
-        if not keeps_parts_after_roster_change():
+        if not rules.keeps_parts_after_roster_change():
             open_.reduced = {}
         return [note, *self._assign(open_, fleet, now)]
 
@@ -399,7 +224,7 @@ class FragmentExchange:
         for chunk, holder in enumerate(open_.owners):
             if holder == owner:
                 open_.reduced.pop(chunk, None)
-        open_.owners = redeal_chunks(open_.owners, owner, able)
+        open_.owners = rules.redeal_chunks(open_.owners, owner, able)
         return self._assign(open_, fleet, now)
 
     def on_reduced(self, sender: MemberId, body: msg.Reduced, fleet: Fleet, now: float) -> list[Effect]:
@@ -427,7 +252,7 @@ class FragmentExchange:
     def on_have(self, sender: MemberId, body: msg.Have, fleet: Fleet, now: float) -> list[Effect]:
         """A member holds the whole result; commit once enough copies agree on the next anchor."""
         open_ = self.open
-        if open_ is None or not is_current(open_, body.exchange, body.attempt):
+        if open_ is None or not rules.is_current(open_, body.exchange, body.attempt):
             return []
         if open_.state != "spread" or body.results != self._results(open_):
             return []
@@ -435,7 +260,7 @@ class FragmentExchange:
         alive = {m: d for m, d in open_.haves.items() if m in fleet.members}
         if len(set(alive.values())) > 1:
             return self._disagree(open_, alive)
-        if not enough_copies(alive, self.config, fleet):
+        if not rules.enough_copies(alive, self.config, fleet):
             return []
         return [Journal(record=self._commit_record(open_, body.next_digest))]
 
@@ -510,10 +335,10 @@ class FragmentExchange:
         if open_ is None:
             return []
         if open_.state == "open":
-            needed = offers_needed(self.config, len(expected_members(open_, fleet)))
+            needed = rules.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
             if open_.quorum_s is None and len(open_.offers) >= needed:
                 open_.quorum_s = now
-            because = close_reason(open_, fleet, self.config, now)
+            because = rules.close_reason(open_, fleet, self.config, now)
             return self._close(open_, fleet, now, because) if because else []
         if open_.state == "spread":
             return self._try_commit(open_, fleet) or self._unstick(open_, fleet, now)
@@ -531,7 +356,7 @@ class FragmentExchange:
 
     def _try_commit(self, open_: OpenExchange, fleet: Fleet) -> list[Effect]:
         alive = {m: d for m, d in open_.haves.items() if m in fleet.members}
-        if alive and len(set(alive.values())) == 1 and enough_copies(alive, self.config, fleet):
+        if alive and len(set(alive.values())) == 1 and rules.enough_copies(alive, self.config, fleet):
             return [Journal(record=self._commit_record(open_, next(iter(alive.values()))))]
         return []
 

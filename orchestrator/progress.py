@@ -19,6 +19,7 @@ class Progress:
         self._evaluations = -1
         self._members: set[str] = set()
         self._gone: set[str] = set()
+        self._first: tuple[float, float] | None = None
         self._live = sys.stdout.isatty() and not quiet
         self._width = 0
 
@@ -62,12 +63,20 @@ class Progress:
                 f"{status['tokens']:>12,} tokens" + ("" if loss is None else f"  validation loss {loss:.4f}")
             )
         if self._live:
-            line = (
-                f"{status['seconds']:7.1f} s  {100 * status['progress']:5.1f} %  round {status['rounds']}  "
-                f"{len(members)} islands"
-            )
+            line = self._line(status)
             print("\r" + line.ljust(self._width), end="", flush=True)
             self._width = len(line)
+
+    def _line(self, status: dict[str, Any]) -> str:
+        """The live line; seconds left are reckoned from the first commit seen here on."""
+        seconds, progress, members = status["seconds"], status["progress"], len(status["members"])
+        if not progress:
+            return f"{seconds:7.1f} s  {members} of {self.config.run.islands} islands are there"
+        self._first = self._first or (seconds, progress)
+        passed, made = seconds - self._first[0], progress - self._first[1]
+        left = f"  {(1 - progress) * passed / made:,.0f} s left" if made > 0 and progress < 1 else ""
+        islands = "1 island" if members == 1 else f"{members} islands"
+        return f"{seconds:7.1f} s  {100 * progress:5.1f} %  round {status['rounds']}  {islands}{left}"
 
     def _clear(self) -> None:
         if self._live and self._width:

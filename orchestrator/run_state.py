@@ -40,7 +40,7 @@ class JournalContradiction(AssertionError):
 
 @dataclass(kw_only=True, slots=True)
 class Dropped:
-    """Work of an incarnation that a rule made final: positions `since` to `upto`, and what each fragment had of them."""
+    """Work that a rule made final: positions `since` to `upto`, and what each fragment had of them."""
 
     since: int
     upto: int

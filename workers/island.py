@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from strategies.codecs.stochastic import mix
 from strategies.fragments import FragmentSpec, TensorSpec, default_chunk_values, plan_fragments
 from strategies.registry import build_strategy
 from strategies.strategy import Strategy
@@ -407,7 +408,9 @@ def strategy_of(spec: IslandSpec) -> Strategy:
         # Nine digits: the cosine of two machines may differ in the last bit, and an outer step may use this rate.
         return float(f"{value:.9e}")
 
-    return build_strategy(spec.strategy, spec.codec, lr_at=rate, train=train)
+    # Members that round at random must not do it alike: averaging is to cancel it.
+    key = mix(train.seed, spec.index)
+    return build_strategy(spec.strategy, spec.codec, lr_at=rate, train=train, codec_key=key)
 
 
 def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpec) -> tuple[FragmentSpec, ...]:

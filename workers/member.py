@@ -8,101 +8,25 @@ asks `due()` and says `applied()`, `installed()`, `was_reset()`, `offered()`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
-from workers.messages import Assign, Offer, Version
+from workers.fragment_state import KEEP_RESULTS, FragmentState, Pending
+from workers.member_exchange import ExchangeSide
+from workers.messages import Offer, Version
 from workers.ranges import Range
-from workers.record_log import GENESIS_CHAIN, RecordLog
+from workers.record_log import GENESIS_CHAIN
 from workers.records import CommitRecord, DropRecord, MemberId, OfferId, Row, Term
 
-KEEP_RESULTS = 2
+__all__ = ["KEEP_RESULTS", "FragmentState", "MemberMachine", "Pending"]
+
 RESEND_S = 1.0
 
 
-# ---------------------------------------------------------------- state
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pending:
-    """An offer whose fate is open. `published`: its payload is in this process; that of a stopped one is gone."""
-
-    offer: Offer
-    id: OfferId
-    published: bool = True
-
-
-@dataclass(kw_only=True, slots=True)
-class FragmentState:
-    """What a member knows of one fragment."""
-
-    n: int = -1
-    chain: str = ""
-    watermark: int = 0
-    seq: int = 0
-    late: bool = True
-    pending: Pending | None = None
-    posted_s: float = 0.0
-    announced: dict[OfferId, msg.Announce] = field(default_factory=dict)
-    pieces: set[tuple[OfferId, int]] = field(default_factory=set)
-    fetching: set[tuple[OfferId, int]] = field(default_factory=set)
-    assign: Assign | None = None
-    reducing: set[int] = field(default_factory=set)
-    reduced: dict[int, str] = field(default_factory=dict)
-    results: dict[int, str] = field(default_factory=dict)
-    fetching_results: set[int] = field(default_factory=set)
-    spread: msg.Spread | None = None
-    computing: tuple[msg.ExchangeId, int] | None = None
-    have: msg.Have | None = None
-    have_s: float = 0.0
-    content: set[str] = field(default_factory=set)
-    recent: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    barred: tuple[Version, int] | None = None
-    catching_up: bool = False
-    tries: int = 0
-    fetching_state: bool = False
-    staged: Version | None = None
-
-    @property
-    def version(self) -> Version:
-        """Version held."""
-        return Version(n=self.n, chain=self.chain)
-
-
-class MemberMachine:
+class MemberMachine(ExchangeSide):
     """One process's view of the run."""
-
-    def __init__(self, *, run_id: str, name: str, nonce: str, info: msg.ProcessInfo, num_chunks: Sequence[int]) -> None:
-        """`nonce`: unique to this process; `num_chunks`: chunks of each fragment."""
-        self.run_id, self.name, self.info = run_id, name, info
-        self.first_nonce, self.lives = nonce, 0
-        self.nonce = nonce
-        self.incarnation: int | None = None
-        self.term: Term | None = None
-        self.log = RecordLog()
-        self.num_chunks = tuple(num_chunks)
-        self.fragments = [FragmentState() for _ in num_chunks]
-        self.leases: list[Range] = []
-        self.consumed = 0
-        self.steps = 0
-        self.tail = False
-        self.told: dict[type, tuple[tuple[int, int], int]] = {}
-        self.peers: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.reset_wanted = ""
-        self.building = False
-        self.built: msg.GenesisMade | None = None
-        self.dropped_to: int | None = None
-        self.drop_asked = ""
-        self.may_rewrite = False  # a new lineage may replace rows that only the lost journal had
-        self.waiting = ""
-        self.bytes_sent = 0
-        self.stale = 0
-        self.out: list[ev.Command] = []
-        self.now = 0.0
-        self.join_s = float("-inf")
 
     # ------------------------------------------------------------ entry
 
@@ -164,32 +88,11 @@ class MemberMachine:
         self._rise_to(term)
         return self.term, tuple(self.log.rows)
 
-    def envelope(self, *bodies: msg.MemberBody) -> msg.Envelope:
-        """Bodies in an envelope of this process."""
-        return msg.Envelope(
-            run_id=self.run_id,
-            term=self.term,
-            name=self.name,
-            incarnation=self.incarnation,
-            nonce=self.nonce,
-            bodies=bodies,
-        )
-
-    @property
-    def id(self) -> MemberId:
-        """Name and incarnation; only after `Welcome`."""
-        assert self.incarnation is not None, "not a member yet"
-        return MemberId(name=self.name, incarnation=self.incarnation)
-
     # ------------------------------------------------------------ questions of the training thread
 
     def holds_all(self) -> bool:
         """Whether a state of every fragment is here, so that training can go on."""
         return self.incarnation is not None and all(state.n >= 0 for state in self.fragments)
-
-    def num_leased(self) -> int:
-        """Samples leased to this incarnation."""
-        return ranges.count(self.leases)
 
     def next_ranges(self, num_samples: int) -> tuple[Range, ...]:
         """The next samples to consume, fewer if the leases hold fewer."""
@@ -293,11 +196,6 @@ class MemberMachine:
         self._lose_state(fragment, fault, detail)
         return self.out
 
-    def _lose_state(self, fragment: int, fault: str, detail: str) -> None:
-        self._post(msg.FaultSeen(fault=fault, detail=detail))
-        self.fragments[fragment].n, self.fragments[fragment].chain = -1, ""
-        self._want_reset(f"{fault}: {detail}")
-
     def consumed_to(self, consumed: int, steps: int) -> None:
         """An inner step was finished."""
         self.consumed, self.steps = consumed, steps
@@ -389,12 +287,6 @@ class MemberMachine:
                 state.n, state.chain, state.late = -1, "", True
         self.built = None
 
-    def _want_reset(self, why: str) -> None:
-        self.reset_wanted, self.dropped_to, self.drop_asked = why, None, ""
-        for state in self.fragments:
-            state.assign, state.spread, state.have, state.announced = None, None, None, {}
-        self.out.append(ev.Wake())
-
     def _body(self, body: msg.ControllerBody, batch: msg.Batch) -> None:
         match body:
             case msg.Rejoin():
@@ -453,314 +345,6 @@ class MemberMachine:
         self.told[type(body)] = at
         return True
 
-    # ------------------------------------------------------------ owner
-
-    def _announce(self, body: msg.Announce) -> None:
-        state = self.fragments[body.offer.fragment]
-        if body.offer.base != state.version and body.offer.base.n < state.n:
-            return
-        offer = OfferId(member=body.offer_by, seq=body.offer.seq)
-        state.announced[offer] = body
-        self.out.append(ev.Wake())
-        if self.incarnation is not None:
-            mine = tuple(c for c, owner in enumerate(body.owners) if owner == str(self.id))
-            self._fetch_pieces(body.offer.fragment, body.offer_by, body.address, body.offer, mine)
-
-    def _fetch_pieces(self, fragment: int, by: MemberId, address: str, offer: Offer, chunks: Sequence[int]) -> None:
-        state = self.fragments[fragment]
-        oid = OfferId(member=by, seq=offer.seq)
-        wanted = tuple(c for c in chunks if (oid, c) not in state.pieces and (oid, c) not in state.fetching)
-        if wanted and not (self.incarnation is not None and by == self.id):
-            state.fetching |= {(oid, c) for c in wanted}
-            self.out.append(ev.FetchPieces(fragment=fragment, offer_by=by, address=address, offer=offer, chunks=wanted))
-
-    def _assigned(self, body: Assign) -> None:
-        state = self.fragments[body.fragment]
-        if not rules.supersedes(body, state.assign):
-            return
-        if state.assign is None or state.assign.roster_digest != body.roster_digest:
-            state.results, state.reduced, state.reducing = {}, {}, set()
-        state.assign, state.spread, state.have, state.computing = body, None, None, None
-        state.fetching_results = set()
-        mine = self._own_chunks(state)
-        for by, address, offer in body.offers:
-            self._fetch_pieces(body.fragment, by, address, offer, mine)
-        if state.reduced:
-            kept = tuple((c, d) for c, d in sorted(state.reduced.items()) if c in mine)
-            self._post_reduced(body, kept)
-        self._reduce(body.fragment)
-        self._fetch_results(body.fragment)
-
-    def _own_chunks(self, state: FragmentState) -> tuple[int, ...]:
-        if state.assign is None or self.incarnation is None:
-            return ()
-        return tuple(c for c, owner in enumerate(state.assign.owners) if owner == self.id)
-
-    def _reduce(self, fragment: int) -> None:
-        state = self.fragments[fragment]
-        if state.assign is None:
-            return
-        roster = [entry.offer for entry in state.assign.roster]
-        ready = tuple(
-            c
-            for c in self._own_chunks(state)
-            if c not in state.reducing and all((oid, c) in state.pieces for oid in roster)
-        )
-        if ready:
-            state.reducing |= set(ready)
-            self.out.append(ev.Reduce(assign=state.assign, chunks=ready))
-
-    def _pieces_failed(self, event: ev.PiecesFailed) -> None:
-        state = self.fragments[event.fragment]
-        state.fetching -= {(event.offer, chunk) for chunk in event.chunks}
-        assign = state.assign
-        if assign is None or not set(event.chunks) & set(self._own_chunks(state)):
-            return
-        if event.offer in {entry.offer for entry in assign.roster}:
-            self._post(
-                msg.Missing(
-                    fragment=event.fragment,
-                    exchange=assign.exchange,
-                    attempt=assign.attempt,
-                    offer=event.offer,
-                    why=event.why,
-                )
-            )
-
-    def _piece_rejected(self, event: ev.PieceRejected) -> None:
-        assign = self.fragments[event.fragment].assign
-        if assign is not None and event.offer in {entry.offer for entry in assign.roster}:
-            self._post(
-                msg.Refused(
-                    fragment=event.fragment,
-                    exchange=assign.exchange,
-                    attempt=assign.attempt,
-                    offer=event.offer,
-                    why=event.why,
-                )
-            )
-
-    def _chunks_reduced(self, event: ev.ChunksReduced) -> None:
-        state = self.fragments[event.fragment]
-        if state.assign is None or state.assign.roster_digest != event.roster_digest:
-            return
-        state.reduced.update(event.chunks)
-        state.results.update(event.chunks)
-        state.content |= {digest for _, digest in event.chunks}
-        self._post_reduced(state.assign, event.chunks)
-        self._advance(event.fragment)
-
-    def _post_reduced(self, assign: Assign, chunks: tuple[tuple[int, str], ...]) -> None:
-        if chunks:
-            self._post(
-                msg.Reduced(
-                    fragment=assign.fragment, exchange=assign.exchange, attempt=assign.attempt,
-                    roster_digest=assign.roster_digest, chunks=chunks,
-                )
-            )  # fmt: skip
-
-    # ------------------------------------------------------------ results
-
-    def _fetch_results(self, fragment: int) -> None:
-        """Pull result chunks straight from the owners as soon as they are named; by content once `Spread` is known."""
-        state = self.fragments[fragment]
-        assign = state.assign
-        if assign is None or state.have is not None:
-            return
-        addresses = dict(assign.owner_addresses)
-        wanted: dict[MemberId, list[int]] = {}
-        for chunk, owner in enumerate(assign.owners):
-            if self.incarnation is not None and owner == self.id:
-                continue
-            known = state.results.get(chunk)
-            right = known is not None and (state.spread is None or state.spread.chunk_digests[chunk] == known)
-            if not right and chunk not in state.fetching_results:
-                wanted.setdefault(owner, []).append(chunk)
-        for owner, chunks in sorted(wanted.items()):
-            address = addresses.get(str(owner))
-            if address is None:
-                continue
-            state.fetching_results |= set(chunks)
-            digests = tuple(state.spread.chunk_digests[c] for c in chunks) if state.spread else ()
-            self.out.append(
-                ev.FetchResults(
-                    fragment=fragment,
-                    address=address,
-                    roster_digest=assign.roster_digest,
-                    chunks=tuple(chunks),
-                    digests=digests,
-                )
-            )
-
-    def _spread(self, body: msg.Spread) -> None:
-        state = self.fragments[body.fragment]
-        if state.assign is None or (state.assign.exchange, state.assign.attempt) != (body.exchange, body.attempt):
-            return
-        state.spread = body
-        self._advance(body.fragment)
-
-    def _results_failed(self, event: ev.ResultsFailed) -> None:
-        state = self.fragments[event.fragment]
-        state.fetching_results -= set(event.chunks)
-        state.tries += 1
-
-    def _compute(self, fragment: int) -> None:
-        state = self.fragments[fragment]
-        assign, spread = state.assign, state.spread
-        if assign is None or spread is None or state.version != assign.base or state.staged is not None:
-            return
-        if state.barred is not None and state.barred[0].n == assign.base.n + 1:
-            return
-        key = (assign.exchange, assign.attempt)
-        complete = all(state.results.get(c) == d for c, d in enumerate(spread.chunk_digests))
-        if complete and state.computing != key and state.have is None:
-            state.computing = key
-            self.out.append(ev.ComputeNext(assign=assign, chunk_digests=spread.chunk_digests))
-
-    def _next_computed(self, event: ev.NextComputed) -> None:
-        state = self.fragments[event.fragment]
-        if state.computing != (event.exchange, event.attempt) or state.spread is None:
-            return
-        state.have = msg.Have(
-            fragment=event.fragment, exchange=event.exchange, attempt=event.attempt,
-            results=msg.results_digest(state.spread.chunk_digests), next_digest=event.digest,
-        )  # fmt: skip
-        state.have_s = self.now
-        self._post(state.have)
-
-    def _verify(self, body: msg.Verify) -> None:
-        state = self.fragments[body.fragment]
-        digest = self.log.digest(body.fragment, state.n)
-        asked = body.exchange is None or (state.assign is not None and state.assign.exchange == body.exchange)
-        if asked and state.n >= 0 and digest is not None:
-            self.out.append(
-                ev.VerifyAnchor(
-                    fragment=body.fragment, chain=state.chain, digest=digest, exchange=body.exchange, attempt=body.attempt
-                )
-            )
-
-    def _anchor_verified(self, event: ev.AnchorVerified) -> None:
-        state = self.fragments[event.fragment]
-        if not event.intact:
-            story = f"fragment {event.fragment} version {state.n} has another digest than sealed"
-            self._lose_state(event.fragment, "corrupt_anchor", story)
-        elif state.assign is not None and state.assign.exchange == event.exchange:
-            state.have, state.computing = None, None
-            self._compute(event.fragment)
-
-    # ------------------------------------------------------------ catching up
-
-    def _advance(self, fragment: int) -> None:
-        """Whatever brings this fragment forward: results of the open exchange, of the next commit, or a whole state."""
-        state = self.fragments[fragment]
-        if self.incarnation is None or self.reset_wanted or state.staged is not None:
-            return
-        if state.n < 0:
-            if self.log.genesis is not None:
-                self._fetch_state(fragment)
-            return
-        record = self.log.next(fragment, state.chain)
-        if record is None:
-            self._fetch_results(fragment)
-            self._compute(fragment)
-            return
-        if set(record.chunk_digests) <= state.content:
-            state.tries = 0
-            self.out.append(ev.Wake())
-            return
-        behind = self.log.head(fragment) - state.n
-        if behind > KEEP_RESULTS or state.tries > 2 * max(len(self.peers), 1):
-            state.catching_up = True
-            self._fetch_state(fragment)
-        else:
-            self._fetch_content(fragment, record)
-
-    def _fetch_content(self, fragment: int, record: CommitRecord) -> None:
-        state = self.fragments[fragment]
-        if state.barred is not None and state.barred[0].chain == record.chain:
-            return
-        missing = tuple(c for c, d in enumerate(record.chunk_digests) if d not in state.content)
-        wanted = tuple(c for c in missing if c not in state.fetching_results)
-        others = sorted(name for name in self.peers if name != str(self.id))
-        if not wanted or not others:
-            return
-        address = self.peers[others[state.tries % len(others)]][0]
-        state.fetching_results |= set(wanted)
-        self.out.append(
-            ev.FetchResults(
-                fragment=fragment, address=address, roster_digest=record.roster_digest, chunks=wanted,
-                digests=tuple(record.chunk_digests[c] for c in wanted),
-            )
-        )  # fmt: skip
-
-    def _fetch_state(self, fragment: int) -> None:
-        state = self.fragments[fragment]
-        if state.fetching_state or state.staged is not None or self.incarnation is None:
-            return
-        donors = tuple(
-            (name, address)
-            for name, (address, held) in sorted(self.peers.items())
-            if name != str(self.id) and len(held) > fragment and held[fragment] >= 0
-        )
-        if donors:
-            state.fetching_state = True
-            self.out.append(ev.FetchState(fragment=fragment, donors=donors))
-
-    def _decide(self, fragment: int, record: CommitRecord) -> None:
-        """Fate of the pending offer: in (watermark moves) or out (it rebases and is offered again)."""
-        state = self.fragments[fragment]
-        pending = state.pending
-        if pending is not None and rules.included(record, pending.id):
-            state.watermark, state.late = pending.offer.upto, False
-        elif self.consumed > state.watermark:
-            state.late = True
-        state.pending = None
-
-    def _clean(self, fragment: int) -> None:
-        """Free what the new version made useless (protocol 1.9)."""
-        state = self.fragments[fragment]
-        old = {oid for oid, a in state.announced.items() if a.offer.base.n < state.n}
-        state.announced = {oid: a for oid, a in state.announced.items() if oid not in old}
-        gone = {oid for oid, _ in state.pieces} - set(state.announced)
-        if state.pending is not None:
-            gone.discard(state.pending.id)
-        state.pieces = {(oid, c) for oid, c in state.pieces if oid not in gone}
-        if state.assign is not None and state.assign.base.n < state.n:
-            state.assign = state.spread = state.have = state.computing = None
-            state.results, state.reduced, state.reducing = {}, {}, set()
-            state.fetching_results = set()
-        for n in [n for n in state.recent if n <= state.n - KEEP_RESULTS]:
-            del state.recent[n]
-        following = self.log.next(fragment, state.chain)
-        keep = {d for digests in state.recent.values() for d in digests} | set(state.results.values())
-        keep |= set(following.chunk_digests) if following else set()
-        drop = tuple(sorted(state.content - keep))
-        state.content &= keep
-        prefixes = tuple(sorted(f"piece/{fragment}/{oid}" for oid in gone))
-        if drop or prefixes:
-            self.out.append(ev.Forget(fragment=fragment, prefixes=prefixes, digests=drop))
-
-    def _discarded(self, fragment: int, exchange: msg.ExchangeId) -> None:
-        state = self.fragments[fragment]
-        if state.assign is not None and state.assign.exchange == exchange:
-            state.assign = state.spread = state.have = state.computing = None
-            state.results, state.reduced, state.reducing = {}, {}, set()
-        if state.pending is not None and state.pending.published:
-            state.posted_s = self.now
-            self._post(state.pending.offer)
-
-    def _revoke(self, body: msg.RevokeQuery | msg.RevokeCancel) -> None:
-        state = self.fragments[body.fragment]
-        if isinstance(body, msg.RevokeCancel):
-            if state.barred is not None and state.barred[1] == body.nonce:
-                state.barred = None
-                self._advance(body.fragment)
-            return
-        lacks = rules.lacks_version(state, self.log, body.fragment, body.version)
-        if lacks and (state.barred is None or body.nonce >= state.barred[1]):
-            state.barred = (body.version, body.nonce)
-        self._post(msg.RevokeAnswer(fragment=body.fragment, nonce=body.nonce, lacks=lacks, n=state.n))
-
     # ------------------------------------------------------------ time
 
     def _tick(self) -> None:
@@ -793,27 +377,3 @@ class MemberMachine:
         self.now, self.out, self.join_s = now, [], now
         self.out.append(ev.Post(body=self._join_body()))
         return self.out
-
-    def _hello(self) -> None:
-        if self.incarnation is None:
-            return
-        reports = []
-        for fragment, state in enumerate(self.fragments):
-            record = self.log.next(fragment, state.chain) if state.n >= 0 else None
-            reports.append(
-                msg.FragmentReport(
-                    n=state.n, chain=state.chain, barred=state.barred[1] if state.barred else None, watermark=state.watermark,
-                    holds_next=record is not None and set(record.chunk_digests) <= state.content,
-                    exchange=state.assign.exchange if state.assign else None,
-                    attempt=state.assign.attempt if state.assign else 0, spread=state.spread is not None,
-                )
-            )  # fmt: skip
-        self._post(
-            msg.Hello(
-                info=self.info, journal_len=len(self.log), num_leased=self.num_leased(), consumed=self.consumed,
-                steps=self.steps, bytes_sent=self.bytes_sent, fragments=tuple(reports), waiting=self.waiting,
-            )
-        )  # fmt: skip
-
-    def _post(self, body: msg.MemberBody) -> None:
-        self.out.append(ev.Post(body=body))

@@ -17,7 +17,7 @@ from typing import Any
 
 from faults.lab.errors import LabError
 from faults.lab.links import Link, Shape
-from faults.lab.segments import Run, runs_of, runs_without, take_runs, wire_bytes
+from faults.lab.segments import Run, on_the_wire, runs_of, runs_without, take_runs
 
 EARLY_S = 5e-4
 """What is due so soon is due now: it is not worth another turn of the loop."""
@@ -119,7 +119,7 @@ class Fabric:
         Args:
             route: one of `routes`.
             frame: with its virtio header.
-            num_bytes, num_packets: what it is on the wire (`segments.wire_bytes`, `segments.num_packets`).
+            num_bytes, num_packets: what it is on the wire (`segments.on_the_wire`).
             now_s: the time.
         """
         if route.is_cut:
@@ -224,6 +224,6 @@ def _parts(whole: _Transit, runs: Sequence[Run]) -> list[_Transit]:
         return [whole]
     frames = take_runs(whole.frame, runs)
     return [
-        _Transit(whole.route, frame, end - start, wire_bytes(frame, len(frame)), whole.hop)
+        _Transit(whole.route, frame, end - start, on_the_wire(frame, len(frame))[1], whole.hop)
         for frame, (start, end) in zip(frames, runs, strict=True)
     ]

@@ -131,10 +131,13 @@ class Lab:
         """The IPv4 address of a node."""
         return next(plan.address for plan in self._planned().nodes if plan.name == self._known(node))
 
+    def namespace(self, node: str) -> str:
+        """The name of a node's network namespace, for `ip -n`."""
+        return self._running().namespaces[self._known(node)]
+
     def command(self, node: str, argv: Sequence[str]) -> list[str]:
         """What to execute on this machine so that `argv` runs on a node."""
-        record = self._running()
-        namespace = NETNS_DIR / record.namespaces[self._known(node)]
+        namespace = NETNS_DIR / self.namespace(node)
         hosts = self._states.path(self.name) / HOSTS
         # Isolated and without site-packages: the launcher needs neither, and is there 100 ms sooner.
         return [sys.executable, "-IS", enter.__file__, str(namespace), node, str(hosts), *map(str, argv)]
@@ -151,7 +154,7 @@ class Lab:
 
     def processes(self, node: str) -> list[ProcessId]:
         """Everything that runs on a node, daemons too."""
-        return processes_in([NETNS_DIR / self._running().namespaces[self._known(node)]])
+        return processes_in([NETNS_DIR / self.namespace(node)])
 
     def kill(self, node: str) -> None:
         """Kill everything that runs on a node with SIGKILL; the node itself stays, as a machine that came back."""

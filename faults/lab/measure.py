@@ -80,11 +80,22 @@ def send_datagrams(
 
 
 def fill_streams(
-    lab: Lab, source: str, target: str, *, seconds: float, num_streams: int = 1, warm_up_s: float = 0.0
+    lab: Lab,
+    source: str,
+    target: str,
+    *,
+    seconds: float,
+    num_streams: int = 1,
+    warm_up_s: float = 0.0,
+    address: str | None = None,
 ) -> Streams:
-    """Send as much as TCP gets through in `seconds`; the first `warm_up_s` do not count."""
-    with _started(lab, target, ["sink", lab.address(target), num_streams, warm_up_s]) as (sink, port):
-        arguments = ("stream", lab.address(target), port, seconds, num_streams)
+    """Send as much as TCP gets through in `seconds`; the first `warm_up_s` do not count.
+
+    `address`: another one of the target than that in the lab.
+    """
+    host = address or lab.address(target)
+    with _started(lab, target, ["sink", host, num_streams, warm_up_s]) as (sink, port):
+        arguments = ("stream", host, port, seconds, num_streams)
         sent = _finish(lab.popen(source, _probe(*arguments), **_PIPES))
         result = _finish(sink)
     return Streams(goodput_mbit=result["goodput_mbit"], num_bytes=result["num_bytes"], congestion=sent["congestion"])

@@ -22,6 +22,7 @@ NEEDS_CHECKSUM = 1
 GSO_NONE = 0
 GSO_TCPV4 = 1
 
+Buffer = bytes | bytearray | memoryview
 Run = tuple[int, int]
 """Packets of a frame: the number of the first one, and that of the one behind the last."""
 
@@ -48,22 +49,20 @@ class Layout:
     num_packets: int
 
 
-def num_packets(frame: bytes | bytearray | memoryview, length: int) -> int:
-    """Packets on the wire that the first `length` bytes of a buffer, one frame, stand for."""
+def on_the_wire(frame: Buffer, length: int) -> tuple[int, int]:
+    """The packets that the first `length` bytes of a buffer, one frame, stand for: how many, and their bytes together.
+
+    Bytes are those of the IP packets, headers included, Ethernet not.
+    """
     if frame[1] == GSO_NONE:
-        return 1
-    return layout(frame, length).num_packets
+        return 1, length - OVERHEAD_BYTES
+    _, _, _, gso_size, csum_start, _ = VNET.unpack_from(frame)
+    payload = VNET_BYTES + csum_start + (frame[VNET_BYTES + csum_start + 12] >> 4) * 4
+    num_packets = -((payload - length) // gso_size) or 1
+    return num_packets, length - OVERHEAD_BYTES + (num_packets - 1) * (payload - OVERHEAD_BYTES)
 
 
-def wire_bytes(frame: bytes | bytearray | memoryview, length: int) -> int:
-    """Bytes of all IP packets (headers included, Ethernet not) that the first `length` bytes of a buffer stand for."""
-    if frame[1] == GSO_NONE:
-        return length - OVERHEAD_BYTES
-    parts = layout(frame, length)
-    return length - OVERHEAD_BYTES + (parts.num_packets - 1) * (parts.payload - parts.ip)
-
-
-def layout(frame: bytes | bytearray | memoryview, length: int) -> Layout:
+def layout(frame: Buffer, length: int) -> Layout:
     """Find the headers of an offload frame in the first `length` bytes of a buffer.
 
     Raises:

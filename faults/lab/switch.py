@@ -22,13 +22,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
 from faults.lab.errors import LabError
 from faults.lab.fabric import Fabric, Route, RoutePlan
 from faults.lab.links import Shape
-from faults.lab.segments import GSO_NONE, OVERHEAD_BYTES, layout
+from faults.lab.segments import VNET_BYTES, on_the_wire
 from faults.lab.tap import open_tap
 
 SOCKET = "switch.sock"
@@ -39,8 +38,8 @@ RETRY_S = 0.1
 TURN_S = 1e-3
 BURST = 8
 MAX_MESSAGE_BYTES = 1 << 20
-# gso type is byte 1 of the virtio header; the destination address comes right behind that header.
-_HEAD = Struct("<xB8x6s")
+ADDRESS = slice(VNET_BYTES, VNET_BYTES + 6)
+"""Where the hardware address of the target is in a frame."""
 
 
 class Port:
@@ -130,17 +129,11 @@ class Switch:
                 self._retry_s = clock() + RETRY_S
                 self._watch()
                 return
-            gso_type, address = _HEAD.unpack_from(buffer)
-            route = port.routes.get(address)
+            route = port.routes.get(bytes(view[ADDRESS]))
             if route is None:
                 port.num_unroutable += 1
                 continue
-            if gso_type == GSO_NONE:
-                num_packets, num_bytes = 1, length - OVERHEAD_BYTES
-            else:
-                parts = layout(buffer, length)
-                num_packets = parts.num_packets
-                num_bytes = length - OVERHEAD_BYTES + (num_packets - 1) * (parts.payload - parts.ip)
+            num_packets, num_bytes = on_the_wire(buffer, length)
             if route.is_plain:
                 self._hurries = True
                 route.count(num_bytes, num_packets)

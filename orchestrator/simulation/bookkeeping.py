@@ -1,4 +1,4 @@
-"""The journal told once more, sample by sample, as bit sets: slow, obviously right, and nothing shared with `run_state`.
+"""The journal told once more, sample by sample, as bit sets: slow, obviously right, nothing shared with `run_state`.
 
 It is fed with rows in the moment in which they are decided for good (flushed on the path), and knows of every sample
 whose it is and which fragments have counted it. Rules as in `orchestrator/ledger.py`.

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator import ledger
-from orchestrator.exchange import OpenExchange, copies_needed
+from orchestrator.exchange_rules import OpenExchange, copies_needed
 from orchestrator.run_state import RunState
 from orchestrator.simulation.bookkeeping import Bookkeeping
 from orchestrator.simulation.symbols import bits_of, must
 from workers import member_events as ev
 from workers import messages as msg
 from workers import ranges
-from workers.member import KEEP_RESULTS
+from workers.fragment_state import KEEP_RESULTS
 from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId, Row
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Checks:
     def member(self, island: Island) -> None:
         """After every event of a member: what it knows of itself."""
         machine = island.machine
-        for fragment, (state, part) in enumerate(zip(machine.fragments, island.replica.parts, strict=True)):
+        for state, part in zip(machine.fragments, island.replica.parts, strict=True):
             if state.n < 0:
                 continue
             must((part.n, part.chain) == (state.n, state.chain), 1, f"{machine.nonce}: machine and tensors differ")

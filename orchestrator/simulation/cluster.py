@@ -11,7 +11,8 @@ from faults.virtual import VirtualDisk, VirtualNetwork, VirtualTime
 from orchestrator import events as ev
 from orchestrator.simulation.checks import Checks
 from orchestrator.simulation.controller import Controller
-from orchestrator.simulation.island import Fetch, FetchFailed, Island, Job
+from orchestrator.simulation.island import Island
+from orchestrator.simulation.requests import Fetch, FetchFailed, Job
 from orchestrator.simulation.scenario import Scenario
 from orchestrator.simulation.symbols import Names, Snapshots, must
 from workers.messages import Batch, Envelope

@@ -8,15 +8,13 @@ belongs here too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.simulation.state_fetch import fetch_state
+from orchestrator.simulation import jobs
+from orchestrator.simulation.requests import Busy, Fetch, FetchFailed, Job
 from orchestrator.simulation.symbols import (
-    BadPiece,
     NonFinite,
-    Payload,
     Replica,
     StateChunk,
     StateTorn,
@@ -33,36 +31,6 @@ from workers.records import CommitRecord, OfferId
 
 if TYPE_CHECKING:
     from orchestrator.simulation.cluster import Cluster
-
-
-class FetchFailed(Exception):
-    """A transport call did not bring what was asked for; or (`mismatch`) a state was not as sealed."""
-
-    def __init__(self, why: str, *, mismatch: bool = False) -> None:
-        super().__init__(why)
-        self.mismatch = mismatch
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """What a job waits for: `look(server)` on the process at `address`; None means that it lacks it.
-
-    With `wait_s` the server waits for what is not there yet.
-    """
-
-    address: str
-    look: Callable[[Island], Any]
-    wait_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Busy:
-    """What a job waits for: virtual seconds of work."""
-
-    seconds: float
-
-
-Job = Generator[Fetch | Busy, Any, ev.Event | None]
 
 
 class Island:
@@ -170,21 +138,21 @@ class Island:
                 case ev.Forget():
                     self._forget(command)
                 case ev.BuildGenesis():
-                    self._work(self._build_genesis())
+                    self._work(jobs.build_genesis(self))
                 case ev.FetchPieces():
-                    self._work(self._fetch_pieces(command))
+                    self._work(jobs.fetch_pieces(self, command))
                 case ev.Reduce():
-                    self._work(self._reduce(command))
+                    self._work(jobs.reduce(self, command))
                 case ev.FetchResults():
-                    self._work(self._fetch_results(command))
+                    self._work(jobs.fetch_results(self, command))
                 case ev.ComputeNext():
-                    self._work(self._compute_next(command))
+                    self._work(jobs.compute_next(self, command))
                 case ev.VerifyAnchor():
-                    self._work(self._verify_anchor(command))
+                    self._work(jobs.verify_anchor(self, command))
                 case ev.LoadState():
-                    self._work(self._load_state(command))
+                    self._work(jobs.load_state(self, command))
                 case ev.FetchState():
-                    self._work(self._fetch_state(command))
+                    self._work(jobs.fetch_state(self, command))
         if self.bodies:
             bodies, self.bodies = tuple(self.bodies), []
             self.cluster.post(self, self.machine.envelope(*bodies))
@@ -215,120 +183,6 @@ class Island:
             self.cluster.time.after(request.seconds, self.run, self.resume, job, None)
         else:
             self.cluster.fetch(self, job, request)
-
-    def _busy(self) -> Busy:
-        return Busy(0.003 * self.cluster.rng.random())
-
-    def _build_genesis(self) -> Job:
-        yield self._busy()
-        digests = self.replica.make_genesis("genesis", self.first_nonce)
-        return ev.GenesisBuilt(digests=digests, num_params=sum(self.replica.num_chunks))
-
-    def _fetch_pieces(self, c: ev.FetchPieces) -> Job:
-        offer = OfferId(member=c.offer_by, seq=c.offer.seq)
-        group = f"piece/{c.fragment}/{offer}"
-
-        def look(server: Island) -> list[Payload] | None:
-            return found(server.store.get(group, chunk) for chunk in c.chunks)
-
-        try:
-            payloads = yield Fetch(c.address, look)
-        except FetchFailed as error:
-            return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=c.chunks, why=str(error))
-        for chunk, payload in zip(c.chunks, payloads, strict=True):
-            if payload.digest != c.offer.chunk_digests[chunk]:
-                return ev.PieceRejected(
-                    fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced"
-                )
-            self.store.put(group, chunk, payload)
-        return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
-
-    def _reduce(self, c: ev.Reduce) -> Job:
-        yield self._busy()
-        done: list[tuple[int, str]] = []
-        fragment = c.assign.fragment
-        for chunk in c.chunks:
-            pieces: list[tuple[Payload, float]] = []
-            for entry in c.assign.roster:
-                payload = self.store.get(f"piece/{fragment}/{entry.offer}", chunk)
-                if payload is None:  # superseded meanwhile
-                    return None
-                pieces.append((payload, entry.coefficient))
-            try:
-                result = self.replica.reduce(fragment, chunk, pieces, self.device)
-            except BadPiece as error:
-                offer = c.assign.roster[error.args[1]].offer
-                return ev.PieceRejected(fragment=fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
-            self._publish_result(fragment, c.assign.roster_digest, chunk, result)
-            done.append((chunk, result.digest))
-        return ev.ChunksReduced(fragment=fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
-
-    def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Payload) -> None:
-        self.store.content[fragment, payload.digest] = payload
-        self.store.put(f"result/{fragment}/{roster}", chunk, payload)
-        if self.parked:
-            self.cluster.look_again(self)
-
-    def _fetch_results(self, c: ev.FetchResults) -> Job:
-        group = f"result/{c.fragment}/{c.roster_digest}"
-
-        def look(server: Island) -> list[Payload] | None:
-            if c.digests:
-                return found(server.store.content.get((c.fragment, digest)) for digest in c.digests)
-            return found(server.store.get(group, chunk) for chunk in c.chunks)
-
-        try:
-            payloads = yield Fetch(c.address, look, 0.0 if c.digests else self.cluster.scenario.timeout_s)
-        except FetchFailed as error:
-            return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=str(error))
-        for chunk, payload in zip(c.chunks, payloads, strict=True):
-            self._publish_result(c.fragment, c.roster_digest, chunk, payload)
-        return ev.ResultsFetched(
-            fragment=c.fragment, chunks=tuple((chunk, p.digest) for chunk, p in zip(c.chunks, payloads, strict=True))
-        )
-
-    def _payloads(self, fragment: int, digests: Sequence[str]) -> list[Payload] | None:
-        return found(self.store.content.get((fragment, digest)) for digest in digests)
-
-    def _compute_next(self, c: ev.ComputeNext) -> Job:
-        yield self._busy()
-        payloads = self._payloads(c.assign.fragment, c.chunk_digests)
-        if payloads is None or self.replica.parts[c.assign.fragment].chain != c.assign.base.chain:
-            return None
-        digest = self.replica.next_digest(c.assign.fragment, payloads)
-        return ev.NextComputed(
-            fragment=c.assign.fragment, exchange=c.assign.exchange, attempt=c.assign.attempt, digest=digest
-        )
-
-    def _verify_anchor(self, c: ev.VerifyAnchor) -> Job:
-        yield self._busy()
-        if self.replica.parts[c.fragment].chain != c.chain:
-            return None
-        intact = self.replica.digest(c.fragment) == c.digest
-        return ev.AnchorVerified(fragment=c.fragment, intact=intact, exchange=c.exchange, attempt=c.attempt)
-
-    def _fetch_state(self, c: ev.FetchState) -> Job:
-        try:
-            chunks = yield from fetch_state(self, c.fragment, c.donors)
-        except FetchFailed as error:
-            return ev.StateFailed(fragment=c.fragment, why=str(error), mismatch=error.mismatch)
-        self.cluster.counts["states fetched"] += 1
-        return self._stage(c.fragment, chunks)
-
-    def _load_state(self, c: ev.LoadState) -> Job:
-        yield self._busy()
-        snapshot = self.cluster.snapshots.newest_on_path(self.machine.log)
-        if snapshot is None:
-            return ev.StateFailed(fragment=c.fragment, why="there is no snapshot", from_disk=True)
-        chunks = snapshot[c.fragment]
-        if self.replica.digest_of_chunks(c.fragment, chunks) != self.machine.log.digest(c.fragment, chunks[0].n):
-            return ev.StateFailed(fragment=c.fragment, why="it is not what the journal sealed", from_disk=True)
-        self.cluster.counts["states loaded"] += 1
-        return self._stage(c.fragment, chunks)
-
-    def _stage(self, fragment: int, chunks: list[StateChunk]) -> ev.Event:
-        self.staged_chunks[fragment, chunks[0].chain] = chunks
-        return ev.StateStaged(fragment=fragment, n=chunks[0].n, chain=chunks[0].chain)
 
     # ------------------------------------------------------------ the training thread
 
@@ -401,7 +255,7 @@ class Island:
         for fragment in range(len(self.machine.fragments)):
             while (due := self.machine.due(fragment)) is not None:
                 record = due.record
-                payloads = self._payloads(fragment, record.chunk_digests)
+                payloads = jobs.stored_results(self, fragment, record.chunk_digests)
                 assert payloads is not None, "a due result is not in the store"
                 try:
                     self.replica.apply(
@@ -552,12 +406,6 @@ class Island:
         if first:
             self._handle(ev.Tick())
         self._take_turn(turn)
-
-
-def found(payloads: Any) -> list[Payload] | None:
-    """All of them, or None if one is missing."""
-    out = list(payloads)
-    return None if any(payload is None for payload in out) else out
 
 
 def _short(event: ev.Event) -> str:

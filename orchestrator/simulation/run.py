@@ -96,7 +96,8 @@ def _standing(cluster: Cluster) -> str:
             out.append(
                 f"{controller.name} heads {[h.version.n for h in c.state.heads]} open {open_} "
                 f"accounted {c.state.samples_accounted()}/{c.plan.total_samples} free {c.state.free} "
-                f"roll {[(str(m), p.status) for m, p in c.roll.processes.items()]} live {[str(m) for m in c.state.live()]}"
+                f"roll {[(str(m), p.status) for m, p in c.roll.processes.items()]} "
+                f"live {[str(m) for m in c.state.live()]}"
             )
     for island in cluster.processes():
         m = island.machine

@@ -102,7 +102,8 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         seed=seed, num_members=num, num_nodes=rng.choice((1, 2, num)),
         num_chunks=tuple(rng.choice((1, 2, 3)) for _ in range(fragments)), plan=plan, batch_sizes=batch_sizes,
         step_s=tuple(step_s * rng.choice((1.0, 1.0, 1.0, 1.5, 3.0)) for _ in range(num)),
-        overlap=rng.random() < 0.3, inline=rng.random() < 0.15, feedback=rng.random() < 0.6, devices=rng.choice((1, 2)), link=link,
+        overlap=rng.random() < 0.3, inline=rng.random() < 0.15, 
+        feedback=rng.random() < 0.6, devices=rng.choice((1, 2)), link=link,
         fault_s=rng.choice((3.0, 6.0)), rates=rates, drain_s=90.0, wait_s=exchange.wait_s,
         timeout_s=rng.choice((0.5, 1.5)), clock_skew=0.1 if faults else 0.0,
     )  # fmt: skip

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.simulation.requests import Fetch, FetchFailed, found
 from orchestrator.simulation.symbols import Payload, StateChunk
 
 if TYPE_CHECKING:
-    from orchestrator.simulation.island import Fetch, Island
+    from orchestrator.simulation.island import Island
 
 Donor = tuple[str, str]
 MAX_ROUNDS = 6
@@ -26,8 +27,6 @@ def deal(chunks: Sequence[int], donors: Sequence[Donor]) -> dict[Donor, list[int
 
 def fetch_state(island: Island, fragment: int, donors: Sequence[Donor]) -> Steps:
     """The newest state of a fragment that the donors have; raises `FetchFailed`."""
-    from orchestrator.simulation.island import FetchFailed
-
     replica, log = island.replica, island.machine.log
     num_chunks = replica.num_chunks[fragment]
     held: dict[int, StateChunk] = {}
@@ -73,8 +72,6 @@ def _fetch_round(
 
 
 def _from_donor(fragment: int, donor: Donor, chunks: Sequence[int]) -> Steps:
-    from orchestrator.simulation.island import Fetch, FetchFailed
-
     found: list[StateChunk] = []
     for chunk in chunks:  # one by one: the donor may move on between two of them
 
@@ -103,8 +100,6 @@ def _bring_forward(
 
 
 def _results(island: Island, fragment: int, digests: Sequence[str], donors: Sequence[Donor]) -> Steps:
-    from orchestrator.simulation.island import Fetch, FetchFailed, found
-
     content = island.store.content
     lacking = [(fragment, digest) for digest in digests if (fragment, digest) not in content]
 

@@ -17,7 +17,7 @@ from workers.ranges import Range
 
 
 class Violation(AssertionError):
-    """An invariant of the protocol does not hold; `number` as in section 2 of the protocol, 0 for the simulator's own."""
+    """An invariant does not hold; `number` as in section 2 of the protocol, 0 for the simulator's own."""
 
     def __init__(self, number: int, story: str) -> None:
         super().__init__(f"invariant {number}: {story}")

@@ -1,7 +1,7 @@
 """Blockwise E3M0: a sign and three exponent bits. Level L = 0 is 0, levels 1..7 are 2^(L-7) * absmax of the block.
 
-Source: the 4-bit outer gradients of Streaming DiLoCo (arXiv 2501.18512), rounded to nearest in log space as in
-`algorithms.md` 9.6. Not an MX type. For heavy-tailed values; on Gaussian ones its rms error (0.204) is larger than that
+Source: the 4-bit outer gradients of Streaming DiLoCo (arXiv 2501.18512), rounded to nearest in log space. Not an MX
+type. For heavy-tailed values; on Gaussian ones its rms error (0.204) is larger than that
 of int4 and fp4, and magnitudes grow by 2.4 % on average: use error feedback.
 
 The border between two levels is sqrt(1/2) of the upper one. Halving an fp32 number takes 1 from its exponent, so

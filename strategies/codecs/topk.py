@@ -1,6 +1,6 @@
 """Chunked top-k: of each block of 4,096 values the 64 largest, each with a 12-bit index and 2 bits.
 
-Source: SparseLoCo (arXiv 2508.15706) and `algorithms.md` 5.2: 0.219 bits a value. For contributions, with
+Source: SparseLoCo (arXiv 2508.15706): 64 (12 + 2) bits per 4,096 values, 0.219 a value. For contributions, with
 error feedback (decay 0.95): a result must not be sent so (`Codec.elementwise`). What differs: the two bits are the sign
 and one of two levels of the *block*, the means of the kept magnitudes above and below the middle of their range
 (SparseLoCo: four bucket means of a whole tensor). One byte per level, an exponent and 3 bits of significand below the

@@ -8,6 +8,8 @@ import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,13 +31,13 @@ DAEMON = python(
 )
 # Stays in its lab until it is killed; says when everything is up.
 HOLD = """
-import sys, time
+import subprocess, sys, time
 from pathlib import Path
 from faults.lab.lab import Lab
 from tests.lab.support import pair
 from tests.lab.test_lab_life import DAEMON, SLEEP
 with Lab(pair(delay_ms=5), root=Path(sys.argv[1])) as lab:
-    lab.popen("a", SLEEP)
+    lab.popen("a", SLEEP, stdout=subprocess.DEVNULL)
     lab.run("b", DAEMON)
     print(lab.name, flush=True)
     time.sleep(600)
@@ -47,28 +49,26 @@ def namespaces_of(record: LabRecord | None) -> list[Path]:
     return record.namespace_paths
 
 
-def holder(root: Path) -> tuple[subprocess.Popen[str], LabRecord, list[ProcessId]]:
-    """Another process with a lab, and everything that runs in it."""
+@contextmanager
+def holder(root: Path) -> Iterator[tuple[subprocess.Popen[str], LabRecord, list[ProcessId]]]:
+    """Another process with a lab, and everything that runs in it; killed at the end at the latest."""
     owner = subprocess.Popen([sys.executable, "-c", HOLD, str(root)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
-    while (line := owner.stdout.readline().strip()) == "up":
-        continue
-    lab = Lab.attach(line, root=root)
-    # The daemon is there once its last fork is.
-    inside = wait_for(
-        lambda: found if len(found := lab.processes("a") + lab.processes("b")) == 2 else None, what="the daemon"
-    )
-    record = LabStates(root).read(line)
-    assert record is not None
-    return owner, record, inside
-
-
-def kill(owner: subprocess.Popen[str]) -> None:
-    owner.kill()
-    owner.wait(timeout=20)
-    # Not to its end: what it started holds the other end of the pipe.
-    assert owner.stdout is not None
-    owner.stdout.close()
+    # Closed, and not read to its end: what the owner starts holds the other end of the pipe.
+    with owner.stdout:
+        name = owner.stdout.readline().strip()
+    try:
+        lab = Lab.attach(name, root=root)
+        # The daemon is there once its last fork is.
+        inside = wait_for(
+            lambda: found if len(found := lab.processes("a") + lab.processes("b")) == 2 else None, what="the daemon"
+        )
+        record = LabStates(root).read(name)
+        assert record is not None
+        yield owner, record, inside
+    finally:
+        owner.kill()
+        owner.wait(timeout=20)
 
 
 def test_every_node_has_its_own_name_and_knows_the_others(lab_root: Path) -> None:
@@ -123,12 +123,13 @@ def test_a_node_can_be_killed_and_comes_back(lab_root: Path) -> None:
 
 def test_nothing_stays_behind_after_sigkill_of_the_lab(lab_root: Path) -> None:
     """Its wires end at once, the rest with the next lab, which is not disturbed by what it finds."""
-    owner, record, inside = holder(lab_root)
-    with Lab(pair(), root=lab_root) as other:
+    with holder(lab_root) as (owner, record, inside), Lab(pair(), root=lab_root) as other:
         assert sorted(LabStates(lab_root).names()) == sorted([record.name, other.name]), "a living lab is left alone"
-        kill(owner)
-        assert record.switch is not None
-        wait_for(lambda: record.switch is not None and not record.switch.is_alive, what="the switch to end")
+        owner.kill()
+        owner.wait(timeout=20)
+        switch = record.switch
+        assert switch is not None
+        wait_for(lambda: not switch.is_alive, what="the switch to end")
         with Lab(pair(), root=lab_root):
             assert record.name not in LabStates(lab_root).names()
             assert [process for process in inside if process.is_alive] == []

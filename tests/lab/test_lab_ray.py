@@ -70,12 +70,12 @@ def start(lab: Lab, node: str, arguments: list[str], log: Path) -> None:
     wait_for(
         lambda: "Ray runtime started" in log.read_text(encoding="utf-8") or process.poll() is not None,
         what=f"Ray on {node}",
-        timeout_s=60,
+        timeout_s=100,
     )
     assert process.poll() is None, log.read_text(encoding="utf-8")
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(240)
 def test_a_task_runs_on_the_other_host(lab_root: Path, tmp_path: Path, ray_folder: Path) -> None:
     with Lab(load_topology("slow-pair"), root=lab_root) as lab:
         a, b = lab.address("a"), lab.address("b")

@@ -24,7 +24,7 @@ from workers.records import CommitRecord, MemberId, Record, TermRecord
 
 T = TypeVar("T")
 
-WAIT_S = 50.0
+WAIT_S = 100.0
 POLL_S = 0.05
 
 

@@ -24,7 +24,7 @@ from orchestrator.summary import Summary, load_summary
 from tests.small_run import TOML, small_config
 from workers.records import CommitRecord, StopRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 WAIT_S = 90.0
 LONG = 3 * 8192 * 16 * 3  # tokens of three rounds

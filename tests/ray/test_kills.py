@@ -19,7 +19,7 @@ from tests.ray.live_run import Kill, LiveRun
 from tests.small_run import small_config
 from workers.records import CommitRecord, FaultRecord, FenceRecord, MemberId, Record, TermRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 PACE_S = 0.25
 TOKENS = 57_600

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,20 @@ def test_progress_tells_of_deaths_and_who_takes_the_place(capsys: pytest.Capture
     assert lines[6:] == ["    4.0 s  island-0.1 is gone", "    4.0 s  island-1.2 is gone"]
 
 
+def test_the_live_line_says_how_long_it_will_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with Progress(load_config("debug").config, quiet=False) as progress:
+        progress.show(status_of([]))
+        progress.show(status_of(["island-0.1", "island-1.1"], seconds=10.0, progress=0.2, rounds=4))
+        progress.show(status_of(["island-0.1"], seconds=20.0, progress=0.4, rounds=8))
+    lines = [line.strip() for line in capsys.readouterr().out.replace("\r", "\n").splitlines()]
+    assert "1.0 s  0 of 2 islands are there" in lines
+    assert "10.0 s   20.0 %  round 4  2 islands" in lines
+    assert "20.0 s   40.0 %  round 8  1 island  30 s left" in lines
+
+
 def test_progress_counts_one_as_one_and_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config("ddp", overrides=["run.islands=1"]).config
     with Progress(config, quiet=False):
@@ -58,15 +74,18 @@ def test_progress_counts_one_as_one_and_is_silent_when_asked(capsys: pytest.Capt
 
 
 def test_commands_take_the_newest_run_when_none_is_named(
-    finished_run: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report"]) == 0
     assert (finished_run / "report.html").is_file()
     main(["ledger"])
     assert "1 row" in capsys.readouterr().out
-    for command in (["export", "--out", "x"], ["sample", "--prompt", "a"]):
-        assert main(command) == 2
-        assert "has no snapshot of the model yet" in capsys.readouterr().err
+    artifacts = types.ModuleType("orchestrator.artifacts")
+    vars(artifacts).update(export=lambda run, out: None, sample=lambda run, *rest: f"of {run.name}")
+    monkeypatch.setitem(sys.modules, artifacts.__name__, artifacts)
+    assert main(["export", "--out", "x"]) == main(["sample", "--prompt", "a"]) == 0
+    exported = f"exported runs/{finished_run.name} to x"
+    assert capsys.readouterr().out.splitlines() == [exported, f"of {finished_run.name}"]
 
 
 def test_status_of_a_run_that_is_over(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,12 +15,11 @@ from faults.lab.segments import (
     VNET,
     VNET_BYTES,
     layout,
-    num_packets,
+    on_the_wire,
     ones_sum,
     runs_of,
     runs_without,
     take_runs,
-    wire_bytes,
 )
 
 SOURCE, TARGET = socket.inet_aton("10.201.0.1"), socket.inet_aton("10.201.0.2")
@@ -79,16 +78,14 @@ def software_segments(frame: bytes) -> list[bytes]:
 
 def test_a_frame_without_offload_is_one_packet_of_its_own_length() -> None:
     frame = offload_frame(b"x" * 100, 1448)
-    assert num_packets(frame, len(frame)) == 1
-    assert wire_bytes(frame, len(frame)) == 20 + 32 + 100
+    assert on_the_wire(frame, len(frame)) == (1, 20 + 32 + 100)
 
 
 @given(length=st.integers(1, 65000), gso_size=st.integers(500, 1460))
 def test_packets_and_bytes_are_those_of_the_wire(length: int, gso_size: int) -> None:
     frame = offload_frame(bytes(length), gso_size)
     packets = software_segments(frame)
-    assert num_packets(frame, len(frame)) == len(packets)
-    assert wire_bytes(frame, len(frame)) == sum(map(len, packets))
+    assert on_the_wire(frame, len(frame)) == (len(packets), sum(map(len, packets)))
 
 
 @given(
@@ -107,7 +104,7 @@ def test_runs_carry_the_same_packets_as_the_whole(
     whole = software_segments(frame)
     parts = take_runs(frame, runs_of(len(whole), max_packets))
     assert [packet for part in parts for packet in software_segments(part)] == whole
-    assert sum(wire_bytes(part, len(part)) for part in parts) == sum(map(len, whole))
+    assert sum(on_the_wire(part, len(part))[1] for part in parts) == sum(map(len, whole))
 
 
 @given(length=st.integers(1000, 9000), lost=st.sets(st.integers(0, 20)))

@@ -65,7 +65,7 @@ def test_payload_sizes_are_the_formula() -> None:
 
 @pytest.mark.parametrize("numel", [10_000_000, 50_000_001])
 def test_large_models_take_the_bits_that_the_formulas_say(numel: int) -> None:
-    # algorithms.md 9.1, 9.4 to 9.7 and 5.2; the 16 bytes of framing of each chunk come beside it.
+    # A scale of 32 bits a block; top-k: 12 + 2 bits for 64 of 4,096. The framing of each chunk comes beside it.
     bits = {"int8": 8, "int4": 4.125, "fp4": 4.125, "e3m0": 4.125, "sign": 1 + 32 / 4096, "topk": 64 * 14 / 4096}
     for name, formula in bits.items():
         codec = build_codec(CodecConfig(name=name))

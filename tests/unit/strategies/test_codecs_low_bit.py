@@ -61,7 +61,7 @@ def test_int4_error_is_at_most_half_a_scale(values: list[float], block: int) -> 
     ("codec", "expected"), [(Int4(), 0.127), (Fp4(), 0.111), (Fp4(32), 0.100), (E3m0(), 0.204)], ids=str
 )
 def test_rms_errors_on_gaussians_are_those_of_the_literature(codec: Codec, expected: float) -> None:
-    # algorithms.md 9.4 to 9.6
+    # Computed independently of this code, with numpy, for blocks of 256 and 32.
     assert relative_rms(codec) == pytest.approx(expected, abs=0.002)
 
 

@@ -1,0 +1,190 @@
+"""The rules of an exchange: small functions, each of which keeps the result right; a test takes each of them out.
+
+Each says what it decides and, where it is a judgement, why. The machine in `orchestrator/exchange.py` calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from orchestrator.settings import ExchangeConfig
+from workers import ranges
+from workers.messages import ExchangeId, Offer, Version
+from workers.records import MemberId, RosterEntry, Term
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberView:
+    """What the exchange needs to know of one live member."""
+
+    id: MemberId
+    node: str
+    address: str
+    suspect: bool
+    ready: bool
+    stepped: bool
+    weight: int
+    watermark: int
+    leases: Sequence[ranges.Range]
+    blocked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fleet:
+    """Live members, the fragment's head, and the round's planned local steps, at one moment."""
+
+    members: Mapping[MemberId, MemberView]
+    head: Version
+    inner_steps: int
+    samples_committed: int
+
+
+@dataclass(kw_only=True, slots=True)
+class OpenExchange:
+    """An exchange between its first offer and its end. Lost at a restart, harmlessly."""
+
+    id: ExchangeId
+    base: Version
+    opened_s: float
+    state: Literal["open", "reducing", "spread"] = "open"
+    offers: dict[MemberId, tuple[str, Offer]] = field(default_factory=dict)
+    quorum_s: float | None = None
+    closed_s: float = 0.0
+    spread_s: float = 0.0
+    closed_because: str = ""
+    attempt: int = 0
+    roster: tuple[RosterEntry, ...] = ()
+    roster_digest: str = ""
+    base_samples: int = 0
+    owners: tuple[MemberId, ...] = ()
+    removed_owners: set[MemberId] = field(default_factory=set)
+    progress_s: dict[MemberId, float] = field(default_factory=dict)
+    reduced: dict[int, str] = field(default_factory=dict)
+    haves: dict[MemberId, str] = field(default_factory=dict)
+    bad_pairs: set[tuple[MemberId, MemberId]] = field(default_factory=set)
+    verified: bool = False
+
+
+# ---------------------------------------------------------------- rules
+
+
+def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None:
+    """Why an offer is not valid for the head, or None (protocol 1.3; C2: the coverage must be contiguous)."""
+    if offer.base != head:
+        return f"base {offer.base.n} is not the head {head.n}"
+    if offer.since != member.watermark:
+        return f"since {offer.since} is not the watermark {member.watermark}"
+    if offer.upto <= offer.since or offer.weight <= 0 or offer.num_steps <= 0:
+        return "it covers no steps"
+    if offer.upto > ranges.count(member.leases):
+        return "it covers samples that were not leased"
+    if offer.ranges != ranges.cut(member.leases, offer.since, offer.upto):
+        return "its ranges are not what was leased"
+    return None
+
+
+def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
+    """Who may offer: live members with samples leased beyond their watermark, suspect ones too (H11).
+
+    Not who is blocked: it stands at its bound because of another fragment, and would be waited for in a circle. Nor a
+    newcomer before its first step, which is slow: it has nothing to offer, and everybody else would stand still.
+    """
+    fresh = {m.id for m in fleet.members.values() if not m.stepped and fleet.head.n > 0}
+    return [
+        m
+        for m in fleet.members.values()
+        if m.id in open_.offers or (ranges.count(m.leases) > m.watermark and not m.blocked and m.id not in fresh)
+    ]
+
+
+def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
+    """Offers that make a quorum: more than the share of those expected, or all."""
+    share = num_expected if config.quorum >= 1 else int(config.quorum * num_expected) + 1
+    return max(min(share, num_expected), 1)
+
+
+def close_reason(open_: OpenExchange, fleet: Fleet, config: ExchangeConfig, now: float) -> str | None:
+    """Why the exchange closes now, or None: everybody who can has offered, or quorum plus grace is over (H2)."""
+    expected = expected_members(open_, fleet)
+    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < config.min_members:
+        return None
+    awaited = [m for m in expected if m.ready and not m.suspect and m.id not in open_.offers]
+    if not awaited:
+        return "all members that can offer have offered"
+    if config.quorum >= 1 or open_.quorum_s is None or now < open_.quorum_s + config.grace_s:
+        return None
+    return f"quorum and {config.grace_s:g} s of grace; not waiting for {', '.join(str(m.id) for m in awaited)}"
+
+
+def staleness_factor(staleness: int) -> float:
+    """Weight of late work: 1 up to one version late, then staleness ** -1/2 (protocol 1.6)."""
+    return 1.0 if staleness <= 1 else float(staleness) ** -0.5
+
+
+def eligible_weight(fleet: Fleet, roster: Iterable[Offer]) -> float:
+    """Divisor of the coefficients: tokens per step of **all** live members that have made a step (C9)."""
+    return float(sum(m.weight for m in fleet.members.values() if m.stepped))
+
+
+def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list[float]:
+    """`c_i = a_i s(sigma_i) / sum of a over the eligible`, rounded to fp32 once; capped so that h_eff <= 2 H (1.6)."""
+    divisor = eligible_weight(fleet, [offer for _, offer in offers])
+    outside = sum(o.weight for m, o in offers if m not in fleet.members or not fleet.members[m].stepped)
+    divisor += outside
+    raw = [o.weight * staleness_factor(o.base.n - o.born) / divisor for _, o in offers]
+    effective = sum(c * o.num_steps for c, (_, o) in zip(raw, offers, strict=True))
+    limit = 2.0 * fleet.inner_steps
+    if effective > limit:
+        raw = [c * limit / effective for c in raw]
+    return [float(np.float32(c)) for c in raw]
+
+
+def deal_chunks(num_chunks: int, owners: Sequence[MemberId]) -> tuple[MemberId, ...]:
+    """Contiguous, nearly equal shares of the chunks, in member order."""
+    ordered = sorted(owners)
+    return tuple(ordered[chunk * len(ordered) // num_chunks] for chunk in range(num_chunks))
+
+
+def redeal_chunks(owners: Sequence[MemberId], lost: MemberId, left: Sequence[MemberId]) -> tuple[MemberId, ...]:
+    """Give the chunks of `lost` to those who are left, round robin; everybody else keeps his."""
+    ordered, turn, out = sorted(left), 0, []
+    for owner in owners:
+        if owner == lost:
+            out.append(ordered[turn % len(ordered)])
+            turn += 1
+        else:
+            out.append(owner)
+    return tuple(out)
+
+
+def copies_needed(config: ExchangeConfig, fleet: Fleet) -> tuple[int, int]:
+    """`(members, nodes)` that must hold a result before its commit (C1)."""
+    nodes = {m.node for m in fleet.members.values()}
+    need = min(config.copies, len(fleet.members))
+    return need, min(need, len(nodes))
+
+
+def enough_copies(holders: Iterable[MemberId], config: ExchangeConfig, fleet: Fleet) -> bool:
+    """Whether live members on different nodes hold the whole result (C1)."""
+    alive = [fleet.members[m] for m in holders if m in fleet.members]
+    need, nodes = copies_needed(config, fleet)
+    return len(alive) >= need and len({m.node for m in alive}) >= nodes
+
+
+def is_current(open_: OpenExchange | None, exchange: ExchangeId, attempt: int) -> bool:
+    """Whether a message belongs to the present attempt of the open exchange (C5)."""
+    return open_ is not None and open_.id == exchange and open_.attempt == attempt
+
+
+def keeps_parts_after_roster_change() -> bool:
+    """A new roster makes every reduced part invalid: a contribution is in all parts or in none (C6)."""
+    return False
+
+
+def make_exchange_id(term: Term, serial: int) -> ExchangeId:
+    """Exchange ids never repeat, not even after a restart of the controller (C5)."""
+    return ExchangeId(term=term, serial=serial)

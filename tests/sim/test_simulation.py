@@ -1,0 +1,69 @@
+"""The production machines under random faults on a virtual network: invariants after every event, and mutants.
+
+Every seed kills, cuts, delays, doubles and forgets; then the faults stop and the run must finish with every sample
+accounted for. Each rule of the protocol is then taken out of the production code: the simulator must notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+
+from orchestrator.simulation.run import simulate
+from workers.messages import ExchangeId
+from workers.records import Term
+
+SEEDS = range(40)
+MUTANT_SEEDS = range(60)
+
+MUTANTS: dict[str, tuple[str, Callable[..., object]]] = {
+    "C1 one copy is enough": (
+        "orchestrator.exchange_rules.enough_copies",
+        lambda holders, config, fleet: bool(list(holders)),
+    ),
+    "C2 every offer believes it was included": ("workers.member_rules.included", lambda record, offer: True),
+    "C3 settle at once": ("orchestrator.lifecycle.may_settle", lambda member, exchanges: True),
+    "C4 the samples of a suspect are given back": (
+        "orchestrator.lifecycle.ended_members",
+        lambda state, roll: [
+            member
+            for member, entry in state.members.items()
+            if not entry.settled
+            and (not entry.live or (member in roll.processes and roll.processes[member].status == "suspect"))
+        ],
+    ),
+    "C5 exchange ids repeat": (
+        "orchestrator.exchange_rules.make_exchange_id",
+        lambda term, serial: ExchangeId(term=Term(lineage=0, number=0, controller=""), serial=serial),
+    ),
+    "C6 parts survive a new roster": ("orchestrator.exchange_rules.keeps_parts_after_roster_change", lambda: True),
+    "C7 partial samples are issued again": (
+        "orchestrator.run_state.first_returned",
+        lambda watermarks: min(watermarks, default=0),
+    ),
+    "C8 a residual does not wait for its record": (
+        "workers.member_rules.residual_after",
+        lambda residual, next_residual, *, included: next_residual,
+    ),
+    "C10 told before it is flushed": ("orchestrator.desk.may_tell", lambda decided, flushed: True),
+}
+
+
+def test_no_seed_breaks_an_invariant() -> None:
+    results = {seed: simulate(seed) for seed in SEEDS}
+    assert [f"seed {s}: invariant {r.invariant}: {r.problem}" for s, r in results.items() if not r.ok] == []
+    assert sum(result.num_faults for result in results.values()) >= 5 * len(SEEDS), "the faults did not fire"
+
+
+def test_a_seed_replays_exactly() -> None:
+    first, second = simulate(7), simulate(7)
+    assert (first.digest, first.num_events, first.counts) == (second.digest, second.num_events, second.counts)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_taking_a_rule_out_is_noticed(name: str) -> None:
+    target, without = MUTANTS[name]
+    with mock.patch(target, without):
+        assert any(not simulate(seed).ok for seed in MUTANT_SEEDS), f"{target} can be taken out unnoticed"
