@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import RunPlan
+from strategies.codecs.backends import resolve_backend
 from workers.context import IslandSpec
 from workers.data.index import load_index
 
@@ -17,7 +18,7 @@ def island_name(index: int) -> str:
 
 
 def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
-    """Replace what depends on this machine or on the corpus: `run.islands = "auto"`, the embedded corpus' digest."""
+    """Replace what depends on this machine or on the corpus: number of islands, the corpus' digest, codec backend."""
     values: dict[str, object] = {}
     if config.run.islands == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -26,6 +27,8 @@ def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
         from workers.data.corpus import corpus_digest
 
         values["data.digest"] = corpus_digest(config.data.corpus)
+    if config.codec.backend == "auto":
+        values["codec.backend"], _ = resolve_backend("auto")
     return config.with_values(values) if values else config
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.metrics import StepRow, read_rows
 from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures
+from strategies.codecs.backends import resolve_backend
 
 EARLIER = "summary.before-resume.json"
 
@@ -52,7 +53,7 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         tokens_per_s=figures.tokens_per_s,
         compute_utilization=figures.compute_utilization,
         goodput=figures.goodput,
-        codec_backend="torch",
+        codec_backend=resolve_backend(config.codec.backend)[0],
         peak_memory_bytes=peak,
         anchor_digest=state.heads[0].digest if len(state.heads) == 1 else _combined(host),
         faults=figures.faults,

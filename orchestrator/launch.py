@@ -19,6 +19,7 @@ from orchestrator.resume import check_resumable
 from orchestrator.rundir import RunDir, create_run_dir
 from orchestrator.summary import load_summary
 from orchestrator.watch import watch
+from strategies.codecs.backends import resolve_backend
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -58,6 +59,9 @@ def train(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bo
 def run_to_end(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bool, quiet: bool) -> Summary:
     """Run to the end (or to Ctrl-C); the caller holds the directory's lock."""
     import_from_here()
+    _, warning = resolve_backend(config.codec.backend)
+    if warning is not None and config.codec.name not in ("fp32", "bf16"):
+        print(f"warning: {warning}", file=sys.stderr)
     config = resolve(config, num_gpus=_num_gpus(config))
     plan = _check(config, faults)
     if resume and config.run.address is None:  # elsewhere the run may be going on, see `RaySession.start`

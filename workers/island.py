@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from strategies.codecs.stochastic import mix
 from strategies.fragments import FragmentSpec, TensorSpec, default_chunk_values, plan_fragments
-from strategies.registry import build_strategy
+from strategies.registry import build_strategy, warm_up
 from strategies.strategy import Strategy
 from workers import messages as msg
 from workers import sync as sy
@@ -155,6 +155,8 @@ class Island:
         spec, context = self.spec, self.context
         tensors = {name: parameter.data for name, parameter in synchronised(self.model).items()}
         strategy = strategy_of(spec)
+        for codec in (strategy.codec, strategy.result_codec):
+            warm_up(codec)  # compiled codecs: nobody waits for the compiler in an exchange
         fragments = fragments_of(tensors, strategy, spec)
         replica = Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
         info = msg.ProcessInfo(

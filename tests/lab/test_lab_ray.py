@@ -62,16 +62,18 @@ def ray_folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def start(lab: Lab, node: str, arguments: list[str], log: Path) -> None:
-    """Start Ray on a node and wait until it says that it runs."""
+def start(lab: Lab, node: str, arguments: list[str], log: Path) -> subprocess.Popen[str]:
+    """Start Ray on a node; what it says goes into a file."""
     environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
     with open(log, "w", encoding="utf-8") as output:
-        process = lab.popen(node, [*RAY, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT)
-    wait_for(
-        lambda: "Ray runtime started" in log.read_text(encoding="utf-8") or process.poll() is not None,
-        what=f"Ray on {node}",
-        timeout_s=100,
-    )
+        return lab.popen(node, [*RAY, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def wait_until_started(process: subprocess.Popen[str], log: Path) -> None:
+    def has_started_or_ended() -> bool:
+        return "Ray runtime started" in log.read_text(encoding="utf-8") or process.poll() is not None
+
+    wait_for(has_started_or_ended, what=f"Ray to write {log.name}", timeout_s=100)
     assert process.poll() is None, log.read_text(encoding="utf-8")
 
 
@@ -80,8 +82,10 @@ def test_a_task_runs_on_the_other_host(lab_root: Path, tmp_path: Path, ray_folde
     with Lab(load_topology("slow-pair"), root=lab_root) as lab:
         a, b = lab.address("a"), lab.address("b")
         head = ["--head", f"--node-ip-address={a}", f"--port={PORT}", "--include-dashboard=false"]
-        start(lab, "a", [*head, f"--temp-dir={ray_folder}"], tmp_path / "head.log")
-        start(lab, "b", [f"--node-ip-address={b}", f"--address={a}:{PORT}"], tmp_path / "node.log")
+        on_a = start(lab, "a", [*head, f"--temp-dir={ray_folder}"], tmp_path / "a.log")
+        on_b = start(lab, "b", [f"--node-ip-address={b}", f"--address={a}:{PORT}"], tmp_path / "b.log")
+        wait_until_started(on_a, tmp_path / "a.log")
+        wait_until_started(on_b, tmp_path / "b.log")
         command = python(TASK, a, b)
         done = lab.run("a", command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == 0, done.stderr

@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import ray
 
 from faults.inject import Point, read_marks
 from orchestrator.ledger import ledger_command
+from orchestrator.local import LocalRun
 from orchestrator.metrics import StepRow
-from orchestrator.summary import Summary
+from orchestrator.segments import read_run
+from orchestrator.summary import Summary, load_summary
+from tests.ray.command import Command
 from tests.ray.live_run import Kill, LiveRun
-from tests.small_run import small_config
-from workers.records import CommitRecord, FaultRecord, FenceRecord, MemberId, Record, TermRecord
+from tests.small_run import TOML, small_config
+from workers.records import CommitRecord, FaultRecord, FenceRecord, MemberId, Record, StopRecord, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
+STOPPED = 3
 PACE_S = 0.25
 TOKENS = 48_000
 # Who dies where. island-0 made version 0; each point of an exchange once.
@@ -115,8 +120,8 @@ def test_survivors_hardly_wait(kill: Kill, story: Story) -> None:
         median = statistics.median(gap for _, gap in gaps)
         first_kill = min(one.fault.detected_s or 0.0 for one in story.kills)
         usual = max(gap for start, gap in gaps[1:] if start + gap < first_kill - 1)
-        longest = max(gap for start, gap in gaps if fault.detected_s - 2 <= start <= fault.contributed_s)
-        assert longest <= 2 * median + 0.5 + (usual - median), f"{member}: median {median:.2f} s, usually {usual:.2f} s"
+        inside = [gap for start, gap in gaps if fault.detected_s - 2 <= start < start + gap <= fault.contributed_s]
+        assert max(inside) <= 2 * median + 0.5 + (usual - median), f"{member}: {median:.2f} s, usually {usual:.2f} s"
 
 
 def test_what_the_dead_had_offered_counts_once_or_goes_back(kill: Kill, story: Story) -> None:
@@ -156,3 +161,97 @@ def test_islands_outlive_the_controller_and_one_that_does_not_is_replaced(story:
 
 def commits(story: Story) -> list[CommitRecord]:
     return [record for record in story.records if isinstance(record, CommitRecord)]
+
+
+# ------------------------------------------------------------ atoll train
+
+# Steps of a quarter of a second, so that an island is in the middle of one when the user loses patience.
+SLOW = ("train.batch_size=4096", "strategy.inner_steps=3", f"train.tokens={8 * 3 * 4096 * 16}")
+FOUR = ("run.islands=4", "train.tokens=40960")
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster: None) -> str:
+    """A cluster that is there already."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture
+def config_file(pack_dir: Path, tmp_path: Path) -> str:
+    path = tmp_path / "small.toml"
+    path.write_text(TOML + f'\n[data]\npath = "{pack_dir}"\n')
+    return str(path)
+
+
+def settings(*overrides: str) -> list[str]:
+    return [argument for override in overrides for argument in ("--set", override)]
+
+
+def records_of(run_dir: Path) -> list[Record]:
+    return [row.record for row in read_run(run_dir).rows] if (run_dir / "journal.jsonl").exists() else []
+
+
+def digests_of(run_dir: Path) -> list[str]:
+    """What the journal sealed: anchor and outer state of each version."""
+    return [record.digest for record in records_of(run_dir) if isinstance(record, CommitRecord)]
+
+
+def digests_in_one_process(pack_dir: Path, run_dir: Path, num: int, *overrides: str) -> list[str]:
+    run = LocalRun(small_config(pack_dir, *overrides), run_dir)
+    run.start()
+    run.run(until=lambda: len(digests_of(run_dir)) >= num)
+    run.close()
+    return digests_of(run_dir)[:num]
+
+
+def test_ctrl_c_and_resume_change_no_bit_and_two_of_them_stop_at_once(
+    address: str, config_file: str, pack_dir: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    resume = ("train", "--resume", str(run_dir), *settings(f"run.address={address}"))
+
+    first = Command("train", config_file, "--run-dir", str(run_dir), *settings(*SLOW), folder=tmp_path)
+    first.until(lambda: len(digests_of(run_dir)) >= 2, "two commits")
+    first.interrupt()
+    assert first.end() == STOPPED, first.said
+    stopped = load_summary(run_dir)
+    assert (stopped.exit_reason, stopped.tokens_lost) == ("stopped", 0)
+    assert first.said.splitlines()[-1] == f"run directory: {run_dir.name}"  # as seen from the current folder
+
+    second, before = Command(*resume, folder=tmp_path), len(digests_of(run_dir))
+    second.until(lambda: len(digests_of(run_dir)) >= before + 2, "two more commits")
+    second.interrupt()
+    second.until(lambda: "stopping" in second.said, "the first Ctrl-C to be heard")
+    second.interrupt()
+    assert second.end() == STOPPED, second.said
+    details = [record.detail for record in records_of(run_dir) if isinstance(record, StopRecord)]
+    assert ["at once" in detail for detail in details] == [False, True], details
+    stopped = load_summary(run_dir)
+    assert stopped.exit_reason == "stopped"
+    digests = digests_of(run_dir)
+    assert digests == digests_in_one_process(pack_dir, tmp_path / "whole", len(digests), *SLOW)
+
+    third = Command(*resume, folder=tmp_path)
+    assert third.end() == 0, third.said
+    done = load_summary(run_dir)
+    assert done.exit_reason == "done"
+    assert stopped.tokens_lost <= done.tokens_lost <= done.tokens_reissued
+    assert digests_of(run_dir)[: len(digests)] == digests, "a committed version was lost"
+    assert ledger_command(run_dir, False) == 0
+    assert "Traceback" not in first.said + second.said + third.said
+
+
+def test_four_islands_have_the_bits_of_one_process_and_do_not_need_their_driver(
+    address: str, config_file: str, pack_dir: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    here = settings(f"run.address={address}")
+    driver = Command("train", config_file, "--run-dir", str(run_dir), *here, *settings(*FOUR), folder=tmp_path)
+    driver.until(lambda: len(digests_of(run_dir)) >= 1, "a commit")
+    driver.kill()
+    watcher = Command("train", "--resume", str(run_dir), *here, folder=tmp_path)
+    assert watcher.end() == 0, watcher.said
+    digests = digests_of(run_dir)
+    assert len(digests) == 20
+    assert digests == digests_in_one_process(pack_dir, tmp_path / "whole", len(digests), *FOUR)
+    assert load_summary(run_dir).anchor_digest == digests[-1]

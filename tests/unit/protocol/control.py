@@ -147,7 +147,9 @@ class Control:
     def entry(self, name: str) -> Membership:
         return self.state.members[self.id(name)]
 
-    def envelope(self, name: str, *bodies: msg.MemberBody, nonce: str = "", incarnation: int | None = -1) -> msg.Envelope:
+    def envelope(
+        self, name: str, *bodies: msg.MemberBody, nonce: str = "", incarnation: int | None = -1
+    ) -> msg.Envelope:
         nonce = nonce or self.nonces[name]
         known = self.state.nonces.get(nonce)
         number = known.incarnation if known is not None else None
