@@ -59,6 +59,7 @@ def main() -> int:
         print(f"{name}:", flush=True)
         result[name] = []
         for row in PARTS[name](options):
+            row["load_average"] = round(os.getloadavg()[0], 1)
             result[name].append(row)
             print("  " + "  ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
     result["load_average"]["after"] = round(os.getloadavg()[0], 1)
@@ -97,22 +98,24 @@ def unshaped(options: argparse.Namespace) -> Iterable[Row]:
 
 def cost(options: argparse.Namespace) -> Iterable[Row]:
     """CPU of the switch at 100 Mbit/s, with what makes it dearer, and how exact the rate is."""
-    links = {
-        "rate": {},
-        "rate, loss 0.1 %": {"loss": 0.001},
-        "rate, jitter 2 ms": {"jitter_ms": 2},
-    }
+    cases: list[tuple[str, int, dict[str, float]]] = [
+        ("rate", 1, {}),
+        ("rate", 8, {}),
+        ("rate, loss 0.1 %", 8, {"loss": 0.001}),
+        ("rate, jitter 2 ms", 8, {"jitter_ms": 2}),
+    ]
     for congestion in CONGESTION:
-        for name, extra in links.items():
+        for name, num_streams, extra in cases:
             with Lab(_pair(congestion=congestion, rate_mbit=100, delay_ms=25, **extra)) as lab:
                 rates, cpu = [], []
                 for _ in range(options.repeats):
                     before_s = lab.status().cpu_s
-                    done = fill_streams(lab, "a", "b", seconds=options.seconds, num_streams=8, warm_up_s=1.5)
+                    done = fill_streams(lab, "a", "b", seconds=options.seconds, num_streams=num_streams, warm_up_s=1.5)
                     rates.append(done.goodput_mbit / PAYLOAD_SHARE)
                     cpu.append(100 * (lab.status().cpu_s - before_s) / options.seconds)
                 yield {
                     "tcp": name,
+                    "streams": num_streams,
                     "congestion": congestion,
                     "rate_mbit": _of(rates),
                     "cpu_percent": _of(cpu),

@@ -38,7 +38,7 @@ from faults.lab.topology import LabPlan, Topology, link_changes, plan_lab
 PREFIX = "atoll-"
 HOSTS = "hosts"
 SWITCH_LOG = "switch.log"
-READY_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 60.0
 FREE_NETWORKS = ipaddress.IPv4Network("10.201.0.0/16")
 ROOT = Path(__file__).resolve().parents[2]
 

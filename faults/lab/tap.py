@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from struct import pack
 
@@ -31,10 +32,18 @@ def why_no_tap() -> str | None:
         return "needs root: it makes network namespaces and TAP devices"
     if not DEVICE.exists():
         return f"there is no {DEVICE}: the kernel module tun is not loaded, or this container was not given the device"
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_why_not_here).result()
+
+
+def _why_not_here() -> str | None:
+    """Try both in a namespace that ends with this thread, so that nobody outside sees the device."""
     try:
-        with Descriptor(os.open(DEVICE, os.O_RDWR)) as fd:
-            # Not persistent and gone with the descriptor; the kernel picks a free name.
-            fcntl.ioctl(fd, _TUNSETIFF, pack("16sH22x", b"", _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
+        _check(_libc().unshare(_CLONE_NEWNET))
+    except OSError as error:
+        return f"the kernel refuses a network namespace: {error.strerror} (does this container have CAP_SYS_ADMIN?)"
+    try:
+        os.close(_make_tap())
     except OSError as error:
         return f"the kernel refuses a TAP device: {error.strerror} (does this container have CAP_NET_ADMIN?)"
     return None
@@ -72,8 +81,15 @@ def _make_tap() -> int:
 
 def enter_network(namespace_fd: int) -> None:
     """Move this thread into a network namespace (`os.setns` is there from Python 3.12 on)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(namespace_fd, _CLONE_NEWNET) != 0:
+    _check(_libc().setns(namespace_fd, _CLONE_NEWNET))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int) -> None:
+    if result != 0:
         code = ctypes.get_errno() or errno.EIO
         raise OSError(code, os.strerror(code))
 

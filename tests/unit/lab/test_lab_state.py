@@ -154,6 +154,7 @@ def test_what_a_lab_cannot_do_without(
         there.touch()
     monkeypatch.setattr(tap, "DEVICE", there)
     monkeypatch.setattr(tap.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(tap, "_check", lambda result: None)
     with pytest.raises(LabError, match=message):
         Lab(PAIR, root=tmp_path / "labs").start()
     assert not (tmp_path / "labs").exists()

@@ -398,7 +398,8 @@ def _offer_up_to(control: Control, name: str, samples: int) -> None:
     values = {field: getattr(body, field) for field in msg.Offer.__slots__} if body is not None else {}
     if body is None:
         values = {
-            "fragment": 0, "born": head.n, "weight": 16, "chunk_digests": (name, name), "sumsq": (1.0, 1.0), "num_bytes": 1,
+            "fragment": 0, "born": head.n, "weight": 16, "num_bytes": 1,
+            "chunk_digests": (name, name), "sumsq": (1.0, 1.0),
         }  # fmt: skip
     ranges = control.state.offered_ranges(control.id(name), since, since + samples)
     values |= {"upto": since + samples, "since": since, "ranges": ranges, "num_steps": max(samples // BATCH, 1)}
