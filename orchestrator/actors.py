@@ -102,6 +102,7 @@ class IslandActor:
         if self.context is not None:
             return os.getpid()
         _log_to(Path(self.log_file))
+        logging.getLogger("atoll.island").info("%s is process %d", self.spec.name, os.getpid())
         import torch
 
         from workers.jobs import MemberStore

@@ -127,12 +127,15 @@ class FragmentExchange:
 
     def _able(self, fleet: Fleet) -> list[MemberId]:
         able = [m.id for m in fleet.members.values() if m.ready and not m.suspect]
-        return [m for m in able if self.open is None or m not in self.open.removed_owners]
+        if self.open is None or self.open.state == "open":
+            return able
+        return [m for m in able if m in self.open.candidates and m not in self.open.removed_owners]
 
     def _close(self, open_: OpenExchange, fleet: Fleet, now: float, because: str) -> list[Effect]:
-        offers = [
-            (member, open_.offers[member][1]) for member in sorted(open_.offers)
-        ]  # fmt: skip
+        able = self._able(fleet)
+        if not able:
+            return self.discard(f"no member can own a part of fragment {self.fragment}")
+        offers = [(member, open_.offers[member][1]) for member in sorted(open_.offers)]
         shares = rules.coefficients(offers, fleet)
         open_.roster = tuple(
             RosterEntry(
@@ -143,9 +146,7 @@ class FragmentExchange:
         )  # fmt: skip
         open_.state, open_.closed_s, open_.closed_because = "reducing", now, because
         open_.base_samples = fleet.samples_committed
-        able = self._able(fleet)
-        if not able:
-            return self.discard(f"no member can own a part of fragment {self.fragment}")
+        open_.candidates = frozenset(able)  # the set of owners only shrinks, so that attempts are bounded (H1)
         open_.owners = rules.deal_chunks(self.num_chunks, able)
         return [Note(text=f"exchange {open_.id} closes: {because}"), *self._assign(open_, fleet, now)]
 

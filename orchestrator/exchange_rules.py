@@ -61,6 +61,7 @@ class OpenExchange:
     roster_digest: str = ""
     base_samples: int = 0
     owners: tuple[MemberId, ...] = ()
+    candidates: frozenset[MemberId] = frozenset()
     removed_owners: set[MemberId] = field(default_factory=set)
     progress_s: dict[MemberId, float] = field(default_factory=dict)
     reduced: dict[int, str] = field(default_factory=dict)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.metrics import StepRow, read_rows
-from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures
+from orchestrator.metrics import SpanRow, StepRow, read_rows
+from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures, first_joins
 from strategies.codecs.backends import resolve_backend
 
 EARLIER = "summary.before-resume.json"
@@ -24,8 +24,8 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
     reason = finished.reason if finished else "failed"
     tokens = state.samples_committed() * plan.seq_len
     seconds = coordinator.seconds()
-    joins = {name: 0.0 for name in plan.islands}
-    joins.update(coordinator.first_joins)
+    spans = (row for row in read_rows(host.run_dir.metrics) if isinstance(row, SpanRow))
+    joins = dict.fromkeys(plan.islands, 0.0) | first_joins(spans) | coordinator.first_joins
     figures = derive_figures(read_rows(host.run_dir.metrics), tokens_committed=tokens, end_s=seconds, joins_s=joins)
     peaks = [row.mem_peak_bytes for row in read_rows(host.run_dir.metrics) if isinstance(row, StepRow)]
     peak = max((peak for peak in peaks if peak), default=None)

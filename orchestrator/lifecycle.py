@@ -61,9 +61,13 @@ def process_of(nonce: str) -> str:
     return nonce.split("+")[0]
 
 
-def outlived(successor: Process | None) -> bool:
-    """A process whose place was given away is sent away only once its successor is well: it may hold the last state."""
-    return successor is not None and successor.ready() and successor.status != "suspect"
+def outlived(successor: Process | None, asked_s: float) -> bool:
+    """A process whose place was given away is sent away only if its successor is well: it may hold the last state.
+
+    The successor must have been heard after the old one first asked: what was heard before may be of the dead.
+    """
+    well = successor is not None and successor.ready() and successor.status != "suspect"
+    return well and successor is not None and successor.heard_s > asked_s
 
 
 class Lifecycle(Agenda):
@@ -74,6 +78,7 @@ class Lifecycle(Agenda):
         super().__init__(plan, rows, term, now=now, started_s=started_s)
         self.exchanges: list[ex.FragmentExchange] = []
         self.begun_s = now
+        self.outlived_asked_s: dict[str, float] = {}
         self.genesis_asked: tuple[MemberId, float] | None = None
         self.tail = False
         self.restarts: dict[str, int] = defaultdict(int)
@@ -125,7 +130,8 @@ class Lifecycle(Agenda):
         member = MemberId(name=envelope.name, incarnation=incarnation)
         self._log(JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node))
         self._attach_process(member, envelope.nonce, body.info)
-        self.first_joins.setdefault(envelope.name, self.seconds())
+        if incarnation == 1:
+            self.first_joins[envelope.name] = self.seconds()
         self._end_dead_span(envelope.name)
         self._say(f"{member} joined on {body.info.node}", member=envelope.name)
         self._tell(member, msg.Welcome(incarnation=incarnation))
@@ -139,7 +145,7 @@ class Lifecycle(Agenda):
         known = any(process_of(nonce) == base for nonce in self.state.nonces)
         if base == process_of(self.state.members[current].nonce) or not known:
             return True
-        if outlived(process):
+        if outlived(process, self.outlived_asked_s.setdefault(base, self.now)):
             why = f"{current} has its place"
             self._say(f"process {base} of {envelope.name} is sent away: {why}", member=envelope.name)
             self.nonces[envelope.nonce] = (envelope.name, None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import ledger
 from orchestrator.exchange_rules import OpenExchange, copies_needed
+from orchestrator.lifecycle import process_of
 from orchestrator.run_state import RunState
 from orchestrator.simulation.bookkeeping import Bookkeeping
 from orchestrator.simulation.symbols import bits_of, must
@@ -100,16 +101,16 @@ class Checks:
             wanted |= bits_of(entry.ranges)
         keys = [(record.fragment, digest) for digest in record.chunk_digests]
         holders = []
-        live = set(coordinator.state.current.values())
+        state = coordinator.state
+        live = {process_of(state.members[member].nonce) for member in state.current.values()}
         for island in self.cluster.by_address.values():
-            machine = island.machine
             here = [island.store.content.get(key) for key in keys]
             if None in here:
                 continue
             for payload in here:
                 assert payload is not None
                 must(payload.hi == wanted, 3, f"a part of commit {record.n} holds other samples than its roster")
-            if machine.incarnation is not None and machine.id in live:
+            if island.first_nonce in live:
                 holders.append(island)
         if record.digest in self.cluster.names.wrong_ones:
             must(len(live) == 1, 7, f"commit {record.n} is sealed with a digest that only one member computed")

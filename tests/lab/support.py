@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from faults.lab.topology import Topology
 
 T = TypeVar("T")
-ATTEMPTS = 3
+ATTEMPTS = 8
 
 
 def pair(*, congestion: str | None = None, line: dict[str, Any] | None = None, **link: float) -> Topology:

@@ -179,10 +179,26 @@ def test_outlived_process_is_sent_away_once_its_successor_is_well() -> None:
     assert control.state.current["island-0"].incarnation == 2
     control.join("island-0", nonce=f"{old}+1", ready=False)
     assert control.state.current["island-0"].incarnation == 2, "neither holds a state: the newer one stays"
+    control.now += 1.0
     control.ready("island-0")
     control.join("island-0", nonce=f"{old}+2", ready=True)
     assert control.state.current["island-0"].incarnation == 2
     assert control.ended == [f"{old}+2"]
+
+
+def test_outlived_process_is_not_sent_away_on_the_word_of_the_dead() -> None:
+    """The successor had died a moment before; the old process held the last state, and was ended."""
+    control = Control()
+    control.start()
+    old = control.nonces["island-0"]
+    control.join("island-0", nonce="fresh")
+    control.ready("island-0")
+    control.now += 1.0
+    control.join("island-0", nonce=f"{old}+1", ready=True)
+    assert not control.ended, "the successor was heard before, but not since"
+    control.now += 1.0
+    control.join("island-0", nonce=f"{old}+1", ready=True)
+    assert not control.ended
 
 
 def test_outlived_process_with_the_state_takes_the_place_of_a_fresh_one() -> None:
