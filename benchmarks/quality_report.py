@@ -191,10 +191,13 @@ def _falling(line: Line | None, length: Length) -> Goal:
 # Text --------------------------------------------------------------------------------------------------------------
 
 
-def markdown(records: Sequence[Record], lines: Sequence[Line], goals: Sequence[Goal], length: Length) -> str:
-    """The report to read."""
+def markdown(
+    records: Sequence[Record], lines: Sequence[Line], goals: Sequence[Goal], length: Length, ray: Record | None = None
+) -> str:
+    """The report to read; `ray`: what `benchmarks.quality_ray` found, if it has run."""
     parts = ["# Loss against data parallel training", "", _intro(records, length), ""]
     parts += ["## Goals", "", *_goal_table(goals), "", "## Rows", "", *_row_table(lines), "", _footnotes(), ""]
+    parts += [_ray_text(ray), ""]
     parts += ["## Gap over tokens", "", "![Gap to data parallel over tokens](quality.svg)", "", *_curve_table(lines)]
     parts += ["", "## Learning rates", "", _sweep_text(length), "", *_sweep_table(records, length), ""]
     return "\n".join(parts)
@@ -255,6 +258,17 @@ def _footnotes() -> str:
         "One island alone makes as many steps as each island of the others, with the same batch: a quarter of their "
         "tokens in the same time. It is what an island would reach without the others, not a run with equal tokens. "
         "All other rows train on the same samples; how they are dealt to the islands depends on the length of a round."
+    )
+
+
+def _ray_text(ray: Record | None) -> str:
+    if ray is None:
+        return "No row was repeated on Ray yet: `python -m benchmarks.quality_ray`."
+    first, second = ray["in_process"]["anchor_digest"], ray["ray"]["anchor_digest"]
+    ends = f"with the same bits (anchor `{first}`)" if ray["equal"] else f"with OTHER bits: `{second}`, not `{first}`"
+    return (
+        f"`{ray['row']}`, seed {ray['seed']}, was repeated on Ray, {NUM_ISLANDS} processes over sockets, and ended "
+        f"{ends}; commit {ray['environment']['commit']}, `quality_ray.json`."
     )
 
 
@@ -338,7 +352,9 @@ def write_report(records: Sequence[Record], length: Length, out: Path) -> Report
     out.mkdir(parents=True, exist_ok=True)
     lines = lines_of(records, length)
     goals = goals_of(lines, length)
-    text = markdown(records, lines, goals, length)
+    repeated = out / "quality_ray.json"
+    ray = json.loads(repeated.read_text()) if repeated.exists() else None
+    text = markdown(records, lines, goals, length, ray)
     (out / "quality.md").write_text(text)
     (out / "quality.json").write_text(json.dumps(figures(lines, goals, length), indent=2) + "\n")
     (out / "quality.svg").write_text(plot([_curve(line) for line in lines if line.row.name != BASELINE]))

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "memory": ["-m", "benchmarks.memory"],
     "pack": ["-m", "benchmarks.pack_memory"],
     "transport": ["-m", "benchmarks.transport"],
+    "codecs": ["-m", "benchmarks.codecs"],
 }
 
 

@@ -48,6 +48,7 @@ HOPELESS = ("DataError", "LoopError", "ModelError")
 ContextWrapper = Callable[[IslandContext], IslandContext]
 
 log = logging.getLogger("atoll.controller")
+island_log = logging.getLogger("atoll.island")
 
 
 def controller_name(run_id: str) -> str:
@@ -102,7 +103,12 @@ class IslandActor:
         if self.context is not None:
             return os.getpid()
         _log_to(Path(self.log_file))
-        logging.getLogger("atoll.island").info("%s is process %d", self.spec.name, os.getpid())
+        island_log.info("%s is process %d", self.spec.name, os.getpid())
+        with _logged("the island did not start"):
+            self._start()
+        return os.getpid()
+
+    def _start(self) -> None:
         import torch
 
         from workers.jobs import MemberStore
@@ -126,24 +132,19 @@ class IslandActor:
         )
         self.context = self.wrap(context) if self.wrap is not None else context
         threading.Thread(target=self._train, name="train", daemon=True).start()
-        return os.getpid()
 
     def _train(self) -> None:
         assert self.context is not None
         from workers.loops import run_builtin_loop, run_user_loop
 
-        done = False
         try:
-            with enter(self.context):
+            with _logged("the island failed"), enter(self.context):
                 if self.spec.train.loop is not None:
                     run_user_loop(self.context)
                 else:
                     run_builtin_loop(self.context)
-            done = True
         finally:
-            if not done:
-                logging.getLogger("atoll.island").exception("the island failed")
-                self.failure = sys.exc_info()[1]
+            self.failure = sys.exc_info()[1]
             self.ended.set()
 
     @ray.method(concurrency_group="control")
@@ -377,7 +378,7 @@ class ControllerActor:
             while why is None:
                 why = await handle.wait.remote(WATCH_S)
         except (RayActorError, RayTaskError) as error:
-            why = _first_line(error)
+            why = _reason(error)
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
         ray.kill(handle)  # where training failed, the process is still there
@@ -446,6 +447,20 @@ def _must_not_fail() -> Iterator[None]:
             os._exit(1)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Whatever is raised in here is in the member's log, with its traceback, before it goes on."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            island_log.exception(what)
+
+
+def _reason(error: RayActorError | RayTaskError) -> str:
+    """What happened to an island, in one line: the exception that was raised there, or how its process ended."""
+    raised = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    text = str(raised).strip().splitlines()
+    return f"{type(raised).__name__}: {text[0] if text else ''}"

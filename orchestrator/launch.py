@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -283,9 +282,14 @@ def demo(run_dir: Path | None, overrides: list[str], as_json: bool) -> int:
             console.rule("a sample before training, and after")
             for when in ("genesis", None):
                 text = sample(directory.path, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
-                console.print(json.dumps(text)[1:-1] if when else text, markup=False, highlight=False)
+                console.print(_glyphs(text) if when else text, markup=False, highlight=False)
                 console.rule()
             console.print(console_table(load_summary(directory.path)))
             console.print(f"report: {report}", highlight=False)
     console.print(f"run directory: {directory.path}", highlight=False)
     return code
+
+
+def _glyphs(noise: str, num: int = 60) -> str:
+    """The beginning of what an untrained model writes, on one line: bytes that are no text show as dots."""
+    return "".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in noise[:num])

@@ -169,7 +169,7 @@ class RunDir:
 
     def _in_use(self, holder: LockHolder) -> RunDirInUse:
         message = f"run directory {self.path} is in use by process {holder.pid} on {holder.host}"
-        return RunDirInUse(message, place=str(self.lock_file), remedy="wait until it ends, or take another --run-dir")
+        return RunDirInUse(message, place=str(self.lock_file), remedy="wait until it ends, or take another directory")
 
 
 def create_run_dir(name: str, *, base: Path = RUNS, path: Path | None = None) -> RunDir:

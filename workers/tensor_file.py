@@ -33,9 +33,12 @@ _NAMES = {
 _ALIGN = 8
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write `tensors` to `path`, flush it to disk, and return the file's digest. Raises ValueError for other dtypes."""
-    header: dict[str, object] = {}
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write `tensors` to `path`, flush it to disk, and return the file's digest. Raises ValueError for other dtypes.
+
+    `metadata`: what the file says of itself; `transformers` wants {"format": "pt"}.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:

@@ -79,7 +79,7 @@ def test_the_command_for_your_own_model(here: Path, pack_dir: Path) -> None:
     (words,) = commands(blocks("Your own model", "")[0])
     run_command(words, pack_dir)
     summary = load_summary(open_run_dir().path)
-    assert summary.exit_reason == "done" and summary.params == 257 * 64 + 64 * 257 + 257
+    assert summary.exit_reason == "done" and summary.params == 256 * 64 + 64 * 256 + 256
 
 
 def test_the_command_for_your_own_loop(here: Path, pack_dir: Path) -> None:

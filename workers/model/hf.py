@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from workers.config import ModelConfig
 from workers.model.errors import ModelError
 from workers.model.shape import DecoderShape, parameter_shapes, resolve_shape
+from workers.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from workers.model.llama import Llama
@@ -226,7 +226,7 @@ def export_hf(
     _write_json(directory / "tokenizer_config.json", _tokenizer_settings(tokenizer, seq_len))
     (directory / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     plain = {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in wanted}
-    save_file(plain, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(directory / WEIGHTS_FILE, plain, metadata={"format": "pt"})
 
 
 def _llama_settings(shape: DecoderShape, separator_id: int) -> dict[str, Any]:
