@@ -133,7 +133,7 @@ class LiveRun:
         return Kill(member=member, point=point, victim=victim, mark=mark, fault=fault)
 
     def kill_controller(self, *, with_island: str | None = None) -> None:
-        """Kill the controller's process, an island's with it if one is named; wait until another life goes on."""
+        """Kill the controller's process, an island's with it if one is named; wait until all of them go on."""
         before, commits = self.lives(), len(self.commits())
         ray.kill(self.controller, no_restart=False)
         if with_island is not None:
@@ -141,6 +141,12 @@ class LiveRun:
             os.kill(read_marks(self.run_dir, "start")[f"{member.name}-{member.incarnation}"]["pid"], signal.SIGKILL)
         self.until(lambda: self.lives() > before, "the next controller's life")
         self.until(lambda: len(self.commits()) > commits + 1, "commits of the next controller")
+        if with_island is not None:
+            successor = MemberId(name=member.name, incarnation=member.incarnation + 1)
+            self.until(
+                lambda: any(entry.offer.member == successor for commit in self.commits() for entry in commit.roster),
+                f"{successor} to contribute",
+            )
 
     def lives(self) -> int:
         """Controller lives so far."""

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 STOPPED = 3
 PACE_S = 0.25
-TOKENS = 48_000
+TOKENS = 64_000
 # Who dies where. island-0 made version 0; each point of an exchange once.
 KILLS: tuple[tuple[str, Point], ...] = (
     ("island-1", "before_offer"),
