@@ -8,7 +8,11 @@ from workers import messages as msg
 from workers.messages import Assign, Offer, Version
 from workers.records import OfferId
 
-KEEP_RESULTS = 2
+KEEP_RESULTS = 1
+"""For how many versions back a member serves the result. Who is further behind fetches the whole state.
+
+More would save a slow member bytes now and then, and cost every member a payload of memory for each.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -57,6 +58,25 @@ def content_key(fragment: int, digest_hex: str) -> str:
 def name_key(fragment: int, roster_digest: str, chunk: int) -> str:
     """Key of a result chunk by what it was made of: known before it exists."""
     return f"result/{fragment}/{roster_digest}/{chunk}"
+
+
+class Payloads(Sequence[Tensor]):
+    """Stored payloads as tensors. Each is copied when it is looked at: torch wants no read-only memory."""
+
+    def __init__(self, stored: Sequence[memoryview]) -> None:
+        self._stored = tuple(stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> Payloads: ...
+    def __getitem__(self, place: int | slice) -> Tensor | Payloads:
+        if isinstance(place, slice):
+            return Payloads(self._stored[place])
+        return _tensor(self._stored[place])
 
 
 class Jobs:
@@ -156,15 +176,15 @@ class Jobs:
             done.append((chunk, digest_hex))
         return ev.ResultsFetched(fragment=c.fragment, chunks=tuple(done))
 
-    def payloads(self, fragment: int, digests: Sequence[str]) -> list[Tensor] | None:
+    def payloads(self, fragment: int, digests: Sequence[str]) -> Payloads | None:
         """Result payloads by content, or None if one is not here."""
-        out: list[Tensor] = []
+        out: list[memoryview] = []
         for digest_hex in digests:
             data = self.store.get(content_key(fragment, digest_hex))
             if data is None:
                 return None
-            out.append(_tensor(data))
-        return out
+            out.append(data)
+        return Payloads(out)
 
     def compute_next(self, c: ev.ComputeNext) -> ev.Event | None:
         """Digest of the next version under a complete result."""
