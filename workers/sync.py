@@ -25,6 +25,7 @@ from workers import ranges
 from workers.actions import Action, EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.member import MemberMachine
+from workers.memory import give_back
 from workers.record_log import GENESIS_CHAIN
 from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateTorn, as_bytes
@@ -230,11 +231,11 @@ class IslandSync:
             self.events.put(event)
 
     def _forget(self, command: ev.Forget) -> None:
-        for prefix in command.prefixes:
-            self.store.discard(prefix)
-        for digest_hex in command.digests:
-            self.store.discard(content_key(command.fragment, digest_hex))
-        self.store.discard(f"result/{command.fragment}")
+        freed = sum(self.store.discard(prefix) for prefix in command.prefixes)
+        contents = [content_key(command.fragment, digest_hex) for digest_hex in command.digests]
+        freed += sum(self.store.discard(key) for key in contents)
+        self.store.discard(f"result/{command.fragment}")  # the same bytes under another name
+        give_back(freed)
 
     # ------------------------------------------------------------ the step boundary (training thread)
 
