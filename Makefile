@@ -61,7 +61,7 @@ $(BIN)/pip:
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "installing into $(VENV) (this once; torch is large) ..."
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[fast]'
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)

@@ -211,8 +211,7 @@ class FragmentExchange:
         kept = [(e.offer.member, open_.offers[e.offer.member][1]) for e in left]
         shares = rules.coefficients(kept, fleet)
         open_.roster = tuple(replace(e, coefficient=share) for e, share in zip(left, shares, strict=True))
-        if not rules.keeps_parts_after_roster_change():
-            open_.reduced = {}
+        open_.reduced = rules.parts_after_roster_change(open_.reduced)
         return [note, *self._assign(open_, fleet, now)]
 
     def _remove_owner(self, open_: OpenExchange, owner: MemberId, fleet: Fleet, now: float) -> list[Effect]:

@@ -181,9 +181,9 @@ def is_current(open_: OpenExchange | None, exchange: ExchangeId, attempt: int) -
     return open_ is not None and open_.id == exchange and open_.attempt == attempt
 
 
-def keeps_parts_after_roster_change() -> bool:
-    """A new roster makes every reduced part invalid: a contribution is in all parts or in none (C6)."""
-    return False
+def parts_after_roster_change(reduced: Mapping[int, str]) -> dict[int, str]:
+    """Which reduced parts outlive a change of the roster: none, for a contribution is in all parts or in none (C6)."""
+    return {}
 
 
 def make_exchange_id(term: Term, serial: int) -> ExchangeId:

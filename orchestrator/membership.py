@@ -77,6 +77,7 @@ class Roll:
     suspect_s: float
     limbo_s: float
     processes: dict[MemberId, Process] = field(default_factory=dict)
+    judged_s: float | None = None
 
     def heard(self, member: MemberId, now: float) -> Verdict | None:
         """A message arrived from `member`."""
@@ -88,7 +89,16 @@ class Roll:
         return Verdict(id=member, verdict="healthy", reason="heard again")
 
     def judge(self, now: float) -> list[Verdict]:
-        """Silence: suspect after `suspect_s` (reversible), fence when limbo is over (final)."""
+        """Silence: suspect after `suspect_s` (reversible), fence when limbo is over (final).
+
+        Only time counts in which the controller listened: when its own process stood still (a disk that takes long to
+        write the journal, a suspended machine), what members said meanwhile is still waiting to be read.
+        """
+        deaf_s = 0.0 if self.judged_s is None else now - self.judged_s
+        self.judged_s = now
+        if deaf_s > self.suspect_s / 2:
+            for process in self.processes.values():
+                process.heard_s = min(process.heard_s + deaf_s, now)
         out: list[Verdict] = []
         for process in self.processes.values():
             silence = now - process.heard_s

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import UserError
-from orchestrator.metrics import EvalRow, ExchangeRow, FaultEvent, SpanRow, StepRow, latest_faults, read_rows
+from orchestrator.metrics import EvalRow, ExchangeRow, FaultEvent, SpanRow, StepRow, latest_faults, newest_rows
 from orchestrator.run_state import RunState
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
@@ -108,7 +108,7 @@ def _newest(
     exchanges: list[ExchangeRow] = []
     evals: list[EvalRow] = []
     faults: list[FaultEvent] = []
-    rows: Iterator[Any] = read_rows(directory.metrics) if directory.metrics.exists() else iter(())
+    rows: Iterator[Any] = newest_rows(directory.metrics) if directory.metrics.exists() else iter(())
     for row in rows:
         match row:
             case StepRow():

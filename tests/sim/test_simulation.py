@@ -38,7 +38,7 @@ MUTANTS: dict[str, tuple[str, Callable[..., object]]] = {
         "orchestrator.exchange_rules.make_exchange_id",
         lambda term, serial: ExchangeId(term=Term(lineage=0, number=0, controller=""), serial=serial),
     ),
-    "C6 parts survive a new roster": ("orchestrator.exchange_rules.keeps_parts_after_roster_change", lambda: True),
+    "C6 parts survive a new roster": ("orchestrator.exchange_rules.parts_after_roster_change", dict),
     "C7 partial samples are issued again": (
         "orchestrator.run_state.first_returned",
         lambda watermarks: min(watermarks, default=0),

@@ -387,3 +387,36 @@ def test_one_holder_ends_the_question() -> None:
     control.say("island-1", msg.RevokeAnswer(fragment=0, nonce=question.nonce, lacks=False, n=1))
     control.say("island-0", msg.RevokeAnswer(fragment=0, nonce=question.nonce, lacks=True, n=0))
     assert control.head() == 1 and not control.records(RevokeRecord)
+
+
+def test_missing_and_refused_of_an_older_attempt_change_nothing() -> None:
+    """The pieces they speak of belong to a roster that is over."""
+    control = Control(members=4, chunks=4)
+    control.start()
+    for i in range(4):
+        control.offer(f"island-{i}")
+    first = control.open()
+    exchange, attempt, owner = first.id, first.attempt, first.owners[0]
+    gone, other, *_ = (entry.offer for entry in first.roster if entry.offer.member != owner)
+    control.refused(owner.name, gone)
+    now = control.open()
+    before = (now.attempt, now.owners, now.roster)
+    assert now.attempt > attempt
+    control.say(owner.name, msg.Missing(fragment=0, exchange=exchange, attempt=attempt, offer=other, why="late"))
+    assert (control.open().attempt, control.open().owners, control.open().roster) == before
+    control.say(owner.name, msg.Refused(fragment=0, exchange=exchange, attempt=attempt, offer=other, why="late"))
+    assert (control.open().attempt, control.open().owners, control.open().roster) == before
+
+
+def test_late_work_weighs_less() -> None:
+    """One version late is usual with overlap; two versions late weigh 1 / sqrt(2)."""
+    control = Control(exchange={"staleness_limit": 4})
+    control.start()
+    for _ in range(2):
+        control.commit("island-0", "island-1")
+    control.ready("island-2")
+    for name, born in (("island-2", 0), ("island-0", 2), ("island-1", 2)):
+        control.offer(name, born=born)
+    share = {entry.member: entry.coefficient for entry in control.open().roster}
+    assert share["island-0"] == share["island-1"]
+    assert share["island-2"] == pytest.approx(share["island-0"] / 2**0.5)

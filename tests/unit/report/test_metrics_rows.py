@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from orchestrator.metrics import (
     StepRow,
     decimate,
     latest_faults,
+    newest_rows,
     read_rows,
     row_from_dict,
     row_to_dict,
@@ -214,3 +216,13 @@ def test_decimation_keeps_a_spike_of_one_point() -> None:
 def test_decimation_needs_room() -> None:
     with pytest.raises(ValueError, match="max_points = 3"):
         decimate([(0.0, 0.0)], max_points=3)
+
+
+def test_newest_rows_are_the_last_of_each_member_and_all_that_are_rare(tmp_path: Path) -> None:
+    """A night's steps are not parsed one by one: `atoll status` answers at once."""
+    path = tmp_path / "metrics.jsonl"
+    nights = [replace(row, member=name, t_s=float(t)) for t in range(200) for name in ("a", "b") for row in ROWS[:2]]
+    write(path, [*nights, *ROWS[2:]])
+    rows = list(newest_rows(path))
+    assert [(row.member, row.t_s) for row in rows if isinstance(row, StepRow)] == [("a", 199.0), ("b", 199.0)]
+    assert [row for row in rows if not isinstance(row, StepRow)] == [*ROWS[2:3], *nights[1::2], *ROWS[3:]]
