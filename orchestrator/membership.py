@@ -44,10 +44,12 @@ class Process:
     def blocked(self, fragment: int, head: int, watermark: int) -> bool:
         """Whether it has nothing to offer above `watermark` and makes no step either: it waits for another fragment.
 
-        What it said before it had version `head` of this fragment does not count: it goes on with that one.
+        What it said before it had version `head` of this fragment does not count: it goes on with that one. Nor does
+        that it waits for leases: whoever is asked about here has some, and did not know when it spoke. (It may evaluate
+        first; an exchange closed without it, and the run had other bits than its twin in one process.)
         """
         report = self.report(fragment)
-        waits = self.hello is not None and self.hello.waiting in ("bound", "leases", "exchange")
+        waits = self.hello is not None and self.hello.waiting in ("bound", "exchange")
         return waits and report is not None and report.n >= head and self.consumed <= watermark
 
     def report(self, fragment: int) -> FragmentReport | None:

@@ -133,6 +133,17 @@ def test_member_blocked_by_another_fragment_is_not_waited_for() -> None:
     assert control.open(0).state == "reducing"
 
 
+def test_who_has_not_heard_of_its_leases_yet_is_waited_for() -> None:
+    """It evaluates before its first step, and its last word was that it waits for leases."""
+    control = Control(members=2, exchange={"quorum": 1.0})
+    control.start()
+    control.hello("island-1", waiting="leases")
+    control.offer("island-0")
+    assert control.open().state == "open"
+    control.offer("island-1")
+    assert control.open().state == "reducing"
+
+
 def test_missing_goes_to_another_owner_first_then_leaves_the_roster() -> None:
     control = Control(chunks=3)
     control.start()
