@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run")
     parser.add_argument("--seconds", type=float, default=25.0)
+    parser.add_argument("--warmup", type=float, default=0.0, help="seconds before the first step that counts")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     config = load_config(options.run, overrides=options.overrides).config
@@ -55,10 +56,10 @@ def main() -> None:
     )
     parameters = list(model.parameters())
     steps: list[float] = []
-    tokens = 0
+    counted_from = 0.0
     began = time.perf_counter()
     position = 0
-    while time.perf_counter() - began < options.seconds:
+    while time.perf_counter() - began < options.warmup + options.seconds:
         start = time.perf_counter()
         positions = np.arange(position, position + train.batch_size, dtype=np.int64)
         ids = sample_ids(positions, size=reader.num_samples("train"), seed=train.seed)
@@ -70,15 +71,16 @@ def main() -> None:
         optimizer.step()
         loss.item()
         position += train.batch_size
-        tokens += train.batch_size * index.seq_len
-        steps.append(time.perf_counter() - start)
-    seconds = time.perf_counter() - began
+        if start - began >= options.warmup:
+            counted_from = counted_from or start
+            steps.append(time.perf_counter() - start)
+    seconds = time.perf_counter() - counted_from
     print(
         json.dumps(
             {
                 "steps": len(steps),
                 "median_step_ms": 1e3 * statistics.median(steps[3:]),
-                "tokens_per_s": tokens / seconds,
+                "tokens_per_s": len(steps) * train.batch_size * index.seq_len / seconds,
                 "num_params": bundle.num_params,
                 "pss_bytes": pss_bytes(),
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
