@@ -112,8 +112,10 @@ class IslandActor:
         import torch
 
         from workers.jobs import MemberStore
+        from workers.memory import keep_heap
         from workers.transport.flight import FlightTransport
 
+        keep_heap()
         torch.set_num_threads(self.spec.train.threads)
         host = ray.util.get_node_ip_address()
         store = MemberStore()

@@ -39,7 +39,7 @@ RAY_ENVIRONMENT = {
     # Drops the line that Ray prints on the driver's terminal whenever a process dies: the run says it in its own words.
     "RAY_DEDUP_LOGS": "1",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
-    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_ARENA_MAX": "1",  # see workers.memory
     # Ray gives its workers the priority 15, which starves training and heartbeats where anything else runs.
     "RAY_worker_niceness": "0",
 }

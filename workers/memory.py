@@ -1,4 +1,4 @@
-"""Giving memory back to the system."""
+"""The C library's heap: kept between steps, given back after a round."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ from collections.abc import Callable
 
 WORTH_BYTES = 8 << 20
 """What must have been freed before it is worth asking: a look at the heap takes milliseconds."""
+
+KEPT_BYTES = 256 << 20
+"""Free heap that stays between two steps: about the activations of a step."""
+
+_LARGEST_MMAP_THRESHOLD = 32 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # <malloc.h>
+
+
+def keep_heap() -> None:
+    """Keep what a step frees for the next one, instead of asking the system for the same pages in every step.
+
+    By default glibc returns free memory at the end of the heap at once, and that of a thread's own heap in pieces of
+    64 MB: an island on a training thread met 45,000 to 60,000 page faults a second and made steps that were 7 to 13 %
+    longer than a bare loop's (mallopt(3)). Tensors of 32 MB and more are still mapped one by one and leave at once.
+    For processes of Atoll's own: it changes the settings of the whole process. Does nothing without glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def give_back(freed_bytes: int) -> None:
