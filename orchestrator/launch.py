@@ -35,6 +35,7 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
+    "RAY_task_events_report_interval_ms": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Drops the line that Ray prints on the driver's terminal whenever a process dies: the run says it in its own words.
     "RAY_DEDUP_LOGS": "1",

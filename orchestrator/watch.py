@@ -14,7 +14,7 @@ from orchestrator.progress import Progress
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-POLL_S = 0.25
+POLL_S = 1.0
 ANSWER_S = 30.0
 LOST_S = 60.0
 STOPPING = "stopping: islands finish their step and save; Ctrl-C again stops at once and loses what was not offered"

@@ -62,7 +62,7 @@ from workers.timeline import Timeline
 
 log = logging.getLogger("atoll.island")
 
-ROW_EVERY_S = 0.1
+ROW_EVERY_S = 0.25
 LAST_COMMIT_S = 10.0
 STEP_MISSING = "island.step(loss) must be called once for each batch, after optimizer.step(); it was not called"
 STEP_TWICE = "island.step(loss) was called without a new batch: call it once for each batch of island.batches()"
