@@ -131,15 +131,15 @@ def train(
     """
     from orchestrator.errors import RunFailed
     from orchestrator.launch import run_to_end
-    from orchestrator.preflight import check_files
+    from orchestrator.prepare import prepare
     from orchestrator.rundir import create_run_dir
 
     checked = load_config(config)
-    check_files(checked)
+    prepared = prepare(checked, faults)
     directory = create_run_dir(checked.run.name, path=None if run_dir is None else Path(run_dir))
     with directory.lock():
-        directory.record(checked.to_toml())
-        summary = run_to_end(checked, directory.path, faults=list(faults), resume=False, quiet=quiet)
+        directory.record(prepared.config.to_toml())
+        summary = run_to_end(prepared, directory.path, resume=False, quiet=quiet)
     if summary.exit_reason == "failed":
         raise RunFailed(f"the run failed: {summary.error}", place=str(directory.path))
     return summary

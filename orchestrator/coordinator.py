@@ -15,7 +15,7 @@ from orchestrator import exchange as ex
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet, MemberView
 from orchestrator.lifecycle import Lifecycle
-from orchestrator.membership import Process
+from orchestrator.membership import MemberClock, Process
 from orchestrator.revocation import Revocations
 from orchestrator.run_state import Head
 from workers import messages as msg
@@ -39,6 +39,7 @@ class Coordinator(Lifecycle):
         self.revocations = Revocations()
         self.verified_s = float("-inf")
         self.sent: dict[str, int] = {}
+        self.bytes_counted = 0
         self._open_exchanges()
 
     # ------------------------------------------------------------ entry
@@ -119,6 +120,7 @@ class Coordinator(Lifecycle):
     def _reattach(self, member: MemberId, nonce: str, hello: msg.Hello) -> None:
         """A member that outlived the controller's restart: it keeps its incarnation, its leases and its work."""
         self._attach_process(member, nonce, hello.info)
+        self.bytes_counted += hello.bytes_sent  # sent in this controller's earlier lives
         self._say(f"{member} re-attached", member=member.name)
         self._hello(member, hello)
         self._after_join()
@@ -175,10 +177,9 @@ class Coordinator(Lifecycle):
 
     def _hello(self, member: MemberId, hello: msg.Hello) -> None:
         process = self.roll.processes[member]
-        first_step = not process.stepped and hello.consumed > 0
         was_ready, had = process.ready(), process.hello
         self.sent[process.nonce.split("+")[0]] = hello.bytes_sent
-        process.hello = hello
+        first_step = process.said(hello, self.now)
         if process.status == "joining" and process.ready():
             process.status, process.reason = "healthy", "holds the state"
         if hello.journal_len < process.rows_sent and (had is None or had.journal_len >= hello.journal_len):
@@ -217,19 +218,19 @@ class Coordinator(Lifecycle):
     def _mark_stepped(self, member: MemberId, offer: msg.Offer) -> None:
         process = self.roll.processes[member]
         if process.hello is not None and process.hello.consumed < offer.upto:
-            first_step = process.hello.consumed == 0
-            process.hello = replace(process.hello, consumed=offer.upto)
-            if first_step:
+            if process.said(replace(process.hello, consumed=offer.upto), self.now):
                 process.first_step_s = self.seconds()
                 self._track(member, "back_s")
 
     def _observed(self, member: MemberId, body: msg.Observed) -> None:
-        for age_s, row in body.rows:
-            stamped = dict(row)
-            at = self.seconds() - age_s
+        process = self.roll.processes.get(member)
+        clock = process.clock if process is not None else MemberClock()
+        to_run_s = clock.offset(body.sent_s, self.now) - self.zero_s
+        for at_s, row in body.rows:
+            stamped, at = dict(row), at_s + to_run_s
             if stamped.get("kind") == "span":
                 length = float(stamped.pop("seconds"))  # type: ignore[arg-type]
-                stamped["start_s"], stamped["end_s"] = at - length, at
+                stamped["start_s"], stamped["end_s"] = clock.span(at - length, at)
             else:
                 stamped["t_s"] = at
             self._metric(**stamped, member=member.name, incarnation=member.incarnation)
@@ -266,7 +267,7 @@ class Coordinator(Lifecycle):
                     if isinstance(record, CommitRecord):
                         self._committed(exchange, record)
                 case ex.Fence(member=member, why=why, refused=refused):
-                    self._fault("refused" if refused else "fenced", member.name, why, injected=False)
+                    self._lose(member, "refused" if refused else "fenced", why)
                     self._fence(member, why, refused=refused)
                 case ex.Drop(member=member, upto=upto, why=why):
                     self._drop(member, upto, why)
@@ -289,9 +290,13 @@ class Coordinator(Lifecycle):
             kind="exchange", t_s=self.seconds(), fragment=record.fragment, version=record.n, attempts=done.attempt,
             roster=[entry.member for entry in record.roster], seconds=self.now - done.closed_s,
             opened_s=done.opened_s - self.zero_s, closed_because=done.closed_because,
-            bytes=sum(offer.num_bytes for _, offer in done.offers.values()),
+            bytes=self._bytes_since_last_commit(),
             tokens_committed=self.state.samples_committed() * self.plan.seq_len,
         )  # fmt: skip
+
+    def _bytes_since_last_commit(self) -> int:
+        sent, self.bytes_counted = self.bytes_sent() - self.bytes_counted, self.bytes_sent()
+        return sent
 
     def _after_commit(self, record: CommitRecord) -> None:
         """The commit is durable: tell everybody, lease what comes next, evaluate when due, settle the dead."""

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from faults.plan import PlannedFault, parse_fault
-from orchestrator.build import island_name, num_islands, pack_path, resolve
+from faults.plan import PlannedFault
+from orchestrator.build import num_islands
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.progress import Progress
 from orchestrator.resume import check_resumable
-from orchestrator.rundir import RunDir, create_run_dir
+from orchestrator.rundir import RunDir
 from orchestrator.summary import load_summary
 from orchestrator.watch import watch
 from strategies.codecs.backends import resolve_backend
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from orchestrator.actors import ContextWrapper
     from orchestrator.config import RunConfig
+    from orchestrator.prepare import Prepared
     from orchestrator.summary import Summary
 
 KNOCK_S = 5.0
@@ -35,7 +36,12 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
+    # Ray's housekeeping, which nobody reads in a cluster of one machine: 2 to 3 % of a core that training can use.
     "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_object_manager_timer_freq_ms": "1000",
+    "RAY_memory_monitor_refresh_ms": "1000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Drops the line that Ray prints on the driver's terminal whenever a process dies: the run says it in its own words.
     "RAY_DEDUP_LOGS": "1",
@@ -46,9 +52,9 @@ RAY_ENVIRONMENT = {
 }
 
 
-def train(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bool, as_json: bool) -> int:
+def train(prepared: Prepared, run_dir: Path, *, resume: bool, as_json: bool) -> int:
     """Run to the end (or to Ctrl-C), say how it ended and return the exit code; the caller holds the lock."""
-    summary = run_to_end(config, run_dir, faults=faults, resume=resume, quiet=as_json)
+    summary = run_to_end(prepared, run_dir, resume=resume, quiet=as_json)
     if as_json:
         print(summary.model_dump_json(indent=2))
     elif summary.exit_reason == "failed":
@@ -56,27 +62,22 @@ def train(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bo
     return EXIT[summary.exit_reason]
 
 
-def run_to_end(config: RunConfig, run_dir: Path, *, faults: Sequence[str], resume: bool, quiet: bool) -> Summary:
-    """Run to the end (or to Ctrl-C); the caller holds the directory's lock."""
-    import_from_here()
+def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) -> Summary:
+    """Run to the end (or to Ctrl-C) and write the report; the caller holds the directory's lock."""
+    config = prepared.config
     _, warning = resolve_backend(config.codec.backend)
     if warning is not None and config.codec.name not in ("fp32", "bf16"):
         print(f"warning: {warning}", file=sys.stderr)
-    config = resolve(config, num_gpus=_num_gpus(config))
-    plan = _check(config, faults)
     if resume and config.run.address is None:  # elsewhere the run may be going on, see `RaySession.start`
         check_resumable(RunDir(run_dir))
     RunDir(run_dir).record(config.to_toml())
-    pack = pack_path(config)
     with RaySession(config) as session:
-        return session.run(run_dir.resolve(), pack, plan, resume=resume, quiet=quiet)
+        summary = session.run(run_dir.resolve(), prepared.pack, prepared.faults, resume=resume, quiet=quiet)
+    if summary.tokens_committed:
+        from orchestrator.report.build import build_report
 
-
-def import_from_here() -> None:
-    """Let the user's modules be found in the current folder, as `python -m` does and an installed command does not."""
-    here = str(Path.cwd())
-    if "" not in sys.path and here not in sys.path:
-        sys.path.insert(0, here)
+        build_report(run_dir)
+    return summary
 
 
 def python_path() -> list[str]:
@@ -86,33 +87,6 @@ def python_path() -> list[str]:
     own = [path for path in own if path.is_dir() and not any(path.is_relative_to(folder) for folder in installed)]
     paths = [Path.cwd(), *own, Path(__file__).resolve().parents[1]]
     return list(dict.fromkeys(map(str, paths)))
-
-
-def _num_gpus(config: RunConfig) -> int:
-    if config.run.islands != "auto" or config.train.device == "cpu":
-        return 0
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _check(config: RunConfig, faults: Sequence[str]) -> list[PlannedFault]:
-    """Everything that can be found wrong before a process starts."""
-    names = [island_name(i) for i in range(num_islands(config))]
-    if config.model.factory is not None:
-        from workers.model.factory import load_factory
-
-        load_factory(config.model.factory)
-    if config.train.loop is not None:
-        from workers.loops import load_loop
-
-        load_loop(config.train.loop)
-    for name in config.train.per_island:
-        if name not in names:
-            raise UserError(
-                f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
-            )
-    return [parse_fault(fault, names) for fault in faults]
 
 
 class RaySession:
@@ -189,7 +163,7 @@ class RaySession:
         self,
         run_dir: Path,
         pack: Path | None,
-        faults: list[PlannedFault],
+        faults: Sequence[PlannedFault],
         *,
         resume: bool,
         wrap: ContextWrapper | None = None,
@@ -216,7 +190,7 @@ class RaySession:
             str(run_dir),
             str(pack) if pack is not None else None,
             secrets.token_hex(16),
-            faults,
+            list(faults),
             resume,
             wrap,
         )
@@ -224,7 +198,7 @@ class RaySession:
         return self.controller
 
     def run(
-        self, run_dir: Path, pack: Path | None, faults: list[PlannedFault], *, resume: bool, quiet: bool
+        self, run_dir: Path, pack: Path | None, faults: Sequence[PlannedFault], *, resume: bool, quiet: bool
     ) -> Summary:
         """Start, watch, and return the summary."""
         controller = self.start(run_dir, pack, faults, resume=resume)
@@ -263,31 +237,23 @@ def _no_answer(address: str | None, why: str) -> ClusterUnreachable:
     )
 
 
-def demo(run_dir: Path | None, overrides: list[str], as_json: bool) -> int:
-    """Train the preset `demo`, kill an island on the way, report."""
+def demo(prepared: Prepared, run_dir: Path, *, as_json: bool) -> int:
+    """Train, then show what came of it; the caller holds the directory's lock."""
     from rich.console import Console
 
     from orchestrator.artifacts import sample
-    from orchestrator.config import load_config
-    from orchestrator.report import build_report
     from orchestrator.report.console import console_table
 
     console = Console(stderr=as_json)
-    config = load_config("demo", overrides=overrides).config
-    directory = create_run_dir(config.run.name, path=run_dir)
-    with directory.lock():
-        directory.record(config.to_toml())
-        code = train(config, directory.path, faults=["kill:island-1@round=15"], resume=False, as_json=as_json)
-        if code == 0:
-            report = build_report(directory.path, None)
-            console.rule("a sample before training, and after")
-            for when in ("genesis", None):
-                text = sample(directory.path, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
-                console.print(_glyphs(text) if when else text, markup=False, highlight=False)
-                console.rule()
-            console.print(console_table(load_summary(directory.path)))
-            console.print(f"report: {report}", highlight=False)
-    console.print(f"run directory: {directory.path}", highlight=False)
+    code = train(prepared, run_dir, resume=False, as_json=as_json)
+    if code == 0:
+        console.rule("a sample before training, and after")
+        for when in ("genesis", None):
+            text = sample(run_dir, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
+            console.print(_glyphs(text) if when else text, markup=False, highlight=False)
+            console.rule()
+        console.print(console_table(load_summary(run_dir)))
+        console.print(f"report: {run_dir / 'report.html'}", highlight=False)
     return code
 
 

@@ -61,6 +61,9 @@ class Ledger:
         partial: `(k, samples)` for each k with any: committed in k of the fragments and final.
         heads: version number of each fragment's head.
         num_revoked: commits that were taken back. num_reissued: samples that were leased again, counted each time.
+        num_lost: samples that were trained on for nothing (of a process that died: as far as the controller knew).
+        digests: of each fragment's newest version; empty before the genesis. num_params: by the genesis.
+        final_val_loss: of the last evaluation, if there was more than one.
         deviations: every exception to "leased once, committed once", in order of the rows.
         findings: violations of the rules; empty for a sound journal. num_findings: the true number, if too many.
     """
@@ -78,6 +81,10 @@ class Ledger:
     heads: tuple[int, ...]
     num_revoked: int
     num_reissued: int
+    num_lost: int
+    digests: tuple[str, ...]
+    num_params: int
+    final_val_loss: float | None
     deviations: tuple[Deviation, ...]
     findings: tuple[Finding, ...]
     num_findings: int
@@ -102,6 +109,7 @@ class Ledger:
             "free": count(self.free),
             "in_progress": count(self.in_progress),
             "reissued": self.num_reissued,
+            "lost": self.num_lost,
         }
 
     def tokens(self, seq_len: int) -> dict[str, int]:
@@ -145,6 +153,10 @@ def recompute(rows: Sequence[Row], *, place: Callable[[int], str] | None = None)
         heads=tuple(head.n for head in replay.heads),
         num_revoked=replay.num_revoked,
         num_reissued=replay.num_reissued,
+        num_lost=replay.num_lost,
+        digests=tuple(head.digest for head in replay.heads),
+        num_params=replay.num_params,
+        final_val_loss=replay.val_losses[-1] if len(replay.val_losses) > 1 else None,
         deviations=tuple(sorted([*replay.deviations, *_name_partial(replay, partial)], key=lambda d: d.seq)),
         findings=tuple(replay.findings),
         num_findings=replay.num_findings,

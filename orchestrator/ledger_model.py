@@ -85,13 +85,19 @@ class Incarnation:
 
 @dataclass(kw_only=True, slots=True)
 class Head:
-    """Head of a fragment, the highest version it ever had, and its commits."""
+    """Head of a fragment, the highest version it ever had, its commits, and the digest of its version 0."""
 
+    genesis: str = ""
     n: int = 0
     chain: str = GENESIS_CHAIN
     highest: int = 0
     serial: int = 0
     commits: list[CommitRecord] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """Of the newest version."""
+        return self.commits[-1].digest if self.commits else self.genesis
 
 
 def chain_of(r: CommitRecord) -> str:

@@ -57,6 +57,9 @@ class Replay:
         self.num_full = 0
         self.num_revoked = 0
         self.num_reissued = 0
+        self.num_lost = 0
+        self.num_params = 0
+        self.val_losses: list[float | None] = []
         self._most_full = 0
         self._cursor = 0
         self._place = place
@@ -148,7 +151,8 @@ class Replay:
             return
         if not r.digests:
             self.fail("genesis", "it names no fragment")
-        self.heads = [Head() for _ in r.digests]
+        self.heads = [Head(genesis=digest) for digest in r.digests]
+        self.num_params = r.num_params
         self.committed = [IntervalSet() for _ in r.digests]
         for inc in self.incarnations.values():
             inc.watermarks = [0] * len(r.digests)
@@ -191,6 +195,9 @@ class Replay:
         name = str(inc.id)
         self._note_partial(name, inc.cut(inc.low, inc.high))
         returned: Sequence[Range] = inc.cut(inc.high, inc.num_leased)
+        if not 0 <= r.lost <= spans.count(returned):
+            self.fail("settle", f"{inc.id} lost {r.lost} samples of the {spans.count(returned)} that return")
+        self.num_lost += r.lost
         if inc.refused:
             again = self.tainted.common(returned)
             self.dropped.add(again)
@@ -213,6 +220,7 @@ class Replay:
         self._note_partial(name, inc.cut(inc.low, inc.high))
         lost = inc.cut(inc.high, r.upto)
         self.dropped.add(lost)
+        self.num_lost += spans.count(lost)
         self._deviate("dropped", name, lost, r.why)
         inc.watermarks = [r.upto] * self.num_fragments
         inc.floor = r.upto
@@ -356,6 +364,7 @@ class Replay:
         left: Sequence[Range] = entry.ranges
         for samples in self.committed:
             left = samples.missing(left)
+        self.num_lost += spans.count(left)
         if entry.since < inc.floor:
             self.dropped.add(left)
             self._deviate("dropped", name, left, "revoked after its process had dropped it")
@@ -367,6 +376,7 @@ class Replay:
     # ------------------------------------------------------------ observations
 
     def _evaluation(self, r: EvaluationRecord) -> None:
+        self.val_losses.append(r.val_loss)
         self._check_versions("evaluation", r.versions)
         if not 0 <= r.samples <= self._most_full:
             self.fail("evaluation", f"samples {r.samples}, but at most {self._most_full} were ever committed")

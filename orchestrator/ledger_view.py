@@ -96,7 +96,13 @@ def compare(
     recomputed = {
         "tokens_committed": tokens.get("committed"),
         "tokens_reissued": tokens.get("reissued"),
+        "tokens_lost": tokens.get("lost"),
         "exchanges_committed": ledger.exchanges_committed,
+    }
+    stated = {
+        "params": ledger.num_params,
+        "anchor_digest": anchor_digest(ledger),
+        "final_val_loss": ledger.final_val_loss,
     }
     for field, value in recomputed.items():
         if field not in summary:
@@ -109,7 +115,19 @@ def compare(
         )
         agrees = summary[field] == value if known else None
         out.append(Comparison(field=field, stated=summary[field], recomputed=value, agrees=agrees, note=note))
+    for field, found in stated.items():
+        if field in summary:
+            agrees = summary[field] == found
+            out.append(Comparison(field=field, stated=summary[field], recomputed=found, agrees=agrees))
     return tuple(out)
+
+
+def anchor_digest(ledger: Ledger) -> str | None:
+    """Digest of the whole anchor at the heads; None before there is one."""
+    from workers.digest import combine
+
+    digests = ledger.digests
+    return None if not digests else digests[0] if len(digests) == 1 else combine(list(digests))
 
 
 def _compare_end(rows: Sequence[Row], num_rows: int, stated_hash: Any) -> Comparison:
@@ -222,7 +240,8 @@ def _print_ledger(console: Any, ledger: Ledger, seq_len: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{ledger.num_rows:,} rows, {ledger.num_fragments} fragments, heads {list(ledger.heads)}")
+    fragments = "1 fragment" if ledger.num_fragments == 1 else f"{ledger.num_fragments} fragments"
+    table = Table(title=f"{ledger.num_rows:,} rows, {fragments}, heads {list(ledger.heads)}")
     for name in ("fate", "samples", "tokens"):
         table.add_column(name, justify="left" if name == "fate" else "right")
     for fate, num in ledger.samples().items():

@@ -303,7 +303,8 @@ class Lifecycle(Agenda):
         self._say(f"{member} is fenced: {why}", member=member.name, level="warning")
         process = self.roll.processes.pop(member, None)
         if process is not None:
-            self.consumed_at_end[member] = process.consumed
+            trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)
+            self.consumed_at_end[member] = min(trained, self.state.members[member].num_leased)
             self._tell(process.nonce, msg.Fenced(why=why))
 
     def _after_fence(self, member: MemberId) -> None:
@@ -335,9 +336,7 @@ class Lifecycle(Agenda):
         if member is None:
             self.early_deaths[name] += 1
         elif self.state.members[member].live:
-            self._track_death(member)
-            self._fault("died", name, why, injected=False)
-            self.missing_since.setdefault(name, self.seconds())
+            self._lose(member, "died", why)
             process = self.roll.processes.get(member)
             stepped = process is not None and process.stepped
             self.early_deaths[name] = 0 if stepped else self.early_deaths[name] + 1
@@ -347,15 +346,20 @@ class Lifecycle(Agenda):
         else:
             self._replace(name, why)
 
-    def _track_death(self, member: MemberId) -> None:
-        """It happened when it was injected, or else (an estimate) when the member was last heard."""
+    def _lose(self, member: MemberId, fault: str, why: str) -> None:
+        """An incarnation ends by a fault: it is recorded, followed until its member is back, and shown as dead time.
+
+        It happened when it was injected, or else (an estimate) when the member was last heard.
+        """
+        self._fault(fault, member.name, why, injected=False)
+        self.missing_since.setdefault(member.name, self.seconds())
         injected = next((t for t, _, m in reversed(self.injected) if m == member.name), None)
         self.injected = [i for i in self.injected if i[2] != member.name]
         process = self.roll.processes.get(member)
         heard = process.heard_s - self.zero_s if process is not None else None
         self.faults.append(
             ev.FaultTrack(
-                fault="kill",
+                fault="kill" if fault == "died" else fault,
                 member=member.name,
                 injected_s=injected if injected is not None else heard,
                 detected_s=self.seconds(),
@@ -418,6 +422,6 @@ class Lifecycle(Agenda):
         if verdict.verdict == "suspect":
             self._fault("suspect", verdict.id.name, verdict.reason, injected=False)
         elif verdict.verdict == "fence":
-            self._fault("lost", verdict.id.name, verdict.reason, injected=False)
+            self._lose(verdict.id, "lost", verdict.reason)
             self._fence(verdict.id, verdict.reason, refused=False)
             self._replace(verdict.id.name, verdict.reason)

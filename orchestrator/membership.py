@@ -15,6 +15,33 @@ from workers.records import MemberId
 Status = Literal["joining", "healthy", "suspect"]
 
 
+DRIFT = 1e-4
+"""Seconds a second that a clock may run slower than another before times that it tells are off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MemberClock:
+    """A member's clock: what the controller adds to get its own time, and where the member's last span ended."""
+
+    offset_s: float | None = None
+    seen_s: float = 0.0
+    span_end_s: float = float("-inf")
+
+    def offset(self, sent_s: float, now: float) -> float:
+        """The smallest difference seen so far: messages arrive late, never early. It follows clocks that drift."""
+        found = now - sent_s
+        if self.offset_s is not None:
+            found = min(found, self.offset_s + DRIFT * (now - self.seen_s))
+        self.offset_s, self.seen_s = found, now
+        return found
+
+    def span(self, start_s: float, end_s: float) -> tuple[float, float]:
+        """A span cut to what comes after the one before it: a better offset may have moved it back a little."""
+        start_s, end_s = max(start_s, self.span_end_s), max(end_s, self.span_end_s)
+        self.span_end_s = end_s
+        return start_s, end_s
+
+
 @dataclass(kw_only=True, slots=True)
 class Process:
     """A live incarnation's process. Times are the controller's own clock."""
@@ -28,13 +55,34 @@ class Process:
     reason: str = "joined"
     hello: Hello | None = None
     first_step_s: float | None = None
+    stepping_since_s: float | None = None
+    clock: MemberClock = field(default_factory=MemberClock)
     rows_sent: int = 0
-    steps_base: int | None = None
 
     @property
     def consumed(self) -> int:
         """Samples it has consumed, by its last heartbeat."""
         return self.hello.consumed if self.hello else 0
+
+    def said(self, hello: Hello, now: float) -> bool:
+        """It told how far it is; whether that includes its first inner step."""
+        first_step = not self.stepped and hello.consumed > 0
+        if first_step:
+            self.stepping_since_s = now
+        self.hello = hello
+        return first_step
+
+    def trained_by(self, now: float, heartbeat_s: float) -> int:
+        """Samples that it has probably consumed: to its last heartbeat's count comes what it made since, at its speed.
+
+        At most one heartbeat's worth (had it lived longer, it would have been heard again), in whole steps.
+        """
+        since_s = self.stepping_since_s
+        if self.hello is None or self.hello.waiting or since_s is None or self.heard_s <= since_s:
+            return self.consumed
+        per_s = self.consumed / (self.heard_s - since_s)
+        steps = int(per_s * min(now - self.heard_s, heartbeat_s)) // max(self.info.batch_size, 1)
+        return self.consumed + steps * self.info.batch_size
 
     @property
     def stepped(self) -> bool:

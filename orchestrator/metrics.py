@@ -35,7 +35,8 @@ class StepRow:
     """One inner step of one island; rows may be thinned, so two neighbours need not be neighbouring steps.
 
     `tokens_per_s` is the tokens of the step over its `step_ms`, waits excluded; `loss` is the training loss in nats
-    per token; `mfu` is a share of the device's peak; `mem_peak_bytes` is the island's peak so far.
+    per token; `mfu` is a share of the device's peak; `mem_peak_bytes` is the island's peak so far; `compute_s` are the
+    seconds inside all inner steps since the member's row before this one, so that they add up.
     """
 
     kind: ClassVar[str] = "step"
@@ -54,6 +55,7 @@ class StepRow:
     sync_wait_ms: float = 0.0
     mem_peak_bytes: int | None = None
     eta_s: float | None = None
+    compute_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,13 +38,14 @@ def check_pack(path: str | None, digest: str | None) -> PackIndex | None:
     """Check the folder that `data.path` names; as `check_files`."""
     if path is None:
         return None
-    from workers.data.index import load_index  # late: reading an index takes pyarrow
+    from workers.data.index import check_sizes, load_index
 
     folder = Path(path).expanduser()
     if not folder.exists():
         remedy = f"atoll data pack SOURCE --out {path}"
         raise UserError(f"there is no folder {path!r}", place="data.path", remedy=remedy)
     index = load_index(folder)
+    check_sizes(folder, index)
     if digest is not None and index.digest != digest:
         message = f"the pack in {path!r} has the digest {index.digest}, the configuration asks for {digest}"
         remedy = "the folder that this digest belongs to, or `--set data.digest=` for a new run on other data"

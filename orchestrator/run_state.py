@@ -229,6 +229,7 @@ class RunState:
         )
         self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
         self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, high, r.upto))
+        self.lost += r.upto - high
         self.settled_full -= r.upto - low
         since = member.drops[-1].upto if member.drops else 0
         member.drops.append(Dropped(since=since, upto=r.upto, watermarks=member.watermarks))
@@ -265,7 +266,7 @@ class RunState:
             self.dropped = ranges.union(self.dropped, left)
         else:
             self.free = ranges.union(self.free, left)
-            self.lost += ranges.count(left)
+        self.lost += ranges.count(left)
 
     def _evaluation(self, r: EvaluationRecord) -> None:
         self.evaluations.append(r)

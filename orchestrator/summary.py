@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from orchestrator.errors import UserError
-from orchestrator.metrics import FaultEvent, Phase, Row, SpanRow, StepRow, latest_faults
+from orchestrator.metrics import FaultEvent, Row, SpanRow, StepRow, latest_faults
 
 SCHEMA_VERSION: Final = 1
 FILE_NAME = "summary.json"
@@ -235,15 +235,6 @@ def _fault_window(event: FaultEvent) -> tuple[float, float]:
     return (start if start is not None else event.t_s, end if end is not None else math.inf)
 
 
-def phase_seconds(spans: Iterable[SpanRow], phase: Phase) -> dict[str, float]:
-    """Seconds that each member spent in `phase`."""
-    seconds: dict[str, float] = defaultdict(float)
-    for span in spans:
-        if span.phase == phase:
-            seconds[span.member] += span.end_s - span.start_s
-    return dict(seconds)
-
-
 def first_joins(spans: Iterable[SpanRow]) -> dict[str, float]:
     """When each member first joined: the end of its first `start` span, else the start of its first span."""
     earliest: dict[str, SpanRow] = {}
@@ -300,11 +291,13 @@ def derive_figures(
     end_s: end of the run; joins_s: each member's first join from the journal, else guessed by `first_joins`.
     """
     speeds: list[_Speed] = []  # a long run has millions of steps: keep three values of each
+    compute_s: dict[str, float] = defaultdict(float)
     spans: list[SpanRow] = []
     events: list[FaultEvent] = []
     for row in rows:
         if isinstance(row, StepRow):
             speeds.append(_Speed(row.member, row.t_s, row.tokens_per_s))
+            compute_s[row.member] += row.compute_s
         elif isinstance(row, SpanRow):
             spans.append(row)
         elif isinstance(row, FaultEvent):
@@ -313,7 +306,7 @@ def derive_figures(
     member_s = {member: max(0.0, end_s - joined_s) for member, joined_s in joins_s.items()}
     return Figures(
         tokens_per_s=tokens_per_s(tokens_committed, max(member_s.values(), default=0.0)),
-        compute_utilization=compute_utilization(phase_seconds(spans, "compute"), member_s),
+        compute_utilization=compute_utilization(compute_s, member_s),
         goodput=goodput(tokens_committed, fault_free_speed(speeds, latest_faults(events)), member_s),
         faults=fault_rows(events),
     )

@@ -62,7 +62,7 @@ from workers.timeline import Timeline
 
 log = logging.getLogger("atoll.island")
 
-ROW_EVERY_S = 0.25
+ROW_EVERY_S = 0.2
 LAST_COMMIT_S = 10.0
 STEP_MISSING = "island.step(loss) must be called once for each batch, after optimizer.step(); it was not called"
 STEP_TWICE = "island.step(loss) was called without a new batch: call it once for each batch of island.batches()"
@@ -120,6 +120,7 @@ class Island:
         self._yielded = 0
         self._progress = 0.0
         self._loss_sum, self._loss_count, self._row_s = 0.0, 0, float("-inf")
+        self._compute_s = 0.0
         self._waits = {"data": 0.0, "sync": 0.0}
         self._stepped = True
 
@@ -351,6 +352,7 @@ class Island:
     def _record(self, loss: float, stats: StepStats | None, now: float, seconds: float) -> None:
         assert self.sync is not None
         self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+        self._compute_s += seconds
         if now - self._row_s < ROW_EVERY_S:
             return
         self._row_s = now
@@ -371,9 +373,10 @@ class Island:
                 "data_wait_ms": 1e3 * self._waits["data"],
                 "sync_wait_ms": 1e3 * self._waits["sync"],
                 "mem_peak_bytes": peak_memory_bytes(self.device),
+                "compute_s": self._compute_s,
             },
         )
-        self._loss_sum, self._loss_count = 0.0, 0
+        self._loss_sum, self._loss_count, self._compute_s = 0.0, 0, 0.0
         self._waits = {"data": 0.0, "sync": 0.0}
 
     def _peak_flops(self) -> float:

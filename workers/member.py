@@ -91,8 +91,12 @@ class MemberMachine(ExchangeSide):
     # ------------------------------------------------------------ questions of the training thread
 
     def holds_all(self) -> bool:
-        """Whether a state of every fragment is here, so that training can go on."""
-        return self.incarnation is not None and all(state.n >= 0 for state in self.fragments)
+        """Whether a state of every fragment is here, so that training can go on.
+
+        A version 0 that was made here is none before the journal has it: a lease may overtake that row.
+        """
+        known = self.incarnation is not None and self.log.genesis is not None
+        return known and all(state.n >= 0 for state in self.fragments)
 
     def next_ranges(self, num_samples: int) -> tuple[Range, ...]:
         """The next samples to consume, fewer if the leases hold fewer."""

@@ -205,8 +205,9 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observed:
-    """Rows for metrics.jsonl; times as seconds before the sending, since clocks of two hosts are never compared."""
+    """Rows for metrics.jsonl, each with its time, and the time of sending, all on the member's own clock."""
 
+    sent_s: float
     rows: tuple[tuple[float, dict[str, object]], ...]
 
 

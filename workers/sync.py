@@ -207,9 +207,7 @@ class IslandSync:
 
     def _flush(self) -> None:
         if self.rows and any(isinstance(body, msg.Hello) for body in self.bodies):
-            now = self.clock()
-            self.bodies.append(msg.Observed(rows=tuple((now - at, row) for at, row in self.rows)))
-            self.rows = []
+            self._send_rows()
         if self.bodies:
             bodies, self.bodies = tuple(self.bodies), []
             self.post(self.machine.envelope(*bodies))
@@ -468,11 +466,13 @@ class IslandSync:
     def flush_rows(self) -> None:
         """Send the rows that are left: the last act of an island."""
         with self.changed:
-            now = self.clock()
             if self.rows:
-                self.bodies.append(msg.Observed(rows=tuple((now - at, row) for at, row in self.rows)))
-                self.rows = []
+                self._send_rows()
             self._flush()
+
+    def _send_rows(self) -> None:
+        self.bodies.append(msg.Observed(sent_s=self.clock(), rows=tuple(self.rows)))
+        self.rows = []
 
     def say(self, body: msg.MemberBody) -> None:
         """Send one body to the controller now."""

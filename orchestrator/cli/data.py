@@ -53,6 +53,7 @@ def pack_command(
     """
     from workers.data.pack import pack
 
+    before = _digest_at(out)
     with _progress() as on_progress:
         index = pack(
             sources,
@@ -65,6 +66,19 @@ def pack_command(
             on_progress=on_progress,
         )
     click.echo(_summary(index, out))
+    if before not in (None, index.digest):
+        click.echo(f"it took the place of the pack {before}", err=True)
+
+
+def _digest_at(folder: Path) -> str | None:
+    """Digest of the pack that is in a folder, None where there is none."""
+    from workers.data.errors import DataError
+    from workers.data.index import load_index
+
+    try:
+        return load_index(folder).digest
+    except DataError:
+        return None
 
 
 @contextmanager

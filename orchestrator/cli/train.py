@@ -12,9 +12,10 @@ import click
 from orchestrator.cli.options import json_option, set_option, shown
 
 if TYPE_CHECKING:
-    from orchestrator.config import RunConfig
+    from orchestrator.prepare import Prepared
     from orchestrator.rundir import RunDir
 
+DEMO_FAULT = "kill:island-1@round=15"
 # Keys that change how a run is kept, and nothing of what it computes.
 RESUME_KEYS = (
     "run.address",
@@ -51,13 +52,13 @@ def train(
     if run is None:
         raise click.UsageError("which run? Name a preset or a TOML file, for example: atoll train demo")
     from orchestrator.config import load_config
-    from orchestrator.preflight import check_files
+    from orchestrator.prepare import prepare
     from orchestrator.rundir import create_run_dir
 
     config = load_config(run, overrides=overrides).config
-    check_files(config)
+    prepared = prepare(config, faults)
     directory = create_run_dir(config.run.name, path=run_dir)
-    return _launch(config, directory, faults=faults, resume=False, as_json=as_json)
+    return _launch(prepared, directory, resume=False, as_json=as_json)
 
 
 @click.command()
@@ -71,19 +72,23 @@ def demo(overrides: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
     a report that shows the loss, the failure and the recovery.
     """
     from orchestrator.config import load_config
+    from orchestrator.errors import UserError
+    from orchestrator.prepare import prepare
+    from orchestrator.rundir import create_run_dir
 
-    load_config("demo", overrides=overrides)  # a mistake in --set is reported before torch and Ray are imported
-    if not as_json:
-        click.echo("starting Ray and the islands, which takes some seconds ...")
-    from orchestrator.launch import demo as run_demo
-
-    return run_demo(run_dir, list(overrides), as_json)
+    config = load_config("demo", overrides=overrides).config
+    if config.run.islands == 1:
+        message = "run.islands = 1 is not allowed: the demo kills island-1 and goes on with the others"
+        raise UserError(message, place="--set run.islands", remedy="two or more, or `atoll train demo`")
+    prepared = prepare(config, [DEMO_FAULT])
+    directory = create_run_dir(config.run.name, path=run_dir)
+    return _launch(prepared, directory, resume=False, as_json=as_json, as_demo=True)
 
 
 def _resume(path: Path, overrides: Sequence[str], *, faults: Sequence[str], as_json: bool) -> int:
     from orchestrator.config import load_config
     from orchestrator.errors import UserError
-    from orchestrator.preflight import check_files
+    from orchestrator.prepare import prepare
     from orchestrator.rundir import open_run_dir
 
     directory = open_run_dir(path)
@@ -94,25 +99,30 @@ def _resume(path: Path, overrides: Sequence[str], *, faults: Sequence[str], as_j
             remedy = f"a new run; with --resume only {', '.join(RESUME_KEYS)}"
             raise UserError(message, place=f"--set {override}", remedy=remedy)
     config = load_config(directory.config, overrides=overrides).config
-    check_files(config)
-    return _launch(config, directory, faults=faults, resume=True, as_json=as_json)
+    prepared = prepare(config, faults)
+    return _launch(prepared, directory, resume=True, as_json=as_json)
 
 
-def _launch(config: RunConfig, directory: RunDir, *, faults: Sequence[str], resume: bool, as_json: bool) -> int:
+def _launch(prepared: Prepared, directory: RunDir, *, resume: bool, as_json: bool, as_demo: bool = False) -> int:
     path = shown(directory.path)
     with directory.lock():
-        directory.record(config.to_toml())
+        directory.record(prepared.config.to_toml())
         if not as_json:
             click.echo(f"starting in {path}; Ray and the islands take some seconds ...")
         code = None
         try:
-            from orchestrator.launch import train as run_train
+            if as_demo:
+                from orchestrator.launch import demo as run_demo
 
-            code = run_train(config, directory.path, faults=list(faults), resume=resume, as_json=as_json)
+                code = run_demo(prepared, directory.path, as_json=as_json)
+            else:
+                from orchestrator.launch import train as run_train
+
+                code = run_train(prepared, directory.path, resume=resume, as_json=as_json)
         finally:
             if code is None and not resume:
                 _forget(directory)
-    if not as_json:
+    if not as_json and not (as_demo and code == 0):
         _show_end(directory, code)
     # The last line names the directory; with --json stdout belongs to the machine that reads it.
     click.echo(f"run directory: {directory.path if as_json else path}", err=as_json)
@@ -150,7 +160,7 @@ def _show_end(directory: RunDir, code: int) -> None:
         if summary.tokens_committed or not summary.error:  # one that failed at its start has nothing to show
             Console().print(console_table(summary))
     after = {
-        0: f"next: atoll report {path} (ledger, sample and export take the directory, too)",
+        0: f"report: {path}/report.html (atoll ledger, sample and export take the directory, too)",
         1: f"why: {path}/logs",
         3: f"go on: atoll train --resume {path}",
     }

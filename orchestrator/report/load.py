@@ -47,6 +47,7 @@ class StepColumns:
     progress: array[float] = field(default_factory=lambda: array("d"))
     loss: array[float] = field(default_factory=lambda: array("d"))
     tokens_per_s: array[float] = field(default_factory=lambda: array("d"))
+    compute_s: float = 0.0
 
     def add(self, row: StepRow) -> None:
         """Append one step."""
@@ -55,6 +56,7 @@ class StepColumns:
         self.progress.append(row.progress)
         self.loss.append(row.loss if row.loss is not None else float("nan"))
         self.tokens_per_s.append(row.tokens_per_s)
+        self.compute_s += row.compute_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +118,13 @@ class RunData:
                     total += last - previous if first > previous else last
                     previous = last
         return total
+
+    def compute_seconds(self) -> dict[str, float]:
+        """Seconds that each member spent inside inner steps."""
+        seconds = dict.fromkeys(self.members, 0.0)
+        for (member, _), columns in self.steps.items():
+            seconds[member] += columns.compute_s
+        return seconds
 
     def speed_points(self) -> Iterator[SpeedPoint]:
         """All steps, for the fault-free speed."""

@@ -76,9 +76,7 @@ def headline(run: RunData) -> Headline:
         initial_val_loss=curve[0][1] if curve else None,
         final_val_loss=curve[-1][1] if len(curve) > 1 else None,
         tokens_per_s=formulas.tokens_per_s(run.tokens_committed, max(member_s.values())) if enough else None,
-        compute_utilization=(
-            formulas.compute_utilization(formulas.phase_seconds(run.spans, "compute"), member_s) if member_s else None
-        ),
+        compute_utilization=formulas.compute_utilization(run.compute_seconds(), member_s) if member_s else None,
         goodput=formulas.goodput(run.tokens_committed, speed, member_s) if enough and speed else None,
         bytes_sent=run.bytes_sent,
         data_parallel_bytes=None,

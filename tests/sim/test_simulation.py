@@ -16,7 +16,7 @@ from workers.messages import ExchangeId
 from workers.records import Term
 
 SEEDS = range(40)
-MUTANT_SEEDS = range(60)
+MUTANT_SEEDS = range(200)
 
 MUTANTS: dict[str, tuple[str, Callable[..., object]]] = {
     "C1 one copy is enough": (

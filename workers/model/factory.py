@@ -71,7 +71,7 @@ def build_model(
     shape = resolve_shape(config, vocab_size=vocab_size, seq_len=seq_len)
     model = Llama(shape, seed=seed)
     if config.init_from is not None and load_init:
-        load_hf_tensors(Path(config.init_from), model)
+        load_hf_tensors(Path(config.init_from).expanduser(), model)
     return ModelBundle(model=model, loss_fn=next_token_loss, flops_per_token=flops_per_token(shape))
 
 

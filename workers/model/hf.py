@@ -49,11 +49,7 @@ def load_hf_tensors(directory: Path, model: Llama) -> None:
     Everything is checked before the first value is copied. Raises ModelError that names the setting, tensor or file
     that does not fit: another architecture or size, another vocabulary, a missing, superfluous or misshapen tensor.
     """
-    settings = _read_json(directory / CONFIG_FILE, directory)
-    _check_architecture(settings, model.shape, directory)
-    files = _weight_files(directory)
-    sources = _sources(parameter_shapes(model.shape), set(files), tied=bool(settings.get("tie_word_embeddings", False)))
-    _check_tensors(directory, files, sources, model.shape)
+    files, sources = check_hf_folder(directory, model.shape)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for file in sorted(set(files.values())):
@@ -61,6 +57,19 @@ def load_hf_tensors(directory: Path, model: Llama) -> None:
                 for name, source in sources.items():
                     if files[source] == file:
                         parameters[name].copy_(tensors.get_tensor(source))
+
+
+def check_hf_folder(directory: Path, shape: DecoderShape) -> tuple[dict[str, str], dict[str, str]]:
+    """Check everything about a Llama folder but the values of its tensors; raises as `load_hf_tensors`.
+
+    Returns the file that holds each tensor, and the tensor that each parameter of the model comes from.
+    """
+    settings = _read_json(directory / CONFIG_FILE, directory)
+    _check_architecture(settings, shape, directory)
+    files = _weight_files(directory)
+    sources = _sources(parameter_shapes(shape), set(files), tied=bool(settings.get("tie_word_embeddings", False)))
+    _check_tensors(directory, files, sources, shape)
+    return files, sources
 
 
 def _read_json(path: Path, directory: Path) -> dict[str, Any]:

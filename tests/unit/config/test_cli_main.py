@@ -162,15 +162,16 @@ def test_train_makes_a_locked_run_directory_and_names_it_last(
     launch = sys.modules["orchestrator.launch"]
     record = launch.train
 
-    def train_and_look(config: Any, path: Path, **options: Any) -> Any:
+    def train_and_look(prepared: Any, path: Path, **options: Any) -> Any:
         states.append(RunDir(path).state())
-        return record(config, path, **options)
+        return record(prepared, path, **options)
 
     vars(launch)["train"] = train_and_look
     assert main(["train", "debug", "--set", "train.seed=4", "--fault", "kill:island-1@round=2"]) == 3
-    ((_, config, path, options),) = calls
-    assert options == {"faults": ["kill:island-1@round=2"], "resume": False, "as_json": False}
-    assert config.train.seed == 4
+    ((_, prepared, path, options),) = calls
+    assert options == {"resume": False, "as_json": False}
+    assert [str(fault) for fault in prepared.faults] == ["kill:island-1@round=2"]
+    assert prepared.config.train.seed == 4
     assert path.parent == Path("runs")
     assert path.name.startswith("debug-")
     assert states == ["running"]
@@ -197,7 +198,8 @@ def test_resume_takes_the_configuration_of_the_run(
     calls = backend("orchestrator.launch", train=0)
     run_dir = run_with_a_config(tmp_path / "mine")
     assert main(["train", "--resume", str(run_dir.path), "--set", "run.snapshot_every_s=1"]) == 0
-    assert (calls[0][1].run.snapshot_every_s, calls[0][1].run.name, calls[0][3]["resume"]) == (1.0, "debug", True)
+    config = calls[0][1].config
+    assert (config.run.snapshot_every_s, config.run.name, calls[0][3]["resume"]) == (1.0, "debug", True)
     capsys.readouterr()
     assert main(["train", "--resume", str(run_dir.path), "--set", "train.lr=1"]) == 2
     assert "train.lr cannot change in the middle of a run" in capsys.readouterr().err
@@ -221,7 +223,9 @@ def test_commands_hand_over_to_their_backends(backend: Callable[..., Calls], tmp
     demo = backend("orchestrator.launch", demo=0)
     assert main(["demo", "--set", "train.seed=1", "--json"]) == 0
     assert main(["demo", "--run-dir", "there"]) == 0
-    assert demo == [("demo", None, ["train.seed=1"], True), ("demo", Path("there"), [], False)]
+    assert [call[1].config.train.seed for call in demo] == [1, 0]
+    assert [str(fault) for fault in demo[0][1].faults] == ["kill:island-1@round=15"]
+    assert (demo[1][2], demo[1][3]) == (Path("there"), {"as_json": False})
     ledger = backend("orchestrator.ledger", ledger_command=5)
     assert main(["ledger", str(path), "--json"]) == 5
     assert ledger == [("ledger_command", path, True)]

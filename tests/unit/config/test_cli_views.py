@@ -108,9 +108,7 @@ def test_the_list_says_what_each_run_came_to(finished_run: Path, capsys: pytest.
     assert capsys.readouterr().err.startswith("no runs in elsewhere; ")
 
 
-@pytest.mark.parametrize(
-    ("code", "hint"), [(0, "next: atoll report"), (1, "why: "), (3, "go on: atoll train --resume")]
-)
+@pytest.mark.parametrize(("code", "hint"), [(0, "report: "), (1, "why: "), (3, "go on: atoll train --resume")])
 def test_a_run_ends_with_what_can_be_done_next(
     code: int, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -238,7 +238,8 @@ class Story:
         life = self.rng.choice(waiting)
         life.settled = True
         life.may_commit.clear()
-        self.records.append(SettleRecord(member=life.name, incarnation=life.incarnation))
+        lost = self.rng.randint(0, len(life.leases) - max(life.marks))
+        self.records.append(SettleRecord(member=life.name, incarnation=life.incarnation, lost=lost))
         for sample in life.leases[min(life.marks) :]:
             self.holder.pop(sample, None)
         for sample in life.leases[max(life.marks) :]:

@@ -71,6 +71,11 @@ def test_it_agrees_with_the_controllers_own_state(seed: int, num_fragments: int)
     assert state.dropped == ledger.dropped
     assert state.partial == ranges.union((span for _, part in ledger.partial for span in part), ())
     assert state.reissued == ledger.num_reissued
+    assert state.lost == ledger.num_lost
+    assert tuple(head.digest for head in state.heads) == ledger.digests
+    assert state.num_params == ledger.num_params
+    losses = [evaluation.val_loss for evaluation in state.evaluations]
+    assert ledger.final_val_loss == (losses[-1] if len(losses) > 1 else None)
     assert state.next_position == story.cursor
 
 

@@ -13,7 +13,7 @@ import pytest
 from journal_histories import SEQ_LEN, Story, chain_rows
 
 from orchestrator.ledger import recompute
-from orchestrator.ledger_view import Verdict, judge
+from orchestrator.ledger_view import Verdict, anchor_digest, judge
 from orchestrator.segments import segment_name
 from workers.records import (
     KINDS,
@@ -42,13 +42,18 @@ def history() -> list[Row]:
 
 ROWS = history()
 LINES = [dump_row(row) for row in ROWS]
+LEDGER = recompute(ROWS)
 SUMMARY = {
     "journal_rows": len(ROWS),
     "journal_hash": ROWS[-1].hash,
     "seq_len": SEQ_LEN,
-    "tokens_committed": recompute(ROWS).tokens(SEQ_LEN)["committed"],
-    "tokens_reissued": recompute(ROWS).tokens(SEQ_LEN)["reissued"],
-    "exchanges_committed": recompute(ROWS).exchanges_committed,
+    "tokens_committed": LEDGER.tokens(SEQ_LEN)["committed"],
+    "tokens_reissued": LEDGER.tokens(SEQ_LEN)["reissued"],
+    "tokens_lost": LEDGER.tokens(SEQ_LEN)["lost"],
+    "exchanges_committed": LEDGER.exchanges_committed,
+    "params": LEDGER.num_params,
+    "anchor_digest": anchor_digest(LEDGER),
+    "final_val_loss": LEDGER.final_val_loss,
 }
 
 
@@ -108,7 +113,7 @@ def test_the_journal_is_sound_before_it_is_changed(tmp_path: Path) -> None:
     for layout in (write_merged, write_segments):
         verdict = check(tmp_path, LINES, layout)
         assert verdict.ok
-        assert [c.agrees for c in verdict.comparisons] == [True] * 4
+        assert [c.agrees for c in verdict.comparisons] == [True] * 8
     assert len(list(tmp_path.glob("journal.*"))) > 2
 
 
@@ -140,10 +145,12 @@ def test_rows_added_behind_the_end_are_noticed_unless_a_controller_wrote_them(tm
     assert "1 rows of a later controller are not compared" in verdict.comparisons[0].note
 
 
-@pytest.mark.parametrize("field", ["tokens_committed", "tokens_reissued", "exchanges_committed"])
-def test_another_sum_in_the_summary_is_noticed(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize("field", [field for field in SUMMARY if not field.startswith(("journal", "seq_len"))])
+def test_another_figure_in_the_summary_is_noticed(tmp_path: Path, field: str) -> None:
     write_merged(tmp_path, LINES)
-    (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, field: SUMMARY[field] + 1}))  # type: ignore[operator]
+    value: Any = SUMMARY[field]
+    other = value + "0" if isinstance(value, str) else 1 if value is None else value + 1
+    (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, field: other}))
     verdict = judge(tmp_path)
     assert [c.field for c in verdict.comparisons if not c.agrees] == [field]
 

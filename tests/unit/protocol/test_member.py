@@ -9,7 +9,7 @@ from mate import Mate, entry, member_id, offer_id
 from workers import member_events as ev
 from workers import messages as msg
 from workers.record_log import GENESIS_CHAIN
-from workers.records import DropRecord, FenceRecord, GenesisRecord, RevokeRecord, Term
+from workers.records import DropRecord, FenceRecord, GenesisRecord, JoinRecord, RevokeRecord, Term
 
 # ---------------------------------------------------------------- what counts
 
@@ -415,3 +415,20 @@ def test_heartbeat_tells_what_the_member_knows_of_the_open_exchange() -> None:
 def test_roster_entries_name_incarnations() -> None:
     ours = entry("island-0", 0, 4, incarnation=2)
     assert ours.offer.member == member_id("island-0", 2) and replace(ours, seq=2).offer != ours.offer
+
+
+def test_a_version_0_that_was_made_here_is_none_before_the_journal_has_it() -> None:
+    """A lease overtook the genesis row (simulator, seed 5414): the member offered on a base that nobody knew."""
+    mate = Mate()
+    mate.record(JoinRecord(member="island-0", incarnation=1, nonce="p", node="n"))
+    mate.tell(msg.Welcome(incarnation=1), incarnation=None)
+    mate.happen(ev.GenesisBuilt(digests=("g",), num_params=1))
+    assert mate.found(msg.GenesisMade)
+    mate.record(GenesisRecord(maker="island-0.1", digests=("g",), num_params=1))
+    late = mate.batch()
+    mate.told = len(mate.rows)
+    mate.tell(msg.LeaseGrant(index=0, ranges=((0, 32),)))
+    assert mate.machine.num_leased() == 32
+    assert not mate.machine.holds_all()
+    mate.happen(ev.Delivered(batch=late))
+    assert mate.machine.holds_all()

@@ -244,6 +244,7 @@ class SyntheticRun:
             grad_norm=0.8,
             tokens_per_s=TOKENS_PER_STEP / seconds,
             step_ms=1000 * seconds,
+            compute_s=seconds,
             mem_peak_bytes=312_000_000,
         )
         return row.t_s, row

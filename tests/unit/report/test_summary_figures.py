@@ -14,14 +14,21 @@ from orchestrator.summary import (
     fault_rows,
     first_joins,
     goodput,
-    phase_seconds,
     tokens_per_s,
 )
 
 
-def step(member: str, t_s: float, speed: float, *, incarnation: int = 1) -> StepRow:
+def step(member: str, t_s: float, speed: float, *, incarnation: int = 1, compute_s: float = 0.0) -> StepRow:
     return StepRow(
-        t_s=t_s, member=member, incarnation=incarnation, step=1, progress=0, loss=1, tokens_per_s=speed, step_ms=100
+        t_s=t_s,
+        member=member,
+        incarnation=incarnation,
+        step=1,
+        progress=0,
+        loss=1,
+        tokens_per_s=speed,
+        step_ms=100,
+        compute_s=compute_s,
     )
 
 
@@ -112,11 +119,6 @@ def test_first_joins_is_the_end_of_the_first_start() -> None:
     assert first_joins(spans) == {"a": 2.0, "b": 3.0}
 
 
-def test_phase_seconds() -> None:
-    spans = [span("a", "compute", 0, 2), span("a", "sync", 2, 3), span("a", "compute", 3, 4), span("b", "dead", 0, 1)]
-    assert phase_seconds(spans, "compute") == {"a": 3.0}
-
-
 def test_fault_rows_count_from_the_fault() -> None:
     early = FaultEvent(t_s=10.2, fault="kill", member="b", injected_s=10.0, detected_s=10.2)
     late = FaultEvent(
@@ -148,19 +150,20 @@ def test_derive_figures_of_a_small_run() -> None:
         span("b", "dead", 6.0, 8.0),
         span("b", "start", 8.0, 10.0, incarnation=2),
         span("b", "compute", 10.0, 12.0, incarnation=2),
-        *(step("a", t, 100.0) for t in (3.0, 4.0, 11.5)),
-        step("b", 4.0, 50.0),
+        *(step("a", t, 100.0, compute_s=3.0) for t in (3.0, 4.0, 11.5)),
+        step("b", 4.0, 50.0, compute_s=4.0),
+        step("b", 11.9, 50.0, compute_s=1.5, incarnation=2),
         FaultEvent(t_s=6, fault="kill", member="b", injected_s=6.0, detected_s=6.1, back_s=10.1, contributed_s=11.0),
     ]
     figures = derive_figures(rows, tokens_committed=1200, end_s=12.0)
     assert figures.tokens_per_s == 120.0
-    assert figures.compute_utilization == (9 + 4 + 2) / 20
+    assert figures.compute_utilization == (9 + 4 + 1.5) / 20
     assert figures.goodput == 1200 / (100 * 10 + 50 * 10)
     assert figures.faults[0].contributed_after_s == 5.0
 
 
 def test_derive_figures_takes_joins_from_the_journal() -> None:
-    rows: list[Row] = [span("a", "compute", 2.0, 4.0), step("a", 4.0, 100.0)]
+    rows: list[Row] = [span("a", "compute", 2.0, 4.0), step("a", 4.0, 100.0, compute_s=2.0)]
     figures = derive_figures(rows, tokens_committed=100, end_s=4.0, joins_s={"a": 0.0})
     assert (figures.compute_utilization, figures.goodput, figures.tokens_per_s) == (0.5, 0.25, 25.0)
 

@@ -1,0 +1,102 @@
+"""Before any process starts: settle what depends on this machine, and find everything wrong that can be found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from faults.plan import PlannedFault, parse_fault
+from orchestrator.build import island_name, num_islands, pack_path, resolve
+from orchestrator.errors import UserError
+from orchestrator.preflight import check_files
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run that can start: its resolved configuration, the folder of its tokens, and the faults to cause."""
+
+    config: RunConfig
+    pack: Path | None
+    faults: tuple[PlannedFault, ...]
+
+
+def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
+    """Resolve and check; imports torch, starts nothing, and writes nothing but the embedded corpus into the cache.
+
+    Raises:
+        ValueError: a setting, file, function or fault of the user's that cannot work; says which, and what would.
+    """
+    check_files(config)
+    config = resolve(config, num_gpus=_num_gpus(config))
+    names = [island_name(i) for i in range(num_islands(config))]
+    for name in config.train.per_island:
+        if name not in names:
+            raise UserError(
+                f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
+            )
+    plan = tuple(parse_fault(fault, names) for fault in faults)
+    _import_from_here()
+    _check_functions(config)
+    _check_devices(config, names)
+    pack = pack_path(config)
+    if pack is not None:
+        _check_model(config, pack)
+    return Prepared(config=config, pack=pack, faults=plan)
+
+
+def _import_from_here() -> None:
+    """Let the user's modules be found in the current folder, as `python -m` does and an installed command does not."""
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _num_gpus(config: RunConfig) -> int:
+    if config.run.islands != "auto" or config.train.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_functions(config: RunConfig) -> None:
+    if config.model.factory is not None:
+        from workers.model.factory import load_factory
+
+        load_factory(config.model.factory)
+    if config.train.loop is not None:
+        from workers.loops import load_loop
+
+        load_loop(config.train.loop)
+
+
+def _check_devices(config: RunConfig, names: Sequence[str]) -> None:
+    """Devices and precisions of the islands; those of a cluster elsewhere are known there only."""
+    if config.run.address is not None:
+        return
+    from workers.device import check_precision, resolve_device
+
+    for index, name in enumerate(names):
+        train = config.train.for_island(name)
+        check_precision(train.precision, resolve_device(train.device, index=index))
+
+
+def _check_model(config: RunConfig, pack: Path) -> None:
+    """The shape of the built-in decoder for this vocabulary, and the weights that it starts from."""
+    from workers.data.reader import PackReader
+    from workers.model.hf import check_hf_folder
+    from workers.model.shape import resolve_shape
+
+    reader = PackReader(pack)
+    _ = reader.tokenizer  # raises where it is not the one that made the tokens
+    if config.model.factory is not None:
+        return
+    shape = resolve_shape(config.model, vocab_size=reader.index.vocab_size, seq_len=reader.index.seq_len)
+    if config.model.init_from is not None:
+        check_hf_folder(Path(config.model.init_from).expanduser(), shape)
