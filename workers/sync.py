@@ -426,8 +426,9 @@ class IslandSync:
         """One that cannot be obeyed yet (or any more: its version was revoked) does not hold up the others."""
         here = [state.n for state in self.machine.fragments]
         if isinstance(order, msg.Evaluate):
-            return all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
-        return isinstance(order, msg.Stop) or order.local or min(here) >= 0
+            known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
+            return known and self.machine.holds_all()
+        return isinstance(order, msg.Stop) or order.local or self.machine.holds_all()
 
     def _next_batch(self) -> Action:
         pending = [state for state in self.machine.fragments if state.pending is not None]

@@ -359,14 +359,17 @@ class Island:
     def _can_obey(self, order: msg.Evaluate | msg.Save | msg.Stop) -> bool:
         here = [state.n for state in self.machine.fragments]
         if isinstance(order, msg.Evaluate):
-            return all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
-        return isinstance(order, msg.Stop) or order.local or min(here) >= 0
+            known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
+            return known and self.machine.holds_all()
+        return isinstance(order, msg.Stop) or order.local or self.machine.holds_all()
 
     def _say_and_go(self, what: str, order: Any) -> None:
         versions = tuple(state.n for state in self.machine.fragments)
-        if what == "evaluated":
+        if min(versions) < 0:
+            pass  # reset in the meantime: it is asked again, or another one
+        elif what == "evaluated":
             self.bodies.append(msg.Evaluated(versions=versions, samples=order, val_loss=1.0))
-        elif min(versions) >= 0:
+        else:
             self.cluster.snapshots.write(self.replica)
             self.bodies.append(msg.Saved(name=order.name, versions=versions, local=order.local))
         self._carry_out(())

@@ -115,16 +115,20 @@ def test_the_successor_starts_from_a_committed_anchor(kill: Kill, story: Story) 
 
 
 def test_survivors_hardly_wait(kill: Kill, story: Story) -> None:
-    """No gap between two steps exceeds twice the median step plus 0.5 s, beyond what undisturbed rounds have."""
+    """No gap between two steps, from before the death until the successor contributes, exceeds 2 x median + 0.5 s.
+
+    What undisturbed rounds of the same run have more than that (evaluations, a machine of two cores) is allowed for.
+    """
     fault = kill.fault
     assert fault.detected_s is not None and fault.contributed_s is not None
     for member in {step.member for step in story.steps} - {kill.member}:
-        times = [step.t_s for step in story.steps if step.member == member]
-        gaps = [(start, end - start) for start, end in itertools.pairwise(times)]
+        mine = [step for step in story.steps if step.member == member]
+        gaps = [(a.t_s, b.t_s - a.t_s) for a, b in itertools.pairwise(mine) if a.incarnation == b.incarnation]
         median = statistics.median(gap for _, gap in gaps)
         first_kill = min(one.fault.detected_s or 0.0 for one in story.kills)
         usual = max(gap for start, gap in gaps[1:] if start + gap < first_kill - 1)
-        inside = [gap for start, gap in gaps if fault.detected_s - 2 <= start < start + gap <= fault.contributed_s]
+        inside = [gap for start, gap in gaps if start + gap >= fault.detected_s - 2 and start <= fault.contributed_s]
+        print(f"{kill.point} {member}: longest {max(inside):.2f} s, median {median:.2f} s, usually {usual:.2f} s")
         assert max(inside) <= 2 * median + 0.5 + (usual - median), f"{member}: {median:.2f} s, usually {usual:.2f} s"
 
 

@@ -6,9 +6,11 @@ from control import BATCH, Control
 
 from orchestrator import events as ev
 from workers import messages as msg
+from workers import ranges
 from workers.records import (
     CommitRecord,
     DropRecord,
+    FaultRecord,
     FenceRecord,
     GenesisRecord,
     JoinRecord,
@@ -422,3 +424,34 @@ def _offer_up_to(control: Control, name: str, samples: int) -> None:
     values |= {"base": head, "seq": head.n + 1}
     control.consumed[name] = since + samples
     control.say(name, msg.Offer(**values))
+
+
+def test_samples_that_some_fragment_has_counted_are_never_issued_again() -> None:
+    control = Control(members=2, fragments=2, exchange={"quorum": 0.3})
+    control.start()
+    control.offer("island-0", 0)
+    control.tick(5.0)
+    control.reduce()
+    control.have("island-0")
+    control.have("island-1")
+    assert [head.version.n for head in control.state.heads] == [1, 0]
+    gone = control.entry("island-0")
+    counted = control.state.offered_ranges(gone.id, 0, control.steps * BATCH)
+    control.die("island-0")
+    assert gone.settled and control.state.partial == counted
+    assert not ranges.intersect(control.state.free, counted)
+    control.join("island-0")
+    control.ready("island-0")
+    assert not ranges.intersect(control.entry("island-0").leases, counted)
+
+
+def test_when_no_living_member_holds_the_model_the_newest_snapshot_is_loaded() -> None:
+    control = Control(members=2)
+    control.start()
+    for name in ("island-0", "island-1"):
+        control.die(name)
+        control.join(name)
+        control.hello(name)
+    control.tick(4.0)
+    assert control.told("island-0", msg.Restore) and control.told("island-1", msg.Restore)
+    assert "state_lost" in [record.fault for record in control.records(FaultRecord)]  # type: ignore[attr-defined]

@@ -204,6 +204,7 @@ def test_owner_lost_while_reducing() -> None:
     open_ = control.open()
     assert open_.attempt == 2 and "island-1" not in {owner.name for owner in open_.owners}
     assert 0 in open_.reduced, "the roster is the same: what others made stays"
+    assert [owner.name for owner in open_.owners] == ["island-0", "island-0", "island-2"], "nobody else changes places"
 
 
 def test_owner_without_progress_loses_its_parts() -> None:

@@ -1,0 +1,79 @@
+"""Every rule of the protocol is one small function; take any of them out, and some trace comes out wrong."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import test_coordinator
+import test_exchange
+import test_member
+import test_revocation
+
+from orchestrator import exchange_rules
+from workers import member_rules
+from workers.messages import ExchangeId
+from workers.records import Term
+
+Rule = Callable[..., object]
+
+WITHOUT: dict[str, Rule] = {
+    "orchestrator.exchange_rules.offer_problem": lambda offer, member, head: None,
+    "orchestrator.exchange_rules.expected_members": lambda open_, fleet: list(fleet.members.values()),
+    "orchestrator.exchange_rules.offers_needed": lambda config, num_expected: 1,
+    "orchestrator.exchange_rules.close_reason": lambda open_, fleet, config, now: "at once",
+    "orchestrator.exchange_rules.staleness_factor": lambda staleness: 1.0,
+    "orchestrator.exchange_rules.eligible_weight": lambda fleet, roster: float(sum(offer.weight for offer in roster)),
+    "orchestrator.exchange_rules.coefficients": lambda offers, fleet: [1 / len(offers)] * len(offers),
+    "orchestrator.exchange_rules.deal_chunks": lambda num_chunks, owners: (min(owners),) * num_chunks,
+    "orchestrator.exchange_rules.redeal_chunks": lambda owners, lost, left: (min(left),) * len(owners),
+    "orchestrator.exchange_rules.copies_needed": lambda config, fleet: (1, 1),
+    "orchestrator.exchange_rules.enough_copies": lambda holders, config, fleet: bool(list(holders)),
+    "orchestrator.exchange_rules.is_current": lambda open_, exchange, attempt: open_ is not None,
+    "orchestrator.exchange_rules.parts_after_roster_change": dict,
+    "orchestrator.exchange_rules.make_exchange_id": lambda term, serial: ExchangeId(
+        term=Term(lineage=0, number=0, controller=""), serial=serial
+    ),
+    "workers.member_rules.included": lambda record, offer: True,
+    "workers.member_rules.obeys": lambda mine, theirs: True,
+    "workers.member_rules.supersedes": lambda new, old: True,
+    "workers.member_rules.lacks_version": lambda state, log, fragment, version: False,
+    "orchestrator.lifecycle.may_speak": lambda entry, nonce: entry is not None,
+    "orchestrator.lifecycle.ended_members": lambda state, roll: [],
+    "orchestrator.lifecycle.may_settle": lambda member, exchanges: True,
+    "orchestrator.lifecycle.state_is_lost": lambda processes, num_fragments, *, all_live: False,
+    "orchestrator.lifecycle.outlived": lambda successor, asked_s: True,
+    "orchestrator.desk.may_tell": lambda decided, flushed: True,
+    "orchestrator.run_state.first_returned": lambda watermarks: min(watermarks, default=0),
+}
+ELSEWHERE = {"workers.member_rules.residual_after"}  # acts on tensors: C8 in tests/sim/
+
+
+def traces() -> Iterator[Callable[[], None]]:
+    for module in (test_exchange, test_coordinator, test_member, test_revocation):
+        for name, function in vars(module).items():
+            if name.startswith("test_") and not inspect.signature(function).parameters:
+                yield function
+
+
+def functions_of(module: ModuleType) -> set[str]:
+    own = inspect.getmembers(module, inspect.isfunction)
+    return {f"{module.__name__}.{name}" for name, function in own if function.__module__ == module.__name__}
+
+
+def test_no_rule_is_forgotten() -> None:
+    assert functions_of(exchange_rules) | functions_of(member_rules) <= WITHOUT.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("target", WITHOUT)
+def test_a_rule_that_is_taken_out_is_missed(target: str) -> None:
+    with mock.patch(target, WITHOUT[target]):
+        for trace in traces():
+            try:
+                trace()
+            except Exception:  # whatever goes wrong without the rule
+                return
+    pytest.fail(f"{target} can be taken out unnoticed")
