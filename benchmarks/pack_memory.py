@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to put input and pack (default: a temporary one)"
     )
+    parser.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     parser.add_argument("--measure", nargs=2, type=Path, metavar=("INPUT", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -45,6 +46,11 @@ def main() -> int:
         measured = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
     result = {"input_mb": options.megabytes, "tokenizer": options.tokenizer, "limit_mb": options.limit_mb} | measured
     print(json.dumps(result))
+    if options.keep:
+        sys.path.insert(0, str(ROOT))
+        from benchmarks.common import keep
+
+        keep("pack_memory", result)
     return int(measured["peak_above_start_mb"] > options.limit_mb)
 
 

@@ -13,8 +13,8 @@ from benchmarks.common import ROOT
 BENCHMARKS = {
     "overhead": ["-m", "benchmarks.overhead"],
     "memory": ["-m", "benchmarks.memory"],
-    "pack": ["-m", "benchmarks.pack_memory"],
-    "transport": ["-m", "benchmarks.transport"],
+    "pack": ["-m", "benchmarks.pack_memory", "--keep"],
+    "transport": ["-m", "benchmarks.transport", "--keep"],
     "codecs": ["-m", "benchmarks.codecs"],
 }
 

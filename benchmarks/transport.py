@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each measurement")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--at-least", type=float, default=0.0, metavar="MB/S", help="fail below this median")
+    parser.add_argument("--keep", action="store_true", help="keep the result in benchmarks/results")
     parser.add_argument("--json", action="store_true", help="print one JSON object only")
     parser.add_argument("--serve", metavar="TOKEN", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -80,6 +81,10 @@ def main() -> int:
         "mib": options.mib,
         "rows": rows,
     }
+    if options.keep:
+        from benchmarks.common import keep
+
+        keep("transport", result)
     if options.json:
         print(json.dumps(result))
     else:

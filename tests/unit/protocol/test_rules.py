@@ -46,6 +46,7 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.lifecycle.may_settle": lambda member, exchanges: True,
     "orchestrator.lifecycle.state_is_lost": lambda processes, num_fragments, *, all_live: False,
     "orchestrator.lifecycle.outlived": lambda successor, asked_s: True,
+    "orchestrator.revocation.all_promise": lambda question, processes: True,
     "orchestrator.desk.may_tell": lambda decided, flushed: True,
     "orchestrator.run_state.first_returned": lambda watermarks: min(watermarks, default=0),
 }
