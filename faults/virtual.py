@@ -120,16 +120,26 @@ class VirtualNetwork:
             action(*args)
 
 
-class Numbered(Protocol):
-    """A row of a journal: it knows its number."""
+class Linked(Protocol):
+    """A row of a journal: it knows its number, and which row it follows."""
 
     @property
     def seq(self) -> int:
         """Number of the row in the whole journal."""
         ...
 
+    @property
+    def prev(self) -> str:
+        """Hash of the row before it."""
+        ...
 
-R = TypeVar("R", bound=Numbered)
+    @property
+    def hash(self) -> str:
+        """Hash of this row."""
+        ...
+
+
+R = TypeVar("R", bound=Linked)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -159,12 +169,17 @@ class VirtualDisk(Generic[R]):
         return self.segments[-1].number if self.segments else 0
 
     def history(self, *, before: int) -> list[R]:
-        """What the segments older than `before` say: each ends where the next one that was begun continues it."""
-        rows: list[R] = []
-        for segment in self.segments:
-            if segment.number < before and segment.rows:
-                del rows[segment.rows[0].seq :]
-                rows += segment.rows
+        """What the segments older than `before` say: from the newest that was begun back, by the rows' hashes.
+
+        A controller that was overtaken may have begun its segment after its successor had read: nothing continues it.
+        """
+        begun = [segment for segment in self.segments if segment.number < before and segment.rows]
+        rows = list(begun.pop().rows) if begun else []
+        while rows and rows[0].seq:
+            older = begun.pop().rows
+            at = rows[0].seq - 1 - older[0].seq
+            if 0 <= at < len(older) and older[at].hash == rows[0].prev:
+                rows[:0] = older[: at + 1]
         return rows
 
     def write(self, segment: Segment[R], rows: Sequence[R]) -> None:
