@@ -361,7 +361,9 @@ class Island:
         if isinstance(order, msg.Evaluate):
             known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
             return known and self.machine.holds_all()
-        return isinstance(order, msg.Stop) or order.local or self.machine.holds_all()
+        if isinstance(order, msg.Stop) or order.local:
+            return True
+        return min(here) >= 0 and self.machine.log.genesis is not None  # the last act of a fenced one, too
 
     def _say_and_go(self, what: str, order: Any) -> None:
         versions = tuple(state.n for state in self.machine.fragments)
