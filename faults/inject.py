@@ -61,6 +61,17 @@ def read_marks(run_dir: Path, suffix: str = "fired") -> dict[str, dict[str, Any]
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
+def read_anchors(run_dir: Path) -> dict[str, list[tuple[int, int, str]]]:
+    """By `member-incarnation`: (fragment, version, digest) of the anchors in its memory at each of its offers."""
+    return {
+        path.stem: [
+            (int(fragment), int(n), digest)
+            for fragment, n, digest in (line.split() for line in path.read_text().splitlines())
+        ]
+        for path in sorted(faults_dir(run_dir).glob("*.anchors"))
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Injection:
     """What is done to each island of a run; every step takes `pace_s` seconds longer until `hurry`."""
@@ -83,7 +94,8 @@ class Tap:
     """Watches what goes in and out of one island, and kills its process at the armed points.
 
     It also notes how far an incarnation's parameters are from the anchor when it is given its first samples, in the
-    mark `<member>-<incarnation>.start`: `displacement` (the largest absolute difference), `version`, and `pid`.
+    mark `<member>-<incarnation>.start`: `displacement` (the largest absolute difference), `version`, and `pid`; and
+    with each offer the digest of the anchor that is in the island's memory then (`read_anchors`).
     """
 
     def __init__(self, context: IslandContext) -> None:
@@ -98,6 +110,7 @@ class Tap:
             match body:
                 case Offer():
                     self._version = body.base.n
+                    self._note_anchors()
                     self._at("before_offer")
                 case Reduced():
                     self._at("reducing")
@@ -157,6 +170,16 @@ class Tap:
         self._folder.mkdir(exist_ok=True)
         note = {"displacement": max(distances), "version": min(versions), "pid": os.getpid()}
         (self._folder / f"{self._name}-{self._incarnation}.start").write_text(json.dumps(note))
+
+    def _note_anchors(self) -> None:
+        """Hash the anchors anew: not what the island remembers, but what lies in its memory."""
+        replica = self._store.replica if isinstance(self._store, MemberStore) else None
+        if replica is None:
+            return
+        self._folder.mkdir(exist_ok=True)
+        with replica.lock, (self._folder / f"{self._name}-{self._incarnation}.anchors").open("a") as file:
+            for fragment, part in enumerate(replica.parts):
+                file.write(f"{fragment} {part.n} {replica.digest(fragment)}\n")
 
 
 class _TappedTransport:

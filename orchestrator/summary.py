@@ -86,7 +86,10 @@ class Summary(BaseModel):
     bytes_sent: int = Field(0, ge=0, description="Payload bytes sent by all members.")
     control_bytes_sent: int = Field(0, ge=0, description="Bytes of control messages sent by members and controller.")
     bytes_sent_per_param_per_round: float = Field(
-        0.0, ge=0, description="Payload bytes that one member sent per parameter in one round."
+        0.0,
+        ge=0,
+        description="All payload bytes (pieces, results, and states fetched by joiners and late ones) per parameter, "
+        "committed contribution and round: in a long run without faults what an exchange alone costs a member.",
     )
     tokens_per_s: float = Field(0.0, ge=0, description="Committed tokens per second, from the first join to the end.")
     compute_utilization: float = Field(

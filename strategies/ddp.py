@@ -10,6 +10,7 @@ from typing import Protocol
 
 from strategies.codecs.base import Codec
 from strategies.config import CodecConfig, StrategyConfig
+from strategies.errors import SettingError
 from strategies.outer import OuterAdamW
 from strategies.strategy import Strategy
 
@@ -58,18 +59,18 @@ def build_ddp(
 ) -> Strategy:
     """Return data parallel; `inner_steps` and the `outer` settings do not apply to it.
 
-    Raises ValueError for settings it would have to ignore to the user's harm: another optimizer, several fragments
+    Raises SettingError for settings it would have to ignore to the user's harm: another optimizer, several fragments
     (clipping is by the norm of the whole gradient), a synchronous warm-up.
     """
     if train.optimizer != "adamw":
-        raise ValueError(f"train.optimizer = {train.optimizer!r}: strategy 'ddp' steps with AdamW; set it to 'adamw'")
+        raise SettingError(f"train.optimizer = {train.optimizer!r}: strategy 'ddp' steps with AdamW; set it to 'adamw'")
     if config.num_fragments != 1:
-        raise ValueError(
+        raise SettingError(
             f"strategy.num_fragments = {config.num_fragments}: strategy 'ddp' clips by the norm of the whole gradient; "
             "set it to 1"
         )
     if config.warmup_sync > 0:
-        raise ValueError(
+        raise SettingError(
             f"strategy.warmup_sync = {config.warmup_sync}: strategy 'ddp' is synchronous throughout; set it to 0"
         )
     outer = OuterAdamW(

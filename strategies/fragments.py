@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from strategies.errors import SettingError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -132,7 +134,7 @@ def plan_fragments(
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"tensor names must be unique; given more than once: {', '.join(twice)}")
     if num_fragments < 1:
-        raise ValueError(f"strategy.num_fragments = {num_fragments}; it must be at least 1")
+        raise SettingError(f"strategy.num_fragments = {num_fragments}; it must be at least 1")
     members: list[list[TensorSpec]] = [[] for _ in range(num_fragments)]
     for tensor, fragment in zip(tensors, _fragment_of_each(names, num_fragments, pattern), strict=True):
         members[fragment].append(tensor)
@@ -154,7 +156,7 @@ def _fragment_of_each(names: Sequence[str], num_fragments: int, pattern: Pattern
         keys = [name.rpartition(".")[0] or name for name in names]
     layers = {key: number for number, key in enumerate(dict.fromkeys(key for key in keys if key))}
     if len(layers) < num_fragments:
-        raise ValueError(
+        raise SettingError(
             f"strategy.num_fragments = {num_fragments}, but the model has {len(layers)} layers and a fragment holds "
             f"whole layers: set it to {max(len(layers), 1)} or less"
         )

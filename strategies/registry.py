@@ -20,6 +20,7 @@ from strategies.codecs.topk import TopK
 from strategies.config import CodecConfig, StrategyConfig
 from strategies.ddp import InnerSettings, build_ddp
 from strategies.diloco import build_diloco
+from strategies.errors import SettingError
 from strategies.strategy import Strategy
 
 # Name -> (block, backend, key) -> codec.
@@ -122,5 +123,5 @@ def warm_up(codec: Codec) -> None:
 
 def _lookup(key: str, name: str, known: Mapping[str, T]) -> T:
     if name not in known:
-        raise ValueError(f"{key} = {name!r} is not known; known are {', '.join(sorted(known))}")
+        raise SettingError(f"{key} = {name!r} is not known; known are {', '.join(sorted(known))}")
     return known[name]

@@ -6,14 +6,16 @@ counted from 1, so one fragment is sent after step H, 2H, ... as in DiLoCo.
 
 from __future__ import annotations
 
+from strategies.errors import SettingError
+
 
 def check_divides(inner_steps: int, num_fragments: int) -> None:
-    """Raise ValueError unless all fragments can have the period `inner_steps` at even distances.
+    """Raise SettingError unless all fragments can have the period `inner_steps` at even distances.
 
     An interval of floor(H / P) would have the period P floor(H / P) instead of H, unnoticed.
     """
     if inner_steps > 1 and inner_steps % num_fragments:
-        raise ValueError(
+        raise SettingError(
             f"strategy.inner_steps = {inner_steps} is not a multiple of strategy.num_fragments = {num_fragments}: "
             f"set it to {max(inner_steps // num_fragments, 1) * num_fragments} or another multiple"
         )

@@ -9,6 +9,7 @@ from typing import Literal
 from strategies.codecs.base import Codec
 from strategies.codecs.int4 import Int4
 from strategies.codecs.int8 import Int8
+from strategies.errors import SettingError
 from strategies.fragments import Pattern
 from strategies.outer import Average, OuterStep
 
@@ -80,7 +81,7 @@ def with_warmup_sync(strategy: Strategy, share: float) -> Strategy:
     if share == 0.0:
         return strategy
     if strategy.contribution != "displacement":
-        raise ValueError(
+        raise SettingError(
             f"strategy.warmup_sync = {share}: strategy {strategy.name!r} is synchronous throughout; remove the key"
         )
     average = Average(num_states=strategy.num_states)

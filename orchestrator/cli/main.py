@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except ValueError as error:
+        if type(error) is ValueError:
+            raise  # checks of what the user gave have types of their own: this is a mistake of Atoll's, shown whole
         return _report(error, show_traceback="--traceback" in arguments)
     except OSError as error:
         if error.filename is None:

@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Literal
 
+from strategies.errors import SettingError
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -23,14 +25,14 @@ Kernels = Literal["numba_dense", "numba_sparse"]
 def resolve_backend(choice: BackendChoice) -> tuple[Backend, str | None]:
     """Return the implementation that `codec.backend` means on this machine, and a warning if it is the slower one.
 
-    Raises ValueError when numba is asked for by name and not installed.
+    Raises SettingError when numba is asked for by name and not installed.
     """
     if choice == "torch":
         return "torch", None
     if importlib.util.find_spec("numba") is not None:
         return "numba", None
     if choice == "numba":
-        raise ValueError(
+        raise SettingError(
             f"codec.backend = 'numba', but numba is not installed; {REMEDY}, or set codec.backend = 'auto'"
         )
     return "torch", f"numba is not installed: codecs run in their torch form, several times slower; {REMEDY}"
@@ -52,12 +54,12 @@ def use_cache_dir(path: str) -> None:
 def load_kernels(name: Kernels) -> ModuleType:
     """Import a file of compiled codecs; each kernel is compiled, or read from numba's cache, at its first call.
 
-    Raises ValueError when numba is installed but cannot be imported, for example beside an unsupported numpy.
+    Raises SettingError when numba is installed but cannot be imported, for example beside an unsupported numpy.
     """
     try:
         return importlib.import_module(f"strategies.codecs.{name}")
     except ImportError as error:
-        raise ValueError(
+        raise SettingError(
             f"codec.backend = 'numba', but numba cannot be imported ({error}); reinstall it ({REMEDY}) "
             "or set codec.backend = 'torch'"
         ) from error

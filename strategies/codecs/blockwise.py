@@ -32,6 +32,7 @@ from strategies.codecs.base import (
     output_for,
 )
 from strategies.elementwise import scalar_like, values_per_pass
+from strategies.errors import SettingError
 from strategies.norm import ROW_VALUES
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Blockwise:
     def __post_init__(self) -> None:
         """Check the block size, and that the backend is there."""
         if not 1 <= self.block <= MAX_BLOCK:
-            raise ValueError(f"codec.block = {self.block}; it must lie between 1 and {MAX_BLOCK}")
+            raise SettingError(f"codec.block = {self.block}; it must lie between 1 and {MAX_BLOCK}")
         if self.backend == "numba":
             load_kernels(self.kernels)
 

@@ -39,6 +39,7 @@ from strategies.codecs.base import (
 )
 from strategies.codecs.blockwise import as_array
 from strategies.elementwise import values_per_pass
+from strategies.errors import SettingError
 from strategies.norm import ROW_VALUES, halving_sum
 
 VALUES_PER_KEPT = 64
@@ -89,7 +90,7 @@ class TopK:
     def __post_init__(self) -> None:
         """Check the block size, and that the backend is there."""
         if not 0 < self.block <= 1 << INDEX_BITS or self.block % VALUES_PER_KEPT:
-            raise ValueError(
+            raise SettingError(
                 f"codec.block = {self.block}: codec 'topk' needs a multiple of {VALUES_PER_KEPT} up to "
                 f"{1 << INDEX_BITS}"
             )

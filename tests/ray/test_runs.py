@@ -19,7 +19,7 @@ from typing import Any, get_args
 import pytest
 import ray
 
-from faults.inject import Point, read_marks
+from faults.inject import Point, read_anchors, read_marks
 from orchestrator.ledger import ledger_command
 from orchestrator.local import LocalRun
 from orchestrator.metrics import StepRow
@@ -28,7 +28,16 @@ from orchestrator.summary import Summary, load_summary
 from tests.ray.command import Command
 from tests.ray.live_run import Kill, LiveRun
 from tests.small_run import TOML, small_config
-from workers.records import CommitRecord, FaultRecord, FenceRecord, MemberId, Record, StopRecord, TermRecord
+from workers.records import (
+    CommitRecord,
+    FaultRecord,
+    FenceRecord,
+    GenesisRecord,
+    MemberId,
+    Record,
+    StopRecord,
+    TermRecord,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -54,6 +63,7 @@ class Story:
     records: list[Record]
     steps: list[StepRow]
     starts: dict[str, dict[str, Any]]
+    anchors: dict[str, list[tuple[int, int, str]]]
     members: dict[str, MemberId]  # when the controller and island-0 were killed
     summary: Summary
 
@@ -80,6 +90,7 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
         records=run.records(),
         steps=run.steps(),
         starts=read_marks(run.run_dir, "start"),
+        anchors=read_anchors(run.run_dir),
         members=members,
         summary=summary,
     )
@@ -112,6 +123,20 @@ def test_the_successor_starts_from_a_committed_anchor(kill: Kill, story: Story) 
     assert note["version"] >= kill.mark["version"]
     entries = [e for r in commits(story) for e in r.roster if e.offer.member == successor]
     assert entries[0].since == 0
+
+
+def test_everybody_holds_the_anchors_that_were_sealed(story: Story) -> None:
+    """What lies in the memory of each process at its offers, hashed anew, against the journal."""
+    sealed = {(record.fragment, record.n): record.digest for record in commits(story)}
+    (genesis,) = (record for record in story.records if isinstance(record, GenesisRecord))
+    sealed |= {(fragment, 0): digest for fragment, digest in enumerate(genesis.digests)}
+    for process, held in story.anchors.items():
+        for fragment, n, digest in held:
+            assert digest == sealed[fragment, n], f"{process} holds another anchor {fragment}.{n}"
+    lives = {str(e.offer.member).replace(".", "-") for record in commits(story) for e in record.roster}
+    assert lives <= set(story.anchors)
+    holders = [sum((f, n, d) in held for held in story.anchors.values()) for (f, n), d in sealed.items()]
+    assert max(holders) >= 3 and sum(num >= 2 for num in holders) > len(holders) / 2
 
 
 def test_survivors_hardly_wait(kill: Kill, story: Story) -> None:

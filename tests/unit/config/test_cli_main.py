@@ -17,6 +17,7 @@ from orchestrator.cli.lazy import LazyCommand
 from orchestrator.cli.main import COMMANDS, cli, main
 from orchestrator.errors import ClusterUnreachable, UserError, VerificationFailed
 from orchestrator.rundir import RunDir, create_run_dir
+from strategies.errors import SettingError
 
 Calls = list[tuple[Any, ...]]
 ANSWER_LIMIT_S = 0.5
@@ -244,7 +245,7 @@ def test_commands_hand_over_to_their_backends(backend: Callable[..., Calls], tmp
         (UserError("bad", place="here", remedy="that"), 2, "error: bad\n  place: here\n  try:   that\n"),
         (ClusterUnreachable("no answer"), 4, "error: no answer\n"),
         (VerificationFailed("row 7"), 5, "error: row 7\n"),
-        (ValueError("of a lower layer"), 2, "error: of a lower layer\n"),
+        (SettingError("of a lower layer"), 2, "error: of a lower layer\n"),
         (PermissionError(13, "Permission denied", "/root/x"), 2, "error: Permission denied: /root/x\n"),
         (KeyboardInterrupt(), 130, "\n"),
     ],
@@ -263,6 +264,13 @@ def test_errors_become_messages_and_exit_codes(
     capsys.readouterr()
     assert main(["ledger", str(path)]) == code
     assert capsys.readouterr().err == message
+
+
+def test_a_mistake_of_atolls_own_is_shown_whole(backend: Callable[..., Calls], tmp_path: Path) -> None:
+    path = run_with_a_config(tmp_path / "mine").path
+    backend("orchestrator.ledger", ledger_command=ValueError("not enough values to unpack"))
+    with pytest.raises(ValueError, match="not enough values"):
+        main(["ledger", str(path)])
 
 
 def test_traceback_on_request(
