@@ -1,7 +1,7 @@
-"""The two Ray actors: thin shells that move messages between processes and decide nothing.
+"""The controller as a Ray actor: a thin shell that moves messages between processes and decides nothing.
 
-`ControllerActor` is detached and named; it owns a `Host` and turns Ray calls into events. `IslandActor` trains on a
-thread of its own while it answers control calls. Neither depends on its creator's life: a driver may die.
+It is detached and named, owns a `Host` and turns Ray calls into events. Like the islands (`IslandActor`) it does not
+depend on its creator's life: a driver may die.
 """
 
 from __future__ import annotations
@@ -11,178 +11,40 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faults.plan import PlannedFault, due
-from orchestrator.build import island_name, island_spec, run_plan
+from orchestrator import places
+from orchestrator.build import island_index, island_spec, run_plan
 from orchestrator.config import RunConfig
-from orchestrator.events import FaultInjected, ProcessDied, StopRequested
+from orchestrator.events import FaultInjected, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
+from orchestrator.island_actor import ContextWrapper, IslandActor, log_to
+from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, answering, find_islands, island_actor_name, worker_nodes
 from orchestrator.summary import save_summary
-from workers.context import IslandContext, IslandSpec, enter
 from workers.messages import Batch, Envelope
 from workers.records import FaultRecord
 
-NAMESPACE = "atoll"
-WORKER_RESOURCE = "atoll_worker"
 TICK_S = 0.1
+LOOK_S = 1.0
 WATCH_S = 60.0
 GOODBYE_S = 10.0
 LINGER_S = 300.0
 # Errors of the user's settings or loop: a replacement would end the same way.
 HOPELESS = ("DataError", "LoopError", "ModelError")
 
-# What a fault injector puts around an island: the context comes out with its calls wrapped. None in production.
-ContextWrapper = Callable[[IslandContext], IslandContext]
-
 log = logging.getLogger("atoll.controller")
-island_log = logging.getLogger("atoll.island")
-
-
-def controller_name(run_id: str) -> str:
-    """Name of a run's controller in the namespace `atoll`."""
-    return f"controller/{run_id}"
-
-
-def island_actor_name(run_id: str, name: str, nonce: str) -> str:
-    """Name of an island's process: found again after the controller was restarted."""
-    return f"island/{run_id}/{name}/{nonce}"
-
-
-def find_islands(run_id: str) -> list[tuple[str, str]]:
-    """`(name, nonce)` of every process of a run's islands that Ray knows, in no order."""
-    prefix = f"island/{run_id}/"
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-    return [(name.split("/")[-2], name.split("/")[-1]) for name in names if name.startswith(prefix)]
-
-
-def end_processes(run_id: str) -> None:
-    """Kill the controller and then the islands of a run that are left; they outlive whoever started them."""
-    _kill(controller_name(run_id))
-    for name, nonce in find_islands(run_id):
-        _kill(island_actor_name(run_id, name, nonce))
-
-
-def _kill(actor_name: str) -> None:
-    try:
-        ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
-    except ValueError:
-        log.debug("%s is gone already", actor_name)
-
-
-# Batches are delivered on a thread of their own, in order; whoever waits for the end holds a thread while it waits.
-@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1, "watch": 64})
-class IslandActor:
-    """One island's process."""
-
-    def __init__(
-        self, spec: IslandSpec, nonce: str, token: str, log_file: str, wrap: ContextWrapper | None = None
-    ) -> None:
-        """Keeps the arguments; `begin` does the work."""
-        self.spec, self.nonce, self.token, self.log_file, self.wrap = spec, nonce, token, log_file, wrap
-        self.ended = threading.Event()
-        self.failure: BaseException | None = None
-        self.context: IslandContext | None = None
-
-    @ray.method(concurrency_group="control")
-    def begin(self) -> int:
-        """Open the log, serve, and start the training thread; returns the process id. Idempotent."""
-        if self.context is not None:
-            return os.getpid()
-        _log_to(Path(self.log_file))
-        island_log.info("%s is process %d", self.spec.name, os.getpid())
-        with _logged("the island did not start"):
-            self._start()
-        return os.getpid()
-
-    def _start(self) -> None:
-        import torch
-
-        from workers.jobs import MemberStore
-        from workers.memory import keep_heap
-        from workers.transport.flight import FlightTransport
-
-        keep_heap()
-        torch.set_num_threads(self.spec.train.threads)
-        host = ray.util.get_node_ip_address()
-        store = MemberStore()
-        transport = FlightTransport(store, host=host, token=self.token, num_connections=self.spec.connections)
-        transport.start()
-        controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
-        context = IslandContext(
-            spec=self.spec,
-            nonce=self.nonce,
-            node=ray.get_runtime_context().get_node_id(),
-            store=store,
-            transport=transport,
-            post=lambda envelope: _post(controller, envelope),
-            clock=time.monotonic,
-            executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
-        )
-        self.context = self.wrap(context) if self.wrap is not None else context
-        threading.Thread(target=self._train, name="train", daemon=True).start()
-
-    def _train(self) -> None:
-        assert self.context is not None
-        from workers.loops import run_builtin_loop, run_user_loop
-
-        try:
-            with _logged("the island failed"), enter(self.context):
-                if self.spec.train.loop is not None:
-                    run_user_loop(self.context)
-                else:
-                    run_builtin_loop(self.context)
-        finally:
-            self.failure = sys.exc_info()[1]
-            self.ended.set()
-
-    @ray.method(concurrency_group="control")
-    def deliver(self, batch: Batch) -> None:
-        """A batch from the controller."""
-        if self.context is not None and self.context.deliver is not None:
-            self.context.deliver(batch)
-
-    @ray.method(concurrency_group="watch")
-    def wait(self, timeout_s: float) -> str | None:
-        """How training ended: "" or why it failed; None if it has not after `timeout_s`.
-
-        A caller learns of the process's death by this call.
-        """
-        if not self.ended.wait(timeout_s):
-            return None
-        return "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
-
-    @ray.method(concurrency_group="watch")
-    def die(self, signal_number: int) -> None:
-        """Injected fault: this process sends itself a signal."""
-        os.kill(os.getpid(), signal_number)
-
-
-def _post(controller: ActorHandle, envelope: Envelope) -> None:
-    controller.receive.remote(envelope)
-
-
-def _log_to(path: Path) -> None:
-    """Everything this process prints, native code included, goes to the member's log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.close(descriptor)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
@@ -203,12 +65,17 @@ class ControllerActor:
         """Keeps the arguments; `begin` does the work. Runs again after a restart by Ray, with the same arguments."""
         self.run_dir, self.run_id, self.token = Path(run_dir), run_id, token
         self.pack = Path(pack) if pack is not None else None
-        _log_to(self.run_dir / "logs" / "controller.log")
+        log_to(self.run_dir / "logs" / "controller.log")
         self.config = RunConfig.model_validate(config_tables)
         self.faults = list(faults)
         self.resume, self.wrap = resume, wrap
         self.handles: dict[str, ActorHandle] = {}
         self.nonce_of: dict[str, str] = {}
+        self.place_of: dict[str, str] = {}  # island -> node
+        self.unplaced: list[str] = []  # islands that lost their place, and wait for another
+        self.leaving_nodes: set[str] = set()
+        self.begun: set[str] = set()
+        self.looked_s = float("-inf")
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
         self.spoke: set[str] = set()
@@ -245,7 +112,7 @@ class ControllerActor:
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 self._forget_injected()
                 self._find_islands()
-            else:
+            elif not self.config.run.elastic:
                 for name in self.host.plan.islands:
                     self._spawn(name, "start")
         self._task(self._pulse())
@@ -264,7 +131,8 @@ class ControllerActor:
         found: dict[str, list[str]] = {}
         for name, nonce in find_islands(self.run_id):
             found.setdefault(name, []).append(nonce)
-        for name in self.host.plan.islands:
+        expected = () if self.config.run.elastic else self.host.plan.islands
+        for name in {*expected, *found, *self.host.coordinator.state.current}:
             newest = max(found.get(name, []), default=None)
             for nonce in found.get(name, ()):
                 handle = ray.get_actor(island_actor_name(self.run_id, name, nonce), namespace=NAMESPACE)
@@ -288,6 +156,31 @@ class ControllerActor:
                 self.host.tick()
                 self._inject()
                 self._conclude_if_over()
+            if self.config.run.elastic and time.monotonic() - self.looked_s >= LOOK_S:
+                self.looked_s = time.monotonic()
+                await self._look()
+
+    async def _look(self) -> None:
+        """Islands for machines that have come; those whose machine is gone wait for another one."""
+        in_thread = asyncio.get_running_loop().run_in_executor
+        nodes = await in_thread(None, worker_nodes)
+        free = places.free_places(nodes, self.place_of, self.leaving_nodes)
+        silent = set(free) - await in_thread(None, answering, set(free)) if free else set()
+        with _must_not_fail():
+            if self.concluding or self.host.coordinator.stopping is not None:
+                return
+            if any(name not in self.place_of for name in self.nonce_of):
+                return  # processes found after a restart have not said yet where they are
+            for name in places.displaced(self.place_of, nodes):
+                if name not in self.nonce_of:  # given up: its place is not needed any more
+                    del self.place_of[name]
+                elif self.nonce_of[name] not in self.begun:  # of those that have begun Ray tells when they die
+                    self._spawn(name, "its machine went before it began")
+            there = {node: num for node, num in nodes.items() if node not in silent}
+            for name, node in places.fill(there, self.place_of, self.leaving_nodes, self.unplaced):
+                if name in self.unplaced:
+                    self.unplaced.remove(name)
+                self._spawn(name, f"node {node[:8]} has a place", node=node)
 
     # ------------------------------------------------------------ events
 
@@ -307,6 +200,39 @@ class ControllerActor:
             if self.host.finished is None and self.host.died is None:
                 self.host.handle(StopRequested(save=save))
                 self._conclude_if_over()
+
+    async def leave(self, members: list[str], node: str | None, at_once: bool) -> dict[str, list[str]]:
+        """Let islands go: `members` by name, and all of a node, which gets no new ones. Call until `leaving` is empty.
+
+        They finish their step and hand over what they have; `at_once`: they are killed. Returns `leaving`, the names
+        that are still there, and `unknown`, names that this run never had.
+        """
+        await self.begin()
+        with _must_not_fail():
+            known = {*self.nonce_of, *self.host.coordinator.state.last_incarnation}
+            names = [name for name in members if name in known]
+            if node is not None:
+                self.leaving_nodes.add(node)
+                names += [name for name, place in self.place_of.items() if place == node and name not in names]
+            if self.host.finished is None and self.host.died is None:
+                for name in names:
+                    self._let_leave(name, "its machine leaves" if name not in members else "asked to", at_once)
+                self._conclude_if_over()
+            return {
+                "leaving": sorted(name for name in names if name in self.nonce_of),
+                "unknown": [name for name in members if name not in known],
+            }
+
+    def _let_leave(self, name: str, why: str, at_once: bool) -> None:
+        nonce = self.nonce_of.get(name)
+        if nonce is None:
+            return
+        if name not in self.host.coordinator.state.current:  # it has not joined yet: there is nothing to hand over
+            self._end(name, nonce)
+            return
+        self.host.handle(LeaveRequested(name=name, why=why))
+        if at_once and nonce in self.handles:
+            ray.kill(self.handles[nonce])
 
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
@@ -348,13 +274,29 @@ class ControllerActor:
         if nonce is not None:
             self.handles[nonce].deliver.remote(batch)
 
-    def _spawn(self, name: str, why: str) -> None:
+    def _spawn(self, name: str, why: str, node: str | None = None) -> None:
+        """A new process for an island: on `node`, or where Ray likes; in an elastic run in the next free place."""
         old = self.nonce_of.pop(name, None)
         if old is not None and old in self.handles:
             ray.kill(self.handles.pop(old))
-        index = next(i for i in range(len(self.host.plan.islands)) if island_name(i) == name)
+        if self.config.run.elastic and node is None:
+            self.place_of.pop(name, None)
+            if name not in self.unplaced:
+                self.unplaced.append(name)
+            self.looked_s = float("-inf")
+            log.info("%s needs a place: %s", name, why)
+            return
+        strategy: Any = None
+        if node is not None:
+            self.place_of[name] = node
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         spec = island_spec(
-            self.config, index, run_id=self.run_id, run_dir=self.run_dir, pack=self.pack, resume=self.resume
+            self.config,
+            island_index(name),
+            run_id=self.run_id,
+            run_dir=self.run_dir,
+            pack=self.pack,
+            resume=self.resume,
         )
         nonce = f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}"  # in order of their starts
         life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
@@ -363,6 +305,7 @@ class ControllerActor:
             namespace=NAMESPACE,
             lifetime="detached",
             resources={WORKER_RESOURCE: 1},
+            scheduling_strategy=strategy,
         ).remote(spec, nonce, self.token, str(self.run_dir / "logs" / f"{name}-{life}.log"), self.wrap)
         log.info("starting %s (%s)", name, why)
         self._adopt(name, nonce, handle)
@@ -375,11 +318,14 @@ class ControllerActor:
     async def _watch(self, name: str, nonce: str, handle: ActorHandle) -> None:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
-            await handle.begin.remote()
+            node = await handle.begin.remote()
+            self.begun.add(nonce)
+            if self.nonce_of.get(name) == nonce:
+                self.place_of[name] = node
             why = None
             while why is None:
                 why = await handle.wait.remote(WATCH_S)
-        except (RayActorError, RayTaskError) as error:
+        except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
             why = _reason(error)
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
@@ -395,6 +341,7 @@ class ControllerActor:
         process = nonce.split("+")[0]
         if self.nonce_of.get(name) == process:
             del self.nonce_of[name]
+            self.place_of.pop(name, None)
         handle = self.handles.pop(process, None)
         if handle is not None:
             ray.kill(handle)
@@ -449,19 +396,7 @@ def _must_not_fail() -> Iterator[None]:
             os._exit(1)
 
 
-@contextmanager
-def _logged(what: str) -> Iterator[None]:
-    """Whatever is raised in here is in the member's log, with its traceback, before it goes on."""
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done:
-            island_log.exception(what)
-
-
-def _reason(error: RayActorError | RayTaskError) -> str:
+def _reason(error: RayActorError | RayTaskError | ActorUnschedulableError) -> str:
     """What happened to an island, in one line: the exception that was raised there, or how its process ended."""
     raised = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
     text = str(raised).strip().splitlines()

@@ -26,6 +26,7 @@ class Agenda(Desk):
         self.save_asked: tuple[MemberId, str, float] | None = None
         self.last_save_s = now
         self.final_saved = False
+        self.saved_versions: tuple[int, ...] = ()
         self.stopping: ev.StopRequested | None = None
         self.begun_stop_s = now
         self.local_saved: set[str] = set()
@@ -84,6 +85,7 @@ class Agenda(Desk):
         if self.save_asked and self.save_asked[1] == body.name:
             self.save_asked = None
         self._log(SnapshotRecord(name=body.name, versions=body.versions))
+        self.saved_versions = body.versions
         if body.name == "final" and body.versions == tuple(h.version.n for h in self.state.heads):
             self.final_saved = True
         self._finish_if_done()

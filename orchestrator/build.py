@@ -17,10 +17,17 @@ def island_name(index: int) -> str:
     return f"island-{index}"
 
 
+def island_index(name: str) -> int:
+    """The number in an island's name."""
+    return int(name.rpartition("-")[2])
+
+
 def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
     """Replace what depends on this machine or on the corpus: number of islands, the corpus' digest, codec backend."""
     values: dict[str, object] = {}
-    if config.run.islands == "auto":
+    if config.run.islands == "auto" and config.run.address is not None:
+        values |= {"run.islands": 1, "run.elastic": True}
+    elif config.run.islands == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         values["run.islands"] = num_gpus or max(cores // config.train.threads, 1)
     if config.data.corpus is not None and config.data.digest is None:

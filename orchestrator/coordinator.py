@@ -21,6 +21,7 @@ from orchestrator.run_state import Head
 from workers import messages as msg
 from workers.records import (
     CommitRecord,
+    FenceRecord,
     MemberId,
     Row,
     StopRecord,
@@ -60,6 +61,8 @@ class Coordinator(Lifecycle):
                     self._process_died(name, nonce, why, hopeless=hopeless)
                 case ev.FaultInjected(fault=fault, member=member):
                     self._fault_injected(fault, member)
+                case ev.LeaveRequested(name=name, why=why):
+                    self._leave_requested(name, why)
                 case ev.StopRequested():
                     self._stop_requested(event)
                 case ev.Recovered():
@@ -91,8 +94,13 @@ class Coordinator(Lifecycle):
         for record in done:
             if isinstance(record, CommitRecord):
                 self._after_commit(record)
+            elif isinstance(record, FenceRecord):
+                nonce = self.state.members[MemberId(name=record.member, incarnation=record.incarnation)].nonce
+                self.commands.append(ev.End(name=record.member, nonce=nonce, why=record.why))
             elif isinstance(record, StopRecord):
                 self.ended = True
+                for name in [*self.missing_since, *self.away_since]:
+                    self._end_gap(name)
                 self.commands.append(ev.Finish(reason=record.reason, detail=record.detail))
 
     # ------------------------------------------------------------ messages in
@@ -202,8 +210,11 @@ class Coordinator(Lifecycle):
             self._tell(member, self._peers_now())
         if hello.waiting == "leases" and self.tail:
             self._tell(member, msg.Tail(active=True))
+        if member.name in self.leaving and hello.waiting != "leaving":
+            self._tell(member, msg.Leave())
         self._start_if_ready()
         self._grant()
+        self._let_go()
 
     def _repeat(
         self, member: MemberId, exchange: ex.FragmentExchange, report: msg.FragmentReport | None, had: msg.Hello | None
@@ -248,6 +259,7 @@ class Coordinator(Lifecycle):
                 stepped=process is not None and process.stepped, weight=process.info.weight if process else 0,
                 watermark=entry.watermarks[fragment], leases=entry.leases,
                 blocked=process is not None and process.blocked(fragment, head.n, entry.watermarks[fragment]),
+                leaving=member.name in self.leaving,
             )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
@@ -308,6 +320,7 @@ class Coordinator(Lifecycle):
             self._track(entry.offer.member, "contributed_s")
         self._settle_all()
         self._grant()
+        self._let_go()
         while self.progress() >= self.next_eval - 1e-9 and self.next_eval < 1.0:
             self.next_eval += self.plan.eval_every
             self._ask_evaluation(record.n)
@@ -351,6 +364,7 @@ class Coordinator(Lifecycle):
         if self.state.unsettled:
             self._settle_all()
         self._revocations()
+        self._let_go()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:
             self._ask_evaluation(self.eval_asked[1])
         if self.save_asked and self.now - self.save_asked[2] > self.ask_again_s:

@@ -52,6 +52,14 @@ class FaultInjected:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LeaveRequested:
+    """A member shall leave the run: it hands over what it has, and its process is ended then. Asked for repeatedly."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StopRequested:
     """The user wants the run to stop, resumable; `save` = let members save their local state first."""
 
@@ -68,7 +76,17 @@ class Tick:
     """Time passed."""
 
 
-Event = Received | Flushed | JournalFullNow | ProcessDied | FaultInjected | StopRequested | Recovered | Tick
+Event = (
+    Received
+    | Flushed
+    | JournalFullNow
+    | ProcessDied
+    | FaultInjected
+    | LeaveRequested
+    | StopRequested
+    | Recovered
+    | Tick
+)
 
 # ---------------------------------------------------------------- commands
 

@@ -126,7 +126,7 @@ class FragmentExchange:
         return [ToAll(body=announce), *self.tick(fleet, now)]
 
     def _able(self, fleet: Fleet) -> list[MemberId]:
-        able = [m.id for m in fleet.members.values() if m.ready and not m.suspect]
+        able = rules.able_owners(fleet)
         if self.open is None or self.open.state == "open":
             return able
         return [m for m in able if m in self.open.candidates and m not in self.open.removed_owners]
@@ -311,6 +311,11 @@ class FragmentExchange:
         """Whether `member` is in a fixed roster: its samples may still be committed (C3)."""
         open_ = self.open
         return open_ is not None and open_.state != "open" and any(e.offer.member == member for e in open_.roster)
+
+    def needs(self, member: MemberId) -> bool:
+        """Whether `member` has a share in the open exchange: its offer, or parts that it owns."""
+        open_ = self.open
+        return open_ is not None and (member in open_.offers or member in open_.owners)
 
     def on_gone(self, member: MemberId, fleet: Fleet, now: float) -> list[Effect]:
         """An incarnation was fenced: its open offer leaves, its parts move; a fixed roster keeps it."""

@@ -31,6 +31,7 @@ class MemberView:
     watermark: int
     leases: Sequence[ranges.Range]
     blocked: bool = False
+    leaving: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +143,12 @@ def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list
     if effective > limit:
         raw = [c * limit / effective for c in raw]
     return [float(np.float32(c)) for c in raw]
+
+
+def able_owners(fleet: Fleet) -> list[MemberId]:
+    """Who can own parts; those who are about to leave only where nobody else is there."""
+    able = [m for m in fleet.members.values() if m.ready and not m.suspect]
+    return [m.id for m in able if not m.leaving] or [m.id for m in able]
 
 
 def deal_chunks(num_chunks: int, owners: Sequence[MemberId]) -> tuple[MemberId, ...]:

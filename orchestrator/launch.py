@@ -23,8 +23,8 @@ from strategies.codecs.backends import resolve_backend
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from orchestrator.actors import ContextWrapper
     from orchestrator.config import RunConfig
+    from orchestrator.island_actor import ContextWrapper
     from orchestrator.prepare import Prepared
     from orchestrator.summary import Summary
 
@@ -110,7 +110,7 @@ class RaySession:
             _knock(self.config.run.address)
         import ray
 
-        from orchestrator.actors import NAMESPACE, WORKER_RESOURCE
+        from orchestrator.processes import NAMESPACE, WORKER_RESOURCE
 
         if ray.is_initialized():
             self.connected_before = True
@@ -152,7 +152,7 @@ class RaySession:
 
         try:
             if self.controller is not None:
-                from orchestrator.actors import end_processes
+                from orchestrator.processes import end_processes
 
                 end_processes(self.run_id)
         finally:
@@ -174,7 +174,8 @@ class RaySession:
         """
         import ray
 
-        from orchestrator.actors import NAMESPACE, ControllerActor, controller_name
+        from orchestrator.actors import ControllerActor
+        from orchestrator.processes import NAMESPACE, controller_name
 
         run_id = self.run_id = run_dir.name
         if resume and (alive := _find_controller(run_id)) is not None:
@@ -210,7 +211,7 @@ class RaySession:
 def _find_controller(run_id: str) -> ActorHandle[Any] | None:
     import ray
 
-    from orchestrator.actors import NAMESPACE, controller_name
+    from orchestrator.processes import NAMESPACE, controller_name
 
     try:
         return ray.get_actor(controller_name(run_id), namespace=NAMESPACE)

@@ -9,13 +9,14 @@ from typing import Any
 
 from orchestrator import events as ev
 from orchestrator import exchange as ex
-from orchestrator import leases
+from orchestrator import leases, leaving
 from orchestrator.agenda import Agenda
 from orchestrator.desk import RunPlan
 from orchestrator.membership import Process, Roll, Verdict
 from orchestrator.run_state import Membership, RunState
 from workers import messages as msg
 from workers.records import (
+    LEFT,
     DropRecord,
     FenceRecord,
     GenesisRecord,
@@ -85,6 +86,8 @@ class Lifecycle(Agenda):
         self.early_deaths: dict[str, int] = defaultdict(int)
         self.first_joins: dict[str, float] = {}
         self.missing_since: dict[str, float] = {}
+        self.away_since: dict[str, float] = {}
+        self.leaving: dict[str, str] = {}
         self.injected: list[tuple[float, str, str]] = []
         self.faults: list[ev.FaultTrack] = []
         self.consumed_at_end: dict[MemberId, int] = {}
@@ -132,7 +135,7 @@ class Lifecycle(Agenda):
         self._attach_process(member, envelope.nonce, body.info)
         if incarnation == 1:
             self.first_joins[envelope.name] = self.seconds()
-        self._end_dead_span(envelope.name)
+        self._end_gap(envelope.name)
         self._say(f"{member} joined on {body.info.node}", member=envelope.name)
         self._tell(member, msg.Welcome(incarnation=incarnation))
         if previous is not None:
@@ -237,11 +240,12 @@ class Lifecycle(Agenda):
             return
         ready = {m.name for m, p in self.roll.processes.items() if p.ready()}
         late = self.now - self.begun_s > self.plan.start_timeout_s
-        if ready >= set(self.plan.islands) or (late and ready):
+        expected = set(self.plan.islands) - set(self.leaving) - set(self.away_since)
+        if ready and (ready >= expected or late):
             self.started = True
-            if late and not ready >= set(self.plan.islands):
+            if not ready >= expected:
                 self._say(
-                    f"started without {sorted(set(self.plan.islands) - ready)}: run.start_timeout_s is over",
+                    f"started without {sorted(expected - ready)}: run.start_timeout_s is over",
                     level="warning",
                 )
             self._ask_evaluation(0)
@@ -262,7 +266,7 @@ class Lifecycle(Agenda):
         members = {
             m: (p.info.batch_size, p.consumed)
             for m, p in self.roll.processes.items()
-            if p.ready() and p.status != "suspect"
+            if p.ready() and p.status != "suspect" and m.name not in self.leaving
         }
         plan = self._lease_plan()
         records = leases.grant(self.state, members, plan)
@@ -300,7 +304,14 @@ class Lifecycle(Agenda):
 
     def _log_fence(self, member: MemberId, why: str, *, refused: bool) -> None:
         self._log(FenceRecord(member=member.name, incarnation=member.incarnation, why=why, refused=refused))
-        self._say(f"{member} is fenced: {why}", member=member.name, level="warning")
+        left = why == LEFT
+        if left:
+            self.after_flush.append((self._last_seq(), self.rows[-1].record))
+        self._say(
+            f"{member} has left" if left else f"{member} is fenced: {why}",
+            member=member.name,
+            level="info" if left else "warning",
+        )
         process = self.roll.processes.pop(member, None)
         if process is not None:
             trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)
@@ -371,6 +382,11 @@ class Lifecycle(Agenda):
     def _replace(self, name: str, why: str) -> None:
         if self.stopping is not None or self.ended or not self.plan.replace_dead:
             return
+        if name in self.leaving:  # it died on its way out
+            del self.leaving[name]
+            self.missing_since.pop(name, None)
+            self.away_since[name] = self.seconds()
+            return
         self.restarts[name] += 1
         if self.early_deaths[name] >= EARLY_DEATHS and not any(head.version.n for head in self.state.heads):
             self._end("failed", f"{name} failed {self.early_deaths[name]} times before its first step: {why}")
@@ -383,14 +399,53 @@ class Lifecycle(Agenda):
             return
         self.commands.append(ev.Spawn(name=name, why=why))
 
-    def _end_dead_span(self, name: str) -> None:
-        """The member is back (or the run is over): the time since its death goes into the timeline."""
-        since = self.missing_since.pop(name, None)
-        if since is not None:
-            incarnation = self.state.last_incarnation.get(name, 1)
-            self._metric(
-                kind="span", member=name, incarnation=incarnation, phase="dead", start_s=since, end_s=self.seconds()
-            )
+    def _end_gap(self, name: str) -> None:
+        """The member is back (or the run is over): the time since its death, or since it left, is in the timeline."""
+        for phase, began in (("dead", self.missing_since), ("away", self.away_since)):
+            since = began.pop(name, None)
+            if since is not None:
+                incarnation = self.state.last_incarnation.get(name, 1)
+                self._metric(
+                    kind="span", member=name, incarnation=incarnation, phase=phase, start_s=since, end_s=self.seconds()
+                )
+
+    # ------------------------------------------------------------ leaving
+
+    def _leave_requested(self, name: str, why: str) -> None:
+        """It is told with each of its heartbeats until it has gone; asking twice changes nothing."""
+        if self.stopping is not None or self.ended or name in self.leaving or name not in self.state.current:
+            return
+        self.leaving[name] = why
+        self._say(f"{name} is asked to leave: {why}", member=name)
+        self._tell(self.state.current[name], msg.Leave())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Who was asked to leave and has handed over everything goes."""
+        for name in list(self.leaving):
+            member = self.state.current.get(name)
+            process = self.roll.processes.get(member) if member is not None else None
+            if member is None:
+                del self.leaving[name]
+            elif process is not None and self._may_go(process):
+                del self.leaving[name]
+                self.away_since[name] = self.seconds()
+                self._fence(member, LEFT, refused=False)
+
+    def _may_go(self, process: Process) -> bool:
+        heads = [head.version for head in self.state.heads]
+        if not heads:
+            return True  # there is no version 0 yet, and nobody trains
+        if process.ready() and not leaving.has_handed_over(process, self.state.members[process.id], self.exchanges):
+            return False
+        staying = [p for m, p in self.roll.processes.items() if m.name not in self.leaving and p.status != "suspect"]
+        if staying:
+            return leaving.is_held(heads, staying)
+        if self.saved_versions == tuple(head.n for head in heads):
+            return True
+        if self.save_asked is None:  # nobody stays: what they hold is kept on disk
+            self._ask_save(f"v{max(head.n for head in heads)}")
+        return False
 
     def _fault_injected(self, fault: str, member: str) -> None:
         self.injected.append((self.seconds(), fault, member))

@@ -97,7 +97,7 @@ class Process:
         first; an exchange closed without it, and the run had other bits than its twin in one process.)
         """
         report = self.report(fragment)
-        waits = self.hello is not None and self.hello.waiting in ("bound", "exchange")
+        waits = self.hello is not None and self.hello.waiting in ("bound", "exchange", "leaving")
         return waits and report is not None and report.n >= head and self.consumed <= watermark
 
     def report(self, fragment: int) -> FragmentReport | None:

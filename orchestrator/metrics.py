@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self, get_args
 
-Phase = Literal["compute", "sync", "evaluate", "dead", "start"]
+Phase = Literal["compute", "sync", "evaluate", "dead", "start", "away"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 

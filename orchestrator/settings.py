@@ -18,7 +18,13 @@ class RunSection(Section):
         description="Name used in the run directory; without it, the name of the file.",
     )
     islands: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
-        "auto", description="Islands; auto = one per visible GPU, else one per core."
+        "auto",
+        description="Islands; auto = one per visible GPU, else one per core; on a cluster run.elastic = true.",
+    )
+    elastic: bool = Field(
+        False,
+        description="On a cluster: an island in each place, also of machines that join later; it begins with "
+        "run.islands.",
     )
     address: str | None = Field(None, min_length=1, description="Ray cluster to use; none = start a local one.")
     start_timeout_s: float = Field(

@@ -247,6 +247,15 @@ def first_joins(spans: Iterable[SpanRow]) -> dict[str, float]:
     return {member: span.end_s if span.phase == "start" else span.start_s for member, span in earliest.items()}
 
 
+def seconds_there(joins_s: Mapping[str, float], spans: Iterable[SpanRow], *, end_s: float) -> dict[str, float]:
+    """Seconds of each member from its first join to the end, dead time included, without those after it had left."""
+    there = {member: end_s - joined_s for member, joined_s in joins_s.items()}
+    for span in spans:
+        if span.phase == "away" and span.member in there:
+            there[span.member] -= span.end_s - span.start_s
+    return {member: max(0.0, seconds) for member, seconds in there.items()}
+
+
 def fault_rows(events: Iterable[FaultEvent]) -> tuple[FaultRow, ...]:
     """Summary rows of the faults; a fault of unknown moment is counted from its detection and marked estimated."""
     return tuple(_fault_row(event) for event in latest_faults(events))
@@ -306,7 +315,7 @@ def derive_figures(
         elif isinstance(row, FaultEvent):
             events.append(row)
     joins_s = joins_s if joins_s is not None else first_joins(spans)
-    member_s = {member: max(0.0, end_s - joined_s) for member, joined_s in joins_s.items()}
+    member_s = seconds_there(joins_s, spans, end_s=end_s)
     return Figures(
         tokens_per_s=tokens_per_s(tokens_committed, max(member_s.values(), default=0.0)),
         compute_utilization=compute_utilization(compute_s, member_s),

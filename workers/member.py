@@ -18,7 +18,7 @@ from workers.member_exchange import ExchangeSide
 from workers.messages import Offer, Version
 from workers.ranges import Range
 from workers.record_log import GENESIS_CHAIN
-from workers.records import CommitRecord, DropRecord, MemberId, OfferId, Row, Term
+from workers.records import LEFT, CommitRecord, DropRecord, FenceRecord, MemberId, OfferId, Row, Term
 
 __all__ = ["KEEP_RESULTS", "FragmentState", "MemberMachine", "Pending"]
 
@@ -275,6 +275,9 @@ class MemberMachine(ExchangeSide):
             if isinstance(record, DropRecord) and self.incarnation is not None:
                 if (record.member, record.incarnation) == (self.name, self.incarnation):
                     self.dropped_to, self.reset_wanted, self.drop_asked = record.upto, record.why, ""
+            if isinstance(record, FenceRecord) and record.why == LEFT and record.member == self.name:
+                if record.incarnation == self.incarnation:
+                    self._dismiss()
         if self.incarnation is not None and (self.name, self.incarnation) in self.log.fenced:
             self._want_reset("fenced")
         self._confirm_genesis()
@@ -295,6 +298,8 @@ class MemberMachine(ExchangeSide):
         match body:
             case msg.Rejoin():
                 self._want_reset("its nonce was fenced")
+            case msg.Fenced(why=why) if why == LEFT and batch.incarnation == self.incarnation:
+                self._dismiss()
             case msg.Fenced(why=why) if batch.incarnation is None or batch.incarnation == self.incarnation:
                 self._want_reset(why)
             case msg.MakeGenesis() if self.log.genesis is None:
@@ -310,6 +315,9 @@ class MemberMachine(ExchangeSide):
                     self._advance(fragment)
             case msg.Tail(active=active) if self._is_news(body, batch):
                 self.tail = active
+                self.out.append(ev.Wake())
+            case msg.Leave():
+                self.leaving = True
                 self.out.append(ev.Wake())
             case msg.Announce():
                 self._announce(body)
@@ -333,6 +341,12 @@ class MemberMachine(ExchangeSide):
                 self.out.append(ev.Wake())
             case _:
                 pass
+
+    def _dismiss(self) -> None:
+        """It was asked to leave, and everything that it did is committed: the loop ends."""
+        self.dismissed = True
+        self.out.append(ev.Order(body=msg.Stop(save=False)))
+        self.out.append(ev.Wake())
 
     def _make_genesis(self) -> None:
         if self.built is not None:  # the answer was lost

@@ -30,6 +30,7 @@ class MemberCore:
         self.consumed = 0
         self.steps = 0
         self.tail = False
+        self.leaving = self.dismissed = False
         self.told: dict[type, tuple[tuple[int, int], int]] = {}
         self.peers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.reset_wanted = ""
@@ -94,6 +95,8 @@ class MemberCore:
         )  # fmt: skip
 
     def _want_reset(self, why: str) -> None:
+        if self.dismissed:  # it would begin a new incarnation, and is not wanted any more
+            return
         self.reset_wanted, self.dropped_to, self.drop_asked = why, None, ""
         for state in self.fragments:
             state.assign, state.spread, state.have, state.announced = None, None, None, {}

@@ -393,6 +393,11 @@ class Tail:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Leave:
+    """Finish the step, offer what there is, take no more samples; go on with everything else until the process ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stop:
     """Stop training. `save` = finish the step and save the local state first."""
 
@@ -417,6 +422,7 @@ ControllerBody = (
     | Evaluate
     | Save
     | Tail
+    | Leave
     | Stop
 )
 

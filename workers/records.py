@@ -158,6 +158,10 @@ class CommitRecord(Record):
     base_samples: int
 
 
+LEFT = "it left"
+"""Why an incarnation is fenced that was asked to leave and has handed over everything."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettleRecord(Record):
     """The samples of a fenced incarnation got their fates: full, partial, or free again.

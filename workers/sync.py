@@ -375,6 +375,8 @@ class IslandSync:
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
         machine = self.machine
+        if machine.leaving:
+            return True
         if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
             return True
         if machine.waiting == "exchange" and self.executor is None:
@@ -433,6 +435,8 @@ class IslandSync:
         return min(here) >= 0 and self.machine.log.genesis is not None  # the last act of a fenced one, too
 
     def _next_batch(self) -> Action:
+        if self.machine.leaving:
+            return self._wait("leaving")
         pending = [state for state in self.machine.fragments if state.pending is not None]
         if pending and self.replica.strategy.overlap_steps == 0:
             waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())

@@ -20,6 +20,7 @@ WORDS = {
     "evaluate": "evaluating",
     "dead": "dead",
     "start": "starting",
+    "away": "away",
 }
 _DRAW_ORDER = ("compute", "start", "sync", "evaluate", "dead")
 _MOST_COMMITS = 400

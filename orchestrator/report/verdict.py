@@ -67,7 +67,7 @@ def headline(run: RunData) -> Headline:
             faults=told.faults,
             partial=False,
         )
-    member_s = {name: max(0.0, run.end_s - joined_s) for name, joined_s in formulas.first_joins(run.spans).items()}
+    member_s = formulas.seconds_there(formulas.first_joins(run.spans), run.spans, end_s=run.end_s)
     speed = formulas.fault_free_speed(run.speed_points(), run.faults)
     enough = bool(member_s) and run.tokens_committed > 0
     return Headline(

@@ -40,6 +40,7 @@ class Cluster:
         self.controllers: list[Controller] = []
         self.num_controllers = 0
         self.num_spawned = 0
+        self.leaving: set[str] = set()
         self.finished = self.gave_up = False
         self.faulty = scenario.rates is not None
         self.steps = 0
@@ -101,6 +102,27 @@ class Cluster:
     def _end_now(self, island: Island) -> None:
         if island.alive:
             self.kill(island)
+
+    def leave(self, name: str, away_s: float) -> None:
+        """Somebody asks a member to leave, again and again until it has gone; a while later it is started again."""
+        self.leaving.add(name)
+        for island in self.islands[name]:
+            island.doomed = True
+        self._ask_to_leave(name, away_s)
+
+    def _ask_to_leave(self, name: str, away_s: float) -> None:
+        if not any(island.alive for island in self.islands[name]):
+            self.leaving.discard(name)
+            self.counts["left"] += 1
+            self.time.after(away_s, self._come_back, name)
+            return
+        for controller in self.controllers:
+            self.time.after(0.01, controller.handle, ev.LeaveRequested(name=name, why="asked to"))
+        self.time.after(0.5, self._ask_to_leave, name, away_s)
+
+    def _come_back(self, name: str) -> None:
+        if not any(island.alive for island in self.islands[name]):
+            self.spawn(name)
 
     def stopped(self, island: Island) -> None:
         """A process obeys `Stop`: it ends by itself."""

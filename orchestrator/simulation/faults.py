@@ -39,6 +39,7 @@ class Chaos:
             ("lie", rates.lie, self._lie),
             ("corrupt_anchor", rates.corrupt_anchor, self._corrupt_anchor),
             ("wrong_digest", rates.wrong_digest, self._wrong_digest),
+            ("leave", rates.leave, self._leave),
         ]
         self._names = [name for name, _, _ in kinds]
         self._weights = [weight for _, weight, _ in kinds]
@@ -228,6 +229,14 @@ class Chaos:
             return False
         self.cluster.note("FAULT second controller")
         self.cluster.start_controller()
+        return True
+
+    def _leave(self) -> bool:
+        island = self._pick()
+        if island is None or island.name in self.cluster.leaving or not self.cluster.may_kill(island):
+            return False
+        self.cluster.note(f"{island.name} shall leave")
+        self.cluster.leave(island.name, self._span_s())
         return True
 
     def _journal_full(self) -> bool:

@@ -310,6 +310,8 @@ class Island:
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
         machine = self.machine
+        if machine.leaving:
+            return True
         if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
             return True
         if machine.waiting == "exchange" and self.cluster.scenario.inline:
@@ -378,6 +380,9 @@ class Island:
         self._next_turn(0.0)
 
     def _next_batch(self) -> None:
+        if self.machine.leaving:
+            self._wait("leaving")
+            return
         pending = any(state.pending is not None for state in self.machine.fragments)
         if pending and not self.cluster.scenario.overlap:
             waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())

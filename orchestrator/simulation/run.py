@@ -109,6 +109,7 @@ def _standing(cluster: Cluster) -> str:
 def _result(cluster: Cluster, problem: str, invariant: int) -> SimulationResult:
     counts = cluster.counts
     counts["steps"] = cluster.steps
+    counts["samples lost"] = max((c.coordinator.state.lost for c in cluster.controllers if c.coordinator), default=0)
     counts["commits"] = len(cluster.exchange_rows)
     counts["rows"] = len(cluster.checks.rows)
     counts["lost messages"] = cluster.network.num_lost

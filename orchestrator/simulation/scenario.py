@@ -32,6 +32,7 @@ class FaultRates:
     lie: float = 0.7
     corrupt_anchor: float = 0.4
     wrong_digest: float = 0.6
+    leave: float = 0.0  # not a fault: members that are asked to leave, and come back
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,140 @@
+"""The Ray actor of one island: it trains on a thread of its own while it answers control calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.actor import ActorHandle
+
+from orchestrator.processes import NAMESPACE, controller_name
+from workers.context import IslandContext, IslandSpec, enter
+from workers.messages import Batch, Envelope
+
+# What a fault injector puts around an island: the context comes out with its calls wrapped. None in production.
+ContextWrapper = Callable[[IslandContext], IslandContext]
+
+island_log = logging.getLogger("atoll.island")
+
+
+# Batches are delivered on a thread of their own, in order; whoever waits for the end holds a thread while it waits.
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 1, "watch": 64})
+class IslandActor:
+    """One island's process."""
+
+    def __init__(
+        self, spec: IslandSpec, nonce: str, token: str, log_file: str, wrap: ContextWrapper | None = None
+    ) -> None:
+        """Keeps the arguments; `begin` does the work."""
+        self.spec, self.nonce, self.token, self.log_file, self.wrap = spec, nonce, token, log_file, wrap
+        self.ended = threading.Event()
+        self.failure: BaseException | None = None
+        self.context: IslandContext | None = None
+
+    @ray.method(concurrency_group="control")
+    def begin(self) -> str:
+        """Open the log, serve, and start the training thread; returns the id of this process's node. Idempotent."""
+        node = str(ray.get_runtime_context().get_node_id())
+        if self.context is not None:
+            return node
+        log_to(Path(self.log_file))
+        island_log.info("%s is process %d", self.spec.name, os.getpid())
+        with _logged("the island did not start"):
+            self._start(node)
+        return node
+
+    def _start(self, node: str) -> None:
+        import torch
+
+        from workers.jobs import MemberStore
+        from workers.memory import keep_heap
+        from workers.transport.flight import FlightTransport
+
+        keep_heap()
+        torch.set_num_threads(self.spec.train.threads)
+        host = ray.util.get_node_ip_address()
+        store = MemberStore()
+        transport = FlightTransport(store, host=host, token=self.token, num_connections=self.spec.connections)
+        transport.start()
+        controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
+        context = IslandContext(
+            spec=self.spec,
+            nonce=self.nonce,
+            node=node,
+            store=store,
+            transport=transport,
+            post=lambda envelope: _post(controller, envelope),
+            clock=time.monotonic,
+            executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
+        )
+        self.context = self.wrap(context) if self.wrap is not None else context
+        threading.Thread(target=self._train, name="train", daemon=True).start()
+
+    def _train(self) -> None:
+        assert self.context is not None
+        from workers.loops import run_builtin_loop, run_user_loop
+
+        try:
+            with _logged("the island failed"), enter(self.context):
+                if self.spec.train.loop is not None:
+                    run_user_loop(self.context)
+                else:
+                    run_builtin_loop(self.context)
+        finally:
+            self.failure = sys.exc_info()[1]
+            self.ended.set()
+
+    @ray.method(concurrency_group="control")
+    def deliver(self, batch: Batch) -> None:
+        """A batch from the controller."""
+        if self.context is not None and self.context.deliver is not None:
+            self.context.deliver(batch)
+
+    @ray.method(concurrency_group="watch")
+    def wait(self, timeout_s: float) -> str | None:
+        """How training ended: "" or why it failed; None if it has not after `timeout_s`.
+
+        A caller learns of the process's death by this call.
+        """
+        if not self.ended.wait(timeout_s):
+            return None
+        return "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
+
+    @ray.method(concurrency_group="watch")
+    def die(self, signal_number: int) -> None:
+        """Injected fault: this process sends itself a signal."""
+        os.kill(os.getpid(), signal_number)
+
+
+def _post(controller: ActorHandle, envelope: Envelope) -> None:
+    controller.receive.remote(envelope)
+
+
+def log_to(path: Path) -> None:
+    """Everything this process prints, native code included, goes to the member's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Whatever is raised in here is in the member's log, with its traceback, before it goes on."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            island_log.exception(what)

@@ -1,0 +1,44 @@
+"""Where islands are placed in a cluster whose machines come and go. Pure: nodes and islands in, decisions out.
+
+A node has as many places as it has units of the resource `atoll_worker`. An island keeps its place while its process
+is replaced there, and loses it with its node; an island that lost its place has the first right to the next free one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
+
+from orchestrator.build import island_name
+
+
+def free_places(nodes: Mapping[str, int], place_of: Mapping[str, str], leaving: Collection[str]) -> Counter[str]:
+    """How many islands each node can take; `nodes`: places of each node that is there; none where a node leaves."""
+    used = Counter(place_of.values())
+    return Counter({node: num - used[node] for node, num in nodes.items() if node not in leaving and num > used[node]})
+
+
+def choose(free: Mapping[str, int]) -> str | None:
+    """The node with the most free places, the first by name among equals; None where there is none."""
+    return min((node for node, num in free.items() if num > 0), key=lambda node: (-free[node], node), default=None)
+
+
+def fill(
+    nodes: Mapping[str, int], place_of: Mapping[str, str], leaving: Collection[str], waiting: Sequence[str]
+) -> list[tuple[str, str]]:
+    """`(island, node)` for every free place: those that wait for one first, then new islands with the lowest names."""
+    free = free_places(nodes, place_of, leaving)
+    taken = {*place_of, *waiting}
+    unused = (name for name in map(island_name, count()) if name not in taken)
+    queue, out = list(waiting), []
+    while (node := choose(free)) is not None:
+        name = queue.pop(0) if queue else next(unused)
+        out.append((name, node))
+        free[node] -= 1
+    return out
+
+
+def displaced(place_of: Mapping[str, str], nodes: Collection[str]) -> list[str]:
+    """Islands whose node is not there any more."""
+    return sorted(name for name, node in place_of.items() if node not in nodes)

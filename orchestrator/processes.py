@@ -1,0 +1,74 @@
+"""The processes of runs on a Ray cluster: their names, where they can be, and how they are ended."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Collection, Mapping
+from typing import Any
+
+NAMESPACE = "atoll"
+WORKER_RESOURCE = "atoll_worker"
+KNOCK_S = 1.0
+
+log = logging.getLogger("atoll.controller")
+
+
+def controller_name(run_id: str) -> str:
+    """Name of a run's controller in the namespace `atoll`."""
+    return f"controller/{run_id}"
+
+
+def island_actor_name(run_id: str, name: str, nonce: str) -> str:
+    """Name of an island's process: found again after the controller was restarted."""
+    return f"island/{run_id}/{name}/{nonce}"
+
+
+def find_islands(run_id: str) -> list[tuple[str, str]]:
+    """`(name, nonce)` of every process of a run's islands that Ray knows, in no order."""
+    import ray
+
+    prefix = f"island/{run_id}/"
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return [(name.split("/")[-2], name.split("/")[-1]) for name in names if name.startswith(prefix)]
+
+
+def end_processes(run_id: str) -> None:
+    """Kill the controller and then the islands of a run that are left; they outlive whoever started them."""
+    _kill(controller_name(run_id))
+    for name, nonce in find_islands(run_id):
+        _kill(island_actor_name(run_id, name, nonce))
+
+
+def _kill(actor_name: str) -> None:
+    import ray
+
+    try:
+        ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
+    except ValueError:
+        log.debug("%s is gone already", actor_name)
+
+
+def worker_nodes() -> dict[str, int]:
+    """Places of each node that is there."""
+    import ray
+
+    nodes = ((node["NodeID"], node["Resources"].get(WORKER_RESOURCE, 0)) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    return {node: int(num) for node, num in nodes if num}
+
+
+def answering(nodes: Collection[str]) -> set[str]:
+    """Those of these nodes whose Ray listens: Ray itself takes seconds to notice that a machine has gone."""
+    import ray
+
+    told = {node["NodeID"]: node for node in ray.nodes()}  # type: ignore[no-untyped-call]
+    return {node for node in nodes if node in told and _listens(told[node])}
+
+
+def _listens(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=KNOCK_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""Machines join a run, leave it and die: real raylets on this machine, each with one place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from orchestrator.ledger import ledger_command
+from orchestrator.metrics import SpanRow, read_rows
+from orchestrator.processes import WORKER_RESOURCE
+from orchestrator.summary import Summary
+from tests.ray.live_run import LiveRun
+from tests.small_run import small_config
+from workers.records import LEFT, CommitRecord, FenceRecord, JoinRecord, MemberId, Record
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+TOKENS = 96_000
+NODE = {"num_cpus": 1, "resources": {WORKER_RESOURCE: 1}, "object_store_memory": 80_000_000}
+JOINED_WITHIN_S = 15.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Story:
+    """What happened, from the run's files and the test's own clock."""
+
+    run_dir: Path
+    records: list[Record]
+    summary: Summary
+    contributed_after_s: float
+    left: MemberId
+    rejoined: MemberId
+    killed: MemberId
+    replaced: MemberId
+    lost_when_it_left: int
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without places."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80_000_000})
+    ray.init(address=made.address, namespace="atoll", log_to_driver=False, logging_level="ERROR")
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def contributed(run: LiveRun, name: str, more_than: int) -> Callable[[], MemberId | None]:
+    """An incarnation of `name` above `more_than` that is in a commit."""
+
+    def look() -> MemberId | None:
+        members = {entry.offer.member for commit in run.commits() for entry in commit.roster}
+        return next((m for m in sorted(members) if m.name == name and m.incarnation > more_than), None)
+
+    return look
+
+
+@pytest.fixture(scope="module")
+def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    values = [f"train.tokens={TOKENS}", "run.islands=auto", f"run.address={cluster.address}", "exchange.suspect_s=30"]
+    config = small_config(pack_dir, *values, "strategy.inner_steps=4", "exchange.quorum=0.5", "exchange.limbo_s=60")
+    run = LiveRun(config, pack_dir, tmp_path_factory.mktemp("elastic") / "run", pace_s=0.2)
+    assert (run.config.run.islands, run.config.run.elastic) == (1, True)
+    cluster.add_node(**NODE)
+    run.start()
+    try:
+        run.until(contributed(run, "island-0", 0), "the first machine's island in a commit")
+
+        began = time.monotonic()
+        second = cluster.add_node(**NODE)
+        left = run.until(contributed(run, "island-1", 0), "the second machine's island in a commit")
+        contributed_after_s = time.monotonic() - began
+
+        def gone() -> bool:
+            return not ray.get(run.controller.leave.remote([], second.node_id, False), timeout=30)["leaving"]
+
+        run.until(gone, "the second machine's island to leave")
+        lost = run.state().lost
+        cluster.remove_node(second)
+
+        third = cluster.add_node(**NODE)
+        rejoined = run.until(contributed(run, "island-1", left.incarnation), "the third machine's island in a commit")
+        cluster.remove_node(third, allow_graceful=False)
+        run.until(
+            lambda: any(isinstance(r, FenceRecord) and r.incarnation == rejoined.incarnation for r in run.records()),
+            "the third machine's death to be noticed",
+        )
+        cluster.add_node(**NODE)
+        replaced = run.until(contributed(run, "island-1", rejoined.incarnation), "its island on the fourth machine")
+        unknown = ray.get(run.controller.leave.remote(["island-77"], None, False), timeout=30)
+        assert unknown == {"leaving": [], "unknown": ["island-77"]}
+        summary = run.finish()
+    finally:
+        run.stop()
+    yield Story(
+        run_dir=run.run_dir,
+        records=run.records(),
+        summary=summary,
+        contributed_after_s=contributed_after_s,
+        left=left,
+        rejoined=rejoined,
+        killed=rejoined,
+        replaced=replaced,
+        lost_when_it_left=lost,
+    )
+
+
+def test_a_machine_that_joins_contributes_soon(story: Story) -> None:
+    print(f"contributed {story.contributed_after_s:.1f} s after the machine was there")
+    assert story.contributed_after_s < JOINED_WITHIN_S
+
+
+def test_who_leaves_hands_over_everything(story: Story) -> None:
+    fences = [record for record in story.records if isinstance(record, FenceRecord) and record.why == LEFT]
+    assert [MemberId(name=fence.member, incarnation=fence.incarnation) for fence in fences] == [story.left]
+    assert story.lost_when_it_left == 0
+    commits = [record for record in story.records if isinstance(record, CommitRecord)]
+    upto = max(e.upto for c in commits for e in c.roster if e.offer.member == story.left)
+    assert upto > 0 and not any(fault.member == "island-1" and fault.kind == "left" for fault in story.summary.faults)
+
+
+def test_a_machine_that_dies_loses_only_what_it_had_not_offered(story: Story) -> None:
+    assert [(fault.kind, fault.member) for fault in story.summary.faults] == [("kill", "island-1")]
+    assert story.summary.tokens_lost <= story.summary.tokens_reissued
+    assert story.replaced.incarnation == story.killed.incarnation + 1
+
+
+def test_machines_are_told_apart_in_the_journal(story: Story) -> None:
+    joins = [record for record in story.records if isinstance(record, JoinRecord) and record.member == "island-1"]
+    assert len({join.node for join in joins}) == len(joins) == 3
+
+
+def test_the_run_finishes_and_its_ledger_adds_up(story: Story) -> None:
+    assert story.summary.exit_reason == "done"
+    assert story.summary.tokens_committed == TOKENS
+    assert ledger_command(story.run_dir, False) == 0
+
+
+def test_time_away_is_no_time_dead(story: Story) -> None:
+    spans = [row for row in read_rows(story.run_dir / "metrics.jsonl") if isinstance(row, SpanRow)]
+    assert [span.member for span in spans if span.phase == "away"] == ["island-1"]
+    assert [span.member for span in spans if span.phase == "dead"] == ["island-1"]
