@@ -10,10 +10,11 @@ from unittest import mock
 import pytest
 import test_coordinator
 import test_exchange
+import test_leave
 import test_member
 import test_revocation
 
-from orchestrator import exchange_rules
+from orchestrator import exchange_rules, leaving
 from workers import member_rules
 from workers.messages import ExchangeId
 from workers.records import Term
@@ -28,6 +29,7 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.exchange_rules.staleness_factor": lambda staleness: 1.0,
     "orchestrator.exchange_rules.eligible_weight": lambda fleet, roster: float(sum(offer.weight for offer in roster)),
     "orchestrator.exchange_rules.coefficients": lambda offers, fleet: [1 / len(offers)] * len(offers),
+    "orchestrator.exchange_rules.able_owners": lambda fleet: [m.id for m in fleet.members.values()],
     "orchestrator.exchange_rules.deal_chunks": lambda num_chunks, owners: (min(owners),) * num_chunks,
     "orchestrator.exchange_rules.redeal_chunks": lambda owners, lost, left: (min(left),) * len(owners),
     "orchestrator.exchange_rules.copies_needed": lambda config, fleet: (1, 1),
@@ -46,6 +48,8 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.lifecycle.may_settle": lambda member, exchanges: True,
     "orchestrator.lifecycle.state_is_lost": lambda processes, num_fragments, *, all_live: False,
     "orchestrator.lifecycle.outlived": lambda successor, asked_s: True,
+    "orchestrator.leaving.has_handed_over": lambda process, entry, exchanges: True,
+    "orchestrator.leaving.is_held": lambda heads, others: True,
     "orchestrator.revocation.all_promise": lambda question, processes: True,
     "orchestrator.desk.may_tell": lambda decided, flushed: True,
     "orchestrator.run_state.first_returned": lambda watermarks: min(watermarks, default=0),
@@ -54,7 +58,7 @@ ELSEWHERE = {"workers.member_rules.residual_after"}  # acts on tensors: C8 in te
 
 
 def traces() -> Iterator[Callable[[], None]]:
-    for module in (test_exchange, test_coordinator, test_member, test_revocation):
+    for module in (test_exchange, test_coordinator, test_member, test_revocation, test_leave):
         for name, function in vars(module).items():
             if name.startswith("test_") and not inspect.signature(function).parameters:
                 yield function
@@ -66,7 +70,9 @@ def functions_of(module: ModuleType) -> set[str]:
 
 
 def test_no_rule_is_forgotten() -> None:
-    assert functions_of(exchange_rules) | functions_of(member_rules) <= WITHOUT.keys() | ELSEWHERE
+    assert (
+        functions_of(exchange_rules) | functions_of(member_rules) | functions_of(leaving) <= WITHOUT.keys() | ELSEWHERE
+    )
 
 
 @pytest.mark.parametrize("target", WITHOUT)
