@@ -31,7 +31,11 @@ LIGHT_WORKERS = {"workers.config", "workers.messages", "workers.data.index", "wo
 LIGHT_STRATEGIES = {"strategies.config", "strategies.fragments"}
 RAY_IN_WORKERS: set[str] = set()
 # The shells: the controller's and the islands' actors need Ray (never torch), a run in one process trains in it.
-SHELLS = {"orchestrator.actors": {"ray"}, "orchestrator.local": {"torch"}}
+SHELLS = {
+    "orchestrator.actors": {"ray"},
+    "orchestrator.island_actor": {"ray"},
+    "orchestrator.local": {"torch"},
+}
 
 IMPURE_MODULES = {
     "asyncio", "builtins", "concurrent", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "pickle",
