@@ -322,11 +322,11 @@ class ControllerActor:
             self.begun.add(nonce)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
-            why = None
+            why, raised = None, True
             while why is None:
                 why = await handle.wait.remote(WATCH_S)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
-            why = _reason(error)
+            why, raised = _reason(error), isinstance(error, RayTaskError)
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
         ray.kill(handle)  # where training failed, the process is still there
@@ -334,7 +334,7 @@ class ControllerActor:
         self.handles.pop(nonce, None)
         with _must_not_fail():
             hopeless = why.partition(":")[0] in HOPELESS
-            self.host.handle(ProcessDied(name=name, nonce=None, why=why, hopeless=hopeless))
+            self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless))
             self._conclude_if_over()
 
     def _end(self, name: str, nonce: str) -> None:

@@ -82,7 +82,7 @@ class Agenda(Desk):
             self.local_saved.add(member.name)
             self._stop_if_saved()
             return
-        if self.save_asked and self.save_asked[1] == body.name:
+        if self.save_asked and (self.save_asked[1] == body.name or self.save_asked[1][0] == body.name[0] == "v"):
             self.save_asked = None
         self._log(SnapshotRecord(name=body.name, versions=body.versions))
         self.saved_versions = body.versions

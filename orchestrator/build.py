@@ -34,6 +34,8 @@ def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
         from workers.data.corpus import corpus_digest
 
         values["data.digest"] = corpus_digest(config.data.corpus)
+    if config.data.path is not None and config.data.samples is None:
+        values["data.seq_len"] = load_index(Path(config.data.path).expanduser()).seq_len
     if config.codec.backend == "auto":
         values["codec.backend"], _ = resolve_backend("auto")
     return config.with_values(values) if values else config
@@ -75,6 +77,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         snapshot_every_s=config.run.snapshot_every_s,
         replace_dead=config.run.replace,
         max_restarts=config.run.max_restarts,
+        max_refusals=config.run.max_refusals,
     )
 
 

@@ -57,8 +57,8 @@ class Coordinator(Lifecycle):
                     self._flushed(seq)
                 case ev.JournalFullNow():
                     self._say("the journal's disk is full: commits stop until there is space", level="warning")
-                case ev.ProcessDied(name=name, nonce=nonce, why=why, hopeless=hopeless):
-                    self._process_died(name, nonce, why, hopeless=hopeless)
+                case ev.ProcessDied():
+                    self._process_died(event)
                 case ev.FaultInjected(fault=fault, member=member):
                     self._fault_injected(fault, member)
                 case ev.LeaveRequested(name=name, why=why):
@@ -122,7 +122,7 @@ class Coordinator(Lifecycle):
                 self._join(envelope, body)
             elif member is not None and member in self.roll.processes:
                 self._body(member, body)
-            elif member is not None and isinstance(body, msg.Hello):
+            elif member is not None and isinstance(body, msg.Hello) and self.state.members[member].live:
                 self._reattach(member, envelope.nonce, body)
 
     def _reattach(self, member: MemberId, nonce: str, hello: msg.Hello) -> None:
@@ -140,7 +140,7 @@ class Coordinator(Lifecycle):
             case msg.GenesisMade():
                 self._genesis_made(member, body)
             case msg.Offer() if body.fragment < len(self.exchanges):
-                self._mark_stepped(member, body)
+                self._mark_consumed(member, body.upto)
                 exchange = self.exchanges[body.fragment]
                 self._effects(exchange, exchange.on_offer(member, body, self._fleet(body.fragment), self.now))
             case msg.Missing() | msg.Refused() | msg.Reduced() | msg.Have() if body.fragment < len(self.exchanges):
@@ -151,7 +151,8 @@ class Coordinator(Lifecycle):
             case msg.Evaluated():
                 self._evaluated(member, body)
             case msg.DropRequest():
-                self._drop(member, body.upto, body.why)
+                self._mark_consumed(member, body.upto)
+                self._refuse(member, body.why)
             case msg.Saved():
                 self._saved(member, body)
             case msg.Observed():
@@ -226,10 +227,11 @@ class Coordinator(Lifecycle):
         if before is not None and exchange.lacks_news(before):
             self._effects(exchange, exchange.repeat(member, self._fleet(exchange.fragment)))
 
-    def _mark_stepped(self, member: MemberId, offer: msg.Offer) -> None:
+    def _mark_consumed(self, member: MemberId, upto: int) -> None:
+        """It has trained on that much, whatever its last heartbeat said."""
         process = self.roll.processes[member]
-        if process.hello is not None and process.hello.consumed < offer.upto:
-            if process.said(replace(process.hello, consumed=offer.upto), self.now):
+        if process.hello is not None and process.hello.consumed < upto:
+            if process.said(replace(process.hello, consumed=upto), self.now):
                 process.first_step_s = self.seconds()
                 self._track(member, "back_s")
 
@@ -279,8 +281,11 @@ class Coordinator(Lifecycle):
                     if isinstance(record, CommitRecord):
                         self._committed(exchange, record)
                 case ex.Fence(member=member, why=why, refused=refused):
-                    self._lose(member, "refused" if refused else "fenced", why)
-                    self._fence(member, why, refused=refused)
+                    if refused:
+                        self._refuse(member, why)
+                        continue
+                    self._lose(member, "fenced", why)
+                    self._fence(member, why, refused=False)
                 case ex.Drop(member=member, upto=upto, why=why):
                     self._drop(member, upto, why)
                 case ex.Note(text=text, fault=fault, member=name):
@@ -317,6 +322,7 @@ class Coordinator(Lifecycle):
             if track.next_commit_s is None:
                 self._retrack(track, "next_commit_s")
         for entry in record.roster:
+            self.refusals.pop(entry.member, None)
             self._track(entry.offer.member, "contributed_s")
         self._settle_all()
         self._grant()

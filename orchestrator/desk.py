@@ -34,6 +34,7 @@ class RunPlan:
     snapshot_every_s: float
     replace_dead: bool
     max_restarts: int
+    max_refusals: int = 3
 
 
 def may_tell(decided: int, flushed: int) -> bool:

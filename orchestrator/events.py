@@ -34,12 +34,14 @@ class JournalFullNow:
 class ProcessDied:
     """The process with this nonce (or any process of `name`, if none joined yet) is known to be dead.
 
-    `hopeless`: the user's settings or code are wrong, another process would end the same way.
+    `hopeless`: the user's settings or code are wrong, another process would end the same way. `raised`: an exception
+    ended its training, nobody killed it.
     """
 
     name: str
     nonce: str | None
     why: str
+    raised: bool = False
     hopeless: bool = False
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.metrics import SpanRow, StepRow, read_rows
+from orchestrator.metrics import ExchangeRow, SpanRow, StepRow, read_rows
 from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures, first_joins
 from strategies.codecs.backends import resolve_backend
 
+UNCOMPILED = ("fp32", "bf16")  # these have one form only
 EARLIER = "summary.before-resume.json"
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
     figures = derive_figures(read_rows(host.run_dir.metrics), tokens_committed=tokens, end_s=seconds, joins_s=joins)
     peaks = [row.mem_peak_bytes for row in read_rows(host.run_dir.metrics) if isinstance(row, StepRow)]
     peak = max((peak for peak in peaks if peak), default=None)
-    sent = coordinator.bytes_sent() + (earlier.bytes_sent if earlier else 0)
+    rows = (row for row in read_rows(host.run_dir.metrics) if isinstance(row, ExchangeRow))
+    # Of every life of controller and islands, however it ended; the last term is what was sent since the last commit.
+    sent = sum(row.bytes for row in rows) + coordinator.bytes_sent() - coordinator.bytes_counted
     members_per_round = sum(len(commit.roster) for history in state.history for commit in history)
     return Summary(
         run_id=plan.run_id,
@@ -53,7 +56,7 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         tokens_per_s=figures.tokens_per_s,
         compute_utilization=figures.compute_utilization,
         goodput=figures.goodput,
-        codec_backend=resolve_backend(config.codec.backend)[0],
+        codec_backend="torch" if config.codec.name in UNCOMPILED else resolve_backend(config.codec.backend)[0],
         peak_memory_bytes=peak,
         anchor_digest=state.heads[0].digest if len(state.heads) == 1 else _combined(host),
         faults=figures.faults,

@@ -65,6 +65,8 @@ def train(prepared: Prepared, run_dir: Path, *, resume: bool, as_json: bool) -> 
 def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) -> Summary:
     """Run to the end (or to Ctrl-C) and write the report; the caller holds the directory's lock."""
     config = prepared.config
+    for note in prepared.notes:
+        print(f"note: {note}", file=sys.stderr)
     _, warning = resolve_backend(config.codec.backend)
     if warning is not None and config.codec.name not in ("fp32", "bf16"):
         print(f"warning: {warning}", file=sys.stderr)
@@ -124,6 +126,7 @@ class RaySession:
         if self.config.run.address is None:
             slots = num_islands(self.config) + 2  # a replacement may start before the dead one's slot is free
             options |= {
+                "address": "local",  # never a Ray that happens to run here
                 "num_cpus": os.cpu_count() or 1,
                 "resources": {WORKER_RESOURCE: slots},
                 "include_dashboard": False,

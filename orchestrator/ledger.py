@@ -63,6 +63,7 @@ class Ledger:
         num_revoked: commits that were taken back. num_reissued: samples that were leased again, counted each time.
         num_lost: samples that were trained on for nothing (of a process that died: as far as the controller knew).
         digests: of each fragment's newest version; empty before the genesis. num_params: by the genesis.
+        initial_val_loss: of the first evaluation.
         final_val_loss: of the last evaluation, if there was more than one.
         deviations: every exception to "leased once, committed once", in order of the rows.
         findings: violations of the rules; empty for a sound journal. num_findings: the true number, if too many.
@@ -84,6 +85,7 @@ class Ledger:
     num_lost: int
     digests: tuple[str, ...]
     num_params: int
+    initial_val_loss: float | None
     final_val_loss: float | None
     deviations: tuple[Deviation, ...]
     findings: tuple[Finding, ...]
@@ -156,6 +158,7 @@ def recompute(rows: Sequence[Row], *, place: Callable[[int], str] | None = None)
         num_lost=replay.num_lost,
         digests=tuple(head.digest for head in replay.heads),
         num_params=replay.num_params,
+        initial_val_loss=replay.val_losses[0] if replay.val_losses else None,
         final_val_loss=replay.val_losses[-1] if len(replay.val_losses) > 1 else None,
         deviations=tuple(sorted([*replay.deviations, *_name_partial(replay, partial)], key=lambda d: d.seq)),
         findings=tuple(replay.findings),

@@ -15,6 +15,7 @@ from orchestrator.segments import JournalError, read_run, segment_paths
 from workers.records import Row, TermRecord
 
 NUM_SHOWN = 20
+UNKNOWN_LENGTH = "the length of a sample is not known: no seq_len in summary.json, and the pack is not there"
 EXIT_OK, EXIT_NO_RUN, EXIT_WRONG = 0, 2, 5
 
 
@@ -82,13 +83,24 @@ def judge(run_dir: Path) -> Verdict:
     )  # fmt: skip
 
 
+def _compare_field(summary: Mapping[str, Any], field: str, value: object, note: str) -> Comparison:
+    """A figure that is missing is one that disagrees: nothing that was written can be taken out unnoticed."""
+    if field not in summary:
+        return Comparison(field=field, stated=None, recomputed=value, agrees=False, note="missing in summary.json")
+    agrees = None if note else summary[field] == value
+    return Comparison(field=field, stated=summary[field], recomputed=value, agrees=agrees, note=note)
+
+
 def compare(
     ledger: Ledger, rows: Sequence[Row], summary: Mapping[str, Any], seq_len: int | None
 ) -> tuple[Comparison, ...]:
     """What summary.json says against what the journal gives; rows of a later controller are left out of it."""
     out: list[Comparison] = []
     num_rows = summary.get("journal_rows")
-    if isinstance(num_rows, int):
+    if not isinstance(num_rows, int) or not isinstance(summary.get("journal_hash"), str):
+        note = "journal_rows or journal_hash is missing in summary.json: rows may have been cut off the journal's end"
+        out.append(Comparison(field="journal", stated=None, recomputed=f"{len(rows)} rows", agrees=False, note=note))
+    else:
         out.append(_compare_end(rows, num_rows, summary.get("journal_hash")))
         if num_rows < len(rows):
             ledger = recompute(rows[:num_rows])
@@ -102,23 +114,13 @@ def compare(
     stated = {
         "params": ledger.num_params,
         "anchor_digest": anchor_digest(ledger),
+        "initial_val_loss": ledger.initial_val_loss,
         "final_val_loss": ledger.final_val_loss,
     }
     for field, value in recomputed.items():
-        if field not in summary:
-            continue
-        known = value is not None
-        note = (
-            ""
-            if known
-            else "the length of a sample is not known: no seq_len in summary.json, and the pack is not there"
-        )
-        agrees = summary[field] == value if known else None
-        out.append(Comparison(field=field, stated=summary[field], recomputed=value, agrees=agrees, note=note))
-    for field, found in stated.items():
-        if field in summary:
-            agrees = summary[field] == found
-            out.append(Comparison(field=field, stated=summary[field], recomputed=found, agrees=agrees))
+        note = "" if value is not None else UNKNOWN_LENGTH
+        out.append(_compare_field(summary, field, value, note))
+    out += [_compare_field(summary, field, value, "") for field, value in stated.items()]
     return tuple(out)
 
 

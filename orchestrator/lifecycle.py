@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator import leases, leaving
-from orchestrator.agenda import Agenda
 from orchestrator.desk import RunPlan
+from orchestrator.fault_book import FaultBook
 from orchestrator.membership import Process, Roll, Verdict
 from orchestrator.run_state import Membership, RunState
 from workers import messages as msg
@@ -71,7 +69,7 @@ def outlived(successor: Process | None, asked_s: float) -> bool:
     return well and successor is not None and successor.heard_s > asked_s
 
 
-class Lifecycle(Agenda):
+class Lifecycle(FaultBook):
     """The lives of incarnations."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -85,11 +83,9 @@ class Lifecycle(Agenda):
         self.restarts: dict[str, int] = defaultdict(int)
         self.early_deaths: dict[str, int] = defaultdict(int)
         self.first_joins: dict[str, float] = {}
-        self.missing_since: dict[str, float] = {}
-        self.away_since: dict[str, float] = {}
         self.leaving: dict[str, str] = {}
-        self.injected: list[tuple[float, str, str]] = []
-        self.faults: list[ev.FaultTrack] = []
+        self.refusals: dict[str, int] = defaultdict(int)
+        self.given_up: dict[str, str] = {}
         self.consumed_at_end: dict[MemberId, int] = {}
         self.lost_since: float | None = None
         self.restore_asked_s = float("-inf")
@@ -114,6 +110,10 @@ class Lifecycle(Agenda):
         return None
 
     def _join(self, envelope: msg.Envelope, body: msg.Join) -> None:
+        if envelope.name in self.given_up:
+            self.nonces[envelope.nonce] = (envelope.name, None)
+            self._tell(envelope.nonce, msg.Stop(save=False))
+            return
         known = self.state.nonces.get(envelope.nonce)
         if known is not None:
             if not self.state.members[known].live:
@@ -240,7 +240,7 @@ class Lifecycle(Agenda):
             return
         ready = {m.name for m, p in self.roll.processes.items() if p.ready()}
         late = self.now - self.begun_s > self.plan.start_timeout_s
-        expected = set(self.plan.islands) - set(self.leaving) - set(self.away_since)
+        expected = set(self.plan.islands) - {*self.leaving, *self.away_since, *self.given_up}
         if ready and (ready >= expected or late):
             self.started = True
             if not ready >= expected:
@@ -342,45 +342,44 @@ class Lifecycle(Agenda):
         self._grant()
         self._finish_if_done()
 
-    def _process_died(self, name: str, nonce: str | None, why: str, *, hopeless: bool = False) -> None:
+    def _refuse(self, member: MemberId, why: str) -> None:
+        """An update that must not count: the incarnation ends, its samples go back; who does it again and again goes.
+
+        Its process begins a new incarnation from the anchor by itself.
+        """
+        entry = self.state.members.get(member)
+        if entry is None or not entry.live:
+            return
+        name = member.name
+        self.refusals[name] += 1
+        if self.refusals[name] >= self.plan.max_refusals:
+            self.given_up[name] = f"{name} is given up after {self.refusals[name]} refused updates in a row: {why}"
+            self._say(self.given_up[name], member=name, level="error")
+        self._lose(member, "refused", why)
+        self._fence(member, why, refused=True)
+        if name in self.given_up and not self.state.live():
+            self._end("failed", self.given_up[name])
+
+    def _process_died(self, event: ev.ProcessDied) -> None:
+        name, nonce, why = event.name, event.nonce, event.why
         member = self.state.nonces.get(nonce) if nonce else self.state.current.get(name)
         if member is None:
             self.early_deaths[name] += 1
         elif self.state.members[member].live:
-            self._lose(member, "died", why)
+            self._lose(member, "crash" if event.raised else "died", why)
             process = self.roll.processes.get(member)
             stepped = process is not None and process.stepped
             self.early_deaths[name] = 0 if stepped else self.early_deaths[name] + 1
             self._fence(member, why, refused=False)
-        if hopeless:
+        if event.hopeless:
             self._end("failed", f"{name}: {why}")
         else:
             self._replace(name, why)
 
-    def _lose(self, member: MemberId, fault: str, why: str) -> None:
-        """An incarnation ends by a fault: it is recorded, followed until its member is back, and shown as dead time.
-
-        It happened when it was injected, or else (an estimate) when the member was last heard.
-        """
-        self._fault(fault, member.name, why, injected=False)
-        self.missing_since.setdefault(member.name, self.seconds())
-        injected = next((t for t, _, m in reversed(self.injected) if m == member.name), None)
-        self.injected = [i for i in self.injected if i[2] != member.name]
-        process = self.roll.processes.get(member)
-        heard = process.heard_s - self.zero_s if process is not None else None
-        self.faults.append(
-            ev.FaultTrack(
-                fault="kill" if fault == "died" else fault,
-                member=member.name,
-                injected_s=injected if injected is not None else heard,
-                detected_s=self.seconds(),
-                victim=member,
-                estimated=injected is None,
-            )
-        )
-
     def _replace(self, name: str, why: str) -> None:
         if self.stopping is not None or self.ended or not self.plan.replace_dead:
+            return
+        if name in self.given_up:
             return
         if name in self.leaving:  # it died on its way out
             del self.leaving[name]
@@ -398,16 +397,6 @@ class Lifecycle(Agenda):
                 self._end("failed", text)
             return
         self.commands.append(ev.Spawn(name=name, why=why))
-
-    def _end_gap(self, name: str) -> None:
-        """The member is back (or the run is over): the time since its death, or since it left, is in the timeline."""
-        for phase, began in (("dead", self.missing_since), ("away", self.away_since)):
-            since = began.pop(name, None)
-            if since is not None:
-                incarnation = self.state.last_incarnation.get(name, 1)
-                self._metric(
-                    kind="span", member=name, incarnation=incarnation, phase=phase, start_s=since, end_s=self.seconds()
-                )
 
     # ------------------------------------------------------------ leaving
 
@@ -446,20 +435,6 @@ class Lifecycle(Agenda):
         if self.save_asked is None:  # nobody stays: what they hold is kept on disk
             self._ask_save(f"v{max(head.n for head in heads)}")
         return False
-
-    def _fault_injected(self, fault: str, member: str) -> None:
-        self.injected.append((self.seconds(), fault, member))
-        self._fault(fault, member, "injected on purpose", injected=True)
-
-    def _track(self, member: MemberId, what: str) -> None:
-        for track in list(self.faults):
-            later = track.member == member.name and member.incarnation > track.victim.incarnation
-            if later and getattr(track, what) is None:
-                self._retrack(track, what)
-
-    def _retrack(self, track: ev.FaultTrack, what: str) -> None:
-        changes: dict[str, Any] = {what: self.seconds()}
-        self.faults[self.faults.index(track)] = replace(track, **changes)
 
     def _judge(self) -> None:
         for verdict in self.roll.judge(self.now):

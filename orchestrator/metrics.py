@@ -32,11 +32,11 @@ class MetricsWriteError(OSError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRow:
-    """One inner step of one island; rows may be thinned, so two neighbours need not be neighbouring steps.
+    """The inner steps of one island since its row before, up to step number `step`; quick ones share a row.
 
-    `tokens_per_s` is the tokens of the step over its `step_ms`, waits excluded; `loss` is the training loss in nats
-    per token; `mfu` is a share of the device's peak; `mem_peak_bytes` is the island's peak so far; `compute_s` are the
-    seconds inside all inner steps since the member's row before this one, so that they add up.
+    Means over these steps: `loss` (training, nats per token), `step_ms`, `tokens_per_s` (waits excluded), `mfu` (share
+    of the device's peak). Sums over them: the waits and `compute_s` (seconds inside inner steps). Of the last one:
+    `lr`, `grad_norm`. `mem_peak_bytes` is the island's peak so far.
     """
 
     kind: ClassVar[str] = "step"

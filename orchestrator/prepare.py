@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
 
+VERIFIED_BYTES = 2_000_000_000  # a second or two
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run that can start: its resolved configuration, the folder of its tokens, and the faults to cause."""
+    """A run that can start: its resolved configuration, the folder of its tokens, and the faults to cause.
+
+    `notes`: what the user should know of it before.
+    """
 
     config: RunConfig
     pack: Path | None
     faults: tuple[PlannedFault, ...]
+    notes: tuple[str, ...] = ()
 
 
 def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
@@ -33,7 +40,14 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
         ValueError: a setting, file, function or fault of the user's that cannot work; says which, and what would.
     """
     check_files(config)
+    asked_for, explicit = config.data.seq_len, "seq_len" in config.data.model_fields_set
     config = resolve(config, num_gpus=_num_gpus(config))
+    notes: tuple[str, ...] = ()
+    if explicit and config.data.seq_len != asked_for:
+        notes = (
+            f"data.seq_len = {asked_for} is not used: {config.data.path} was packed with {config.data.seq_len} "
+            f"(`atoll data pack --seq-len {asked_for}` makes another one)",
+        )
     names = [island_name(i) for i in range(num_islands(config))]
     for name in config.train.per_island:
         if name not in names:
@@ -46,8 +60,21 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
     _check_devices(config, names)
     pack = pack_path(config)
     if pack is not None:
+        notes += _verify(pack)
         _check_model(config, pack)
-    return Prepared(config=config, pack=pack, faults=plan)
+    return Prepared(config=config, pack=pack, faults=plan, notes=notes)
+
+
+def _verify(pack: Path) -> tuple[str, ...]:
+    """Compare every token of a pack with its index; of a large one only say how to."""
+    from workers.data.reader import PackReader
+
+    reader = PackReader(pack)
+    num_bytes = sum(shard.num_bytes for split in reader.index.splits.values() for shard in split.shards)
+    if num_bytes > VERIFIED_BYTES:
+        return (f"{pack} has {num_bytes / 1e9:.1f} GB and is not read whole now: `atoll data verify {pack}` does that",)
+    reader.verify()
+    return ()
 
 
 def _import_from_here() -> None:

@@ -32,6 +32,9 @@ class RunSection(Section):
     )
     snapshot_every_s: float = Field(60.0, gt=0, description="Seconds between durable snapshots of the anchor.")
     replace: bool = Field(True, description="Replace an island whose process died.")
+    max_refusals: int = Field(
+        3, ge=1, description="Updates of one island in a row that are not finite, after which it is given up."
+    )
     max_restarts: int = Field(20, ge=0, description="Crashes of one island after which it is given up.")
 
 

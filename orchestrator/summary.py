@@ -63,7 +63,7 @@ class Summary(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this file's layout.")
-    run_id: str = Field(description="Name of the run; also in every journal record.")
+    run_id: str = Field(description="Name of the run, that of its directory.")
     exit_reason: Literal["done", "failed", "stopped"] = Field(
         description="done: all tokens are committed; failed: see error; stopped: by the user, can be resumed."
     )
@@ -76,7 +76,9 @@ class Summary(BaseModel):
         None, description="Validation loss of the first anchor, nats per token; null: not evaluated or not finite."
     )
     final_val_loss: FiniteOrNone = Field(
-        None, description="Validation loss of the last anchor, nats per token; null: not evaluated or not finite."
+        None,
+        description="Last validation loss, nats per token: of the last anchor if the run is done, else of the last one "
+        "that was evaluated; null: not evaluated or not finite.",
     )
     tokens_committed: int = Field(ge=0, description="Tokens of the leases that commits carry.")
     tokens_lost: int = Field(0, ge=0, description="Tokens that were trained on but are in no commit.")

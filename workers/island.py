@@ -120,7 +120,8 @@ class Island:
         self._yielded = 0
         self._progress = 0.0
         self._loss_sum, self._loss_count, self._row_s = 0.0, 0, float("-inf")
-        self._compute_s = 0.0
+        self._compute_s, self._tokens = 0.0, 0
+        self._last_step: tuple[float, float, StepStats | None] | None = None
         self._waits = {"data": 0.0, "sync": 0.0}
         self._stepped = True
 
@@ -269,8 +270,9 @@ class Island:
                     self.timeline.enter("evaluate")
                     self.sync.say(self._evaluate(action.samples))
                 case SaveNow(order=order):
-                    versions = write_snapshot(self.spec.run_dir / "snapshots", order.name, self.sync.replica)
-                    self.sync.say(msg.Saved(name=order.name, versions=versions, local=False))
+                    named = None if order.name.startswith("v") else order.name  # by what is in it
+                    name, versions = write_snapshot(self.spec.run_dir / "snapshots", named, self.sync.replica)
+                    self.sync.say(msg.Saved(name=name, versions=versions, local=False))
                 case Finished(save=save):
                     self._finish(save, blocking=blocking)
                     return None
@@ -280,6 +282,7 @@ class Island:
     def _finish(self, save: bool, *, blocking: bool) -> None:
         """The run is over for this island. After a run that is done the model holds the last anchor."""
         assert self.sync is not None
+        self._write_row()
         self.timeline.enter(None)
         for row in self.timeline.take():
             self.sync.observe(*row)
@@ -350,13 +353,21 @@ class Island:
             parameter.grad = None
 
     def _record(self, loss: float, stats: StepStats | None, now: float, seconds: float) -> None:
-        assert self.sync is not None
+        """Steps are put together in one row for at least `ROW_EVERY_S`: means over them, the last one's time."""
         self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
         self._compute_s += seconds
-        if now - self._row_s < ROW_EVERY_S:
+        self._tokens += self._yielded * self.source.tokens_per_sample
+        self._last_step = (now, 1e3 * self._compute_s / self._loss_count, stats)
+        if now - self._row_s >= ROW_EVERY_S:
+            self._write_row()
+
+    def _write_row(self) -> None:
+        """A row of the steps since the last one."""
+        if self._last_step is None or self.sync is None:
             return
-        self._row_s = now
-        tokens = self._yielded * self.source.tokens_per_sample
+        now, step_ms, stats = self._last_step
+        self._row_s, self._last_step = now, None
+        tokens_per_s = self._tokens / self._compute_s
         flops = self.bundle.flops_per_token
         self.sync.observe(
             now,
@@ -367,16 +378,16 @@ class Island:
                 "loss": self._loss_sum / self._loss_count,
                 "lr": stats.lr if stats else None,
                 "grad_norm": stats.grad_norm if stats else None,
-                "tokens_per_s": tokens / seconds,
-                "mfu": flops * tokens / seconds / self._peak_flops() if flops else None,
-                "step_ms": 1e3 * seconds,
+                "tokens_per_s": tokens_per_s,
+                "mfu": flops * tokens_per_s / self._peak_flops() if flops else None,
+                "step_ms": step_ms,
                 "data_wait_ms": 1e3 * self._waits["data"],
                 "sync_wait_ms": 1e3 * self._waits["sync"],
                 "mem_peak_bytes": peak_memory_bytes(self.device),
                 "compute_s": self._compute_s,
             },
         )
-        self._loss_sum, self._loss_count, self._compute_s = 0.0, 0, 0.0
+        self._loss_sum, self._loss_count, self._compute_s, self._tokens = 0.0, 0, 0.0, 0
         self._waits = {"data": 0.0, "sync": 0.0}
 
     def _peak_flops(self) -> float:

@@ -24,8 +24,11 @@ from workers.tensor_file import save_tensors
 KEEP = 3
 
 
-def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]:
-    """Write the present anchor as `folder/name`; returns the versions. Older numbered snapshots beyond `KEEP` go."""
+def write_snapshot(folder: Path, name: str | None, replica: Replica) -> tuple[str, tuple[int, ...]]:
+    """Write the present anchor as `folder/name`, None: `v<n>`; returns the name and the versions that are in it.
+
+    Older numbered snapshots beyond `KEEP` go. A kill at any moment leaves the old folder of that name or the new one.
+    """
     with replica.lock:  # the training thread writes, and it alone moves anchors: nothing needs to be copied
         tensors = {f"anchor/{key}": value for key, value in replica.anchor_tensors().items()}
         states = {
@@ -36,7 +39,8 @@ def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]
         versions = tuple(part.n for part in replica.parts)
         chains = [part.chain for part in replica.parts]
         digests = [replica.digest(f) for f in range(len(replica.parts))]
-    target, temporary = folder / name, folder / f".{name}.tmp"
+    name = name if name is not None else f"v{max(versions)}"
+    target, temporary, old = folder / name, folder / f".{name}.tmp", folder / f".{name}.old"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     files = {
@@ -54,10 +58,13 @@ def write_snapshot(folder: Path, name: str, replica: Replica) -> tuple[int, ...]
         json.dump(manifest, out)
         out.flush()
         os.fsync(out.fileno())
-    shutil.rmtree(target, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
     temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     _retain(folder)
-    return versions
+    return name, versions
 
 
 def _retain(folder: Path) -> None:

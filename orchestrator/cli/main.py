@@ -36,6 +36,9 @@ COMMANDS = {
     "sample": LazyCommand(target="orchestrator.cli.artifacts:sample", help="Let the trained model go on with a text."),
     "runs": LazyCommand(target="orchestrator.cli.inspect:runs", help="List the runs."),
     "data": LazyCommand(target="orchestrator.cli.data:data", help="Pack text into token shards."),
+    "simulate": LazyCommand(
+        target="orchestrator.cli.simulate:simulate", help="Look for histories that break the protocol, in virtual time."
+    ),
     "lab": LazyCommand(
         target="orchestrator.cli.lab:lab", help="Several hosts on this machine, joined by emulated links."
     ),

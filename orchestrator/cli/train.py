@@ -22,6 +22,7 @@ RESUME_KEYS = (
     "run.start_timeout_s",
     "run.snapshot_every_s",
     "run.replace",
+    "run.max_refusals",
     "run.max_restarts",
 )
 

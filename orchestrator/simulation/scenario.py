@@ -91,6 +91,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         exchange=exchange, strategy=StrategyConfig(inner_steps=steps, num_fragments=fragments),
         eval_every=rng.choice((0.2, 0.5, 2.0)), start_timeout_s=rng.choice((1.0, 4.0)),
         snapshot_every_s=rng.choice((1.0, 5.0, 1e9)), replace_dead=True, max_restarts=1_000_000,
+        max_refusals=1_000_000,
     )  # fmt: skip
     lossy = faults and rng.random() < 0.7
     link = LinkQuality(

@@ -42,6 +42,7 @@ from workers.records import (
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 STOPPED = 3
+BACK_WITHIN_S = 15.0
 PACE_S = 0.25
 TOKENS = 64_000
 # Who dies where. island-0 made version 0; each point of an exchange once.
@@ -171,6 +172,7 @@ def test_the_summary_tells_the_recovery(kill: Kill, story: Story) -> None:
     assert None not in known
     assert row.detected_after_s <= row.next_commit_after_s <= row.contributed_after_s
     assert row.back_after_s <= row.contributed_after_s
+    assert row.back_after_s < BACK_WITHIN_S
 
 
 def test_the_run_finishes_and_its_ledger_adds_up(story: Story) -> None:

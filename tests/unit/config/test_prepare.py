@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.cli.main import main
 from orchestrator.config import load_config
 from orchestrator.prepare import prepare
-from tests.small_run import SEQ_LEN, make_pack
+from tests.small_run import SEQ_LEN, make_pack, small_config
 from workers.config import ModelConfig
 from workers.data.tokenizers import ByteTokenizer
 from workers.model.factory import build_model
@@ -148,3 +148,33 @@ def test_a_resumed_run_is_checked_again(folder: Path, capsys: pytest.CaptureFixt
     garbage(folder / "start")
     assert main(["train", "--resume", "mine"]) == 2
     assert "cannot be read as safetensors" in capsys.readouterr().err
+
+
+def test_an_altered_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack_dir = make_pack(tmp_path)
+    assert main(["data", "verify", str(pack_dir)]) == 0
+    assert "is whole" in capsys.readouterr().out
+    shard = next(pack_dir.glob("train*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main(["data", "verify", str(pack_dir)]) == 2
+    assert shard.name in capsys.readouterr().err
+    with pytest.raises(ValueError, match="its tokens have digest"):
+        prepare(small_config(pack_dir))
+
+
+def test_the_length_of_a_sample_is_that_of_the_pack(tmp_path: Path) -> None:
+    pack_dir = make_pack(tmp_path)
+    prepared = prepare(small_config(pack_dir))
+    assert (prepared.config.data.seq_len, prepared.notes) == (SEQ_LEN, ())
+    prepared = prepare(small_config(pack_dir, "data.seq_len=100"))
+    assert prepared.config.data.seq_len == SEQ_LEN
+    assert len(prepared.notes) == 1 and prepared.notes[0].startswith("data.seq_len = 100 is not used")
+
+
+def test_on_a_cluster_the_islands_follow_its_machines(tmp_path: Path) -> None:
+    run = prepare(small_config(make_pack(tmp_path), "run.islands=auto", "run.address=10.0.0.1:6379")).config.run
+    assert (run.islands, run.elastic) == (1, True)
+    run = prepare(small_config(make_pack(tmp_path), "run.islands=3", "run.address=10.0.0.1:6379")).config.run
+    assert (run.islands, run.elastic) == (3, False)

@@ -11,13 +11,23 @@ import pytest
 from journal_histories import SEQ_LEN, Story, chain_rows
 
 from orchestrator.ledger import ledger_command, recompute
+from orchestrator.ledger_view import anchor_digest
 from workers.records import Row, dump_row
 
 
-def write_run(run_dir: Path, rows: list[Row], **summary: object) -> None:
+def write_run(run_dir: Path, rows: list[Row], **changed: object) -> None:
+    """A journal; with changes (also none: `seq_len`) a summary that agrees with it but for them."""
     (run_dir / "journal.jsonl").write_bytes(b"".join(dump_row(row) for row in rows))
-    if summary:
-        (run_dir / "summary.json").write_text(json.dumps(summary))
+    if changed:
+        ledger = recompute(rows)
+        tokens = ledger.tokens(SEQ_LEN)
+        summary = {
+            "journal_rows": len(rows), "journal_hash": rows[-1].hash, "tokens_committed": tokens["committed"],
+            "tokens_reissued": tokens["reissued"], "tokens_lost": tokens["lost"], "params": ledger.num_params,
+            "exchanges_committed": ledger.exchanges_committed, "anchor_digest": anchor_digest(ledger),
+            "initial_val_loss": ledger.initial_val_loss, "final_val_loss": ledger.final_val_loss,
+        }  # fmt: skip
+        (run_dir / "summary.json").write_text(json.dumps({**summary, **changed}))
 
 
 @pytest.fixture
@@ -28,10 +38,7 @@ def rows() -> list[Row]:
 def test_a_sound_run_as_json(tmp_path: Path, rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
     ledger = recompute(rows)
     tokens = ledger.tokens(SEQ_LEN)
-    write_run(
-        tmp_path, rows, tokens_committed=tokens["committed"], tokens_reissued=tokens["reissued"],
-        exchanges_committed=ledger.exchanges_committed, seq_len=SEQ_LEN,
-    )  # fmt: skip
+    write_run(tmp_path, rows, seq_len=SEQ_LEN)
     assert ledger_command(tmp_path, True) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["ok"]
@@ -39,7 +46,7 @@ def test_a_sound_run_as_json(tmp_path: Path, rows: list[Row], capsys: pytest.Cap
     assert out["tokens"] == tokens
     assert out["journal"] == {"rows": len(rows), "hash": rows[-1].hash}
     assert {d["kind"] for d in out["deviations"]} == {"partial", "dropped", "returned", "reissued", "revoked"}
-    assert [c["agrees"] for c in out["summary"]] == [True] * 3
+    assert [c["agrees"] for c in out["summary"]] == [True] * 9
     assert out["findings"] == []
 
 

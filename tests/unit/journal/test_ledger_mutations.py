@@ -53,6 +53,7 @@ SUMMARY = {
     "exchanges_committed": LEDGER.exchanges_committed,
     "params": LEDGER.num_params,
     "anchor_digest": anchor_digest(LEDGER),
+    "initial_val_loss": LEDGER.initial_val_loss,
     "final_val_loss": LEDGER.final_val_loss,
 }
 
@@ -113,7 +114,7 @@ def test_the_journal_is_sound_before_it_is_changed(tmp_path: Path) -> None:
     for layout in (write_merged, write_segments):
         verdict = check(tmp_path, LINES, layout)
         assert verdict.ok
-        assert [c.agrees for c in verdict.comparisons] == [True] * 8
+        assert [c.agrees for c in verdict.comparisons] == [True] * 9
     assert len(list(tmp_path.glob("journal.*"))) > 2
 
 
@@ -143,6 +144,15 @@ def test_rows_added_behind_the_end_are_noticed_unless_a_controller_wrote_them(tm
     verdict = check(tmp_path, [dump_row(row) for row in resumed], write_segments)
     assert verdict.ok
     assert "1 rows of a later controller are not compared" in verdict.comparisons[0].note
+
+
+@pytest.mark.parametrize("field", [field for field in SUMMARY if field != "seq_len"])
+def test_a_figure_taken_out_of_the_summary_is_noticed(tmp_path: Path, field: str) -> None:
+    write_merged(tmp_path, LINES)
+    left = {key: value for key, value in SUMMARY.items() if key != field}
+    (tmp_path / "summary.json").write_text(json.dumps(left))
+    wrong = [c for c in judge(tmp_path).comparisons if c.agrees is False]
+    assert len(wrong) == 1 and "missing in summary.json" in wrong[0].note
 
 
 @pytest.mark.parametrize("field", [field for field in SUMMARY if not field.startswith(("journal", "seq_len"))])

@@ -31,6 +31,7 @@ def run_plan(*, members: int, fragments: int, samples: int, steps: int, exchange
         snapshot_every_s=1e9,
         replace_dead=True,
         max_restarts=100,
+        max_refusals=3,
     )
 
 

@@ -294,24 +294,63 @@ def _hello_without_exchange(control: Control, name: str) -> msg.Hello:
 # ---------------------------------------------------------------- drops
 
 
-def test_drop_waits_for_the_commit_of_a_fixed_roster() -> None:
-    """The drop moved the watermark, and the commit that named the old one contradicted the journal."""
+def test_refused_work_in_a_fixed_roster_is_settled_after_its_commit() -> None:
+    """Its watermark must not move before the commit that names the old one."""
     control = Control(fragments=2)
     control.start()
+    member = control.id("island-1")
     for name in ("island-0", "island-1", "island-2"):
         control.offer(name, 0)
-    upto = control.consumed["island-1"]
-    request = msg.DropRequest(upto=upto, why="its update is not finite")
+    request = msg.DropRequest(upto=control.consumed["island-1"], why="its update is not finite")
     control.say("island-1", request)
-    assert not control.records(DropRecord)
+    assert [(f.member, f.refused) for f in control.records(FenceRecord)] == [("island-1", True)]  # type: ignore[attr-defined]
+    assert not control.state.members[member].settled, "its offer may still be committed"
     control.reduce()
     control.have("island-0")
     control.have("island-2")
-    control.say("island-1", request)
-    assert len(control.records(DropRecord)) == 1
+    assert control.head() == 1
+    assert control.state.members[member].settled
     assert control.state.partial, "one fragment has counted it, the other never will"
-    control.say("island-1", request)
-    assert len(control.records(DropRecord)) == 1, "a repeated request is no second drop"
+    control.say("island-1", request, nonce=control.nonces["island-1"])
+    assert len(control.records(FenceRecord)) == 1, "asked twice"
+
+
+def test_who_is_refused_again_and_again_is_given_up() -> None:
+    control = Control(members=2)
+    control.start()
+    for attempt in range(3):
+        assert not control.coordinator.given_up
+        control.consumed["island-1"] = BATCH
+        control.say("island-1", msg.DropRequest(upto=BATCH, why="its update is not finite"))
+        control.join("island-1", nonce=f"again-{attempt}")
+        if attempt < 2:
+            control.ready("island-1")
+    assert [f.refused for f in control.records(FenceRecord)] == [True] * 3  # type: ignore[attr-defined]
+    assert control.sent[-1].bodies == (msg.Stop(save=False),), "its process is told to end"
+    assert set(control.state.current) == {"island-0"} and control.finished is None
+    control.say("island-0", msg.DropRequest(upto=BATCH, why="its update is not finite"))
+    control.ready("island-0") if "island-0" in control.state.current else control.join("island-0", nonce="once-more")
+
+
+def test_a_commit_forgives_refusals_and_a_run_without_anybody_left_fails() -> None:
+    control = Control(members=1, exchange={"copies": 1})
+    control.start()
+
+    def refuse(nonce: str) -> None:
+        control.say("island-0", msg.DropRequest(upto=0, why="its update is not finite"))
+        control.join("island-0", nonce=nonce)
+
+    for nonce in ("b", "c"):
+        refuse(nonce)
+        control.ready("island-0")
+    control.commit("island-0")
+    for nonce in ("d", "e"):
+        refuse(nonce)
+        control.ready("island-0")
+    assert control.finished is None
+    refuse("f")
+    assert control.finished is not None and control.finished.reason == "failed"
+    assert "island-0 is given up after 3 refused updates in a row: its update is not finite" in control.finished.detail
 
 
 def test_drop_takes_the_offer_out_of_an_open_exchange() -> None:
