@@ -3,6 +3,7 @@
 # make check          lint, types, layers
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
+# make simulate       a hundred thousand simulated runs with faults (about an hour, resumable)
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer), PIP_ARGS="..." goes to pip install (for example the index
@@ -25,7 +26,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test check bench bench-quality clean distclean
+.PHONY: help demo test check bench bench-quality simulate clean distclean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -46,6 +47,9 @@ bench: $(DEV_STAMP)
 
 bench-quality: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+simulate: $(DEV_STAMP)
+	$(BIN)/atoll simulate --seeds 100000 --keep runs/simulate.jsonl $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -261,13 +261,14 @@ class ExchangeSide(MemberCore):
         )  # fmt: skip
 
     def _fetch_state(self, fragment: int) -> None:
+        """From peers that are known to hold a newer version; who does not know of any hears of them soon."""
         state = self.fragments[fragment]
         if state.fetching_state or state.staged is not None or self.incarnation is None:
             return
         donors = tuple(
             (name, address)
             for name, (address, held) in sorted(self.peers.items())
-            if name != str(self.id) and len(held) > fragment and held[fragment] >= 0
+            if name != str(self.id) and len(held) > fragment and held[fragment] > state.n
         )
         if donors:
             state.fetching_state = True

@@ -31,7 +31,9 @@ def scenario_of(seed: int, attempt: int, *, members: int | None = None) -> Scena
     if attempt == 0:
         return first
     longer = draw(seed, members=members, samples=first.plan.total_samples * 3**attempt)
-    return replace(longer, seed=seed + (attempt << 40), fault_s=first.fault_s * 2**attempt)
+    return replace(
+        longer, seed=seed + (attempt << 40), fault_s=first.fault_s * 2**attempt, drain_s=first.drain_s * 3**attempt
+    )
 
 
 def run_seed(seed: int, *, members: int | None = None, trace: bool = False) -> SimulationResult:

@@ -281,7 +281,10 @@ def test_far_behind_fetches_a_whole_state_and_decides_first() -> None:
     for _ in range(3):
         mate.commit()
     mate.tell()
-    assert mate.found(ev.FetchState)
+    assert not mate.found(ev.FetchState), "all that is known of the others is that they hold version 0"
+    mate.tell(msg.Peers(peers=(("island-1.1", "at-1", (4,)), ("island-2.1", "at-2", (0,)))))
+    (fetch,) = mate.found(ev.FetchState)
+    assert fetch.donors == (("island-1.1", "at-1"),)  # type: ignore[attr-defined]
     newest = mate.machine.log.commit(0, 4)
     assert newest is not None
     mate.happen(ev.StateStaged(fragment=0, n=4, chain=newest.chain))
