@@ -75,6 +75,7 @@ class ControllerActor:
         self.unplaced: list[str] = []  # islands that lost their place, and wait for another
         self.leaving_nodes: set[str] = set()
         self.begun: set[str] = set()
+        self.sent_away: set[str] = set()  # islands that were asked to leave by name: nobody takes their places
         self.looked_s = float("-inf")
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
@@ -211,6 +212,7 @@ class ControllerActor:
         with _must_not_fail():
             known = {*self.nonce_of, *self.host.coordinator.state.last_incarnation}
             names = [name for name in members if name in known]
+            self.sent_away.update(names)
             if node is not None:
                 self.leaving_nodes.add(node)
                 names += [name for name, place in self.place_of.items() if place == node and name not in names]
@@ -265,6 +267,7 @@ class ControllerActor:
                 for member, process in sorted(coordinator.roll.processes.items())
             },
             "faults": len(coordinator.faults),
+            "left": sorted(coordinator.away_since),
         }
 
     # ------------------------------------------------------------ commands
@@ -341,7 +344,8 @@ class ControllerActor:
         process = nonce.split("+")[0]
         if self.nonce_of.get(name) == process:
             del self.nonce_of[name]
-            self.place_of.pop(name, None)
+            if name not in self.sent_away:
+                self.place_of.pop(name, None)
         handle = self.handles.pop(process, None)
         if handle is not None:
             ray.kill(handle)

@@ -23,6 +23,7 @@ from strategies.codecs.backends import resolve_backend
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from orchestrator.cluster.state import ClusterState
     from orchestrator.config import RunConfig
     from orchestrator.island_actor import ContextWrapper
     from orchestrator.prepare import Prepared
@@ -106,10 +107,11 @@ class RaySession:
         os.environ.update(RAY_ENVIRONMENT)
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*python_path(), *inherited]))
+        known = None
         if self.config.run.address is None:
             os.environ[LOOPBACK_ONLY] = "0"
         else:
-            _knock(self.config.run.address)
+            known = _enter_cluster(self.config.run.address)
         import ray
 
         from orchestrator.processes import NAMESPACE, WORKER_RESOURCE
@@ -132,6 +134,9 @@ class RaySession:
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
+        elif known is not None:
+            # Beside other nodes on this machine Ray would take any of them.
+            options |= {"address": known.gcs_address, "_node_ip_address": known.node_ip}
         else:
             options["address"] = self.config.run.address
         try:
@@ -145,7 +150,7 @@ class RaySession:
                 f"the cluster at {self.config.run.address!r} has room for {places:g} islands "
                 f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
                 place="run.address",
-                remedy=f"ray start ... --resources='{{\"{WORKER_RESOURCE}\": N}}' with one for each island of a node",
+                remedy="atoll up --workers N, or atoll join ... --workers N on another machine",
             )
         return self
 
@@ -222,11 +227,42 @@ def _find_controller(run_id: str) -> ActorHandle[Any] | None:
         return None
 
 
+def _enter_cluster(address: str) -> ClusterState | None:
+    """Set the environment for a cluster: one that this machine is part of, one whose token is given, or an open one."""
+    from orchestrator.cluster.ray_node import DROPPED, cluster_environment
+    from orchestrator.cluster.state import AUTO, find_cluster
+    from orchestrator.cluster.tokens import TOKEN_VARIABLE
+
+    known = find_cluster(address)
+    if known is None and address == AUTO:
+        raise ClusterUnreachable("this machine is in no cluster", place="run.address = 'auto'", remedy="atoll up")
+    _knock(known.gcs_address if known is not None else address)
+    if known is not None:
+        for key in DROPPED:
+            os.environ.pop(key, None)
+        os.environ.update(cluster_environment(known.token_file, wan=known.wan))
+    elif token := os.environ.get(TOKEN_VARIABLE):
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    if "ray" in sys.modules:
+        _reread_environment()
+    return known
+
+
+def _reread_environment() -> None:
+    """Ray looked at its environment when it was imported; what is connected already stays as it is."""
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    if not ray.is_initialized():
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
 def _knock(address: str) -> None:
     """Ray tries for minutes to reach a cluster that is not there: see whether anything listens at `host:port` first."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto", or something that Ray has to make sense of
+        return  # something that Ray has to make sense of
     try:
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
     except OSError as error:

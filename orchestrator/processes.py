@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 NAMESPACE = "atoll"
-WORKER_RESOURCE = "atoll_worker"
+WORKER_RESOURCE = "atoll_worker"  # one unit for every island that a node may hold
+CONTROLLER_PREFIX = "controller/"
 KNOCK_S = 1.0
 
 log = logging.getLogger("atoll.controller")
@@ -16,7 +17,7 @@ log = logging.getLogger("atoll.controller")
 
 def controller_name(run_id: str) -> str:
     """Name of a run's controller in the namespace `atoll`."""
-    return f"controller/{run_id}"
+    return f"{CONTROLLER_PREFIX}{run_id}"
 
 
 def island_actor_name(run_id: str, name: str, nonce: str) -> str:

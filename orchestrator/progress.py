@@ -50,7 +50,9 @@ class Progress:
         members = set(status["members"])
         for gone in sorted(self._members - members):
             self._gone.add(gone.rpartition(".")[0])
-            self.say(f"{status['seconds']:7.1f} s  {gone} is gone{'; the others train on' if members else ''}")
+            left = gone.partition(".")[0] in status.get("left", ())
+            what = "has left" if left else "is gone"
+            self.say(f"{status['seconds']:7.1f} s  {gone} {what}{'; the others train on' if members else ''}")
         for new in sorted(members - self._members):
             again = new.rpartition(".")[0] in self._gone
             self.say(f"{status['seconds']:7.1f} s  {new} {'takes its place' if again else 'joined'}")

@@ -39,6 +39,12 @@ COMMANDS = {
     "simulate": LazyCommand(
         target="orchestrator.cli.simulate:simulate", help="Look for histories that break the protocol, in virtual time."
     ),
+    "up": LazyCommand(target="orchestrator.cli.cluster:up", help="Start a cluster that other machines can join."),
+    "join": LazyCommand(target="orchestrator.cli.cluster:join", help="Let this machine be part of a cluster."),
+    "leave": LazyCommand(target="orchestrator.cli.cluster:leave", help="Take this machine out of its cluster."),
+    "doctor": LazyCommand(
+        target="orchestrator.cli.cluster:doctor", help="Check whether this machine can be part of a cluster."
+    ),
     "lab": LazyCommand(
         target="orchestrator.cli.lab:lab", help="Several hosts on this machine, joined by emulated links."
     ),

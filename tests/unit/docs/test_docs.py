@@ -22,7 +22,7 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 PACKAGES = ("strategies", "faults", "workers", "orchestrator", "benchmarks", "tests")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Commands and settings of later issues that a document may name where it says that they are not there yet.
-PLANNED_COMMANDS = {"join", "leave", "doctor"}
+PLANNED_COMMANDS = set[str]()
 # Methods and functions of Python and of libraries that documents name.
 FOREIGN_NAMES = {"len", "load_state_dict", "requires_grad_", "backward", "zero_grad", "IterableDataset"}
 
