@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from workers.record_log import GENESIS_CHAIN
 from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateTorn, as_bytes
 from workers.transport.base import Transport
+
+MAX_WAITERS = 1024  # one for each other owner of parts; a thread begins when it is needed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +70,7 @@ class IslandSync:
         self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
         self.post, self.clock, self.settings, self.executor = post, clock, settings, executor
         self.on_reset = on_reset
+        self.waiters = ThreadPoolExecutor(MAX_WAITERS, thread_name_prefix="results") if executor is not None else None
         store.replica = replica
         self.changed = threading.Condition(threading.RLock())
         self.events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
@@ -111,6 +114,8 @@ class IslandSync:
         self.events.put(None)
         if self._thread is not None:
             self._thread.join(timeout=10)
+        if self.waiters is not None:
+            self.waiters.shutdown(wait=False, cancel_futures=True)
 
     def deliver(self, batch: msg.Batch) -> None:
         """A batch from the controller arrived (any thread)."""
@@ -186,7 +191,7 @@ class IslandSync:
                 case ev.Reduce():
                     self._work(lambda c=command: self.jobs.reduce(c))  # type: ignore[misc]
                 case ev.FetchResults():
-                    self._work(lambda c=command: self.jobs.fetch_results(c))  # type: ignore[misc]
+                    self._work(lambda c=command: self.jobs.fetch_results(c), waits=True)  # type: ignore[misc]
                 case ev.ComputeNext():
                     self._work(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
                 case ev.VerifyAnchor():
@@ -212,9 +217,14 @@ class IslandSync:
             bodies, self.bodies = tuple(self.bodies), []
             self.post(self.machine.envelope(*bodies))
 
-    def _work(self, job: Callable[[], ev.Event | None]) -> None:
-        if self.executor is not None:
-            self.executor.submit(job).add_done_callback(self._finished)
+    def _work(self, job: Callable[[], ev.Event | None], *, waits: bool = False) -> None:
+        """Do a job, on a thread if there are any. `waits`: it waits for what other members do meanwhile.
+
+        Those have threads of their own: with as many waiting jobs as threads nobody would reduce what all wait for.
+        """
+        pool = self.waiters if waits else self.executor
+        if pool is not None:
+            pool.submit(job).add_done_callback(self._finished)
         elif (event := job()) is not None:
             self.events.put(event)
 

@@ -293,6 +293,7 @@ def test_ray_is_started_again_and_does_not_outlive_its_supervisor(cluster: Clust
     assert not node.ray_folder.exists()
 
 
+@pytest.mark.timeout(200)
 def test_a_run_follows_the_machines_of_its_cluster(
     cluster: Cluster, pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
