@@ -268,6 +268,7 @@ class ControllerActor:
             },
             "faults": len(coordinator.faults),
             "left": sorted(coordinator.away_since),
+            "unfired": [str(fault) for fault in self.faults],
         }
 
     # ------------------------------------------------------------ commands

@@ -58,7 +58,11 @@ def load_anchor(run_dir: Path, snapshot: str | None = None) -> dict[str, Tensor]
 
 
 def export(run_dir: Path, out: Path) -> Path:
-    """Write the newest anchor in Hugging Face format to `out`."""
+    """Write the newest anchor in Hugging Face format to `out`; raises UserError where something else lies there."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file())):
+        raise UserError(
+            f"--out {out}: there is something else", place="--out", remedy="a new folder, or an older export"
+        )
     from workers.model.hf import export_hf
 
     config = _load(run_dir)

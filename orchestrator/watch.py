@@ -81,4 +81,6 @@ def watch(controller: ActorHandle[Any], progress: Progress) -> dict[str, Any]:
                 raise RunFailed(status["detail"])
             progress.show(status)
             if status["over"]:
+                for fault in status.get("unfired", ()):
+                    progress.say(f"warning: {fault} did not happen: the run was over before")
                 return status

@@ -53,7 +53,7 @@ def pack_command(
     """
     from workers.data.pack import pack
 
-    before = _digest_at(out)
+    before, notes = _digest_at(out), list[str]()
     with _progress() as on_progress:
         index = pack(
             sources,
@@ -64,8 +64,11 @@ def pack_command(
             seq_len=seq_len,
             val_fraction=val_fraction,
             on_progress=on_progress,
+            on_note=notes.append,
         )
     click.echo(_summary(index, out))
+    for note in notes:
+        click.echo(f"warning: {note}", err=True)
     if before not in (None, index.digest):
         click.echo(f"it took the place of the pack {before}", err=True)
 

@@ -36,8 +36,10 @@ from workers.data.index import (
 )
 from workers.data.shards import ShardWriter
 from workers.data.sources import Block, SourceFile, find_sources, read_blocks
-from workers.data.tokenizers import Piece, Tokenizer, build_tokenizer, token_type
+from workers.data.tokenizers import JsonTokenizer, Piece, Tokenizer, build_tokenizer, token_type
 
+_LOOKED_AT, _LETTERS = 64, 4096  # pieces of a text, letters of each
+_UNKNOWN_NOTED, _UNKNOWN_REFUSED = 0.001, 0.5
 _BATCH_BYTES = 1 << 20
 
 
@@ -51,13 +53,14 @@ def pack(
     seq_len: int = 128,
     val_fraction: float = 0.05,
     on_progress: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> PackIndex:
     """Tokenize `sources` (files and folders) into the pack `out` and return its index.
 
     `tokenizer` is "bytes" or the path of a tokenizer.json; `text_field` and `text_column` name the text of .jsonl and
-    .parquet. `on_progress(done_bytes, total_bytes)` is called about once per MiB. The folder appears whole or not at
-    all; an existing pack is replaced, anything else is refused. Raises `DataError` for every mistake in the arguments
-    or the text.
+    .parquet. `on_progress(done_bytes, total_bytes)` is called about once per MiB, `on_note` with what the user should
+    know. The folder appears whole or not at all; an existing pack is replaced, anything else is refused. Raises
+    `DataError` for every mistake in the arguments or the text.
     """
     _check_settings(seq_len, val_fraction)
     target = Path(out).resolve()
@@ -68,11 +71,21 @@ def pack(
         packer = _Packer(folder, built, val_fraction)
         try:
             packer.read(files, on_progress or (lambda done, total: None))
+            _check_unknown(packer.unknown_shares, tokenizer, on_note)
             index = packer.finish(seq_len, sum(file.num_bytes for file in files))
         finally:
             packer.abandon()
         _install(folder, target)
     return index
+
+
+def _check_unknown(shares: Sequence[float], tokenizer: str, on_note: Callable[[str], None] | None) -> None:
+    share = sum(shares) / max(len(shares), 1)
+    told = f"the tokenizer {tokenizer!r} does not know {100 * share:.1f} % of the letters it was tried on"
+    if share > _UNKNOWN_REFUSED:
+        raise DataError(f"{told}: it is of another language or alphabet; give one that was trained on such text")
+    if share > _UNKNOWN_NOTED and on_note is not None:
+        on_note(f"{told}; they are not in the pack, or as its unknown token")
 
 
 class _Packer:
@@ -88,6 +101,7 @@ class _Packer:
         self._num_tokens = dict.fromkeys(SPLITS, 0)
         self._num_blocks = dict.fromkeys(SPLITS, 0)
         self._num_documents = 0
+        self.unknown_shares: list[float] = []
         self._open: SplitName | None = None
 
     def read(self, files: Sequence[SourceFile], on_progress: Callable[[int, int], None]) -> None:
@@ -162,11 +176,20 @@ class _Packer:
     def _flush(self) -> None:
         for name, pieces in self._pieces.items():
             if pieces:
+                self._look_for_unknown(pieces)
                 tokens = self._tokenizer.encode_pieces(pieces)
                 self._num_tokens[name] += len(tokens)
                 self._writers[name].append(tokens)
                 pieces.clear()
         self._num_pending_bytes = 0
+
+    def _look_for_unknown(self, pieces: Sequence[Piece]) -> None:
+        """Some tokenizers drop what they do not know, without a word: look at the first pieces of the text."""
+        if not isinstance(self._tokenizer, JsonTokenizer):
+            return
+        for piece in pieces:
+            if piece is not None and len(self.unknown_shares) < _LOOKED_AT:
+                self.unknown_shares.append(self._tokenizer.unknown_share(piece.decode()[:_LETTERS]))
 
     def _too_small(self, name: SplitName, seq_len: int) -> DataError:
         num_tokens, num_blocks = self._num_tokens[name], sum(self._num_blocks.values())

@@ -128,6 +128,18 @@ class JsonTokenizer:
         """Return the text of the `tokenizer.json`."""
         return self._text
 
+    def unknown_share(self, text: str) -> float:
+        """Share of a text's characters, white space left out, that no token stands for, or only the unknown one."""
+        wanted = {place for place, letter in enumerate(text) if not letter.isspace()}
+        unknown = getattr(self._library.model, "unk_token", None)
+        with _LibraryErrors(f"{self._place}: cannot tokenize"):
+            encoding = self._library.encode(text, add_special_tokens=False)
+        known: set[int] = set()
+        for token, (start, stop) in zip(encoding.tokens, encoding.offsets, strict=True):
+            if token != unknown:
+                known.update(range(start, stop))
+        return len(wanted - known) / max(len(wanted), 1)
+
     def encode_pieces(self, pieces: Sequence[Piece]) -> Tokens:
         """Return the tokens of the pieces, each tokenized alone, and the separator for None."""
         texts = [piece.decode() for piece in pieces if piece is not None]
