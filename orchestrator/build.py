@@ -109,5 +109,6 @@ def island_spec(
         heartbeat_s=config.exchange.heartbeat_s,
         bound_rounds=config.exchange.bound_rounds,
         connections=config.exchange.connections,
+        pace_s=train.pace_s,
         resume=resume,
     )

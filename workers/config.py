@@ -55,6 +55,9 @@ class TrainConfig(Section):
         None, description="'package.module:function' that trains with its own loop; called without arguments."
     )
     device: Device = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
+    pace_s: float = Field(
+        0.0, ge=0, le=3600, description="Seconds that an inner step takes at least: slow islands on a quick machine."
+    )
     per_island: dict[str, IslandOverrides] = Field(
         default_factory=dict, description="Batch size, accumulation, threads and device of single islands, by name."
     )

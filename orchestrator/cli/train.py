@@ -24,6 +24,7 @@ RESUME_KEYS = (
     "run.replace",
     "run.max_refusals",
     "run.max_restarts",
+    "train.pace_s",
 )
 
 

@@ -300,7 +300,13 @@ def test_a_run_follows_the_machines_of_its_cluster(
     monkeypatch.setenv("ATOLL_STATE_DIR", str(cluster.root))
     (tmp_path / "small.toml").write_text(TOML.replace("islands = 1", 'islands = "auto"'))
     run_dir = tmp_path / "run"
-    values = ["run.address=auto", f"data.path={pack_dir}", "train.tokens=50_000_000", "exchange.suspect_s=30"]
+    values = [
+        "run.address=auto",
+        f"data.path={pack_dir}",
+        "train.tokens=50_000_000",
+        "train.pace_s=0.1",
+        "exchange.suspect_s=30",
+    ]
     settings = [word for value in values for word in ("--set", value)]
 
     def contributors() -> dict[str, str]:

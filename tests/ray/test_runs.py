@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 STOPPED = 3
 BACK_WITHIN_S = 15.0
-PACE_S = 0.25
+PACE_S = 0.3
 TOKENS = 64_000
 # Who dies where. island-0 made version 0; each point of an exchange once.
 KILLS: tuple[tuple[str, Point], ...] = (
@@ -141,21 +141,16 @@ def test_everybody_holds_the_anchors_that_were_sealed(story: Story) -> None:
 
 
 def test_survivors_hardly_wait(kill: Kill, story: Story) -> None:
-    """No gap between two steps, from before the death until the successor contributes, exceeds 2 x median + 0.5 s.
-
-    What undisturbed rounds of the same run have more than that (evaluations, a machine of two cores) is allowed for.
-    """
+    """No gap between two steps, from before the death until the successor contributes, exceeds 2 x median + 0.5 s."""
     fault = kill.fault
     assert fault.detected_s is not None and fault.contributed_s is not None
     for member in {step.member for step in story.steps} - {kill.member}:
         mine = [step for step in story.steps if step.member == member]
         gaps = [(a.t_s, b.t_s - a.t_s) for a, b in itertools.pairwise(mine) if a.incarnation == b.incarnation]
         median = statistics.median(gap for _, gap in gaps)
-        first_kill = min(one.fault.detected_s or 0.0 for one in story.kills)
-        usual = max(gap for start, gap in gaps[1:] if start + gap < first_kill - 1)
         inside = [gap for start, gap in gaps if start + gap >= fault.detected_s - 2 and start <= fault.contributed_s]
-        print(f"{kill.point} {member}: longest {max(inside):.2f} s, median {median:.2f} s, usually {usual:.2f} s")
-        assert max(inside) <= 2 * median + 0.5 + (usual - median), f"{member}: {median:.2f} s, usually {usual:.2f} s"
+        print(f"{kill.point} {member}: longest {max(inside):.2f} s, median {median:.2f} s")
+        assert max(inside) <= 2 * median + 0.5, f"{member}: median {median:.2f} s"
 
 
 def test_what_the_dead_had_offered_counts_once_or_goes_back(kill: Kill, story: Story) -> None:
