@@ -148,12 +148,13 @@ def test_survivors_hardly_wait(kill: Kill, story: Story) -> None:
     """
     fault = kill.fault
     assert fault.detected_s is not None and fault.contributed_s is not None
+    paced_until_s = max(one.fault.contributed_s or 0.0 for one in story.kills)
     for member in {step.member for step in story.steps} - {kill.member}:
         mine = [step for step in story.steps if step.member == member]
         gaps = [
             (a.t_s, b.t_s - a.t_s - (b.step - a.step - 1) * PACE_S)
             for a, b in itertools.pairwise(mine)
-            if a.incarnation == b.incarnation
+            if a.incarnation == b.incarnation and a.t_s <= paced_until_s
         ]
         median = statistics.median(gap for _, gap in gaps)
         inside = [gap for start, gap in gaps if start + gap >= fault.detected_s - 2 and start <= fault.contributed_s]
