@@ -188,7 +188,7 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropRequest:
-    """The member must drop its uncommitted work by a rule (stale, reset) up to a consumption count."""
+    """The member made an update that must not count (not finite), up to a consumption count: its life is to end."""
 
     upto: int
     why: str

@@ -249,7 +249,7 @@ def _show_head(ready: dict[str, Any], as_json: bool) -> None:
     sys.stdout.flush()
     click.echo(f"cluster {ready['address']} with room for {ready['workers']} islands on this machine", err=True)
     click.echo("the line above lets other machines join; keep it secret", err=True)
-    click.echo("train with: atoll train demo --set run.address=auto", err=True)
+    click.echo("train with: atoll train diloco --set run.address=auto", err=True)
     click.echo("end it with: atoll leave", err=True)
 
 

@@ -328,8 +328,6 @@ def test_who_is_refused_again_and_again_is_given_up() -> None:
     assert [f.refused for f in control.records(FenceRecord)] == [True] * 3  # type: ignore[attr-defined]
     assert control.sent[-1].bodies == (msg.Stop(save=False),), "its process is told to end"
     assert set(control.state.current) == {"island-0"} and control.finished is None
-    control.say("island-0", msg.DropRequest(upto=BATCH, why="its update is not finite"))
-    control.ready("island-0") if "island-0" in control.state.current else control.join("island-0", nonce="once-more")
 
 
 def test_a_commit_forgives_refusals_and_a_run_without_anybody_left_fails() -> None:
