@@ -25,6 +25,8 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 export RAY_USAGE_STATS_ENABLED := 0
+# Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test check bench bench-quality simulate clean distclean
 help:
