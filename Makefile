@@ -35,8 +35,14 @@ help:
 demo: $(RUN_STAMP)
 	$(BIN)/atoll demo $(ARGS)
 
+# In processes that do not touch Ray, links or browsers tests run two at a time; those that do have the machine alone.
 test: $(DEV_STAMP)
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/sim
+	$(BIN)/python -m pytest tests/golden tests/ray tests/lab tests/browser
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
