@@ -7,6 +7,7 @@ depend on its creator's life: a driver may die.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -31,7 +32,10 @@ from orchestrator.events import FaultInjected, LeaveRequested, ProcessDied, Stop
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor, log_to
+from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, answering, find_islands, island_actor_name, worker_nodes
+from orchestrator.rundir import RunDir
+from orchestrator.segments import segment_paths
 from orchestrator.summary import save_summary
 from workers.messages import Batch, Envelope
 from workers.records import FaultRecord
@@ -92,7 +96,7 @@ class ControllerActor:
             spawn=self._spawn,
             end=self._end,
         )
-        self.began = False
+        self.began = self.lost_journal = False
 
     async def begin(self) -> None:
         """Open the journal and start the islands; idempotent. A restarted controller finds them already there.
@@ -102,6 +106,11 @@ class ControllerActor:
         if self.began:
             return
         self.began = True
+        reborn = ray.get_runtime_context().was_current_actor_reconstructed
+        if reborn and not segment_paths(self.run_dir):
+            self.lost_journal = True
+            log.error("the journal is gone: %s", JOURNAL_LOST.format(run_id=self.run_id))
+            return
         try:
             self.host.open()
         except (ValueError, OSError) as error:
@@ -110,7 +119,7 @@ class ControllerActor:
             self.over.set()
             raise
         with _must_not_fail():
-            if ray.get_runtime_context().was_current_actor_reconstructed:
+            if reborn:
                 self._forget_injected()
                 self._find_islands()
             elif not self.config.run.elastic:
@@ -189,7 +198,7 @@ class ControllerActor:
         """An envelope from a member."""
         await self.begin()
         with _must_not_fail():
-            if not self.over.is_set() and self.host.died is None:
+            if not self.over.is_set() and self.host.died is None and not self.lost_journal:
                 self.spoke.add(self.nonce_of.get(envelope.name, ""))
                 self.host.receive(envelope)
                 self._conclude_if_over()
@@ -198,7 +207,7 @@ class ControllerActor:
         """The user wants the run to stop."""
         await self.begin()
         with _must_not_fail():
-            if self.host.finished is None and self.host.died is None:
+            if self.host.finished is None and self.host.died is None and not self.lost_journal:
                 self.host.handle(StopRequested(save=save))
                 self._conclude_if_over()
 
@@ -209,6 +218,8 @@ class ControllerActor:
         that are still there, and `unknown`, names that this run never had.
         """
         await self.begin()
+        if self.lost_journal:
+            return {"leaving": [], "unknown": []}
         with _must_not_fail():
             known = {*self.nonce_of, *self.host.coordinator.state.last_incarnation}
             names = [name for name in members if name in known]
@@ -236,6 +247,30 @@ class ControllerActor:
         if at_once and nonce in self.handles:
             ray.kill(self.handles[nonce])
 
+    async def recover(self, force: bool) -> int:
+        """The journal is gone: rebuild it from the members' copies and go on; returns the rows that it has.
+
+        Raises JournalError if too few of them agree; they train on then, up to their bound, and it can be tried again.
+        """
+        await self.begin()
+        if not self.lost_journal:
+            return len(self.host.journal.rows)
+        handles = {
+            name: ray.get_actor(island_actor_name(self.run_id, name, nonce), namespace=NAMESPACE)
+            for name, nonce in sorted(find_islands(self.run_id))  # of several processes of an island, the newest
+        }
+        rebuild = functools.partial(self.host.rebuild, functools.partial(ask_copies, handles), force=force)
+        journal = await asyncio.get_running_loop().run_in_executor(None, rebuild)
+        with _must_not_fail():
+            RunDir(self.run_dir).record(self.config.to_toml())
+            self.host.go_on(journal)
+            self.lost_journal = False
+            log.warning("the journal was rebuilt from the members' copies: %d rows", len(journal.rows))
+            self._forget_injected()
+            self._find_islands()
+        self._task(self._pulse())
+        return len(journal.rows)
+
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
         await self.begin()
@@ -249,6 +284,8 @@ class ControllerActor:
         """A small view of the run for whoever watches it."""
         if self.failure:
             return {"over": True, "reason": "failed", "detail": self.failure}
+        if self.lost_journal:
+            return {"over": False, "reason": None, "lost": JOURNAL_LOST.format(run_id=self.run_id)}
         coordinator = self.host.coordinator
         finished = self.host.finished
         latest = coordinator.state.evaluations[-1].val_loss if coordinator.state.evaluations else None

@@ -61,10 +61,14 @@ class Host:
         self._begin(open_segment(self.run_dir.path, controller=self.controller))
 
     def recover(self, ask: Callable[[Term], Mapping[str, Handed]], *, force: bool = False) -> None:
-        """The journal was lost: rebuild it from what more than half of the members agree on (protocol 1.2 rule 5).
+        """The journal was lost: rebuild it from what the members agree on, and begin with it; see `rebuild`."""
+        self.go_on(self.rebuild(ask, force=force))
+
+    def rebuild(self, ask: Callable[[Term], Mapping[str, Handed]], *, force: bool = False) -> FileJournal:
+        """The journal out of what more than half of the members agree on (protocol 1.2 rule 5); nothing begins yet.
 
         `ask(term)` hands the new term to every process that is known and returns their answers by process name; a
-        process that does not answer is in it with `(None, ())`. Raises JournalError when too few agree.
+        process that does not answer is in it with `(None, ())`. May block. Raises JournalError when too few agree.
         """
         lineage = 1
         while True:
@@ -78,7 +82,16 @@ class Host:
             journal.close(merge=False)
             lineage = max(higher) + 1
         copies = [rows for term, rows in answers.values() if term is not None]
-        journal.begin(recover_rows(copies, num_members=len(answers), force=force))
+        try:
+            journal.begin(recover_rows(copies, num_members=len(answers), force=force))
+        except BaseException:
+            journal.close(merge=False)
+            journal.path.unlink()
+            raise
+        return journal
+
+    def go_on(self, journal: FileJournal) -> None:
+        """Begin with a rebuilt journal."""
         self._begin(journal)
         self.handle(ev.Recovered())
 

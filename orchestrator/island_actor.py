@@ -15,9 +15,11 @@ from pathlib import Path
 import ray
 from ray.actor import ActorHandle
 
+from orchestrator.host import Handed
 from orchestrator.processes import NAMESPACE, controller_name
 from workers.context import IslandContext, IslandSpec, enter
 from workers.messages import Batch, Envelope
+from workers.records import Term
 
 # What a fault injector puts around an island: the context comes out with its calls wrapped. None in production.
 ContextWrapper = Callable[[IslandContext], IslandContext]
@@ -97,6 +99,13 @@ class IslandActor:
         """A batch from the controller."""
         if self.context is not None and self.context.deliver is not None:
             self.context.deliver(batch)
+
+    @ray.method(concurrency_group="watch")
+    def attach(self, term: Term) -> Handed:
+        """The journal was lost: hand in this member's copy, and promise to obey `term` from now on."""
+        if self.context is None or self.context.attach is None:
+            return None, ()
+        return self.context.attach(term)
 
     @ray.method(concurrency_group="watch")
     def wait(self, timeout_s: float) -> str | None:

@@ -46,7 +46,7 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Drops the line that Ray prints on the driver's terminal whenever a process dies: the run says it in its own words.
     "RAY_DEDUP_LOGS": "1",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^(A worker died or was killed|The node with node id)",
     "MALLOC_ARENA_MAX": "1",  # see workers.memory
     # Ray gives its workers the priority 15, which starves training and heartbeats where anything else runs.
     "RAY_worker_niceness": "0",
@@ -114,11 +114,28 @@ class RaySession:
             known = _enter_cluster(self.config.run.address)
         import ray
 
-        from orchestrator.processes import NAMESPACE, WORKER_RESOURCE
+        from orchestrator.processes import WORKER_RESOURCE
 
         if ray.is_initialized():
             self.connected_before = True
             return self
+        self._connect(known)
+        places = ray.cluster_resources().get(WORKER_RESOURCE, 0)  # type: ignore[no-untyped-call]
+        if places < num_islands(self.config):
+            ray.shutdown()
+            raise UserError(
+                f"the cluster at {self.config.run.address!r} has room for {places:g} islands "
+                f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
+                place="run.address",
+                remedy="atoll up --workers N, or atoll join ... --workers N on another machine",
+            )
+        return self
+
+    def _connect(self, known: ClusterState | None) -> None:
+        import ray
+
+        from orchestrator.processes import NAMESPACE, WORKER_RESOURCE
+
         options: dict[str, Any] = {
             "namespace": NAMESPACE,
             "logging_level": "ERROR",
@@ -143,23 +160,33 @@ class RaySession:
             ray.init(**options)
         except ConnectionError as error:
             raise _no_answer(self.config.run.address, str(error)) from error
-        places = ray.cluster_resources().get(WORKER_RESOURCE, 0)  # type: ignore[no-untyped-call]
-        if places < num_islands(self.config):
-            ray.shutdown()
-            raise UserError(
-                f"the cluster at {self.config.run.address!r} has room for {places:g} islands "
-                f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
-                place="run.address",
-                remedy="atoll up --workers N, or atoll join ... --workers N on another machine",
-            )
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """End what this session started; a connection that was there before stays."""
+    def find_again(self) -> ActorHandle[Any] | None:
+        """The controller, by a new connection: the old one was by way of a node that is gone, perhaps the head.
+
+        None while there is no cluster, or no controller in it.
+        """
         import ray
 
+        assert self.config.run.address is not None
+        ray.shutdown()
         try:
-            if self.controller is not None:
+            self._connect(_enter_cluster(self.config.run.address))
+        except ClusterUnreachable:
+            return None
+        self.controller = _find_controller(self.run_id)
+        return self.controller
+
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """End what this session started; a connection that was there before stays.
+
+        On a cluster whose controller was lost from sight nothing is ended: the run goes on, or comes back.
+        """
+        import ray
+
+        out_of_sight = kind is not None and issubclass(kind, ClusterUnreachable) and self.config.run.address is not None
+        try:
+            if self.controller is not None and not out_of_sight and ray.is_initialized():
                 from orchestrator.processes import end_processes
 
                 end_processes(self.run_id)
@@ -183,7 +210,7 @@ class RaySession:
         import ray
 
         from orchestrator.actors import ControllerActor
-        from orchestrator.processes import NAMESPACE, controller_name
+        from orchestrator.processes import NAMESPACE, controller_name, this_machine
 
         run_id = self.run_id = run_dir.name
         if resume and (alive := _find_controller(run_id)) is not None:
@@ -192,7 +219,7 @@ class RaySession:
         if resume:
             check_resumable(RunDir(run_dir))
         self.controller = ControllerActor.options(  # type: ignore[attr-defined]
-            name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached"
+            name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached", resources=this_machine()
         ).remote(
             self.config.to_tables(),
             run_id,
@@ -212,7 +239,9 @@ class RaySession:
         """Start, watch, and return the summary."""
         controller = self.start(run_dir, pack, faults, resume=resume)
         with Progress(self.config, quiet=quiet) as progress:
-            watch(controller, progress)
+            # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.
+            own = self.config.run.address is None or self.connected_before
+            watch(controller, progress, None if own else self.find_again)
         return load_summary(run_dir)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 NAMESPACE = "atoll"
 WORKER_RESOURCE = "atoll_worker"  # one unit for every island that a node may hold
 CONTROLLER_PREFIX = "controller/"
+HEAD = "node:__internal_head__"  # a resource that Ray gives to the head alone
 KNOCK_S = 1.0
 
 log = logging.getLogger("atoll.controller")
@@ -49,6 +50,19 @@ def _kill(actor_name: str) -> None:
         ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
     except ValueError:
         log.debug("%s is gone already", actor_name)
+
+
+def this_machine() -> dict[str, float]:
+    """Resources that only this machine has: the controller starts, and starts again, where the run directory is.
+
+    Not the id of the node: a head that is started again has another one, and the same resources.
+    """
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    [resources] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == mine]  # type: ignore[no-untyped-call]
+    names = [name for name in resources if name.startswith("node:")]
+    return {HEAD if HEAD in names else names[0]: 0.001} if names else {}
 
 
 def worker_nodes() -> dict[str, int]:

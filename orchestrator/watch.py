@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0
 ANSWER_S = 30.0
-LOST_S = 60.0
+LOST_S = 120.0
+FIND_AGAIN_S = 5.0
 STOPPING = "stopping: islands finish their step and save; Ctrl-C again stops at once and loses what was not offered"
 STOPPING_NOW = "stopping now"
 
@@ -47,40 +49,86 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-def watch(controller: ActorHandle[Any], progress: Progress) -> dict[str, Any]:
+def watch(
+    controller: ActorHandle[Any],
+    progress: Progress,
+    find_again: Callable[[], ActorHandle[Any] | None] | None = None,
+) -> dict[str, Any]:
     """Show the run until it is over; returns the last status.
 
-    The first Ctrl-C asks for a resumable stop, the second stops at once. Raises RunFailed if the controller failed
-    before there was a run, or for good; ClusterUnreachable if it does not answer for `LOST_S` seconds.
+    The first Ctrl-C asks for a resumable stop, the second stops at once. A controller that does not answer is looked
+    for with `find_again`, which gives up the connection. Raises RunFailed if the controller failed before there was a
+    run, or for good; ClusterUnreachable if it does not answer for `LOST_S` seconds.
     """
     import ray
 
-    told, lost_since = 0, None
+    told, told_lost = 0, False
     with Interrupts() as interrupts:
         while True:
             if interrupts.count > told:
                 told = interrupts.count
                 progress.say(STOPPING if told == 1 else STOPPING_NOW)
-            if told:  # said again and again: a controller that is just coming back would not have heard it
-                controller.stop.remote(told == 1)
             try:
+                if told:  # said again and again: a controller that is just coming back would not have heard it
+                    controller.stop.remote(told == 1)
                 status: dict[str, Any] = ray.get(controller.wait.remote(POLL_S), timeout=ANSWER_S)  # type: ignore[assignment]
             except ray.exceptions.ActorDiedError as error:
                 raise RunFailed(
                     f"the controller has died for good: {error}", remedy="its log is logs/controller.log"
                 ) from error
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                # Ray restarts a dead controller; it answers again once it has replayed its journal.
-                lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since > LOST_S:
-                    raise ClusterUnreachable(f"the controller does not answer any more: {error}") from error
-                time.sleep(POLL_S)
+                controller = _wait_for(controller, find_again, progress, error)
                 continue
-            lost_since = None
             if status["over"] and "members" not in status:
                 raise RunFailed(status["detail"])
+            if "lost" in status:
+                if not told_lost:
+                    progress.say(f"warning: {status['lost']}")
+                told_lost = True
+                continue
             progress.show(status)
             if status["over"]:
                 for fault in status.get("unfired", ()):
                     progress.say(f"warning: {fault} did not happen: the run was over before")
                 return status
+
+
+def _wait_for(
+    controller: ActorHandle[Any],
+    find_again: Callable[[], ActorHandle[Any] | None] | None,
+    progress: Progress,
+    why: Exception,
+) -> ActorHandle[Any]:
+    """Ray restarts a dead controller, and it answers once it has replayed its journal; the way to it may be another."""
+    import ray
+
+    lost_s = time.monotonic()
+    while time.monotonic() - lost_s < FIND_AGAIN_S or find_again is None:
+        time.sleep(POLL_S)
+        try:
+            ray.get(controller.wait.remote(0.0), timeout=ANSWER_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            if time.monotonic() - lost_s > LOST_S:
+                raise _out_of_sight(error) from error
+        else:
+            return controller
+    progress.say(f"the controller has not answered for {FIND_AGAIN_S:g} s: looking for it")
+    while time.monotonic() - lost_s < LOST_S:
+        found = find_again()
+        if found is not None:
+            progress.say("the controller is there again")
+            return found
+        time.sleep(POLL_S)
+    raise _out_of_sight(why) from why
+
+
+def _out_of_sight(error: Exception) -> ClusterUnreachable:
+    return ClusterUnreachable(
+        f"the controller has not answered for {LOST_S:g} s: {_first_line(error)}",
+        remedy="on a cluster of yours the run goes on without this command, or when the head is back; "
+        "atoll train --resume watches it again",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

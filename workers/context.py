@@ -16,6 +16,7 @@ from pathlib import Path
 from strategies.config import CodecConfig, StrategyConfig
 from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from workers.messages import Batch, Envelope
+from workers.records import Row, Term
 from workers.store import BlobStore
 from workers.transport.base import Transport
 
@@ -50,8 +51,9 @@ class IslandSpec:
 class IslandContext:
     """What the process around an island gives it. `post` hands an envelope to the controller and never blocks.
 
-    The island sets `deliver` and `abort` when it begins (`abort` ends its loop with an error, from any thread), and
-    `ended` when the run is over for it: "done", "stopped" or "failed".
+    The island sets `deliver`, `attach` and `abort` when it begins, which may be called from any thread, and `ended`
+    when the run is over for it: "done", "stopped" or "failed". `attach` hands in its copy of the journal and promises
+    to obey the term; `abort` ends its loop with an error.
     """
 
     spec: IslandSpec
@@ -63,6 +65,7 @@ class IslandContext:
     clock: Callable[[], float]
     executor: Executor | None = None
     deliver: Callable[[Batch], None] | None = None
+    attach: Callable[[Term], tuple[Term | None, tuple[Row, ...]]] | None = None
     abort: Callable[[BaseException], None] | None = None
     ended: str = ""
     on_step: Callable[[], None] | None = None

@@ -143,6 +143,7 @@ class Island:
         self._changes = ChangeWatch(synchronised(self.model), wanted=not gradients_only)
         self._buffers = BufferWatch(self.model) if self.watches_changes else None
         self.context.deliver, self.context.abort = self.sync.deliver, self.sync.abort
+        self.context.attach = self.sync.attach
         self.sync.start()
         return self
 

@@ -36,6 +36,9 @@ ready_fd_option: Callable[[Command], Command] = click.option("--ready-fd", type=
 @click.option("--door-port", default=0, type=click.IntRange(0, 65535), help="Of the door, where machines join [any].")
 @workers_option
 @click.option("--wan", is_flag=True, help="The machines are far apart: Ray waits longer before it gives one up.")
+@click.option("--fresh", is_flag=True, help="Do not go on with a cluster whose head ended without leaving.")
+@click.option("--recover-from-members", "lost", metavar="RUN", help="Rebuild the journal of a run that was lost.")
+@click.option("--force", is_flag=True, help="Rebuild it although not more than half of the members answer.")
 @json_option
 @background_option
 @ready_fd_option
@@ -45,6 +48,9 @@ def up(
     door_port: int,
     workers: int | None,
     wan: bool,
+    fresh: bool,
+    lost: str | None,
+    force: bool,
     as_json: bool,
     background: bool,
     ready_fd: int | None,
@@ -53,27 +59,44 @@ def up(
 
     Prints the command with which other machines join. Whoever has it can run code on all machines of the cluster: hand
     it on like a password, and keep the cluster inside one network.
+
+    Where an earlier atoll up was killed, or its machine was, this goes on with its cluster: same address, same join
+    string, same tables, so that machines and runs elsewhere find it again. A run whose directory was lost with the
+    head's disk is rebuilt from its members with --recover-from-members; where the head runs, this does only that.
     """
+    if force and lost is None:
+        raise click.UsageError("--force belongs to --recover-from-members")
+    if lost is not None and (running := _head_here()) is not None:
+        _recover(running, lost, force)
+        return 0
     if background:
         return _start_in_background(lambda ready: _show_head(ready, as_json))
-    from orchestrator.cluster.join_string import JoinString
+    from orchestrator.cluster.join_string import JoinString, parse_address
     from orchestrator.cluster.preflight import address_of, default_host
     from orchestrator.cluster.ray_node import default_workers, parse_devices
-    from orchestrator.cluster.state import ray_host
+    from orchestrator.cluster.state import ray_host, take_up
     from orchestrator.cluster.supervisor import Plan
     from orchestrator.cluster.tokens import new_token
 
-    host, devices = host or default_host(), parse_devices("auto")
+    former = take_up(fresh=fresh, host=host, port=port, door_port=door_port)
+    place = JoinString(host=host or default_host(), port=door_port, token=new_token())
+    if former is not None:
+        where, door_port = parse_address(former.door)
+        place = JoinString(host=where, port=door_port, token=former.token())
+        port, wan = parse_address(former.gcs_address)[1], former.wan
+        click.echo(f"going on with the cluster {former.gcs_address}, whose head ended without leaving", err=True)
+    devices = parse_devices("auto")
     plan = Plan(
-        place=JoinString(host=host, port=door_port, token=new_token()),
-        node_ip=ray_host(address_of(host)),
+        place=place,
+        node_ip=ray_host(address_of(place.host)),
         workers=default_workers(devices) if workers is None else workers,
         devices=devices,
         labels={},
         wan=wan,
         gcs_port=port,
+        former=former,
     )
-    return _supervise(plan, ready_fd, lambda ready: _show_head(ready, as_json))
+    return _supervise(plan, ready_fd, lambda ready: _show_head(ready, as_json), lost=lost, force=force)
 
 
 @click.command()
@@ -211,9 +234,30 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _supervise(plan: Plan, ready_fd: int | None, show: Callable[[dict[str, Any]], None]) -> int:
+def _head_here() -> ClusterState | None:
+    from orchestrator.cluster.state import known_clusters
+
+    return next((state for state in known_clusters() if state.role == "head" and state.gcs_address), None)
+
+
+def _recover(state: ClusterState, run_id: str, force: bool) -> None:
+    from orchestrator.cluster.recover import recover_run
+
+    rows = recover_run(state, run_id, force=force)
+    click.echo(f"the journal of {run_id} was rebuilt from its members: {rows} rows; the run goes on", err=True)
+
+
+def _supervise(
+    plan: Plan,
+    ready_fd: int | None,
+    show: Callable[[dict[str, Any]], None],
+    *,
+    lost: str | None = None,
+    force: bool = False,
+) -> int:
     from orchestrator.cluster.background import say_ready
     from orchestrator.cluster.supervisor import Supervisor
+    from orchestrator.errors import UserError
 
     def on_ready(state: ClusterState, place: JoinString) -> None:
         ready = {
@@ -230,6 +274,11 @@ def _supervise(plan: Plan, ready_fd: int | None, show: Callable[[dict[str, Any]]
             show(ready)
         else:
             say_ready(ready_fd, ready, state.folder / "supervisor.log")
+        if lost is not None:
+            try:
+                _recover(state, lost, force)
+            except UserError as error:  # the cluster stays: its other runs, and another try, need it
+                click.echo(f"error: {error}", err=True)
 
     return Supervisor(plan, on_ready).run()
 

@@ -1,7 +1,8 @@
 """What this machine knows of the clusters that it is part of: a folder for each `atoll up` and `atoll join`.
 
 A folder belongs to the supervisor that made it and is removed by it; one whose supervisor is dead is removed by
-whoever looks next. Alive is a process with the same id *and* the same start time.
+whoever looks next, except a head's: it holds the tables with which the cluster goes on (`dead_heads`). Alive is a
+process with the same id *and* the same start time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from orchestrator.cluster.tokens import HANDED_OVER, read_token_file, write_toke
 from orchestrator.errors import UserError
 
 RECORD = "state.json"
+TABLES = "gcs"
 AUTO = "auto"
 # Ray replaces 127.0.0.1 by an outside address of the machine, this one it leaves alone.
 RAY_LOOPBACK = "127.0.0.2"
@@ -153,10 +155,64 @@ def known_clusters(root: Path | None = None) -> list[ClusterState]:
         elif state is not None:
             if state.ray is not None:
                 state.ray.kill()  # to this very process, or to nobody
-            remove(state)
+            if _can_go_on(state):
+                shutil.rmtree(state.ray_folder, ignore_errors=True)
+            else:
+                remove(state)
         else:
             shutil.rmtree(folder, ignore_errors=True)
     return living
+
+
+def dead_heads(root: Path | None = None) -> list[ClusterState]:
+    """Heads on this machine that ended without leaving, and can be started again with the tables that they left."""
+    root = state_root() if root is None else root
+    known_clusters(root)
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    states = [load(folder) for folder in folders if not folder.name.startswith(".")]
+    return [
+        state
+        for state in states
+        if state is not None
+        and state.machine == platform.node()
+        and not state.supervisor.is_alive
+        and _can_go_on(state)
+    ]
+
+
+def take_up(
+    *, fresh: bool, host: str | None, port: int, door_port: int, root: Path | None = None
+) -> ClusterState | None:
+    """The dead head with which a new one goes on: the one whose addresses are not others than those asked for.
+
+    `fresh`: none; what they left is removed.
+
+    Raises:
+        UserError: several could be meant.
+    """
+    dead = dead_heads(root)
+    if fresh:
+        for state in dead:
+            remove(state)
+        return None
+    fits = [
+        state
+        for state in dead
+        if (host is None or ray_host(host) == ray_host(parse_address(state.door)[0]))
+        and port in (0, parse_address(state.gcs_address)[1])
+        and door_port in (0, parse_address(state.door)[1])
+    ]
+    if len(fits) > 1:
+        names = ", ".join(f"--door-port {parse_address(state.door)[1]}" for state in fits)
+        raise UserError(
+            f"{len(fits)} clusters on this machine ended without leaving",
+            remedy=f"go on with one of them ({names}), or start another one with --fresh, which forgets them",
+        )
+    return fits[0] if fits else None
+
+
+def _can_go_on(state: ClusterState) -> bool:
+    return state.role == "head" and bool(state.gcs_address) and (state.folder / TABLES).is_dir()
 
 
 def find_cluster(address: str | None = AUTO, root: Path | None = None) -> ClusterState | None:

@@ -54,6 +54,7 @@ class Plan:
         place: the door; of a head, where it is to listen (port 0: any).
         gcs_address: of the cluster to join, None for the head.
         gcs_port: of the head, 0 for any.
+        former: a head that ended without leaving, whose tables are taken over.
     """
 
     place: JoinString
@@ -64,6 +65,7 @@ class Plan:
     wan: bool
     gcs_address: str | None = None
     gcs_port: int = 0
+    former: ClusterState | None = None
 
     @property
     def role(self) -> str:
@@ -80,7 +82,7 @@ class Supervisor:
 
     def __init__(self, plan: Plan, on_ready: Callable[[ClusterState, JoinString], None]) -> None:
         self.plan, self.on_ready = plan, on_ready
-        self.leaving = self.at_once = False
+        self.leaving = self.at_once = self.has_run = False
         self.gcs_address = ""
         self.control: Control | None = None
 
@@ -101,6 +103,7 @@ class Supervisor:
             stack.callback(self.control.close)
             stack.callback(self._stop_ray)
             if self._start_ray():
+                self.has_run = True
                 self.on_ready(self.state, self.place)
                 self._watch()
                 self._drain()
@@ -152,9 +155,19 @@ class Supervisor:
             ray_folder=make_ray_folder(),
             node_ip=self.plan.node_ip,
             wan=self.plan.wan,
+            gcs_address=self.plan.former.gcs_address if self.plan.former is not None else "",
         )
         self.state = states.create(wanted, self.place.token)
-        stack.callback(lambda: states.remove(self.state))
+        if self.plan.former is not None:
+            (self.plan.former.folder / states.TABLES).rename(self.state.folder / states.TABLES)
+            states.remove(self.plan.former)
+        stack.callback(self._remove_folder)
+
+    def _remove_folder(self) -> None:
+        if self.plan.former is None or self.has_run:
+            states.remove(self.state)
+        else:
+            self.say("the tables of the cluster stay: atoll up goes on with them, atoll up --fresh forgets them")
 
     def _arguments(self) -> NodeArguments:
         return NodeArguments(
@@ -174,7 +187,7 @@ class Supervisor:
     def _cluster_environment(self, *, head: bool) -> dict[str, str]:
         storage: Path | None = None
         if head:
-            storage = self.state.folder / "gcs"
+            storage = self.state.folder / states.TABLES
             storage.mkdir(mode=0o700, exist_ok=True)
         return cluster_environment(self.state.token_file, wan=self.plan.wan, gcs_storage=storage)
 

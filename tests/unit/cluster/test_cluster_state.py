@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,46 @@ def test_what_dead_supervisors_left_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["head-1"]
     assert not left.ray_folder.exists()
     assert living.ray_folder.exists()
+
+
+def dead_head(tmp_path: Path, name: str, *, door: str = "127.0.0.1:4321", gcs: str = "127.0.0.2:1") -> ClusterState:
+    state = replace(make(tmp_path, name, gcs=gcs), door=door, supervisor=dead())
+    save(state)
+    (state.folder / states.TABLES).mkdir()
+    return state
+
+
+def test_a_dead_head_can_be_taken_up_and_is_in_no_cluster(tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    left = dead_head(tmp_path, "head-1")
+    assert known_clusters(root) == []
+    assert find_cluster(root=root) is None
+    assert states.dead_heads(root) == [left]
+    assert not left.ray_folder.exists()
+    take = partial(states.take_up, fresh=False, root=root)
+    assert take(host=None, port=0, door_port=0) == left
+    assert take(host="localhost", port=1, door_port=4321) == left
+    assert take(host="10.0.0.1", port=0, door_port=0) is None
+    assert take(host=None, port=2, door_port=0) is None
+    assert take(host=None, port=0, door_port=2) is None
+
+
+def test_of_several_dead_heads_one_is_to_be_named(tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    dead_head(tmp_path, "head-1")
+    other = dead_head(tmp_path, "head-2", door="127.0.0.1:4322", gcs="127.0.0.2:2")
+    with pytest.raises(UserError, match="2 clusters on this machine ended without leaving") as caught:
+        states.take_up(fresh=False, host=None, port=0, door_port=0, root=root)
+    assert "--door-port 4321, --door-port 4322" in str(caught.value)
+    assert states.take_up(fresh=False, host=None, port=0, door_port=4322, root=root) == other
+    assert states.take_up(fresh=True, host=None, port=0, door_port=0, root=root) is None
+    assert states.dead_heads(root) == []
+
+
+def test_a_living_head_is_not_taken_up(tmp_path: Path) -> None:
+    state = make(tmp_path)
+    (state.folder / states.TABLES).mkdir()
+    assert states.dead_heads(tmp_path / "state") == []
 
 
 def test_a_process_id_that_was_given_again_is_another_process(tmp_path: Path) -> None:
