@@ -78,6 +78,8 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         replace_dead=config.run.replace,
         max_restarts=config.run.max_restarts,
         max_refusals=config.run.max_refusals,
+        max_early_deaths=config.run.max_early_deaths,
+        restart_window_s=config.run.restart_window_s,
     )
 
 

@@ -98,7 +98,8 @@ def check_islands(config: RunConfig) -> Iterator[Problem]:
             last = "" if islands == "auto" else f" to island-{islands - 1}"
             message = f"train.per_island.{name}: the run has no island of this name"
             yield Problem(key="train.per_island", message=message, remedy=f"islands are called island-0{last}")
-    if islands != "auto" and config.exchange.min_members > islands:
+    least = config.exchange.min_members
+    if islands != "auto" and least is not None and least > islands:
         message = f"exchange.min_members = {config.exchange.min_members} is more than run.islands = {islands}"
         yield Problem(key="exchange.min_members", message=message, remedy=f"at most {islands}")
 

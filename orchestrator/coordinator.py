@@ -14,7 +14,7 @@ from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet, MemberView
-from orchestrator.lifecycle import Lifecycle
+from orchestrator.judgement import Judgement
 from orchestrator.membership import MemberClock, Process
 from orchestrator.revocation import Revocations
 from orchestrator.run_state import Head
@@ -31,7 +31,7 @@ from workers.records import (
 __all__ = ["Coordinator", "RunPlan"]
 
 
-class Coordinator(Lifecycle):
+class Coordinator(Judgement):
     """All decisions of one run in one controller life."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -63,6 +63,8 @@ class Coordinator(Lifecycle):
                     self._fault_injected(fault, member)
                 case ev.LeaveRequested(name=name, why=why):
                     self._leave_requested(name, why)
+                case ev.SetSettings():
+                    self._set_settings(event)
                 case ev.StopRequested():
                     self._stop_requested(event)
                 case ev.Recovered():
@@ -95,8 +97,7 @@ class Coordinator(Lifecycle):
             if isinstance(record, CommitRecord):
                 self._after_commit(record)
             elif isinstance(record, FenceRecord):
-                nonce = self.state.members[MemberId(name=record.member, incarnation=record.incarnation)].nonce
-                self.commands.append(ev.End(name=record.member, nonce=nonce, why=record.why))
+                self._fence_flushed(MemberId(name=record.member, incarnation=record.incarnation), record.why)
             elif isinstance(record, StopRecord):
                 self.ended = True
                 for name in [*self.missing_since, *self.away_since]:
@@ -189,14 +190,13 @@ class Coordinator(Lifecycle):
         was_ready, had = process.ready(), process.hello
         self.sent[process.nonce.split("+")[0]] = hello.bytes_sent
         first_step = process.said(hello, self.now)
-        if process.status == "joining" and process.ready():
-            process.status, process.reason = "healthy", "holds the state"
         if hello.journal_len < process.rows_sent and (had is None or had.journal_len >= hello.journal_len):
             process.rows_sent = hello.journal_len
         if process.rows_sent <= self.flushed:
             self._sync(member)
         if first_step:
             process.first_step_s = self.seconds()
+            self.policy.stepped(member.name)
             self._track(member, "back_s")
         entry = self.state.members[member]
         if hello.num_leased < entry.num_leased and had is not None and had.num_leased == hello.num_leased:
@@ -364,6 +364,9 @@ class Coordinator(Lifecycle):
         self._judge()
         for exchange in self.exchanges:
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
+        if self.exchanges:
+            self._watch_quorum(self._fleet(0))
+        self._spawn_due()
         self._ask_genesis()
         self._start_if_ready()
         self._restore_if_lost()

@@ -7,10 +7,12 @@ at once, a message only when `Flushed` has covered all that was decided before i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from faults.recovery import OWN_FAULTS, Budgets
 from orchestrator import events as ev
+from orchestrator.live_settings import changed_exchange
 from orchestrator.membership import Roll
 from orchestrator.run_state import RunState
 from orchestrator.settings import ExchangeConfig
@@ -35,6 +37,20 @@ class RunPlan:
     replace_dead: bool
     max_restarts: int
     max_refusals: int = 3
+    max_early_deaths: int | None = 5
+    restart_window_s: float = 3600.0
+    backoff_s: float = 1.0
+    judges_hangs: bool = True
+
+    def budgets(self) -> Budgets:
+        """What may fail how often; what is taken away from a member may be taken away any number of times."""
+        own = dict.fromkeys(OWN_FAULTS, self.max_restarts)
+        return Budgets(
+            per_kind={**own, "lost": None, "preempted": None},
+            window_s=self.restart_window_s,
+            early=self.max_early_deaths,
+            backoff_s=self.backoff_s,
+        )
 
 
 def may_tell(decided: int, flushed: int) -> bool:
@@ -47,16 +63,20 @@ class Desk:
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
         """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
-        self.plan = plan
         self.term = term
         self.rows: list[Row] = []
         self.state = RunState()
         for row in rows:
             self._replay(row)
+        self.plan = replace(plan, exchange=changed_exchange(plan.exchange, self.state.settings))
+        exchange = self.plan.exchange
         self.flushed = len(self.rows) - 1
         self.zero_s = now - started_s
         self.now = now
-        self.roll = Roll(suspect_s=plan.exchange.suspect_s, limbo_s=plan.exchange.limbo_s)
+        self.roll = Roll(
+            suspect_s=exchange.suspect_s, limbo_s=exchange.limbo_s, heartbeat_s=exchange.heartbeat_s,
+            judges_hangs=plan.judges_hangs,
+        )  # fmt: skip
         self.pending: list[Row] = []
         self.held: list[tuple[int, MemberId | str, tuple[msg.ControllerBody, ...]]] = []
         self.after_flush: list[tuple[int, Record]] = []

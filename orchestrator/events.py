@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from workers.messages import Batch, Envelope
 from workers.records import MemberId, Row
@@ -35,7 +36,7 @@ class ProcessDied:
     """The process with this nonce (or any process of `name`, if none joined yet) is known to be dead.
 
     `hopeless`: the user's settings or code are wrong, another process would end the same way. `raised`: an exception
-    ended its training, nobody killed it.
+    ended its training, nobody killed it. `taken`: its machine was taken away, on notice or not.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ProcessDied:
     why: str
     raised: bool = False
     hopeless: bool = False
+    taken: Literal["", "preempted", "lost"] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,13 @@ class LeaveRequested:
 
     name: str
     why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetSettings:
+    """Settings shall change while the run goes on: "section.key" -> value; checked before (`live_settings`)."""
+
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +94,7 @@ Event = (
     | ProcessDied
     | FaultInjected
     | LeaveRequested
+    | SetSettings
     | StopRequested
     | Recovered
     | Tick
@@ -117,11 +127,15 @@ class Spawn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """End the process with this nonce (it was fenced or is not needed any more)."""
+    """End the process with this nonce (it was fenced or is not needed any more).
+
+    `save_stack`: write down first where its threads are: it hangs, and that is how its user learns in what.
+    """
 
     name: str
     nonce: str
     why: str
+    save_stack: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

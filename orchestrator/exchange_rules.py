@@ -104,15 +104,16 @@ def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
 
 
 def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
-    """Offers that make a quorum: more than the share of those expected, or all."""
+    """Offers that make a quorum: the set minimum, else more than the share of those expected, or all."""
     share = num_expected if config.quorum >= 1 else int(config.quorum * num_expected) + 1
+    share = config.min_members or share
     return max(min(share, num_expected), 1)
 
 
 def close_reason(open_: OpenExchange, fleet: Fleet, config: ExchangeConfig, now: float) -> str | None:
     """Why the exchange closes now, or None: everybody who can has offered, or quorum plus grace is over (H2)."""
     expected = expected_members(open_, fleet)
-    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < config.min_members:
+    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < (config.min_members or 1):
         return None
     awaited = [m for m in expected if m.ready and not m.suspect and m.id not in open_.offers]
     if not awaited:

@@ -42,9 +42,9 @@ class Host:
         clock: Callable[[], float],
         deliver: Callable[[Batch], None],
         spawn: Callable[[str, str], None],
-        end: Callable[[str, str], None],
+        end: Callable[[str, str, bool], None],
     ) -> None:
-        """`clock`: monotonic seconds; `deliver`, `spawn(name, why)`, `end(name, nonce)` must not block."""
+        """`clock`: monotonic seconds; `deliver`, `spawn(name, why)`, `end(name, nonce, save_stack)` must not block."""
         self.plan, self.run_dir, self.clock = plan, RunDir(run_dir), clock
         self.controller = controller
         self._deliver, self._spawn, self._end = deliver, spawn, end
@@ -143,8 +143,8 @@ class Host:
                 self._deliver(batch)
             case ev.Spawn(name=name, why=why):
                 self._spawn(name, why)
-            case ev.End(name=name, nonce=nonce):
-                self._end(name, nonce)
+            case ev.End(name=name, nonce=nonce, save_stack=save_stack):
+                self._end(name, nonce, save_stack)
             case ev.Metric(row=row):
                 self._metric(row)
             case ev.Say(text=text, member=member, level=level):

@@ -60,7 +60,9 @@ class InlineRun:
         self._thread = threading.Thread(target=self._control, name="atoll-controller", daemon=True)
         self._held = ExitStack()
         # Nobody can put a new process in the place of a dead one here.
-        plan = replace(run_plan(config, run_id=self.run_id, pack=pack), replace_dead=True, max_restarts=0)
+        plan = replace(
+            run_plan(config, run_id=self.run_id, pack=pack), replace_dead=True, max_restarts=0, judges_hangs=False
+        )
         self.host = Host(
             plan=plan,
             run_dir=run_dir.path,
@@ -68,7 +70,7 @@ class InlineRun:
             clock=time.monotonic,
             deliver=self._deliver,
             spawn=lambda name, why: None,
-            end=lambda name, nonce: None,
+            end=lambda name, nonce, save_stack: None,
         )
 
     # ------------------------------------------------------------ life

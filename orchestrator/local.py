@@ -68,7 +68,7 @@ class LocalRun:
             clock=self._clock,
             deliver=self._deliver,
             spawn=lambda name, why: self.to_spawn.append(name),
-            end=lambda name, nonce: None,
+            end=lambda name, nonce, save_stack: None,
         )
 
     def start(self) -> None:

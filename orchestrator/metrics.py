@@ -128,8 +128,29 @@ class FaultEvent:
     estimated: bool = False
 
 
-Row = StepRow | EvalRow | SpanRow | ExchangeRow | FaultEvent
-_ROW_TYPES: tuple[type[Row], ...] = (StepRow, EvalRow, SpanRow, ExchangeRow, FaultEvent)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberRow:
+    """A member is judged otherwise than before: joining, healthy, slow, suspect, draining or fenced, and why."""
+
+    kind: ClassVar[str] = "member"
+    t_s: float
+    member: str
+    incarnation: int
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuorumRow:
+    """Too few members are there to commit: who is missing and what to set; empty when enough are there again."""
+
+    kind: ClassVar[str] = "quorum"
+    t_s: float
+    detail: str
+
+
+Row = StepRow | EvalRow | SpanRow | ExchangeRow | FaultEvent | MemberRow | QuorumRow
+_ROW_TYPES: tuple[type[Row], ...] = (StepRow, EvalRow, SpanRow, ExchangeRow, FaultEvent, MemberRow, QuorumRow)
 
 
 def _as_float(value: Any) -> float:

@@ -25,6 +25,7 @@ from workers.records import (
     MemberId,
     Record,
     RevokeRecord,
+    SettingsRecord,
     SettleRecord,
     StopRecord,
     Term,
@@ -101,6 +102,7 @@ class RunState:
         self.reissued = 0
         self.lost = 0
         self.evaluations: list[EvaluationRecord] = []
+        self.settings: dict[str, Any] = {}
         self.stopped: StopRecord | None = None
 
     # ------------------------------------------------------------ questions
@@ -271,6 +273,9 @@ class RunState:
     def _evaluation(self, r: EvaluationRecord) -> None:
         self.evaluations.append(r)
 
+    def _settings(self, r: SettingsRecord) -> None:
+        self.settings |= r.values
+
     def _stop(self, r: StopRecord) -> None:
         self.stopped = r
 
@@ -285,6 +290,7 @@ class RunState:
         DropRecord: _drop,
         RevokeRecord: _revoke,
         EvaluationRecord: _evaluation,
+        SettingsRecord: _settings,
         StopRecord: _stop,
     }
 

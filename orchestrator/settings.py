@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from strategies.config import Section
 
@@ -35,16 +36,50 @@ class RunSection(Section):
     max_refusals: int = Field(
         3, ge=1, description="Updates of one island in a row that are not finite, after which it is given up."
     )
-    max_restarts: int = Field(20, ge=0, description="Crashes of one island after which it is given up.")
+    max_restarts: int = Field(
+        20,
+        ge=0,
+        description="Ends of one kind (exceptions; deaths; hangs) of one island within run.restart_window_s, after "
+        "which it is given up. Machines that are taken away do not count.",
+    )
+    restart_window_s: float = Field(3600.0, gt=0, description="Seconds in which run.max_restarts counts.")
+    max_early_deaths: int = Field(
+        5, ge=1, description="Ends of one island in a row before its first step, after which it is given up."
+    )
+    standby: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Processes that wait, with torch imported, the model built and the anchor at hand, to take a dead "
+        "island's place.",
+    )
+
+
+PROFILES: Mapping[str, Mapping[str, float]] = {
+    "lan": {"heartbeat_s": 0.5, "suspect_s": 2.5, "limbo_s": 120.0},
+    "wan": {"heartbeat_s": 1.0, "suspect_s": 9.0, "limbo_s": 300.0},
+}
+"""Times by which silence is judged. A profile fills in what is not set otherwise."""
 
 
 class ExchangeConfig(Section):
     """`[exchange]`: how a synchronisation is agreed on."""
 
+    profile: Literal["lan", "wan"] = Field(
+        "lan",
+        description="Times by which silence is judged where they are not set: heartbeat_s, suspect_s, limbo_s. wan: a "
+        "member is suspect within 10 s instead of 3 s; on a cluster started with `atoll up --wan`.",
+    )
+
     quorum: float = Field(
         0.5, gt=0, le=1, description="Share of the live members that must have offered (more than this share, or all)."
     )
-    min_members: int = Field(1, ge=1, description="Smallest number of live members that may commit.")
+    min_members: int | None = Field(
+        None,
+        ge=1,
+        description="Members that are enough for a commit, in the place of the share; with fewer there is none. It can "
+        "be changed while the run goes on.",
+    )
     grace_s: float = Field(2.0, ge=0, description="Seconds to wait for the others after the quorum-th offer.")
     progress_timeout_s: float = Field(
         10.0, gt=0, description="Seconds without progress after which an owner loses its parts."
@@ -56,8 +91,21 @@ class ExchangeConfig(Section):
     )
     wait_s: float = Field(10.0, ge=0, description="Seconds a member waits for an open exchange before it trains on.")
     heartbeat_s: float = Field(0.5, gt=0, description="Seconds between heartbeats.")
-    suspect_s: float = Field(3.0, gt=0, description="Silence after which a member is suspect (reversible).")
+    suspect_s: float = Field(
+        2.5,
+        gt=0,
+        description="Shortest silence after which a member is suspect (reversible). Longer, up to three times as long, "
+        "where its heartbeats were that irregular before.",
+    )
     limbo_s: float = Field(120.0, gt=0, description="Silence after which a suspect member is fenced (final).")
     chunk_values: int | None = Field(None, ge=32, description="Values in one chunk; default from the model's size.")
     connections: int = Field(2, ge=1, le=64, description="Transport connections per peer.")
     timeout_s: float = Field(30.0, gt=0, description="Longest time of one transport call.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """What is not set is as the profile says."""
+        if isinstance(values, dict) and isinstance(profile := values.get("profile", "lan"), str):
+            return {**PROFILES.get(profile, {}), **values}
+        return values

@@ -43,6 +43,7 @@ from workers.member import MemberMachine
 from workers.model.factory import LossFn, ModelBundle, next_token_loss
 from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer
+from workers.pace import Pace
 from workers.records import StopRecord
 from workers.replica import Replica
 from workers.samples import (
@@ -58,6 +59,7 @@ from workers.samples import (
 from workers.saved import read_meta
 from workers.schedule import lr_at
 from workers.snapshot import write_snapshot
+from workers.sync_settings import SyncSettings
 from workers.timeline import Timeline
 
 log = logging.getLogger("atoll.island")
@@ -175,7 +177,8 @@ class Island:
             info=info,
             num_chunks=[fragment.num_chunks for fragment in fragments],
         )
-        settings = sy.SyncSettings(
+        machine.pace = Pace(own_loop=self.watches_changes, tick_s=spec.heartbeat_s, since_s=context.clock())
+        settings = SyncSettings(
             batch_size=spec.train.batch_size,
             timeout_s=spec.timeout_s,
             wait_s=spec.wait_s,

@@ -37,6 +37,7 @@ class MemberMachine(ExchangeSide):
             case ev.Delivered(batch=batch):
                 self._delivered(batch)
             case ev.Tick():
+                self.pace.tick(now)
                 self._tick()
             case ev.GenesisBuilt(digests=digests, num_params=num_params):
                 self.building = False

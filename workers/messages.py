@@ -93,7 +93,11 @@ class FragmentReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """Heartbeat with progress; also the request for whatever the member lacks."""
+    """Heartbeat with progress; also the request for whatever the member lacks.
+
+    `doing`: what its training thread does, for `doing_s` seconds by now; `step_s`: its usual step, 0 = not known yet
+    (`workers/pace.py`).
+    """
 
     info: ProcessInfo
     journal_len: int
@@ -103,6 +107,9 @@ class Hello:
     bytes_sent: int
     fragments: tuple[FragmentReport, ...]
     waiting: str = ""
+    doing: str = ""
+    doing_s: float = 0.0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -162,6 +162,10 @@ LEFT = "it left"
 """Why an incarnation is fenced that was asked to leave and has handed over everything."""
 
 
+HUNG = "it hangs: "
+"""Begins why an incarnation is fenced that made no step any more: its process lives, and has to be ended."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettleRecord(Record):
     """The samples of a fenced incarnation got their fates: full, partial, or free again.
@@ -232,6 +236,14 @@ class SnapshotRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SettingsRecord(Record):
+    """Settings that were changed while the run went on: "section.key" -> value, from this row on."""
+
+    kind: ClassVar[str] = "settings"
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StopRecord(Record):
     """The run stopped: `reason` is done, stopped or failed."""
 
@@ -244,7 +256,7 @@ KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
-        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, StopRecord,
+        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingsRecord, StopRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
@@ -295,6 +307,10 @@ def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
         return _ranges(value)
     if name == "roster":
         return tuple(_roster_entry(entry, kind) for entry in value)
+    if name == "values":
+        if not isinstance(value, dict):
+            raise RecordError(f"record {kind!r}: field values is {value!r}, expected a table")
+        return value
     if isinstance(value, list):
         return tuple(value)
     if hint == float | None:

@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from strategies.codecs.base import NonFiniteError
@@ -29,21 +28,17 @@ from workers.memory import give_back
 from workers.record_log import GENESIS_CHAIN
 from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateTorn, as_bytes
+from workers.sync_settings import SyncSettings
 from workers.transport.base import Transport
 
+DOING: dict[type[Action], str] = {
+    TrainOn: "step",
+    EvaluateNow: "evaluating",
+    SaveNow: "saving",
+    WaitFor: "waiting",
+    Finished: "over",
+}
 MAX_WAITERS = 1024  # one for each other owner of parts; a thread begins when it is needed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyncSettings:
-    """Times in seconds; see `[exchange]`."""
-
-    batch_size: int
-    timeout_s: float
-    wait_s: float
-    heartbeat_s: float
-    bound_rounds: float
-    total_samples: int
 
 
 class IslandSync:
@@ -256,20 +251,25 @@ class IslandSync:
     def boundary(self) -> Action:
         """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
         with self.changed:
-            if self.failure is not None:
-                raise self.failure
-            self._news_seen = self._news
-            self._reset_if_wanted()
-            self._take_states()
-            self._apply_due()
-            order = self._next_order()
-            if order is not None:
-                return order
-            if not self.machine.holds_all() or self.machine.reset_wanted:
-                return self._wait("state")
-            if not self.machine.drop_asked:
-                self._send_due()
-            return self._wait("drop") if self.machine.drop_asked else self._next_batch()
+            action = self._decide()
+            self.machine.pace.begin(DOING[type(action)], self.clock())
+            return action
+
+    def _decide(self) -> Action:
+        if self.failure is not None:
+            raise self.failure
+        self._news_seen = self._news
+        self._reset_if_wanted()
+        self._take_states()
+        self._apply_due()
+        order = self._next_order()
+        if order is not None:
+            return order
+        if not self.machine.holds_all() or self.machine.reset_wanted:
+            return self._wait("state")
+        if not self.machine.drop_asked:
+            self._send_due()
+        return self._wait("drop") if self.machine.drop_asked else self._next_batch()
 
     def behind(self) -> bool:
         """Whether a newer version is committed than the one that is applied here."""
@@ -468,6 +468,7 @@ class IslandSync:
         """One inner step on `num_samples` samples is done."""
         with self.changed:
             self.total_steps += 1
+            self.machine.pace.stepped(self.clock())
             end = self.machine.consumed + num_samples
             self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
             first = self.machine.consumed == 0

@@ -51,6 +51,7 @@ class Island:
         self.machine = MemberMachine(
             run_id=scenario.plan.run_id, name=name, nonce=nonce, info=info, num_chunks=scenario.num_chunks
         )
+        self.machine.pace.tick_s = scenario.heartbeat_s
         self.replica = Replica(names=cluster.names, num_chunks=scenario.num_chunks, feedback=scenario.feedback)
         self.store = Store()
         self.offset_s = cluster.rng.uniform(0, 1000.0)
@@ -66,6 +67,9 @@ class Island:
         self.deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self.parked: list[tuple[Island, Job, Fetch, float]] = []
         self.poison = 0
+        self.slowdown = 1.0
+        self.stuck = False  # its training thread never comes back from a step, everything else goes on
+        self.stuck_step: tuple[int, tuple[ranges.Range, ...]] | None = None
         self.lies = False
         self.corrupt = False
         self.floors = [0 for _ in scenario.num_chunks]
@@ -94,6 +98,12 @@ class Island:
         while self.deferred and not self.frozen and self.alive:
             action, args = self.deferred.popleft()
             action(*args)
+
+    def unstick(self) -> None:
+        """The training thread goes on with the step that it hung in."""
+        step, self.stuck, self.stuck_step = self.stuck_step, False, None
+        if step is not None:
+            self.run(self._stepped, *step)
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
         """Run something in this process: now, after a freeze, or never if it is dead."""
@@ -214,6 +224,7 @@ class Island:
             self._next_batch()
 
     def _wait(self, reason: str) -> None:
+        self.machine.pace.begin("waiting", self.clock())
         if self.machine.waiting != reason:
             self.machine.waiting = reason
             self.cluster.time.after(0.0, self.run, self._handle, ev.Tick())
@@ -354,6 +365,7 @@ class Island:
         else:
             self.cluster.stopped(self)
         self.orders.remove(order)
+        self.machine.pace.begin("evaluating", self.clock())
         self._turn += 1
         self._asleep = False
         return True
@@ -401,9 +413,14 @@ class Island:
             self.replica.hold_displacement()
         self._turn += 1
         self._asleep = False
-        self.cluster.time.after(self.step_s, self.run, self._stepped, self._turn, todo)
+        self.machine.pace.begin("step", self.clock())
+        self.cluster.time.after(self.step_s * self.slowdown, self.run, self._stepped, self._turn, todo)
 
     def _stepped(self, turn: int, todo: tuple[ranges.Range, ...]) -> None:
+        if self.stuck:
+            self.stuck_step = (turn, todo)
+            return
+        self.machine.pace.stepped(self.clock())
         bad = self.poison > 0
         self.poison = max(self.poison - 1, 0)
         self.replica.step(samples=bits_of(todo), bad=bad)

@@ -21,6 +21,8 @@ class FaultRates:
     kill_all: float = 0.3
     false_verdict: float = 1.0
     hang: float = 1.5
+    stick: float = 0.7
+    slow: float = 0.7
     cut: float = 2.0
     cut_pair: float = 2.0
     controller_crash: float = 1.5
@@ -75,7 +77,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
     step_s = rng.choice((0.02, 0.05, 0.1))
     exchange = ExchangeConfig(
         quorum=rng.choice((0.3, 0.5, 0.5, 0.7, 1.0)),
-        min_members=1,
+        min_members=None,
         grace_s=rng.choice((0.0, 0.1, 0.5)),
         progress_timeout_s=rng.choice((0.8, 1.5, 3.0)),
         copies=rng.choice((1, 2, 2, 2, 3)),
@@ -91,7 +93,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         exchange=exchange, strategy=StrategyConfig(inner_steps=steps, num_fragments=fragments),
         eval_every=rng.choice((0.2, 0.5, 2.0)), start_timeout_s=rng.choice((1.0, 4.0)),
         snapshot_every_s=rng.choice((1.0, 5.0, 1e9)), replace_dead=True, max_restarts=1_000_000,
-        max_refusals=1_000_000,
+        max_refusals=1_000_000, max_early_deaths=None, backoff_s=0.0,
     )  # fmt: skip
     lossy = faults and rng.random() < 0.7
     link = LinkQuality(

@@ -20,6 +20,7 @@ from workers.records import (
     RevokeRecord,
     RosterEntry,
     Row,
+    SettingsRecord,
     SettleRecord,
     SnapshotRecord,
     TermRecord,
@@ -298,4 +299,5 @@ class Story:
             EvaluationRecord(member="island-0.1", versions=versions, samples=self.most_full, val_loss=1.5),
             SnapshotRecord(name=f"v{len(self.records)}", versions=versions),
             FaultRecord(fault="suspect", member="island-0", injected=False, t_s=1.25),
+            SettingsRecord(values={"exchange.grace_s": 0.5, "exchange.min_members": 2}),
         ]
