@@ -4,6 +4,7 @@
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
 # make simulate       a hundred thousand simulated runs with faults (about an hour, resumable)
+# make soak           half an hour on busy cores: nobody may be blamed who did nothing wrong
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer), PIP_ARGS="..." goes to pip install (for example the index
@@ -28,7 +29,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check bench bench-quality simulate clean distclean
+.PHONY: help demo test check bench bench-quality simulate soak clean distclean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -58,6 +59,9 @@ bench-quality: $(DEV_STAMP)
 
 simulate: $(DEV_STAMP)
 	$(BIN)/atoll simulate --seeds 100000 --keep runs/simulate.jsonl $(ARGS)
+
+soak: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
@@ -26,23 +26,24 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faults.plan import PlannedFault, due
 from orchestrator import places
-from orchestrator.build import island_index, island_spec, run_plan
+from orchestrator.build import run_plan
 from orchestrator.config import RunConfig
 from orchestrator.events import FaultInjected, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
+from orchestrator.hands import WATCH_S, Hands, new_nonce, reason_of
 from orchestrator.host import Host
-from orchestrator.island_actor import ContextWrapper, IslandActor, log_to
+from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
-from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, answering, find_islands, island_actor_name, worker_nodes
+from orchestrator.processes import NAMESPACE, answering, find_islands, island_actor_name, worker_nodes
 from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
+from orchestrator.standby import StandbyPool, status_of
 from orchestrator.summary import save_summary
-from workers.messages import Batch, Envelope
+from workers.messages import Batch, Envelope, News
 from workers.records import FaultRecord
 
 TICK_S = 0.1
 LOOK_S = 1.0
-WATCH_S = 60.0
 GOODBYE_S = 10.0
 LINGER_S = 300.0
 # Errors of the user's settings or loop: a replacement would end the same way.
@@ -52,7 +53,7 @@ log = logging.getLogger("atoll.controller")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
-class ControllerActor:
+class ControllerActor(Hands):
     """One run's controller: an event loop around a `Host`."""
 
     def __init__(
@@ -75,6 +76,7 @@ class ControllerActor:
         self.resume, self.wrap = resume, wrap
         self.handles: dict[str, ActorHandle] = {}
         self.nonce_of: dict[str, str] = {}
+        self.started_as: dict[str, str] = {}  # nonce -> name of the process with Ray, where it is not its island's
         self.place_of: dict[str, str] = {}  # island -> node
         self.unplaced: list[str] = []  # islands that lost their place, and wait for another
         self.leaving_nodes: set[str] = set()
@@ -84,6 +86,7 @@ class ControllerActor:
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
         self.spoke: set[str] = set()
+        self.pool = StandbyPool(wanted=self.config.run.standby)
         self.over = asyncio.Event()
         self.concluding = False
         self.failure = ""
@@ -139,13 +142,18 @@ class ControllerActor:
     def _find_islands(self) -> None:
         """After a restart: adopt each island's newest process, end older ones, replace those that are gone."""
         found: dict[str, list[str]] = {}
-        for name, nonce in find_islands(self.run_id):
-            found.setdefault(name, []).append(nonce)
+        for started_as, nonce in find_islands(self.run_id):
+            name = self._name_of(started_as, nonce)
+            if name is None:
+                ray.kill(self._process(started_as, nonce))
+            else:
+                found.setdefault(name, []).append(nonce)
+                self.started_as[nonce] = started_as
         expected = () if self.config.run.elastic else self.host.plan.islands
         for name in {*expected, *found, *self.host.coordinator.state.current}:
             newest = max(found.get(name, []), default=None)
             for nonce in found.get(name, ()):
-                handle = ray.get_actor(island_actor_name(self.run_id, name, nonce), namespace=NAMESPACE)
+                handle = self._process(self.started_as[nonce], nonce)
                 if nonce == newest:
                     self._adopt(name, nonce, handle)
                 else:
@@ -166,6 +174,8 @@ class ControllerActor:
                 self.host.tick()
                 self._inject()
                 self._conclude_if_over()
+                if not self.config.run.elastic:
+                    self._start_standbys()
             if self.config.run.elastic and time.monotonic() - self.looked_s >= LOOK_S:
                 self.looked_s = time.monotonic()
                 await self._look()
@@ -187,6 +197,7 @@ class ControllerActor:
                 elif self.nonce_of[name] not in self.begun:  # of those that have begun Ray tells when they die
                     self._spawn(name, "its machine went before it began")
             there = {node: num for node, num in nodes.items() if node not in silent}
+            self._place_standbys(there)
             for name, node in places.fill(there, self.place_of, self.leaving_nodes, self.unplaced):
                 if name in self.unplaced:
                     self.unplaced.remove(name)
@@ -271,6 +282,11 @@ class ControllerActor:
         self._task(self._pulse())
         return len(journal.rows)
 
+    async def standby_news(self, nonce: str, held: int, ready: bool) -> News:
+        """A process that waits asks for what it lacks of the journal, and who holds which versions."""
+        await self.begin()
+        return self.news_for(nonce, held, ready)
+
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
         await self.begin()
@@ -300,10 +316,16 @@ class ControllerActor:
             "val_loss": latest,
             "evaluations": len(coordinator.state.evaluations),
             "members": {
-                str(member): {"status": process.status, "steps": process.hello.steps if process.hello else 0}
+                str(member): {
+                    "status": process.status,
+                    "reason": process.reason,
+                    "steps": process.hello.steps if process.hello else 0,
+                }
                 for member, process in sorted(coordinator.roll.processes.items())
             },
             "faults": len(coordinator.faults),
+            "quorum": coordinator.short_of,
+            "standbys": dict(status_of(self.pool)),
             "left": sorted(coordinator.away_since),
             "unfired": [str(fault) for fault in self.faults],
         }
@@ -316,10 +338,12 @@ class ControllerActor:
             self.handles[nonce].deliver.remote(batch)
 
     def _spawn(self, name: str, why: str, node: str | None = None) -> None:
-        """A new process for an island: on `node`, or where Ray likes; in an elastic run in the next free place."""
+        """A new process for an island: one that waits, or on `node`, or where Ray likes, or in the next free place."""
         old = self.nonce_of.pop(name, None)
         if old is not None and old in self.handles:
             ray.kill(self.handles.pop(old))
+        if self._let_standby(name, why, node):
+            return
         if self.config.run.elastic and node is None:
             self.place_of.pop(name, None)
             if name not in self.unplaced:
@@ -331,25 +355,10 @@ class ControllerActor:
         if node is not None:
             self.place_of[name] = node
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        spec = island_spec(
-            self.config,
-            island_index(name),
-            run_id=self.run_id,
-            run_dir=self.run_dir,
-            pack=self.pack,
-            resume=self.resume,
-        )
-        nonce = f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}"  # in order of their starts
-        life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
-        handle = IslandActor.options(
-            name=island_actor_name(self.run_id, name, nonce),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            resources={WORKER_RESOURCE: 1},
-            scheduling_strategy=strategy,
-        ).remote(spec, nonce, self.token, str(self.run_dir / "logs" / f"{name}-{life}.log"), self.wrap)
+        spec, log_file = self._spec(name)
+        nonce = new_nonce()
         log.info("starting %s (%s)", name, why)
-        self._adopt(name, nonce, handle)
+        self._adopt(name, nonce, self._start(name, nonce, spec, log_file, strategy))
 
     def _adopt(self, name: str, nonce: str, handle: ActorHandle) -> None:
         self.handles[nonce] = handle
@@ -363,11 +372,11 @@ class ControllerActor:
             self.begun.add(nonce)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
-            why, raised = None, True
+            why, raised, taken = None, True, ""
             while why is None:
                 why = await handle.wait.remote(WATCH_S)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
-            why, raised = _reason(error), isinstance(error, RayTaskError)
+            why, raised, taken = reason_of(error), isinstance(error, RayTaskError), self._taken(name, error)
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
         ray.kill(handle)  # where training failed, the process is still there
@@ -375,17 +384,25 @@ class ControllerActor:
         self.handles.pop(nonce, None)
         with _must_not_fail():
             hopeless = why.partition(":")[0] in HOPELESS
-            self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless))
+            self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless, taken=taken))
             self._conclude_if_over()
 
-    def _end(self, name: str, nonce: str) -> None:
+    def _taken(self, name: str, error: Exception) -> Literal["", "preempted", "lost"]:
+        """Whether its machine was taken away: with notice, or with everything on it."""
+        if self.place_of.get(name) in self.leaving_nodes or getattr(error, "preempted", False):
+            return "preempted"
+        return "lost" if "node" in str(error) and "died" in str(error) and "its node" in str(error) else ""
+
+    def _end(self, name: str, nonce: str, save_stack: bool = False) -> None:
         process = nonce.split("+")[0]
         if self.nonce_of.get(name) == process:
             del self.nonce_of[name]
             if name not in self.sent_away:
                 self.place_of.pop(name, None)
         handle = self.handles.pop(process, None)
-        if handle is not None:
+        if handle is not None and save_stack:
+            self._task(self._end_after_stack(name, handle))
+        elif handle is not None:
             ray.kill(handle)
 
     def _inject(self) -> None:
@@ -436,10 +453,3 @@ def _must_not_fail() -> Iterator[None]:
             log.exception("this controller ends")
             logging.shutdown()
             os._exit(1)
-
-
-def _reason(error: RayActorError | RayTaskError | ActorUnschedulableError) -> str:
-    """What happened to an island, in one line: the exception that was raised there, or how its process ended."""
-    raised = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    text = str(raised).strip().splitlines()
-    return f"{type(raised).__name__}: {text[0] if text else ''}"

@@ -143,7 +143,7 @@ class RaySession:
             "configure_logging": False,
         }
         if self.config.run.address is None:
-            slots = num_islands(self.config) + 2  # a replacement may start before the dead one's slot is free
+            slots = num_islands(self.config) + self.config.run.standby + 2
             options |= {
                 "address": "local",  # never a Ray that happens to run here
                 "num_cpus": os.cpu_count() or 1,

@@ -172,11 +172,13 @@ class Lifecycle(FaultBook):
         self._tell_all(self._peers_now())
 
     def _peers_now(self) -> msg.Peers:
-        return msg.Peers(
-            peers=tuple(
-                (str(m), p.info.address, tuple(f.n for f in p.hello.fragments) if p.hello else ())
-                for m, p in sorted(self.roll.processes.items())
-            )
+        return msg.Peers(peers=self.peers())
+
+    def peers(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Who is here, at which address, with which version of each fragment."""
+        return tuple(
+            (str(m), p.info.address, tuple(f.n for f in p.hello.fragments) if p.hello else ())
+            for m, p in sorted(self.roll.processes.items())
         )
 
     # ------------------------------------------------------------ genesis and start

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,8 +45,9 @@ from workers.model.factory import LossFn, ModelBundle, next_token_loss
 from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer
 from workers.pace import Pace
+from workers.record_log import RecordLog
 from workers.records import StopRecord
-from workers.replica import Replica
+from workers.replica import Replica, StateChunk
 from workers.samples import (
     Collate,
     Ids,
@@ -126,21 +128,30 @@ class Island:
         self._last_step: tuple[float, float, StepStats | None] | None = None
         self._waits = {"data": 0.0, "sync": 0.0}
         self._stepped = True
+        self._at_hand: tuple[RecordLog, dict[int, list[StateChunk]]] | None = None
 
     # ------------------------------------------------------------ life
+
+    def move_to(self, context: IslandContext) -> None:
+        """Be another island of the run than the one that it was built as; only before it is entered."""
+        self.context, self.spec = context, context.spec
+
+    def begin_with(self, log: RecordLog, states: dict[int, list[StateChunk]]) -> None:
+        """Begin with a copy of the journal and states of all fragments (`workers/standby.py`); before it is entered."""
+        self._at_hand = (log, states)
 
     def __enter__(self) -> Self:
         """Join the run: serve, ask to be a member, take up a saved local state if the run is resumed."""
         if self.context.deliver is not None:
             raise LoopError("a run's process makes one island: use one `with atoll.Island(...)` for the whole loop")
         self.guard.warn()
-        pack = PackReader(self.spec.pack) if self.spec.pack is not None else None
-        self.source: SampleSource = open_source(self.spec.data, pack, device=self.device, **self._data)
-        self.total_samples = -(-self.spec.train.tokens // self.source.tokens_per_sample)
         self.sync = self._build_sync()
         meta = read_meta(self._local_dir()) if self.spec.resume else None
         if meta is not None and meta["run_id"] == self.spec.run_id:
             load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer)
+        elif self._at_hand is not None:
+            self.sync.begin_with(*self._at_hand)
+            self._at_hand = None
         gradients_only = self.sync.replica.strategy.contribution == "gradient"
         self._changes = ChangeWatch(synchronised(self.model), wanted=not gradients_only)
         self._buffers = BufferWatch(self.model) if self.watches_changes else None
@@ -156,14 +167,29 @@ class Island:
         if self.sync is not None:
             self.sync.close()
 
+    @cached_property
+    def source(self) -> SampleSource:
+        """Where its samples come from; opened when it is first needed."""
+        pack = PackReader(self.spec.pack) if self.spec.pack is not None else None
+        return open_source(self.spec.data, pack, device=self.device, **self._data)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return -(-self.spec.train.tokens // self.source.tokens_per_sample)
+
+    def build_replica(self) -> Replica:
+        """A replica of the model under the run's strategy, without a state; compiles what has to be compiled."""
+        tensors = {name: parameter.data for name, parameter in synchronised(self.model).items()}
+        strategy = strategy_of(self.spec)
+        for codec in (strategy.codec, strategy.result_codec):
+            warm_up(codec)  # nobody waits for the compiler in an exchange
+        fragments = fragments_of(tensors, strategy, self.spec)
+        return Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
+
     def _build_sync(self) -> sy.IslandSync:
         spec, context = self.spec, self.context
-        tensors = {name: parameter.data for name, parameter in synchronised(self.model).items()}
-        strategy = strategy_of(spec)
-        for codec in (strategy.codec, strategy.result_codec):
-            warm_up(codec)  # compiled codecs: nobody waits for the compiler in an exchange
-        fragments = fragments_of(tensors, strategy, spec)
-        replica = Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
+        replica = self.build_replica()
         info = msg.ProcessInfo(
             address=context.transport.address,
             node=context.node,
@@ -175,7 +201,7 @@ class Island:
             name=spec.name,
             nonce=context.nonce,
             info=info,
-            num_chunks=[fragment.num_chunks for fragment in fragments],
+            num_chunks=[fragment.num_chunks for fragment in replica.specs],
         )
         machine.pace = Pace(own_loop=self.watches_changes, tick_s=spec.heartbeat_s, since_s=context.clock())
         settings = SyncSettings(

@@ -7,7 +7,7 @@ asks `due()` and says `applied()`, `installed()`, `was_reset()`, `offered()`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from workers import member_events as ev
 from workers import member_rules as rules
@@ -17,7 +17,7 @@ from workers.fragment_state import KEEP_RESULTS, FragmentState, Pending
 from workers.member_exchange import ExchangeSide
 from workers.messages import Offer, Version
 from workers.ranges import Range
-from workers.record_log import GENESIS_CHAIN
+from workers.record_log import GENESIS_CHAIN, RecordLog
 from workers.records import LEFT, CommitRecord, DropRecord, FenceRecord, MemberId, OfferId, Row, Term
 
 __all__ = ["KEEP_RESULTS", "FragmentState", "MemberMachine", "Pending"]
@@ -224,6 +224,12 @@ class MemberMachine(ExchangeSide):
         self.incarnation, self.consumed, self.steps = incarnation, consumed, steps
         self.leases, self.fragments = list(leases), list(fragments)
 
+    def begin_with(self, log: RecordLog, versions: Mapping[int, tuple[int, str]]) -> None:
+        """Before it joins: a copy of the journal, and states that were fetched without being a member."""
+        self.log = log
+        for fragment, (n, chain) in versions.items():
+            self.fragments[fragment].n, self.fragments[fragment].chain = n, chain
+
     def _withdraw_lost(self) -> None:
         """An offer that was open when the run stopped is made anew, unless it was committed (and not revoked since)."""
         for fragment, state in enumerate(self.fragments):
@@ -265,6 +271,7 @@ class MemberMachine(ExchangeSide):
             self._body(body, batch)
         if new:
             for fragment in range(len(self.fragments)):
+                self._forget_overtaken(fragment)
                 self._advance(fragment)
             self.out.append(ev.Wake())
         if welcome is not None:

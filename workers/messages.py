@@ -451,3 +451,12 @@ class Batch:
     rows: tuple[Row, ...]
     bodies: tuple[ControllerBody, ...]
     number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class News:
+    """What the controller tells a standby: rows of the journal from `rows_from` on, and who holds which versions."""
+
+    rows_from: int
+    rows: tuple[Row, ...]
+    peers: tuple[tuple[str, str, tuple[int, ...]], ...]

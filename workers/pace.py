@@ -37,11 +37,11 @@ class Pace:
         self.doing, self.since_s = doing, now
 
     def stepped(self, now: float) -> None:
-        """A step has ended."""
+        """A step has ended. The built-in loop goes on at once; what another loop does before the next is its own."""
         self.num_steps += 1
         if self.num_steps > 1:  # the first one compiles, and fills caches
             self.steps_s.append(now - self.since_s)
-        self.begin("between", now)
+        self.begin("between" if self.own_loop else "step", now)
 
     def tick(self, now: float) -> None:
         """The other thread is alive. If it was not for long, the whole process stood still, and no step was under way.

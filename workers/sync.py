@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,23 +21,16 @@ from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
-from workers.actions import Action, EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
+from workers.actions import DOING, Action, EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.member import MemberMachine
 from workers.memory import give_back
-from workers.record_log import GENESIS_CHAIN
+from workers.record_log import GENESIS_CHAIN, RecordLog
 from workers.records import CommitRecord, OfferId, Row, Term
-from workers.replica import Replica, StateTorn, as_bytes
+from workers.replica import Replica, StateChunk, StateTorn, as_bytes
 from workers.sync_settings import SyncSettings
 from workers.transport.base import Transport
 
-DOING: dict[type[Action], str] = {
-    TrainOn: "step",
-    EvaluateNow: "evaluating",
-    SaveNow: "saving",
-    WaitFor: "waiting",
-    Finished: "over",
-}
 MAX_WAITERS = 1024  # one for each other owner of parts; a thread begins when it is needed
 
 
@@ -100,6 +93,13 @@ class IslandSync:
         if self.executor is not None:
             self._thread = threading.Thread(target=self._run, name=f"sync-{self.machine.name}", daemon=True)
             self._thread.start()
+
+    def begin_with(self, log: RecordLog, states: Mapping[int, list[StateChunk]]) -> None:
+        """Before `start`: what a standby has gathered. The parameters are the anchor, of a version that may be old."""
+        for fragment, chunks in states.items():
+            self.replica.install(fragment, chunks, included=False, fresh=True)
+            self._moved(log.commit(fragment, chunks[0].n))
+        self.machine.begin_with(log, {f: (chunks[0].n, chunks[0].chain) for f, chunks in states.items()})
 
     def close(self) -> None:
         """End the control thread; the transport is the caller's to stop."""

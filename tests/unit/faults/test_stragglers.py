@@ -84,7 +84,7 @@ def test_a_pace_tells_usual_steps_without_the_first() -> None:
         assert pace.doing == ("first_steps" if pace.num_steps < 3 else "stepping")
         now += step_s
         pace.stepped(now)
-        assert pace.doing == "between"
+        assert pace.doing != "between", "the built-in loop has nothing to do between two steps"
     assert pace.usual_step_s() == pytest.approx(0.1)
 
 
@@ -92,6 +92,8 @@ def test_an_own_loop_may_do_in_a_step_what_it_did_before() -> None:
     pace = Pace(own_loop=True, steps_s=Pace().steps_s)
     pace.steps_s.extend([0.1] * 9 + [5.0])
     assert pace.usual_step_s() == 2.5, "evaluating every tenth step is its habit"
+    pace.stepped(1.0)
+    assert pace.doing == "between"
 
 
 def test_time_in_which_the_whole_process_stood_still_is_no_step() -> None:
