@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from benchmarks.soak import Burners, false_verdicts
 from faults.inject import faults_dir, read_marks
 from orchestrator.ledger import ledger_command
 from orchestrator.metrics import FaultEvent, MemberRow, read_rows
-from orchestrator.summary import Summary
+from orchestrator.summary import Summary, load_summary
+from tests.ray.hang import Hang
 from tests.ray.live_run import LiveRun
 from tests.small_run import small_config
-from workers.context import IslandContext
 from workers.records import HUNG, FaultRecord, FenceRecord, JoinRecord, Record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -33,32 +32,6 @@ PACE_S = 0.1
 # With a standby the bound is 8 s on a machine that has nothing else to do; here it has.
 BACK_WITHIN_S = 8.0
 HANG_NOTICED_WITHIN_S = 9.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hang:
-    """Hangs the training thread in the middle of a step once a file is there; everything else in the process goes on."""
-
-    inner: object
-
-    def __call__(self, context: IslandContext) -> IslandContext:
-        """The context with a clock that does not come back."""
-        tapped = self.inner(context)  # type: ignore[operator]
-        armed, clock = faults_dir(context.spec.run_dir) / f"{context.spec.name}.hang", context.clock
-
-        def hanging() -> float:
-            if threading.current_thread().name == "train" and armed.exists():
-                armed.rename(armed.with_suffix(".hung"))
-                wait_for_godot(threading.Event())
-            return clock()
-
-        tapped.clock = hanging
-        return tapped  # type: ignore[no-any-return]
-
-
-def wait_for_godot(event: threading.Event) -> None:
-    """What the saved stack must show."""
-    event.wait()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,13 +58,13 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
     config = small_config(pack_dir, "run.islands=3", "run.standby=1", "exchange.quorum=0.5", *values)
     run = LiveRun(config, pack_dir, folder / "story", pace_s=PACE_S)
     run.wrap = Hang(inner=run.wrap)
-    with Burners(os.cpu_count() or 1):
-        calm.start()
-        try:
-            run.start()
-            calm.until_training()
+    calm.start()
+    try:
+        run.start()
+        calm.until_training()
+        run.until_training()
+        with Burners(os.cpu_count() or 1):
             began = time.monotonic()
-            run.until_training()
             run.until(lambda: "ready" in run.status()["standbys"].values(), "a standby to be ready")
             kill(run, "island-1")
             run.until(lambda: "ready" in run.status()["standbys"].values(), "the next standby to be ready")
@@ -105,12 +78,10 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
             calm.until(lambda: time.monotonic() - began > CALM_S, "a minute")
             stop(calm)
             calm_s = time.monotonic() - began
-        finally:
-            run.stop()
-            calm.stop()
+    finally:
+        run.stop()
+        calm.stop()
     rows = list(read_rows(run.run_dir / "metrics.jsonl"))
-    from orchestrator.summary import load_summary
-
     yield Story(
         run_dir=run.run_dir,
         records=run.records(),
@@ -127,12 +98,9 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 def kill(run: LiveRun, name: str) -> None:
     """SIGKILL from outside; wait until its successor has contributed."""
-    import ray
-
     member = run.state().current[name]
     pid = read_marks(run.run_dir, "start")[f"{member.name}-{member.incarnation}"]["pid"]
     os.kill(pid, signal.SIGKILL)
-    assert ray.is_initialized()
     run.until(
         lambda: any(f.contributed_s is not None for f in run.faults()), f"the successor of {member} to contribute"
     )
