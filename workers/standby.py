@@ -70,10 +70,14 @@ class Standby:
     def wait(self) -> None:
         """Keep a recent state until `take_over`."""
         while not self.told.is_set():
-            news = self.follow(len(self.log), self.ready)
-            if news is not None and self.log.extend(news.rows_from, news.rows, rewrite=True) is not None:
-                self._refresh(news)
+            self.look()
             self.told.wait(LOOK_S)
+
+    def look(self) -> None:
+        """Ask for news once, and fetch what is worth it."""
+        news = self.follow(len(self.log), self.ready)
+        if news is not None and self.log.extend(news.rows_from, news.rows, rewrite=True) is not None:
+            self._refresh(news)
 
     def _refresh(self, news: News) -> None:
         """Fetch the state of fragments that have moved on, unless the last fetch was too recent for its length."""
@@ -99,7 +103,12 @@ class Standby:
         """Be the island of `context` to the end of the run: from the state at hand, if the journal still has it."""
         if self.loop is None:
             run_user_loop(context)
-            return
+        else:
+            self.become(context).run()
+
+    def become(self, context: IslandContext) -> BuiltinLoop:
+        """The built-in loop of the island of `context`, ready to run."""
+        assert self.loop is not None
         same = context.spec.train == self.context.spec.train
         loop = self.loop if same else BuiltinLoop(context)  # another batch size, device, ...: the imports are done
         loop.island.move_to(context)
@@ -107,4 +116,4 @@ class Standby:
         if whole:
             loop.island.begin_with(self.log, self.states)
         self.jobs = None
-        loop.run()
+        return loop
