@@ -95,6 +95,8 @@ def edited(line: bytes) -> bytes:
     number = next((name for name, value in body.items() if name != "seq" and type(value) is int), None)
     if number is not None:
         body[number] += 1
+    elif "values" in body:
+        body["values"]["exchange.copies"] = 1
     else:
         text = next(name for name, value in body.items() if name not in ("prev", "kind") and isinstance(value, str))
         body[text] += "1"
