@@ -128,6 +128,8 @@ def test_who_is_heard_after_a_cut_and_does_not_hear_yet_stops_nobody() -> None:
     """It was cut off for three versions. Healed, its messages arrive many seconds before it gets any."""
     control = Control()
     control.start()
+    control.consumed["island-2"] = 4
+    control.hello("island-2")
     for _ in range(3):
         control.tick(4.0, quiet=["island-2"])
         control.commit("island-0", "island-1")
