@@ -16,8 +16,9 @@ from faults.lab.cluster import LabCluster
 from faults.lab.lab import Lab
 from orchestrator.metrics import ExchangeRow, read_rows
 from orchestrator.topology import load_topology
+from tests.lab.chain import make_chain_pack
 from tests.lab.live import LabRun
-from tests.small_run import make_pack, small_config
+from tests.small_run import small_config
 
 Row = dict[str, Any]
 EVERYBODY = {"island-0", "island-1", "island-2"}
@@ -29,6 +30,7 @@ CUT_SETTINGS = [
     "strategy.inner_steps=10",
     "train.tokens=144000",
     "train.pace_s=0.15",
+    "train.lr=2e-2",
     "eval.windows=256",
 ]
 EXCHANGE_SETTINGS = [
@@ -50,7 +52,7 @@ def cut(seconds: float, congestion: str) -> Row:
     with tempfile.TemporaryDirectory() as scratch, Lab(topology) as lab:
         cluster = LabCluster(lab)
         cluster.start()
-        config = small_config(make_pack(Path(scratch)), *CUT_SETTINGS)
+        config = small_config(make_chain_pack(Path(scratch)), *CUT_SETTINGS)
         losses, row = [], {}
         for name in ("uncut", "cut"):
             folder = Path(scratch) / name
@@ -89,7 +91,7 @@ def exchange(name: str, congestion: str) -> Row:
     with tempfile.TemporaryDirectory() as scratch, Lab(topology) as lab:
         cluster = LabCluster(lab)
         cluster.start()
-        config = small_config(make_pack(Path(scratch)), *EXCHANGE_SETTINGS)
+        config = small_config(make_chain_pack(Path(scratch)), *EXCHANGE_SETTINGS)
         with LabRun(cluster, Path(scratch), config) as run:
             run.finish()
             found = [row for row in read_rows(run.run_dir / "metrics.jsonl") if isinstance(row, ExchangeRow)]

@@ -26,8 +26,9 @@ from orchestrator.local import LocalRun
 from orchestrator.metrics import FaultEvent, latest_faults, read_rows
 from orchestrator.summary import Summary, load_summary
 from orchestrator.topology import load_topology
+from tests.lab.chain import make_chain_pack
 from tests.lab.live import LabRun
-from tests.small_run import make_pack, small_config
+from tests.small_run import small_config
 from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -40,6 +41,7 @@ SETTINGS = [
     "exchange.staleness_limit=64",
     "strategy.inner_steps=10",
     "train.tokens=64000",
+    "train.lr=2e-2",
     "eval.windows=64",
 ]
 PACED = ["run.elastic=true", "train.pace_s=0.15"]
@@ -65,7 +67,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pack(tmp_path_factory.mktemp("pack"))
+    return make_chain_pack(tmp_path_factory.mktemp("pack"))
 
 
 @pytest.fixture(scope="module")
