@@ -1,7 +1,7 @@
 """A text whose loss can be known: a chain of letters, each followed by one of three others with fixed odds.
 
-A small model learns it within some hundred steps, and no model gets below `ENTROPY`: so two runs end at the same loss if
-nothing went wrong, however their steps were spread over islands, and do not if work was lost or counted twice.
+A small model learns it within some hundred steps, and no model gets below `ENTROPY`: so two runs end at the same loss
+if nothing went wrong, however their steps were spread over islands.
 """
 
 from __future__ import annotations

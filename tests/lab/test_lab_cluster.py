@@ -26,7 +26,7 @@ from orchestrator.local import LocalRun
 from orchestrator.metrics import FaultEvent, latest_faults, read_rows
 from orchestrator.summary import Summary, load_summary
 from orchestrator.topology import load_topology
-from tests.lab.chain import make_chain_pack
+from tests.lab.chain import ENTROPY, make_chain_pack
 from tests.lab.live import LabRun
 from tests.small_run import small_config
 from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId
@@ -183,6 +183,7 @@ def test_the_final_loss_is_that_of_a_run_without_faults(story: Story, pack_dir: 
     twin.close()
     assert uncut is not None and story.summary.final_val_loss is not None
     print(f"final loss {story.summary.final_val_loss:.4f}, without faults {uncut:.4f}")
+    assert ENTROPY < uncut < 1.05 * ENTROPY, "it has learnt what there is to learn"
     assert story.summary.final_val_loss == pytest.approx(uncut, rel=0.02)
 
 
