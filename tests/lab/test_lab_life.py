@@ -162,6 +162,18 @@ def test_each_node_has_a_place_for_files_that_goes_with_the_lab(lab_root: Path) 
     assert not any(Path(made).exists() for _, made, _ in said)
 
 
+def test_a_process_on_a_node_changes_the_links_of_its_lab(lab_root: Path) -> None:
+    """As a controller does that carries out a fault plan; another lab on the machine is not meant."""
+    code = """
+from faults.lab.lab import Lab
+from faults.lab.schedule import LinkChange
+Lab.around().apply(LinkChange(at_s=0, action="cut", target="a>b"))
+"""
+    with Lab(pair(), root=lab_root) as other, Lab(pair(), root=lab_root) as lab:
+        lab.run("b", python(code), cwd=ROOT, check=True, timeout=30)
+        assert (lab.status().cut, other.status().cut) == ((("a", "b"),), ())
+
+
 def test_a_lab_whose_switch_was_killed_says_so_and_goes(lab_root: Path) -> None:
     with Lab(pair(), root=lab_root) as lab:
         record = LabStates(lab_root).read(lab.name)
