@@ -42,7 +42,7 @@ from workers.transport.flight import FlightTransport
 host, address, num_bytes, connections = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 transport = FlightTransport(BlobStore(), host=host, token="t", num_connections=connections)
 transport.start()
-transport.warm(address, timeout_s=20)
+transport.fetch(address, ["piece"], timeout_s=40, max_bytes=num_bytes)  # as in a run: connections are warm
 begin_s = time.monotonic()
 (blob,) = transport.fetch(address, ["piece"], timeout_s=40, max_bytes=num_bytes)
 seconds = time.monotonic() - begin_s
@@ -67,6 +67,7 @@ def test_a_blob_crosses_a_slow_link_at_its_speed_and_unharmed(lab_root: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["two-regions", "slow-pair"])
 def test_our_transport_is_as_fast_as_plain_flight(name: str, lab_root: Path) -> None:
     """What an exchange does with its links: both ways at once, over as many warm connections, digests checked."""
@@ -77,8 +78,8 @@ def test_our_transport_is_as_fast_as_plain_flight(name: str, lab_root: Path) -> 
             with serving(lab, a) as at_a, serving(lab, b) as at_b, ThreadPoolExecutor() as pool:
                 ways = [pool.submit(fetched, lab, here, there) for here, there in ((a, at_b), (b, at_a))]
                 ours = max(way.result()["seconds"] for way in ways)
-            plain = both_ways(lab, a, b, num_bytes=NUM_BYTES, connections=CONNECTIONS, repeats=1)
-            return plain[0] / ours
+            plain = both_ways(lab, a, b, num_bytes=NUM_BYTES, connections=CONNECTIONS, repeats=2)
+            return plain[1] / ours  # the first one warms
 
         found = first_good(ratio, lambda one: one >= AT_LEAST)
     print(f"{name}: {found:.2f} of the speed of plain Flight")
