@@ -10,18 +10,19 @@ import asyncio
 import functools
 import logging
 import os
+import platform
 import signal
 import sys
 import time
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faults.plan import PlannedFault, due
@@ -34,7 +35,14 @@ from orchestrator.hands import WATCH_S, Hands, new_nonce, reason_of
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
-from orchestrator.processes import NAMESPACE, answering, find_islands, island_actor_name, worker_nodes
+from orchestrator.processes import (
+    NAMESPACE,
+    answering,
+    find_islands,
+    has_ended,
+    island_actor_name,
+    worker_nodes,
+)
 from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
 from orchestrator.standby import StandbyPool, status_of
@@ -44,6 +52,7 @@ from workers.records import FaultRecord
 
 TICK_S = 0.1
 LOOK_S = 1.0
+ASK_AGAIN_S = 1.0
 GOODBYE_S = 10.0
 LINGER_S = 300.0
 # Errors of the user's settings or loop: a replacement would end the same way.
@@ -71,6 +80,7 @@ class ControllerActor(Hands):
         self.run_dir, self.run_id, self.token = Path(run_dir), run_id, token
         self.pack = Path(pack) if pack is not None else None
         log_to(self.run_dir / "logs" / "controller.log")
+        log.info("the controller of %s is process %d on %s", run_id, os.getpid(), platform.node())
         self.config = RunConfig.model_validate(config_tables)
         self.faults = list(faults)
         self.resume, self.wrap = resume, wrap
@@ -368,13 +378,13 @@ class ControllerActor(Hands):
     async def _watch(self, name: str, nonce: str, handle: ActorHandle) -> None:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
-            node = await handle.begin.remote()
+            node = await _through_cuts(handle.begin.remote, None, name)
             self.begun.add(nonce)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
             why, raised, taken = None, True, ""
             while why is None:
-                why = await handle.wait.remote(WATCH_S)
+                why = await _through_cuts(lambda: handle.wait.remote(WATCH_S), node, name)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
             why, raised, taken = reason_of(error), isinstance(error, RayTaskError), self._taken(name, error)
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
@@ -439,6 +449,25 @@ class ControllerActor(Hands):
             self.over.set()
         await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
         ray.kill(ray.get_runtime_context().current_actor)
+
+
+async def _through_cuts(call: Callable[[], Any], node: str | None, name: str) -> Any:
+    """What a call to an island answers. Where the way to it is cut it may live: it is called again, until Ray says.
+
+    Raises what the call raises, `ActorUnavailableError` only if Ray on its node has ended, which ends it as well.
+    """
+    told = False
+    while True:
+        try:
+            return await call()
+        except ActorUnavailableError:
+            ended = node is not None and await asyncio.get_running_loop().run_in_executor(None, has_ended, node)
+            if ended:
+                raise
+        if not told:
+            log.info("%s cannot be reached: a cut is no death", name)
+            told = True
+        await asyncio.sleep(ASK_AGAIN_S)
 
 
 @contextmanager

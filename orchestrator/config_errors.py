@@ -97,7 +97,10 @@ def _wrong_value(key: str, name: str, owner: type[BaseModel], value: Any, *, pla
         return UserError(f"{key} = {_shown(value)}: {key} is a table of settings", place=place, remedy=remedy)
     field, takes = owner.model_fields[name], allowed_values(owner, name)
     default = field.get_default(call_default_factory=True)
-    remedy = "leave it out" if default is None else f"the default, {_shown(default)}"
+    if field.is_required():
+        remedy = takes
+    else:
+        remedy = "leave it out" if default is None else f"the default, {_shown(default)}"
     remedy += f" ({field.description.rstrip('.')})" if field.description else ""
     if isinstance(value, int | float) and takes.startswith("text"):
         remedy = f'quotes: {key} = "{value}" in a file, --set \'{key}="{value}"\' on the command line'

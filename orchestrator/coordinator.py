@@ -262,6 +262,7 @@ class Coordinator(Judgement):
                 watermark=entry.watermarks[fragment], leases=entry.leases,
                 blocked=process is not None and process.blocked(fragment, head.n, entry.watermarks[fragment]),
                 leaving=member.name in self.leaving,
+                behind=process.behind(fragment, head.n) if process is not None else 0,
             )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),

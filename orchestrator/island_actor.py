@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import threading
 import time
@@ -105,7 +106,7 @@ class IslandActor:
         if self.context is not None or self.place is not None:
             return node
         log_to(Path(self.log_file))
-        island_log.info("%s is process %d", self.spec.name, os.getpid())
+        island_log.info("%s is process %d on %s", self.spec.name, os.getpid(), platform.node())
         with _logged("the island did not start"):
             self._start(node)
         return node

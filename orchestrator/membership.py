@@ -153,6 +153,11 @@ class Process:
             return None
         return self.hello.fragments[fragment]
 
+    def behind(self, fragment: int, head: int) -> int:
+        """How many versions it has yet to apply, by its last heartbeat."""
+        report = self.report(fragment)
+        return 0 if report is None else max(head - report.n, 0)
+
     def ready(self) -> bool:
         """Whether it holds a state of every fragment, so that it can train, offer and own parts."""
         return self.hello is not None and bool(self.hello.fragments) and all(f.n >= 0 for f in self.hello.fragments)

@@ -30,6 +30,8 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.exchange_rules.eligible_weight": lambda fleet, roster: float(sum(offer.weight for offer in roster)),
     "orchestrator.exchange_rules.coefficients": lambda offers, fleet: [1 / len(offers)] * len(offers),
     "orchestrator.exchange_rules.able_owners": lambda fleet: [m.id for m in fleet.members.values()],
+    "orchestrator.exchange_rules.far_behind": lambda member: False,
+    "orchestrator.exchange_rules.reaching_owners": lambda able, roster, cut: list(able),
     "orchestrator.exchange_rules.deal_chunks": lambda num_chunks, owners: (min(owners),) * num_chunks,
     "orchestrator.exchange_rules.redeal_chunks": lambda owners, lost, left: (min(left),) * len(owners),
     "orchestrator.exchange_rules.copies_needed": lambda config, fleet: (1, 1),
