@@ -15,6 +15,8 @@ from pathlib import Path
 import ray
 from ray.actor import ActorHandle
 
+from faults.chaos import Chaos
+from faults.plan import PlannedFault
 from orchestrator.host import Handed
 from orchestrator.processes import NAMESPACE, controller_name
 from workers.context import IslandContext, IslandSpec, enter
@@ -40,6 +42,7 @@ class IslandActor:
         self.ended = threading.Event()
         self.failure: BaseException | None = None
         self.context: IslandContext | None = None
+        self.chaos: Chaos | None = None
 
     @ray.method(concurrency_group="control")
     def begin(self) -> str:
@@ -77,7 +80,8 @@ class IslandActor:
             clock=time.monotonic,
             executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
         )
-        self.context = self.wrap(context) if self.wrap is not None else context
+        self.chaos = Chaos(self.wrap(context) if self.wrap is not None else context)
+        self.context = self.chaos.context
         threading.Thread(target=self._train, name="train", daemon=True).start()
 
     def _train(self) -> None:
@@ -118,9 +122,10 @@ class IslandActor:
         return "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
 
     @ray.method(concurrency_group="watch")
-    def die(self, signal_number: int) -> None:
-        """Injected fault: this process sends itself a signal."""
-        os.kill(os.getpid(), signal_number)
+    def afflict(self, fault: PlannedFault) -> None:
+        """Injected fault: it begins now, and ends by itself if it has a length."""
+        if self.chaos is not None:
+            self.chaos.apply(fault)
 
 
 def _post(controller: ActorHandle, envelope: Envelope) -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "atoll": {"faults", "orchestrator", "strategies", "workers"},
 }
 # The tools that cause failures wrap what the workers use; the judgement of failures does not.
-FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.virtual", "faults.lab"}
+FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.process", "faults.virtual", "faults.lab"}
 
 HEAVY = {"torch", "ray"}
 # Imported by the controller and the command line, which answer without torch and Ray.

@@ -1,0 +1,170 @@
+"""Injects the faults of a run's plan, and those that are asked for while it runs: the controller's side.
+
+Each fault is journalled before it happens. What concerns a member is handed to its actor (`faults.chaos`), what
+concerns the controller or the head is done here. A cut link outlives the processes at its ends: new ones are told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from faults.plan import CONTROLLER, PlannedFault, parse_fault
+from faults.process import FullDisk, JumpClock, die
+from faults.schedule import Past, Schedule
+from orchestrator.cluster.state import known_clusters
+from orchestrator.errors import UserError
+from orchestrator.events import FaultInjected
+from workers.records import FaultRecord
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from orchestrator.host import Host
+
+log = logging.getLogger("atoll.controller")
+
+
+class Injector:
+    """The faults of one controller's life.
+
+    Args:
+        clock: that of the host, which can be made to jump. actors: by member, those that have begun.
+        gcs_address: of the Ray cluster, to find its head.
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[PlannedFault],
+        host: Host,
+        clock: JumpClock,
+        actors: Callable[[], Mapping[str, ActorHandle[Any]]],
+        gcs_address: Callable[[], str],
+    ) -> None:
+        self._plan, self._host, self._clock = plan, host, clock
+        self._actors, self._gcs_address = actors, gcs_address
+        self._disk = FullDisk()
+        self._links: list[tuple[PlannedFault, float]] = []  # cut, and until when on this process's clock
+        self.schedule = Schedule(plan)
+
+    def resume(self) -> None:
+        """What earlier controllers have injected is not injected again."""
+        records = [row.record for row in self._host.journal.rows]
+        past = [Past(text=r.detail, t_s=r.t_s) for r in records if isinstance(r, FaultRecord) and r.injected]
+        self.schedule = Schedule(self._plan, past)
+
+    def tick(self) -> None:
+        """Inject what is due."""
+        coordinator = self._host.coordinator
+        heads = coordinator.state.heads
+        if not heads:
+            return
+        here = {*self._actors(), CONTROLLER}
+        for fault, text in self.schedule.due(heads[0].version.n, coordinator.seconds(), here, self._fit()):
+            self._inject(fault, text)
+
+    def now(self, texts: Sequence[str]) -> list[str]:
+        """Inject these at once; returns them as they are journalled.
+
+        Raises:
+            FaultPlanError: one that cannot be understood or names nobody. UserError: its member has no process now.
+        """
+        members = {*self._host.plan.islands, *self._host.coordinator.state.last_incarnation}
+        faults = [parse_fault(text, members, place=repr(text)) for text in texts]
+        for fault in faults:
+            if fault.round is not None or fault.at_s is not None:
+                raise UserError(f"{fault} has a time", remedy=f"atoll chaos {fault.what}, which means at once")
+            gone = [name for name in fault.targets if name not in {*self._actors(), CONTROLLER}]
+            if gone:
+                raise UserError(f"{fault}: {gone[0]} has no process now", remedy="again once it is back")
+            if fault.kind == "head_kill":
+                self._head()
+        for fault in faults:
+            if fault.kind == "storm":
+                began = replace(fault, at_s=round(self._host.coordinator.seconds(), 3))
+                self.schedule.waiting.append(began)
+            else:
+                self._inject(fault, str(fault))
+        return [str(fault) for fault in faults]
+
+    def greet(self, name: str) -> None:
+        """A process has begun: it is told of the links that are cut."""
+        now = time.monotonic()
+        self._links = [(fault, until_s) for fault, until_s in self._links if until_s > now]
+        for fault, until_s in self._links:
+            left_s = None if fault.for_s is None else until_s - now
+            self._afflict(name, replace(fault, for_s=left_s))
+
+    def _fit(self) -> list[str]:
+        """Whom a storm may hit: those that train and are well."""
+        processes = self._host.coordinator.roll.processes
+        here = self._actors()
+        return [m.name for m, p in processes.items() if p.status == "healthy" and p.stepped and m.name in here]
+
+    def _inject(self, fault: PlannedFault, text: str) -> None:
+        log.warning("injecting %s", text)
+        self._host.handle(FaultInjected(fault=fault.kind, member=fault.target, detail=text))
+        match fault.kind:
+            case "storm":
+                pass
+            case "controller_kill":
+                logging.shutdown()
+                die()
+            case "head_kill":
+                self._kill_head()
+            case _ if fault.targets == (CONTROLLER,):
+                self._afflict_controller(fault)
+            case "cut" | "heal":
+                self._cut(fault)
+            case _:
+                self._afflict(fault.targets[0], fault)
+
+    def _cut(self, fault: PlannedFault) -> None:
+        """A link has two ends: of one member, all others are the other end."""
+        if fault.kind == "cut":
+            until_s = time.monotonic() + (float("inf") if fault.for_s is None else fault.for_s)
+            self._links.append((fault, until_s))
+        else:
+            healed = set(fault.targets)
+            self._links = [(cut, until_s) for cut, until_s in self._links if not healed <= set(cut.targets)]
+        for name in self._actors() if len(fault.targets) == 1 else fault.targets:
+            self._afflict(name, fault)
+
+    def _afflict(self, name: str, fault: PlannedFault) -> None:
+        actor = self._actors().get(name)
+        if actor is not None:
+            actor.afflict.remote(fault)
+
+    def _afflict_controller(self, fault: PlannedFault) -> None:
+        if fault.kind == "clock_jump":
+            assert fault.by_s is not None
+            self._clock.jump(fault.by_s)
+        else:
+            assert fault.kind == "disk_full" and fault.for_s is not None
+            self._disk.fill()
+            asyncio.get_running_loop().call_later(fault.for_s, self._disk.free)
+
+    # ------------------------------------------------------------ the head
+
+    def _head(self) -> int:
+        """The process group of the head's Ray. Raises UserError where this machine does not run it."""
+        address = self._gcs_address()
+        for state in known_clusters():
+            if state.role == "head" and state.gcs_address == address and state.ray is not None:
+                return state.ray.pid
+        raise UserError(
+            f"head_kill: the controller's machine does not run the head of {address}",
+            remedy="a cluster that was started with atoll up, with the controller on its first machine",
+        )
+
+    def _kill_head(self) -> None:
+        try:
+            os.killpg(self._head(), signal.SIGKILL)
+        except (UserError, ProcessLookupError) as error:
+            log.error("%s", error)
