@@ -1,9 +1,9 @@
 """The figures of a storm: rates of the run with faults beside the one without (pure).
 
-Both are looked at between their first commit with everybody in it and their last one. A member is *alive* while it can
-train: from a kill to the first step of the next incarnation it is not, nor while a fault stops or hangs it. *Throughput*
-is committed tokens over the sum of (seconds alive x the tokens per second of that member in the fault-free run), as a
-share of the same figure of the fault-free run, which is 1 by definition.
+Both are looked at between their first commit with everybody in it and their last one. A member is *alive* while it
+can train: from a kill to the first step of the next incarnation it is not, nor while a fault stops or hangs it.
+*Throughput* is committed tokens over the sum of (seconds alive x the tokens per second of that member in the
+fault-free run), as a share of the same figure of the fault-free run, which is 1 by definition.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,7 +21,7 @@ from orchestrator.metrics import ExchangeRow, Row
 from orchestrator.storm.follow import MISMATCHES, Followed, away, follow
 from workers.records import CommitRecord, FaultRecord, Record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 
 class Times(BaseModel):

@@ -34,7 +34,7 @@ def lines(figures: StormFigures) -> list[tuple[str, str]]:
         ("tokens", f"{figures.tokens_per_s:,.0f} a second, fault-free {figures.fault_free_tokens_per_s:,.0f}"),
         (
             "participation",
-            f"{100 * figures.participation:.1f} % of the living and connected, on average of {figures.commits} commits; "
+            f"{100 * figures.participation:.1f} % of the living and connected, mean of {figures.commits} commits; "
             f"below 90 % in {100 * figures.participation_low:.1f} % of them",
         ),
         ("tokens lost", f"{figures.tokens_lost:,}, issued again {figures.tokens_reissued:,}"),
