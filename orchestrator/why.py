@@ -102,7 +102,10 @@ def why_member(rows: Sequence[Row], times: Mapping[tuple[int, int], float], who:
     assert match is not None
     name, only = match["name"], int(match["incarnation"]) if match["incarnation"] else None
     lives = _Lives()
-    known = sorted({f"{r.record.member}.{r.record.incarnation}" for r in rows if isinstance(r.record, JoinRecord)})
+    lived = sorted({(r.record.member, r.record.incarnation) for r in rows if isinstance(r.record, JoinRecord)})
+    if not any(name == member and only in (None, incarnation) for member, incarnation in lived):
+        known = ", ".join(f"{member}.{incarnation}" for member, incarnation in lived)
+        raise NothingKnown(f"the journal knows no member {who!r}; it has {known or 'none'}")
     out: list[Line] = []
     was_in: bool | None = None
     for row in rows:
@@ -121,8 +124,6 @@ def why_member(rows: Sequence[Row], times: Mapping[tuple[int, int], float], who:
             if isinstance(record, CommitRecord):
                 at_s = times.get((record.fragment, record.n))
             out.append(Line(seq=row.seq, at_s=at_s, text=text))
-    if not out:
-        raise NothingKnown(f"the journal knows no member {who!r}; it has {', '.join(known) or 'none'}")
     return out
 
 

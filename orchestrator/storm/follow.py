@@ -18,7 +18,7 @@ from faults.plan import CONTROLLER, KINDS, FaultPlanError, PlannedFault, parse_f
 from orchestrator.metrics import ExchangeRow, Row, StepRow
 from workers.records import FaultRecord, JoinRecord, Record
 
-RESTARTED = {"controller_kill": "controller_restarted"}
+RESTARTED = {"controller_kill": "controller_restarted", "head_kill": "head_restarted"}
 MISMATCHES = ("digest_mismatch", "diverged", "unverified_state")
 IDLE = ("stop", "hang")
 """Kinds that keep their victim from training, though its process is there."""

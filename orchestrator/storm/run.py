@@ -94,9 +94,9 @@ class Command:
         """Its last lines."""
         return " | ".join(self.output.read_text(errors="replace").strip().splitlines()[-3:])
 
-    def interrupt(self, timeout_s: float) -> int:
-        """Ctrl-C, and again if that takes too long; the exit code."""
-        for number in (signal.SIGINT, signal.SIGINT, signal.SIGKILL):
+    def end(self, timeout_s: float) -> int:
+        """SIGTERM, which a shell's `&` does not switch off, and again if that takes too long; the exit code."""
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             if self.process.poll() is None:
                 os.killpg(self.process.pid, number)
             try:
@@ -145,7 +145,7 @@ def _train(plan: StormPlan, name: str, faults: Sequence[str], environment: Mappi
         command.until(lambda: time.monotonic() >= over_s, "its time to be over", plan.seconds + START_S)
         if faults:
             _settle(command, run_dir)
-        code = command.interrupt(STOP_S)
+        code = command.end(STOP_S)
     finally:
         if command.process.poll() is None:
             command.process.kill()
@@ -209,7 +209,7 @@ def _cluster(plan: StormPlan, say: Say) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         for command in filter(None, (node, up)):
-            command.interrupt(STOP_S)
+            command.end(STOP_S)
 
 
 def _ready(output: Path) -> dict[str, object] | None:

@@ -1,4 +1,4 @@
-"""When faults come: once each, storms at their rate and the same for a seed, and on where an earlier controller ended."""
+"""When faults come: once each, storms at their rate and from their seed, and on where an earlier controller ended."""
 
 from __future__ import annotations
 
