@@ -3,6 +3,7 @@
 # make check          lint, types, layers
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
+# make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about an hour, resumable)
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
 #
@@ -28,7 +29,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check bench bench-quality simulate clean distclean
+.PHONY: help demo test check bench bench-quality storm simulate clean distclean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -55,6 +56,9 @@ bench: $(DEV_STAMP)
 
 bench-quality: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+storm: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.storm $(ARGS)
 
 simulate: $(DEV_STAMP)
 	$(BIN)/atoll simulate --seeds 100000 --keep runs/simulate.jsonl $(ARGS)
