@@ -98,7 +98,7 @@ class Command:
         """SIGTERM, which a shell's `&` does not switch off, and again if that takes too long; the exit code."""
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             if self.process.poll() is None:
-                os.killpg(self.process.pid, number)
+                self.process.send_signal(number)  # not to its group: Ray's own processes are in it
             try:
                 return self.process.wait(timeout=timeout_s)
             except subprocess.TimeoutExpired:
