@@ -39,12 +39,15 @@ class FaultBook(Agenda):
             self._say(text, level="warning")
             self._fault("journal_full", "controller", text, injected=False)
 
-    def _cause(self, member: MemberId) -> tuple[float, str] | None:
+    def _cause(self, member: MemberId, ended_by: str) -> tuple[float, str] | None:
         """When and what was injected that may have ended an incarnation; what has passed by itself did not."""
         process = self.roll.processes.get(member)
         silent = process is not None and process.status == "suspect"
-        fitting = (i for i in reversed(self.injected) if i[2] == member.name and (silent or ENDS.get(i[1], False)))
-        return next(((t_s, fault) for t_s, fault, _ in fitting), None)
+        mine = [(t_s, fault) for t_s, fault, name in reversed(self.injected) if name == member.name]
+        for t_s, fault in mine:
+            if silent or ENDS.get(fault, False) or (ended_by, fault) == ("hung", "hang"):
+                return t_s, fault
+        return None
 
     def _track(self, member: MemberId, what: str) -> None:
         for track in list(self.faults):
@@ -63,7 +66,7 @@ class FaultBook(Agenda):
         """
         self._fault(fault, member.name, why, injected=False)
         self.missing_since.setdefault(member.name, self.seconds())
-        cause = self._cause(member)
+        cause = self._cause(member, fault)
         self.injected = [i for i in self.injected if i[2] != member.name]
         process = self.roll.processes.get(member)
         heard = process.heard_s - self.zero_s if process is not None else None

@@ -82,8 +82,8 @@ class Injector:
         """Inject what is due."""
         coordinator = self._host.coordinator
         heads = coordinator.state.heads
-        if not heads:
-            return
+        if not heads or self._host.blocked:
+            return  # with a full journal nothing can be written down before it happens
         if self._dead_head is not None and time.monotonic() - self._looked_s >= LOOK_S:
             self._look_for_head(*self._dead_head)
         here = {*self._actors(), CONTROLLER}
@@ -96,6 +96,8 @@ class Injector:
         Raises:
             FaultPlanError: one that cannot be understood or names nobody. UserError: its member has no process now.
         """
+        if self._host.blocked:
+            raise UserError("the journal's disk is full", remedy="again once there is space")
         members = self._members()
         faults = [parse_fault(text, members, place=repr(text)) for text in texts]
         for fault in faults:

@@ -24,6 +24,7 @@ FAILED = 5
 @click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Where both runs go [runs/storm-<date>-<4 hex>]."
 )
+@click.option("--schema", is_flag=True, help="Print the JSON schema of what --json prints, and do nothing else.")
 @set_option
 @json_option
 def storm(
@@ -36,6 +37,7 @@ def storm(
     head: bool,
     no_controller_kill: bool,
     folder: Path | None,
+    schema: bool,
     overrides: Sequence[str],
     as_json: bool,
 ) -> int:
@@ -44,6 +46,13 @@ def storm(
     Islands with a minimum step time (preset storm) are killed, hung and cut off at random; the controller is killed
     once as well. Needs no root and no GPU. Exit code 5 if a digest mismatched or the ledger does not add up.
     """
+    if schema:
+        import json
+
+        from orchestrator.storm.figures import StormFigures
+
+        click.echo(json.dumps(StormFigures.model_json_schema(), indent=2))
+        return 0
     from faults.plan import parse_fault
     from orchestrator.rundir import make_run_folder
     from orchestrator.storm.run import StormPlan, run_storm

@@ -43,6 +43,7 @@ class Controller:
             coordinator=coordinator,
             plan=SimpleNamespace(islands=NAMES),
             handle=self._handle,
+            blocked=[],
             journal=SimpleNamespace(rows=[]),
         )
         self.host = host
@@ -94,6 +95,16 @@ def test_all_ends_of_a_cut_link_are_told_and_so_are_new_processes() -> None:
     ((name, text),) = controller.story
     assert name == "island-2" and text.startswith("cut:island-0+island-2@t=2s,for=")
     assert float(text.rpartition("=")[2].rstrip("s")) <= 60.0
+
+
+def test_nothing_is_caused_that_cannot_be_written_down() -> None:
+    controller = Controller("controller_kill@round=1")
+    controller.host.blocked.append("rows")
+    assert controller.tick(1, 1.0) == []
+    with pytest.raises(UserError, match="disk is full"):
+        controller.injector.now(["nan:island-0"])
+    controller.host.blocked.clear()
+    assert controller.injector.schedule.unfired() == ["controller_kill@round=1"]
 
 
 def test_the_controllers_clock_jumps() -> None:
