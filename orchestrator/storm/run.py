@@ -27,7 +27,7 @@ START_S = 180.0
 SETTLE_S = 30.0
 STOP_S = 60.0
 POLL_S = 0.5
-CALM_SHARE, CALM_S = 0.2, (10.0, 120.0)
+CALM_SHARE, CALM_S = 0.2, (8.0, 120.0)
 # Shares of the storm's time after which these are killed.
 CONTROLLER_AT, HEAD_AT = 1 / 3, 2 / 3
 
@@ -39,7 +39,7 @@ class StormPlan:
     """What `atoll storm` is to do.
 
     Attributes:
-        seconds: length of the storm; the fault-free run has a fifth of it, 10 to 120 s. rate: faults an hour.
+        seconds: length of the storm; the fault-free run has a fifth of it, 8 to 120 s. rate: faults an hour.
         kill_controller: once, a third into it. head: run on a cluster of two nodes, and kill its head once as well.
         overrides: for both runs, as `--set` takes them.
     """
