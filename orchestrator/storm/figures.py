@@ -1,6 +1,7 @@
 """The figures of a storm: rates of the run with faults beside the one without (pure).
 
-Both are looked at between their first commit with everybody in it and their last one. A member is *alive* while it
+Both are looked at between their first commit with everybody in it and their last one, the second while its storm
+lasts. A member is *alive* while it
 can train: from a kill to the first step of the next incarnation it is not, nor while a fault stops or hangs it.
 *Throughput* is committed tokens over the sum of (seconds alive x the tokens per second of that member in the
 fault-free run), as a share of the same figure of the fault-free run, which is 1 by definition.
@@ -18,7 +19,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.metrics import ExchangeRow, Row
-from orchestrator.storm.follow import MISMATCHES, Followed, away, follow
+from orchestrator.storm.follow import MISMATCHES, Followed, away, follow, storm_time
 from workers.records import CommitRecord, FaultRecord, Record
 
 SCHEMA_VERSION: Final = 1
@@ -87,10 +88,14 @@ class RunData:
     ledger_findings: int
 
 
-def window(exchanges: Sequence[ExchangeRow], islands: int) -> tuple[float, float]:
-    """From the first commit with everybody in it to the last commit; empty where there is none."""
-    start = next((e.t_s for e in exchanges if len(e.roster) >= islands), math.inf)
-    return start, max((e.t_s for e in exchanges), default=-math.inf)
+def window(data: RunData) -> tuple[float, float]:
+    """From the first commit with everybody in it to the last one, of the time of the storm if there was one.
+
+    What comes after the storm, when the last faults are followed to their end, is calm and counts for nothing.
+    """
+    exchanges, storm = _exchanges(data), storm_time(data.records)
+    start = next((e.t_s for e in exchanges if len(e.roster) >= data.islands and e.t_s >= storm[0]), math.inf)
+    return start, max((e.t_s for e in exchanges if e.t_s <= storm[1]), default=-math.inf)
 
 
 def tokens_by_member(data: RunData, span: tuple[float, float]) -> dict[str, int]:
@@ -157,8 +162,8 @@ def of_kind(faults: Sequence[Followed]) -> KindFigures:
 def storm_figures(calm: RunData, stormy: RunData, *, rate: float, seed: int) -> StormFigures:
     """The figures of both runs."""
     faults = follow(stormy.records, stormy.rows)
-    quiet, rough = (_exchanges(data) for data in (calm, stormy))
-    calm_span, span = window(quiet, calm.islands), window(rough, stormy.islands)
+    rough = _exchanges(stormy)
+    calm_span, span = window(calm), window(stormy)
     calm_s, seconds = max(calm_span[1] - calm_span[0], 0.0), max(span[1] - span[0], 0.0)
     calm_tokens, tokens = tokens_by_member(calm, calm_span), tokens_by_member(stormy, span)
     speed = {member: num / calm_s for member, num in calm_tokens.items()} if calm_s else {}

@@ -52,6 +52,15 @@ def injected(records: Iterable[Record]) -> list[tuple[PlannedFault, FaultRecord]
     return [(_planned(record), record) for record in found]
 
 
+def storm_time(records: Iterable[Record]) -> tuple[float, float]:
+    """From when to when the first storm of a run lasted; all of the time where there was none."""
+    for record in records:
+        if isinstance(record, FaultRecord) and record.injected and record.fault == "storm":
+            planned = _planned(record)
+            return record.t_s, record.t_s + (planned.for_s if planned.for_s is not None else math.inf)
+    return -math.inf, math.inf
+
+
 def _planned(record: FaultRecord) -> PlannedFault:
     targets = tuple(name for name in record.member.split("+") if name)
     try:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from orchestrator.config import load_config
 from orchestrator.errors import RunFailed
 from orchestrator.ledger import recompute
 from orchestrator.metrics import ExchangeRow, newest_rows, read_rows
@@ -27,6 +28,7 @@ START_S = 180.0
 SETTLE_S = 30.0
 STOP_S = 60.0
 POLL_S = 0.5
+SETTLE_POLL_S = 2.0  # all rows are read each time
 CALM_SHARE, CALM_S = 0.2, (8.0, 120.0)
 # Shares of the storm's time after which these are killed.
 CONTROLLER_AT, HEAD_AT = 1 / 3, 2 / 3
@@ -81,14 +83,14 @@ class Command:
                 env={**os.environ, **environment},
             )
 
-    def until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float, *, poll_s: float = POLL_S) -> None:
         """Wait for something while it runs. Raises RunFailed if it ends before, or after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline_s:
                 how = "ended before" if self.process.poll() is not None else f"waited {timeout_s:g} s for"
                 raise RunFailed(f"{how} {what}: {self.last_words()}", place=str(self.output))
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
 
     def last_words(self) -> str:
         """Its last lines."""
@@ -107,7 +109,8 @@ class Command:
 
 
 def run_storm(plan: StormPlan, say: Say) -> StormFigures:
-    """Both runs, one after the other, and their figures. Raises RunFailed."""
+    """Both runs, one after the other, and their figures. Raises RunFailed, UserError."""
+    load_config(PRESET, overrides=plan.overrides)  # what is wrong with them is said before anything starts
     plan.folder.mkdir(parents=True, exist_ok=True)
     with _cluster(plan, say) as environment:
         say(f"fault-free run of {plan.islands} islands, {plan.calm_s:g} s ...")
@@ -171,7 +174,7 @@ def _settle(command: Command, run_dir: Path) -> None:
         followed = follow([row.record for row in read_run(run_dir).rows], read_rows(run_dir / "metrics.jsonl"))
         return all(f.contributed_s is not None for f in followed if f.member)
 
-    command.until(settled, "the last faults to be over", 2 * SETTLE_S)
+    command.until(settled, "the last faults to be over", 2 * SETTLE_S, poll_s=SETTLE_POLL_S)
 
 
 def read_data(run_dir: Path, islands: int) -> RunData:

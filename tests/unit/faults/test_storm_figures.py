@@ -174,6 +174,13 @@ def test_who_lives_and_is_left_out_counts_against_participation() -> None:
     assert found.participation_low == pytest.approx(2 / 11)
 
 
+def test_only_the_time_of_the_storm_counts(stormy: Run) -> None:
+    stormy.records.append(fault("storm", "", 11.0, detail="storm@round=2,for=20s,rate=240,seed=0,kinds=kill"))
+    found = figures(stormy)
+    assert found.seconds == 18.0  # from the commit at 12 s to that at 30 s
+    assert found.tokens_per_s == pytest.approx((18 - 1) * 40 / 18)
+
+
 def test_mismatches_and_contradictions_are_counted(stormy: Run) -> None:
     stormy.records.append(fault("digest_mismatch", "", 44.0, injected=False))
     found = figures(stormy, findings=3)
