@@ -172,7 +172,7 @@ class RaySession:
         assert self.config.run.address is not None
         ray.shutdown()
         try:
-            self._connect(_enter_cluster(self.config.run.address))
+            self._connect(enter_cluster(self.config.run.address))
         except ClusterUnreachable:
             return None
         self.controller = _find_controller(self.run_id)
