@@ -254,3 +254,35 @@ def test_messages_that_wait_are_not_overtaken() -> None:
     slow.set()
     until(lambda: len(got) == 100, "all messages")
     assert got == list(range(100))
+
+
+def test_it_stands_around_what_a_test_has_put_there(tmp_path: Path) -> None:
+    """Kills at points of an exchange and faults work together: each message passes both, in both directions."""
+    from faults.inject import Injection
+
+    posted: list[Envelope] = []
+    heard: list[Batch] = []
+    steps: list[int] = []
+    store = MemberStore()
+    inner = IslandContext(
+        spec=cast(Any, SimpleNamespace(name="island-0", run_dir=tmp_path)),
+        nonce="n",
+        node="here",
+        store=store,
+        transport=LoopbackTransport(LoopbackNetwork(), "island-0", store),
+        post=posted.append,
+        clock=time.monotonic,
+        on_step=lambda: steps.append(1),
+    )
+    chaos = Chaos(Injection()(inner))
+    chaos.context.deliver = heard.append
+    envelope = Envelope(run_id="r", term=TERM, name="x", incarnation=1, nonce="n", bodies=())
+    chaos.context.post(envelope)
+    assert chaos.context.deliver is not None and chaos.context.on_step is not None
+    chaos.context.deliver(
+        Batch(run_id="r", term=TERM, name="x", incarnation=1, nonce="n", rows_from=0, rows=(), bodies=())
+    )
+    chaos.context.on_step()
+    assert (posted, len(heard), steps) == ([envelope], 1, [1])
+    chaos.context.ended = "done"
+    assert chaos.context.ended == "done"
