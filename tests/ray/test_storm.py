@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from faults.plan import STORM_KINDS
 from orchestrator.ledger import ledger_command
 from orchestrator.segments import read_run
 from orchestrator.storm.figures import StormFigures
+from orchestrator.storm.run import fired_kinds
 from tests.ray.command import ROOT
 from workers.records import FaultRecord, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
+WAIT_S = 90.0
 ISLANDS = 3
+ASKED = "delay:island-0,for=2s,by=0.02s"
 MINUTES = 0.5
 # Chosen so that each kind comes within the first half minute.
 SEED, RATE = 19, 720
@@ -31,6 +35,8 @@ class Story:
 
     figures: StormFigures
     folder: Path
+    asked: subprocess.CompletedProcess[str]
+    refused: subprocess.CompletedProcess[str]
 
     @property
     def faults(self) -> list[FaultRecord]:
@@ -45,16 +51,44 @@ def story(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     command = [sys.executable, "-m", "orchestrator.cli.main", "storm", "--json", "--dir", str(folder / "runs")]
     command += ["--minutes", str(MINUTES), "--islands", str(ISLANDS), "--rate", str(RATE), "--seed", str(SEED)]
     command += ["--set", f"data.path={pack_dir}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "storm of 30 s, 720 faults an hour (kill, hang, cut)" in done.stderr
-    return Story(figures=StormFigures.model_validate(json.loads(done.stdout)), folder=folder / "runs")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as storm:
+        try:
+            until_it_storms(folder / "runs" / "storm", storm)
+            asked, refused = (chaos(text, folder / "runs" / "storm") for text in (ASKED, "hang:nobody"))
+            out, err = storm.communicate(timeout=150)
+        finally:
+            storm.terminate()
+    assert storm.returncode == 0, err
+    assert "storm of 30 s, 720 faults an hour (kill, hang, cut)" in err
+    figures = StormFigures.model_validate(json.loads(out))
+    return Story(figures=figures, folder=folder / "runs", asked=asked, refused=refused)
+
+
+def until_it_storms(run_dir: Path, storm: subprocess.Popen[str]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not (run_dir / "journal.jsonl").exists() or not fired_kinds(run_dir):
+        assert storm.poll() is None and time.monotonic() < deadline_s, f"no storm in {run_dir}"
+        time.sleep(0.2)
+
+
+def chaos(fault: str, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator.cli.main", "chaos", fault, "--run", str(run_dir)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
 
 
 def test_faults_of_each_kind_fired(story: Story) -> None:
     fired = {record.fault for record in story.faults if record.injected}
-    assert fired == {"storm", "controller_kill", *STORM_KINDS}
-    assert story.figures.kinds.keys() == {"controller_kill", *STORM_KINDS}
+    assert fired == {"storm", "controller_kill", "delay", *STORM_KINDS}
+    assert story.figures.kinds.keys() == {"controller_kill", "delay", *STORM_KINDS}
+
+
+def test_a_fault_is_caused_in_a_run_that_goes_on_and_one_that_names_nobody_is_not(story: Story) -> None:
+    assert story.asked.returncode == 0, story.asked.stderr
+    assert story.asked.stdout == f"injected {ASKED}\n"
+    assert ASKED in [record.detail for record in story.faults if record.injected]
+    assert story.refused.returncode == 2
+    assert "there is no member 'nobody'; this run has island-0, island-1, island-2" in story.refused.stderr
+    assert story.refused.stderr.count("error:") == 1
 
 
 def test_each_kind_was_detected(story: Story) -> None:
