@@ -4,6 +4,7 @@
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
 # make bench-lab      what emulated links do and cost, and runs on them (root; 25 minutes, resumable)
+# make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about an hour, resumable)
 # make soak           half an hour on busy cores: nobody may be blamed who did nothing wrong
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
@@ -30,7 +31,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check bench bench-quality bench-lab simulate soak clean distclean
+.PHONY: help demo test check bench bench-quality bench-lab storm simulate soak clean distclean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -61,6 +62,9 @@ bench-quality: $(DEV_STAMP)
 
 bench-lab: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.lab $(ARGS)
+
+storm: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.storm $(ARGS)
 
 simulate: $(DEV_STAMP)
 	$(BIN)/atoll simulate --seeds 100000 --keep runs/simulate.jsonl $(ARGS)

@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import platform
-import signal
 import sys
 import time
 import uuid
@@ -25,14 +24,17 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from faults.plan import PlannedFault, due
+from faults.plan import FaultPlanError, PlannedFault
+from faults.process import JumpClock
 from orchestrator import places
 from orchestrator.build import run_plan
 from orchestrator.config import RunConfig
-from orchestrator.events import FaultInjected, LeaveRequested, ProcessDied, StopRequested
+from orchestrator.errors import UserError
+from orchestrator.events import FaultNoticed, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.hands import WATCH_S, Hands, new_nonce, reason_of
 from orchestrator.host import Host
+from orchestrator.injector import Injector
 from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
 from orchestrator.processes import (
@@ -48,7 +50,6 @@ from orchestrator.segments import segment_paths
 from orchestrator.standby import StandbyPool, status_of
 from orchestrator.summary import save_summary
 from workers.messages import Batch, Envelope, News
-from workers.records import FaultRecord
 
 TICK_S = 0.1
 LOOK_S = 1.0
@@ -82,7 +83,7 @@ class ControllerActor(Hands):
         log_to(self.run_dir / "logs" / "controller.log")
         log.info("the controller of %s is process %d on %s", run_id, os.getpid(), platform.node())
         self.config = RunConfig.model_validate(config_tables)
-        self.faults = list(faults)
+        self.clock = JumpClock(time.monotonic)
         self.resume, self.wrap = resume, wrap
         self.handles: dict[str, ActorHandle] = {}
         self.nonce_of: dict[str, str] = {}
@@ -104,10 +105,13 @@ class ControllerActor(Hands):
             plan=run_plan(self.config, run_id=run_id, pack=self.pack),
             run_dir=self.run_dir,
             controller=uuid.uuid4().hex[:12],
-            clock=time.monotonic,
+            clock=self.clock,
             deliver=self._deliver,
             spawn=self._spawn,
             end=self._end,
+        )
+        self.injector = Injector(
+            faults, self.host, self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
         )
         self.began = self.lost_journal = False
 
@@ -124,30 +128,34 @@ class ControllerActor(Hands):
             self.lost_journal = True
             log.error("the journal is gone: %s", JOURNAL_LOST.format(run_id=self.run_id))
             return
+        outage_s = self._outage_s() if reborn else 0.0
         try:
-            self.host.open()
+            self.host.open(outage_s=outage_s)
         except (ValueError, OSError) as error:
             log.error("the journal cannot be taken over: %s", error)
             self.failure = str(error)
             self.over.set()
             raise
         with _must_not_fail():
+            self.injector.resume()
             if reborn:
-                self._forget_injected()
+                why = f"it was gone for {outage_s:.1f} s and has taken over its journal"
+                self.host.handle(FaultNoticed(fault="controller_restarted", member="controller", detail=why))
                 self._find_islands()
             elif not self.config.run.elastic:
                 for name in self.host.plan.islands:
                     self._spawn(name, "start")
         self._task(self._pulse())
 
-    def _forget_injected(self) -> None:
-        """Faults that an earlier life injected are not injected again."""
-        records = [row.record for row in self.host.journal.rows]
-        done = [(r.fault, r.member) for r in records if isinstance(r, FaultRecord) and r.injected]
-        for fault in list(self.faults):
-            if (fault.kind, fault.member) in done:
-                done.remove((fault.kind, fault.member))
-                self.faults.remove(fault)
+    def _outage_s(self) -> float:
+        """Seconds for which there was no controller, by when the one before last wrote what islands had measured."""
+        metrics = self.host.run_dir.metrics
+        return max(time.time() - metrics.stat().st_mtime, 0.0) if metrics.exists() else 0.0
+
+    def _actors(self) -> dict[str, ActorHandle]:
+        """The islands' processes that have begun."""
+        found = {name: self.handles.get(nonce) for name, nonce in self.nonce_of.items() if nonce in self.begun}
+        return {name: handle for name, handle in found.items() if handle is not None}
 
     def _find_islands(self) -> None:
         """After a restart: adopt each island's newest process, end older ones, replace those that are gone."""
@@ -182,7 +190,7 @@ class ControllerActor(Hands):
             await asyncio.sleep(TICK_S)
             with _must_not_fail():
                 self.host.tick()
-                self._inject()
+                self.injector.tick()
                 self._conclude_if_over()
                 if not self.config.run.elastic:
                     self._start_standbys()
@@ -287,7 +295,7 @@ class ControllerActor(Hands):
             self.host.go_on(journal)
             self.lost_journal = False
             log.warning("the journal was rebuilt from the members' copies: %d rows", len(journal.rows))
-            self._forget_injected()
+            self.injector.resume()
             self._find_islands()
         self._task(self._pulse())
         return len(journal.rows)
@@ -296,6 +304,19 @@ class ControllerActor(Hands):
         """A process that waits asks for what it lacks of the journal, and who holds which versions."""
         await self.begin()
         return self.news_for(nonce, held, ready)
+
+    async def chaos(self, faults: list[str]) -> dict[str, Any]:
+        """Cause faults now; returns `done`, as they were journalled, or `error` and nothing was caused."""
+        await self.begin()
+        if self.lost_journal:
+            return {"done": [], "error": "the journal is gone: nothing can be written down before it happens"}
+        with _must_not_fail():
+            if self.host.finished is not None or self.host.died is not None:
+                return {"done": [], "error": "the run is over"}
+            try:
+                return {"done": self.injector.now(faults), "error": None}
+            except (FaultPlanError, UserError) as error:
+                return {"done": [], "error": str(error)}
 
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
@@ -337,7 +358,7 @@ class ControllerActor(Hands):
             "quorum": coordinator.short_of,
             "standbys": dict(status_of(self.pool)),
             "left": sorted(coordinator.away_since),
-            "unfired": [str(fault) for fault in self.faults],
+            "unfired": self.injector.schedule.unfired(),
         }
 
     # ------------------------------------------------------------ commands
@@ -382,6 +403,7 @@ class ControllerActor(Hands):
             self.begun.add(nonce)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
+            self.injector.greet(name)
             why, raised, taken = None, True, ""
             while why is None:
                 why = await _through_cuts(lambda: handle.wait.remote(WATCH_S), node, name)
@@ -415,25 +437,14 @@ class ControllerActor(Hands):
         elif handle is not None:
             ray.kill(handle)
 
-    def _inject(self) -> None:
-        heads = self.host.coordinator.state.heads
-        if not self.faults or not heads:
-            return
-        for fault in due(self.faults, heads[0].version.n):
-            nonce = self.nonce_of.get(fault.member)
-            if nonce is None:
-                continue
-            self.faults.remove(fault)
-            log.warning("injecting %s", fault)
-            self.host.handle(FaultInjected(fault=fault.kind, member=fault.member))
-            self.handles[nonce].die.remote(int(signal.SIGKILL))
-
     def _conclude_if_over(self) -> None:
         if self.host.died is not None:
             log.error("this controller ends: %s", self.host.died.why)
             os._exit(0)
         if self.host.finished is not None and not self.concluding:
             self.concluding = True
+            for fault in self.injector.schedule.unfired():
+                log.warning("%s did not happen: the run was over before", fault)
             self._task(self._conclude())
 
     async def _conclude(self) -> None:

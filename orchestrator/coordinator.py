@@ -56,11 +56,13 @@ class Coordinator(Judgement):
                 case ev.Flushed(seq=seq):
                     self._flushed(seq)
                 case ev.JournalFullNow():
-                    self._say("the journal's disk is full: commits stop until there is space", level="warning")
+                    self._journal_is_full()
                 case ev.ProcessDied():
                     self._process_died(event)
-                case ev.FaultInjected(fault=fault, member=member):
-                    self._fault_injected(fault, member)
+                case ev.FaultInjected():
+                    self._fault_injected(event)
+                case ev.FaultNoticed(fault=fault, member=member, detail=detail):
+                    self._fault(fault, member, detail, injected=False)
                 case ev.LeaveRequested(name=name, why=why):
                     self._leave_requested(name, why)
                 case ev.SetSettings():
@@ -91,6 +93,7 @@ class Coordinator(Judgement):
 
     def _flushed(self, seq: int) -> None:
         self.flushed = max(self.flushed, seq)
+        self.full = False
         done = [record for at, record in self.after_flush if at <= self.flushed]
         self.after_flush = [(at, record) for at, record in self.after_flush if at > self.flushed]
         for record in done:

@@ -49,10 +49,20 @@ class ProcessDied:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultInjected:
-    """Somebody made something go wrong on purpose."""
+    """Somebody made something go wrong on purpose; `detail`: what exactly, as it was asked for."""
 
     fault: str
     member: str
+    detail: str = "injected on purpose"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultNoticed:
+    """Something went wrong that the shell around the coordinator noticed."""
+
+    fault: str
+    member: str
+    detail: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +103,7 @@ Event = (
     | JournalFullNow
     | ProcessDied
     | FaultInjected
+    | FaultNoticed
     | LeaveRequested
     | SetSettings
     | StopRequested

@@ -56,9 +56,9 @@ class Host:
         self.fault_rows_written: dict[tuple[str, float], FaultEvent] = {}
         self.started_s = 0.0
 
-    def open(self) -> None:
-        """Take over the journal and begin. Raises JournalError, Fenced."""
-        self._begin(open_segment(self.run_dir.path, controller=self.controller))
+    def open(self, *, outage_s: float = 0.0) -> None:
+        """Take over the journal and begin; `outage_s`: how long nobody had it. Raises JournalError, Fenced."""
+        self._begin(open_segment(self.run_dir.path, controller=self.controller), outage_s)
 
     def recover(self, ask: Callable[[Term], Mapping[str, Handed]], *, force: bool = False) -> None:
         """The journal was lost: rebuild it from what the members agree on, and begin with it; see `rebuild`."""
@@ -95,11 +95,11 @@ class Host:
         self._begin(journal)
         self.handle(ev.Recovered())
 
-    def _begin(self, journal: FileJournal) -> None:
+    def _begin(self, journal: FileJournal, outage_s: float = 0.0) -> None:
         self.journal = journal
         set_aside(self.run_dir)
         self.metrics = MetricsWriter(self.run_dir.metrics).open()
-        before = _seconds_so_far(self.run_dir)
+        before = _seconds_so_far(self.run_dir) + outage_s
         self.coordinator = Coordinator(
             self.plan, self.journal.rows, self.journal.term, now=self.clock(), started_s=before
         )

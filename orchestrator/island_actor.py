@@ -19,6 +19,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from faults.chaos import Chaos
+from faults.plan import PlannedFault
 from orchestrator.host import Handed
 from orchestrator.processes import NAMESPACE, controller_name
 from workers.context import IslandContext, IslandSpec, enter
@@ -80,7 +82,8 @@ class IslandActor:
                 log_to(Path(self.log_file))
                 island_log.info("%s is process %d, which waited as %s", self.spec.name, os.getpid(), context.spec.name)
                 mine = replace(context, spec=self.spec)
-                self.context = self.wrap(mine) if self.wrap is not None else mine
+                self._take(mine)
+                assert self.context is not None
                 with enter(self.context):
                     self.standby.train(self.context)
         finally:
@@ -98,6 +101,7 @@ class IslandActor:
     def save_stack(self, path: str) -> None:
         """Write down where the threads of this process are: it hangs in something, and is going to be ended."""
         write_stack(Path(path))
+        self.chaos: Chaos | None = None
 
     @ray.method(concurrency_group="control")
     def begin(self) -> str:
@@ -113,8 +117,13 @@ class IslandActor:
 
     def _start(self, node: str) -> None:
         context = self._make_context(node)
-        self.context = self.wrap(context) if self.wrap is not None else context
+        self._take(context)
         threading.Thread(target=self._train, name="train", daemon=True).start()
+
+    def _take(self, context: IslandContext) -> None:
+        """This context is the island's, with what faults go through around it."""
+        self.chaos = Chaos(self.wrap(context) if self.wrap is not None else context)
+        self.context = self.chaos.context
 
     def _make_context(self, node: str) -> IslandContext:
         """Everything that a process of the run needs before anybody knows whose it is."""
@@ -182,9 +191,10 @@ class IslandActor:
         return "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
 
     @ray.method(concurrency_group="watch")
-    def die(self, signal_number: int) -> None:
-        """Injected fault: this process sends itself a signal."""
-        os.kill(os.getpid(), signal_number)
+    def afflict(self, fault: PlannedFault) -> None:
+        """Injected fault: it begins now, and ends by itself if it has a length."""
+        if self.chaos is not None:
+            self.chaos.apply(fault)
 
 
 def _news(run_id: str, nonce: str, held: int, ready: bool) -> News | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faults.plan import PlannedFault
+from orchestrator.attach import note_address
 from orchestrator.build import num_islands
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.progress import Progress
@@ -111,7 +112,7 @@ class RaySession:
         if self.config.run.address is None:
             os.environ[LOOPBACK_ONLY] = "0"
         else:
-            known = _enter_cluster(self.config.run.address)
+            known = enter_cluster(self.config.run.address)
         import ray
 
         from orchestrator.processes import WORKER_RESOURCE
@@ -171,7 +172,7 @@ class RaySession:
         assert self.config.run.address is not None
         ray.shutdown()
         try:
-            self._connect(_enter_cluster(self.config.run.address))
+            self._connect(enter_cluster(self.config.run.address))
         except ClusterUnreachable:
             return None
         self.controller = _find_controller(self.run_id)
@@ -230,6 +231,7 @@ class RaySession:
             resume,
             wrap,
         )
+        note_address(run_dir)
         ray.get(self.controller.begin.remote(), timeout=60)
         return self.controller
 
@@ -256,7 +258,7 @@ def _find_controller(run_id: str) -> ActorHandle[Any] | None:
         return None
 
 
-def _enter_cluster(address: str) -> ClusterState | None:
+def enter_cluster(address: str) -> ClusterState | None:
     """Set the environment for a cluster: one that this machine is part of, one whose token is given, or an open one."""
     from orchestrator.cluster.ray_node import DROPPED, cluster_environment
     from orchestrator.cluster.state import AUTO, find_cluster

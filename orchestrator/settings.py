@@ -33,6 +33,9 @@ class RunSection(Section):
     )
     snapshot_every_s: float = Field(60.0, gt=0, description="Seconds between durable snapshots of the anchor.")
     replace: bool = Field(True, description="Replace an island whose process died.")
+    fault_plan: str | None = Field(
+        None, min_length=1, description="TOML file of faults to cause in this run ([[fault]] tables); none = no faults."
+    )
     max_refusals: int = Field(
         3, ge=1, description="Updates of one island in a row that are not finite, after which it is given up."
     )

@@ -45,6 +45,11 @@ COMMANDS = {
     "doctor": LazyCommand(
         target="orchestrator.cli.cluster:doctor", help="Check whether this machine can be part of a cluster."
     ),
+    "chaos": LazyCommand(target="orchestrator.cli.chaos:chaos", help="Make something go wrong in a run that goes on."),
+    "storm": LazyCommand(
+        target="orchestrator.cli.storm:storm", help="Measure what random faults cost: a run without them, and one with."
+    ),
+    "why": LazyCommand(target="orchestrator.cli.why:why", help="Tell from the journal why something was decided."),
     "lab": LazyCommand(
         target="orchestrator.cli.lab:lab", help="Several hosts on this machine, joined by emulated links."
     ),

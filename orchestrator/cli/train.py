@@ -22,6 +22,7 @@ RESUME_KEYS = (
     "run.start_timeout_s",
     "run.snapshot_every_s",
     "run.replace",
+    "run.fault_plan",
     "run.max_refusals",
     "run.max_restarts",
     "train.pace_s",
@@ -34,6 +35,9 @@ RESUME_KEYS = (
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run [runs/<name>-<date>-<4 hex>].")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the run in this directory.")
 @click.option("--fault", "faults", metavar="SPEC", multiple=True, help="Cause a failure: kill:island-1@round=15.")
+@click.option(
+    "--faults", "plan", type=click.Path(path_type=Path), metavar="FILE", help="Cause the failures of this TOML file."
+)
 @json_option
 def train(
     run: str | None,
@@ -41,12 +45,15 @@ def train(
     run_dir: Path | None,
     resume: Path | None,
     faults: Sequence[str],
+    plan: Path | None,
     as_json: bool,
 ) -> int:
     """Train a model.
 
-    RUN is the name of a preset (debug, demo, diloco, ddp) or the path of a TOML file.
+    RUN is the name of a preset (debug, demo, diloco, ddp, storm) or the path of a TOML file.
     """
+    if plan is not None:
+        overrides = [*overrides, f"run.fault_plan={plan.expanduser().resolve()}"]
     if resume is not None:
         if run is not None or run_dir is not None:
             raise click.UsageError("--resume goes on with its own configuration and directory: no RUN, no --run-dir")

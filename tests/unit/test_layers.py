@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "atoll": {"faults", "orchestrator", "strategies", "workers"},
 }
 # The tools that cause failures wrap what the workers use; the judgement of failures does not.
-FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.virtual", "faults.lab"}
+FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.process", "faults.virtual", "faults.lab"}
 
 HEAVY = {"torch", "ray"}
 # Imported by the controller and the command line, which answer without torch and Ray.
@@ -215,9 +215,10 @@ def test_exceptions_are_caught_by_name() -> None:
 def test_only_config_reads_toml() -> None:
     readers = {m.name for m in all_modules().values() if any(i.module.startswith("tomllib") for i in m.imports)}
     # Two take single values from what they find in a run directory, also one that an older version wrote; a topology
-    # of the lab is no part of a run.
+    # of the lab is no part of a run, and a plan of faults is a file of its own.
     assert readers <= {
         "orchestrator.config",
+        "orchestrator.fault_plan",
         "orchestrator.topology",
         "orchestrator.ledger_view",
         "orchestrator.report.load",

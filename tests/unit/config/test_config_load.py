@@ -30,7 +30,7 @@ def complaint(*overrides: str, run: str = "demo") -> UserError:
 
 
 def test_presets_are_the_documented_ones() -> None:
-    assert list(list_presets()) == ["ddp", "debug", "demo", "diloco"]
+    assert list(list_presets()) == ["ddp", "debug", "demo", "diloco", "storm"]
 
 
 @pytest.mark.parametrize("name", list_presets())
