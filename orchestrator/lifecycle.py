@@ -90,6 +90,7 @@ class Lifecycle(FaultBook):
         self.lost_since: float | None = None
         self.restore_asked_s = float("-inf")
         self.without_snapshot: dict[str, str] = {}
+        self.silent_since: dict[MemberId, float] = {}
 
     # ------------------------------------------------------------ joining
 
@@ -445,11 +446,22 @@ class Lifecycle(FaultBook):
             if member not in self.roll.processes:  # lived before this controller, and never came back to it
                 self._verdict(Verdict(id=member, verdict="fence", reason="not heard by this controller, limbo is over"))
 
+    def _end_silence(self, member: MemberId) -> None:
+        """It was heard again, or given up: how long it was cut off is in the timeline."""
+        since = self.silent_since.pop(member, None)
+        if since is not None:
+            self._metric(
+                kind="silence", member=member.name, incarnation=member.incarnation, start_s=since, end_s=self.seconds()
+            )
+
     def _verdict(self, verdict: Verdict | None) -> None:
         if verdict is None:
             return
         self._say(f"{verdict.id} is {verdict.verdict}: {verdict.reason}", member=verdict.id.name)
+        self._end_silence(verdict.id)
         if verdict.verdict == "suspect":
+            process = self.roll.processes[verdict.id]
+            self.silent_since[verdict.id] = process.heard_s - self.zero_s
             self._fault("suspect", verdict.id.name, verdict.reason, injected=False)
         elif verdict.verdict == "fence":
             self._lose(verdict.id, "lost", verdict.reason)
