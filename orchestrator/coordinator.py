@@ -63,6 +63,8 @@ class Coordinator(Lifecycle):
                     self._fault_injected(fault, member)
                 case ev.LeaveRequested(name=name, why=why):
                     self._leave_requested(name, why)
+                case ev.Operated():
+                    self._operated(event)
                 case ev.StopRequested():
                     self._stop_requested(event)
                 case ev.Recovered():

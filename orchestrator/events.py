@@ -62,6 +62,16 @@ class LeaveRequested:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Operated:
+    """Somebody asked for something (a dashboard's button): it is on the record, with what came of it."""
+
+    action: str
+    member: str
+    by: str
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StopRequested:
     """The user wants the run to stop, resumable; `save` = let members save their local state first."""
 
@@ -85,6 +95,7 @@ Event = (
     | ProcessDied
     | FaultInjected
     | LeaveRequested
+    | Operated
     | StopRequested
     | Recovered
     | Tick

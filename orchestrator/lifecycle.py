@@ -313,6 +313,7 @@ class Lifecycle(FaultBook):
             member=member.name,
             level="info" if left else "warning",
         )
+        self._end_silence(member)
         process = self.roll.processes.pop(member, None)
         if process is not None:
             trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)

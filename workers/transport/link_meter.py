@@ -49,16 +49,20 @@ class LinkMeter:
                 rate, before = num_bytes / receive_s, link.bytes_per_s
                 link.bytes_per_s = rate if before is None else before + SMOOTHING * (rate - before)
 
-    def take(self) -> tuple[LinkReport, ...]:
-        """The links that were used since the last call; counts and round trips begin anew, rates go on."""
+    def take(self, most: int = 8) -> tuple[LinkReport, ...]:
+        """Links that were used since they were last taken, those first that waited longest for it.
+
+        At most `most`: among hundreds of members each has hundreds of links. Their counts and round trips begin anew.
+        """
         with self._lock:
+            used = [(address, link) for address, link in self._links.items() if link.rtt_s is not None][:most]
             reports = tuple(
                 LinkReport(address=address, num_bytes=link.num_bytes, bytes_per_s=link.bytes_per_s, rtt_s=link.rtt_s)
-                for address, link in sorted(self._links.items())
-                if link.rtt_s is not None
+                for address, link in used
             )
-            for link in self._links.values():
+            for address, link in used:
                 link.num_bytes, link.rtt_s = 0, None
+                self._links[address] = self._links.pop(address)  # to the end of the queue
         return reports
 
     def forget(self, address: str) -> None:
