@@ -6,12 +6,13 @@ Figures are those of `orchestrator/summary.py`, with its formulas; a figure that
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
 
 from orchestrator.dashboard.book import RunBook, Totals, fault_moment
-from orchestrator.metrics import PHASES, FaultEvent
+from orchestrator.metrics import PHASES, FaultEvent, LinkRow
 from orchestrator.summary import data_parallel_bytes
 
 RECENT_COMMITS = 10
@@ -242,18 +243,26 @@ def _stands(doing: str, incarnation: int, *, here: bool = True, why: str = "") -
     return {"doing": doing, "incarnation": incarnation, "here": here, "why": why}
 
 
-def run_links(book: RunBook, moment_s: float) -> list[list[Any]]:
-    """`[from, to, bytes per second, round trip in seconds, age in seconds]` of each link at its last measurement."""
+def run_links(book: RunBook, moment_s: float) -> dict[str, Any]:
+    """`links`: `[from, to, bytes per second, round trip in seconds, age in seconds]` of each at its last measurement.
+
+    `from` and `to` are places in `names`: there are tens of thousands of links among hundreds of members.
+    """
     links = []
     for (source, target), rows in book.links.items():
-        known = [row for row in rows[-200:] if row.t_s <= moment_s] or [row for row in rows if row.t_s <= moment_s]
-        if known:
-            last = known[-1]
-            round_trips = [row.rtt_s for row in known[-6:] if row.rtt_s is not None]
+        until = bisect_right(rows, moment_s, key=_moment)
+        if until:
+            last = rows[until - 1]
+            round_trips = [row.rtt_s for row in rows[max(until - 6, 0) : until] if row.rtt_s is not None]
             rtt_s = min(round_trips, default=None)
             rate = round(last.bytes_per_s) if last.bytes_per_s is not None else None
-            links.append([source, target, rate, rtt_s and round(rtt_s, 6), round(moment_s - last.t_s, 1)])
-    return links
+            age_s = round(moment_s - last.t_s, 1)
+            links.append([book.place(source), book.place(target), rate, rtt_s and round(rtt_s, 6), age_s])
+    return {"names": book.members, "links": links}
+
+
+def _moment(row: LinkRow) -> float:
+    return row.t_s
 
 
 # ---------------------------------------------------------------- what happened

@@ -95,7 +95,7 @@ def _capacity(book: RunBook, window: Window) -> Floats:
     """What the members that made steps would do together without waiting: their speeds inside steps, added up."""
     if not book.members:
         return np.full(window.num_bins, np.nan)
-    coarse = _coarse(window)
+    coarse = _coarse(book, window)
     speed = book.steps.means("tokens_per_s", coarse, len(book.members))
     total = np.nansum(_held(speed, most=3), axis=0)
     return _spread(np.where(total > 0, total, np.nan), coarse, window)
@@ -115,16 +115,17 @@ def _utilization(book: RunBook, window: Window) -> Floats:
     """Share of the members' time that was spent computing, over bins of at least a sixtieth of the window."""
     if not book.members:
         return np.full(window.num_bins, np.nan)
-    coarse = _coarse(window)
+    coarse = _coarse(book, window)
     shares = book.spans.shares(coarse, len(book.members), len(PHASES)).sum(axis=0)
     there = shares.sum(axis=0) - shares[PHASES.index("away")]
     share = np.where(there > 0, shares[PHASES.index("compute")] / np.maximum(there, 1e-9), np.nan)
     return _spread(share, coarse, window)
 
 
-def _coarse(window: Window) -> Window:
-    """Bins in which every member has some rows, for what is added up over members."""
-    return Window(start_s=window.start_s, end_s=window.end_s, num_bins=min(60, window.num_bins))
+def _coarse(book: RunBook, window: Window) -> Window:
+    """Bins of at least two rounds, in which every member has computed and waited: for what is added up over members."""
+    num = sum(window.start_s <= row.t_s <= window.end_s for row in book.exchanges_until(window.end_s))
+    return Window(start_s=window.start_s, end_s=window.end_s, num_bins=min(max(num // 2, 6), 60, window.num_bins))
 
 
 def _spread(values: Floats, coarse: Window, window: Window) -> Floats:

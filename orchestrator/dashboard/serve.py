@@ -42,7 +42,16 @@ def on_thread(dashboard: Dashboard) -> Iterator[str]:
     try:
         yield asyncio.run_coroutine_threadsafe(dashboard.start(), loop).result(timeout=30)
     finally:
-        asyncio.run_coroutine_threadsafe(dashboard.stop(), loop).result(timeout=30)
+        asyncio.run_coroutine_threadsafe(_end(dashboard), loop).result(timeout=30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=10)
         loop.close()
+
+
+async def _end(dashboard: Dashboard) -> None:
+    """Stop, and whatever a visitor left open."""
+    await dashboard.stop()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)

@@ -26,7 +26,7 @@ from orchestrator.dashboard.series import run_series, run_timeline
 from orchestrator.dashboard.sources import Source
 from orchestrator.segments import JournalError
 
-POLL_S = 0.5
+POLL_S = 0.7
 WATCHED_S = 10.0
 MAX_BODY_BYTES = 4096
 MAX_VIEWERS = 64
@@ -61,6 +61,7 @@ class Dashboard:
         self._viewers: set[asyncio.Event] = set()
         self._asked_s = float("-inf")
         self._news = ""
+        self._reading = False
         self._runner: web.AppRunner | None = None
         self._poller: asyncio.Task[None] | None = None
 
@@ -124,7 +125,8 @@ class Dashboard:
     def _refresh(self) -> bool:
         with self._lock:
             try:
-                return self.source.refresh()
+                self._reading = self.source.refresh()
+                return self._reading
             except (JournalError, OSError) as error:
                 self.source.book.problem = str(error)
                 self.source.book.version += 1
@@ -193,7 +195,7 @@ class Dashboard:
 
     def _link_rows(self, at_s: float) -> str:
         with self._lock:
-            return _dump({"links": run_links(self.source.book, at_s)})
+            return _dump(run_links(self.source.book, at_s))
 
     async def _computed(self, make: Callable[[], str]) -> web.StreamResponse:
         self._asked_s = time.monotonic()
@@ -204,7 +206,7 @@ class Dashboard:
     def _figures(self, at_s: float | None) -> str:
         with self._lock:
             figures = run_figures(self.source.book, at_s)
-            return _dump(figures | {"able": self.source.able()})
+            return _dump(figures | {"able": self.source.able(), "reading": self._reading})
 
     def _reduced(self, reduce: Callable[..., dict[str, Any]], window: Window, *arguments: object) -> str:
         with self._lock:

@@ -68,7 +68,9 @@ function show(run) {
   const about = run.about;
   setText($("about"), [about.strategy, about.codec, about.inner_steps && `${about.inner_steps} steps a round`, about.params && `${count(about.params)} parameters`].filter(Boolean).join(" · "));
   const tones = { running: "good pulse", done: "good", failed: "bad", stopped: "warn", interrupted: "warn", "no answer": "bad" };
-  state(page.at === null ? run.state : "replay", page.at === null ? tones[run.state] ?? "" : "warn");
+  if (run.reading) state("reading the history", "pulse");
+  else state(page.at === null ? run.state : "replay", page.at === null ? tones[run.state] ?? "" : "warn");
+  document.documentElement.dataset.reading = String(run.reading);
   problem(run.problem);
   tiles(run);
   membersTable(run.members, run.able, page.picked, act, pick);
@@ -119,6 +121,8 @@ function moment() {
   return { from, to: Math.max(end, from + 0.01), range: [from, Math.max(page.window || page.at === null ? end : whole, from + 0.5)] };
 }
 
+const many = () => page.run.members.length > 60;
+
 async function curves(force = false) {
   if (!page.run || page.busy || document.hidden || !page.stale || (!force && performance.now() < page.curvesDue)) return;
   page.busy = true;
@@ -127,13 +131,14 @@ async function curves(force = false) {
   const query = (bins) => `from=${from.toFixed(3)}&to=${to.toFixed(3)}&bins=${Math.max(2, Math.round(bins * share))}`;
   try {
     const pick = [...page.picked].map(encodeURIComponent).join(",");
-    const [series, lanes] = await Promise.all([ask(`/api/series?${query(charts.loss.bins)}&pick=${pick}`), ask(`/api/timeline?${query(timeline.bins)}`)]);
+    const [series, lanes] = await Promise.all([ask(`/api/series?${query(many() ? Math.min(500, charts.loss.bins) : charts.loss.bins)}&pick=${pick}`), ask(`/api/timeline?${query(timeline.bins)}`)]);
     page.series = series;
     draw(series, range);
     timeline.set(lanes, range);
     if (performance.now() > page.linksDue) {
-      page.linksDue = performance.now() + LINKS_MS;
-      page.links = (await ask(`/api/links?at=${to.toFixed(3)}`)).links;
+      page.linksDue = performance.now() + LINKS_MS * (many() ? 3 : 1);
+      const { names, links } = await ask(`/api/links?at=${to.toFixed(3)}`);
+      page.links = links.map(([a, b, ...rest]) => [names[a], names[b], ...rest]);
       map.set(page.run.members, page.links);
     }
     document.documentElement.dataset.drawn = String(Number(document.documentElement.dataset.drawn ?? 0) + 1);
@@ -141,7 +146,7 @@ async function curves(force = false) {
     problem(error.message);
   } finally {
     page.busy = false;
-    page.curvesDue = performance.now() + (page.at === null ? CURVES_MS : 0);
+    page.curvesDue = performance.now() + (page.at === null ? CURVES_MS * (many() ? 2 : 1) : 0);
   }
 }
 

@@ -114,7 +114,7 @@ export class Map_ {
       this.cells.set(`${y} ${x}`, `${source} to ${target}: ${rate(speed)}, round trip ${duration(rtt)}`);
     }
     members.forEach((member, i) => {
-      if (member.here) return;
+      if (member.doing !== "dead") return;
       ctx.globalAlpha = 1;
       ctx.fillStyle = colour("dead");
       ctx.fillRect(i * cell, i * cell, cell, cell);

@@ -20,7 +20,7 @@ export class Timeline {
   }
 
   get left() { return this.box.clientWidth < 520 ? 66 : 96; }
-  get bins() { return Math.max(60, Math.min(1600, this.box.clientWidth - this.left - RIGHT)); }
+  get bins() { return Math.max(60, Math.min((this.data?.rows.length ?? 0) > 60 ? 800 : 1600, this.box.clientWidth - this.left - RIGHT)); }
   get pitch() { const n = this.data?.rows.length ?? 1; return n <= 6 ? 30 : n <= 14 ? 24 : n <= 40 ? 15 : n <= 100 ? 8 : 5; }
 
   set(data, range) {
@@ -147,7 +147,7 @@ export class Timeline {
     const bounds = this.canvas.getBoundingClientRect();
     if (!this.data) return;
     const row = Math.floor((event.clientY - bounds.top - TOP) / this.pitch);
-    const t = this.range[0] + ((event.clientX - bounds.left - this.left) / this.bins) * (this.range[1] - this.range[0]);
+    const t = this.range[0] + ((event.clientX - bounds.left - this.left) / (this.box.clientWidth - this.left - RIGHT)) * (this.range[1] - this.range[0]);
     this.at = row >= 0 && row < this.data.rows.length && t >= this.range[0] ? { row, t } : null;
     this.draw();
     this.tell();
