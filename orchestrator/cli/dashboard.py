@@ -15,9 +15,16 @@ from orchestrator.cli.options import latest_run_dir_argument, shown
 @click.option("--run", "run_name", metavar="NAME", help="Which run, where several go on at --address.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8577, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--background", is_flag=True, help="With --address: serve from an actor of the cluster, and return.")
 @click.option("--chaos", is_flag=True, help="With --address: members may be killed from the page.")
 def dashboard(
-    run_dir: Path | None, address: str | None, run_name: str | None, host: str, port: int, chaos: bool
+    run_dir: Path | None,
+    address: str | None,
+    run_name: str | None,
+    host: str,
+    port: int,
+    background: bool,
+    chaos: bool,
 ) -> int:
     """Show a run in the browser.
 
@@ -26,8 +33,8 @@ def dashboard(
     pause, save, stop and drain. Prints a link that opens the page for whoever has it. Ctrl-C ends it; the run does not
     notice.
     """
-    if address is None and (run_name is not None or chaos):
-        raise click.UsageError("--run and --chaos need --address")
+    if address is None and (run_name is not None or chaos or background):
+        raise click.UsageError("--run, --chaos and --background need --address")
     if address is not None and run_dir is not None:
         raise click.UsageError("RUN_DIR or --address, not both")
     from orchestrator.dashboard.serve import serve
@@ -38,8 +45,13 @@ def dashboard(
     if address is not None:
         from orchestrator.dashboard.ray_source import RaySource, connect
 
-        source = RaySource(connect(address, run_name), chaos=chaos)
-        what = source.run_id
+        what = connect(address, run_name)
+        if background:
+            from orchestrator.dashboard.actor import start_in_cluster
+
+            click.echo(f"{what}: {start_in_cluster(what, host=host, port=port, chaos=chaos)}")
+            return 0
+        source = RaySource(what, chaos=chaos)
     else:
         from orchestrator.rundir import open_run_dir
 

@@ -113,14 +113,17 @@ class Dashboard:
             await asyncio.sleep(POLL_S)
             if not self._viewers and time.monotonic() - self._asked_s > WATCHED_S:
                 continue
-            before = self.source.book.version, self.source.book.about.state
+            before = self._standing()
             more = await asyncio.to_thread(self._refresh)
             while more:
                 more = await asyncio.to_thread(self._refresh)
-            if before != (self.source.book.version, self.source.book.about.state):
+            if before != self._standing():
                 self._news = await asyncio.to_thread(self._figures, None)
                 for viewer in self._viewers:
                     viewer.set()
+
+    def _standing(self) -> tuple[int, str, bool]:
+        return self.source.book.version, self.source.book.about.state, self._reading
 
     def _refresh(self) -> bool:
         with self._lock:

@@ -51,11 +51,19 @@ class Site:
 
     def __init__(self, browser: Chromium, link: str) -> None:
         self.browser, self.link = browser, link
+        self.page: Page | None = None
 
     def open(self, *, width: int = 1280) -> Page:
-        page = self.browser.open(self.link, width=width)
+        self.close()
+        self.page = page = self.browser.open(self.link, width=width)
         until(page, DRAWN.format(0), "the curves")
         return page
+
+    def close(self) -> None:
+        """A page that listens holds one of the six connections that a browser makes to a server."""
+        if self.page is not None:
+            self.page.call("Page.navigate", url="about:blank")
+            self.page = None
 
 
 def until(page: Page, condition: str, what: str) -> None:

@@ -6,6 +6,7 @@ One run goes through a kill and a drain that are asked for by clicks; the tests 
 from __future__ import annotations
 
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.dashboard.actor import start_in_cluster
 from orchestrator.dashboard.ray_source import RaySource, pick_run, runs_here
 from orchestrator.dashboard.serve import on_thread
 from orchestrator.dashboard.server import Dashboard
@@ -63,6 +65,8 @@ class Shown:
     summary: Summary
     run_dir: Path
     ended_state: str
+    links: list[str]
+    status_of_actor: int
 
 
 def wait_for(page: Page, condition: str, what: str, keep_going: Callable[[], object]) -> Any:
@@ -71,6 +75,14 @@ def wait_for(page: Page, condition: str, what: str, keep_going: Callable[[], obj
         assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for {what}: {page.problems}"
         keep_going()
     return found
+
+
+def ask_actor(link: str) -> int:
+    address, _, token = link.partition("#token=")
+    request = urllib.request.Request(f"{address}api/run", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+        assert b"island-0" in answer.read()
+        return int(answer.status)
 
 
 def click(page: Page, selector: str) -> None:
@@ -122,6 +134,8 @@ def shown(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
             toasts.append(page.evaluate("document.getElementById('toast').textContent"))
             disabled = page.evaluate(DISABLED)
             figures = page.evaluate("fetch('/api/run').then((answer) => answer.json())")
+            links = [start_in_cluster(run_id, host="127.0.0.1", port=0, chaos=False) for _ in range(2)]
+            status_of_actor = ask_actor(links[0])
             summary = run.finish()
             ended = wait_for(
                 page, "document.getElementById('state').textContent === 'done' && 'done'", "the end", lambda: None
@@ -139,6 +153,8 @@ def shown(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
                 summary=summary,
                 run_dir=run.run_dir,
                 ended_state=ended,
+                links=links,
+                status_of_actor=status_of_actor,
             )
     finally:
         run.stop()
@@ -176,3 +192,8 @@ def test_the_page_shows_what_the_run_came_to(shown: Shown) -> None:
     assert shown.figures["ledger"]["committed"] <= shown.summary.tokens_committed
     kinds = {(event["kind"], event["member"]) for event in shown.figures["events"]}
     assert {("kill", "island-1"), ("operator", "island-1"), ("operator", "island-2")} <= kinds
+
+
+def test_an_actor_of_the_cluster_serves_the_same_page(shown: Shown) -> None:
+    assert shown.status_of_actor == 200
+    assert shown.links[0] == shown.links[1]

@@ -36,8 +36,12 @@ async function enter() {
   await ask("/api/login", { token });
 }
 
+// A browser opens six connections to a server at most, and each page that listens holds one: hidden pages let go.
 function listen() {
+  if (document.hidden) { document.addEventListener("visibilitychange", listen, { once: true }); return; }
   const events = new EventSource("/api/events");
+  const hide = () => { if (!document.hidden) return; events.close(); document.removeEventListener("visibilitychange", hide); listen(); };
+  document.addEventListener("visibilitychange", hide);
   events.onmessage = (event) => {
     problem("");
     page.newest = JSON.parse(event.data);
