@@ -1,5 +1,5 @@
 // Charts over time, drawn by uPlot; the server has reduced the data to about one point a pixel.
-import { colour, el, setText, tick, UNKNOWN } from "./format.js";
+import { clock, colour, el, setText, tick, UNKNOWN } from "./format.js";
 
 const { uPlot } = window;
 
@@ -170,7 +170,7 @@ export class Chart {
     const now = this.plot.cursor.idx ?? last;
     const at = { ArrowLeft: Math.max(0, now - step), ArrowRight: Math.min(last, now + step), Home: 0, End: last }[event.key];
     this.plot.setCursor({ left: this.plot.valToPos(x[at], "x"), top: 20 });
-    this.box.setAttribute("aria-label", `${tick(x[at], 1)}: ${[...this.keys.querySelectorAll("button")].map((key) => key.textContent).join(", ")}`);
+    this.box.setAttribute("aria-label", `${clock(x[at])}: ${[...this.keys.querySelectorAll("button")].map((key) => key.textContent).join(", ")}`);
   }
 
   rescale() { this.plot.redraw(true, true); this.plot.setScale("x", { min: this.range[0], max: this.range[1] }); }
