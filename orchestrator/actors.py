@@ -28,10 +28,9 @@ from faults.plan import PlannedFault, due
 from orchestrator import places
 from orchestrator.build import island_index, island_spec, run_plan
 from orchestrator.config import RunConfig
-from orchestrator.dashboard.feed import ACTIONS, MOST_ROWS, NEEDED, OF_A_MEMBER, FeedPart, read_part
-from orchestrator.dashboard.live import live_view
-from orchestrator.errors import UserError
-from orchestrator.events import FaultInjected, LeaveRequested, Operated, ProcessDied, StopRequested
+from orchestrator.dashboard.controls import carry_out, feed_part
+from orchestrator.dashboard.feed import FeedPart
+from orchestrator.events import FaultInjected, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor, log_to
@@ -312,62 +311,14 @@ class ControllerActor:
         }
 
     async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
-        """What a dashboard lacks: metrics from a byte on, journal rows from a number on, and the present state.
-
-        The file is read on a thread: one that asks for the whole history keeps nobody waiting.
-        """
+        """See `orchestrator.dashboard.controls.feed_part`."""
         await self.begin()
-        if self.failure:
-            raise UserError(self.failure)
-        path = self.host.run_dir.metrics
-        data = await asyncio.get_running_loop().run_in_executor(None, read_part, path, metrics_at)
-        with _must_not_fail():
-            rows = tuple(self.host.journal.rows[journal_at : journal_at + MOST_ROWS])
-            over = self.over.is_set()
-            view = None if over else live_view(self.host.coordinator, self.host.clock())
-            able = tuple(name for name in ACTIONS if hasattr(self, NEEDED.get(name, name)))
-            ended = self.host.finished.reason if self.host.finished is not None else ""
-        return FeedPart(
-            run_id=self.run_id, config=self.config.to_tables(), metrics=data, rows=rows, view=view, able=able,
-            ended=ended,
-        )  # fmt: skip
+        return await feed_part(self, metrics_at, journal_at, _must_not_fail)
 
     async def act(self, action: str, member: str, by: str) -> str:
-        """What somebody asked for at a dashboard; it is journalled with what came of it, which is returned.
-
-        `pause`, `resume`, `save` and `stop` are of the run, `drain` and `kill` of one member.
-        """
+        """See `orchestrator.dashboard.controls.carry_out`."""
         await self.begin()
-        if self.failure or self.host.finished is not None or self.host.died is not None:
-            return "refused: the run is over"
-        outcome = await self._act(action, member)
-        with _must_not_fail():
-            if self.host.finished is None and self.host.died is None:
-                self.host.handle(Operated(action=action, member=member, by=by, outcome=outcome))
-        return outcome
-
-    async def _act(self, action: str, member: str) -> str:
-        method = getattr(self, NEEDED.get(action, action), None) if action in ACTIONS else None
-        if method is None:
-            return f"refused: {action} is not available in this run"
-        if action in OF_A_MEMBER and member not in self.nonce_of:
-            return f"refused: no process of {member} is there"
-        if action == "drain":
-            await method([member], None, False)
-        elif action == "kill":
-            self.kill(member)
-        elif action == "stop":
-            await method(True)
-        else:
-            await method()
-        return "done" if action == "kill" else "asked"
-
-    def kill(self, member: str) -> None:
-        """Injected fault: the process of `member` ends by SIGKILL."""
-        nonce = self.nonce_of[member]
-        log.warning("injecting kill:%s", member)
-        self.host.handle(FaultInjected(fault="kill", member=member))
-        self.handles[nonce].die.remote(int(signal.SIGKILL))
+        return await carry_out(self, action, member, by, _must_not_fail)
 
     # ------------------------------------------------------------ commands
 
