@@ -11,24 +11,25 @@ import functools
 import logging
 import os
 import platform
-import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faults.plan import FaultPlanError, PlannedFault
 from faults.process import JumpClock
 from orchestrator import places
+from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.build import run_plan
 from orchestrator.config import RunConfig
+from orchestrator.dashboard.controls import carry_out, feed_part
+from orchestrator.dashboard.feed import FeedPart
 from orchestrator.errors import UserError
 from orchestrator.events import FaultNoticed, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
@@ -41,7 +42,6 @@ from orchestrator.processes import (
     NAMESPACE,
     answering,
     find_islands,
-    has_ended,
     island_actor_name,
     worker_nodes,
 )
@@ -53,7 +53,6 @@ from workers.messages import Batch, Envelope, News
 
 TICK_S = 0.1
 LOOK_S = 1.0
-ASK_AGAIN_S = 1.0
 GOODBYE_S = 10.0
 LINGER_S = 300.0
 # Errors of the user's settings or loop: a replacement would end the same way.
@@ -136,7 +135,7 @@ class ControllerActor(Hands):
             self.failure = str(error)
             self.over.set()
             raise
-        with _must_not_fail():
+        with must_not_fail():
             self.injector.resume()
             if reborn:
                 why = f"it was gone for {outage_s:.1f} s and has taken over its journal"
@@ -188,7 +187,7 @@ class ControllerActor(Hands):
     async def _pulse(self) -> None:
         while self.host.finished is None and self.host.died is None:
             await asyncio.sleep(TICK_S)
-            with _must_not_fail():
+            with must_not_fail():
                 self.host.tick()
                 self.injector.tick()
                 self._conclude_if_over()
@@ -204,7 +203,7 @@ class ControllerActor(Hands):
         nodes = await in_thread(None, worker_nodes)
         free = places.free_places(nodes, self.place_of, self.leaving_nodes)
         silent = set(free) - await in_thread(None, answering, set(free)) if free else set()
-        with _must_not_fail():
+        with must_not_fail():
             if self.concluding or self.host.coordinator.stopping is not None:
                 return
             if any(name not in self.place_of for name in self.nonce_of):
@@ -226,7 +225,7 @@ class ControllerActor(Hands):
     async def receive(self, envelope: Envelope) -> None:
         """An envelope from a member."""
         await self.begin()
-        with _must_not_fail():
+        with must_not_fail():
             if not self.over.is_set() and self.host.died is None and not self.lost_journal:
                 self.spoke.add(self.nonce_of.get(envelope.name, ""))
                 self.host.receive(envelope)
@@ -235,7 +234,7 @@ class ControllerActor(Hands):
     async def stop(self, save: bool) -> None:
         """The user wants the run to stop."""
         await self.begin()
-        with _must_not_fail():
+        with must_not_fail():
             if self.host.finished is None and self.host.died is None and not self.lost_journal:
                 self.host.handle(StopRequested(save=save))
                 self._conclude_if_over()
@@ -249,7 +248,7 @@ class ControllerActor(Hands):
         await self.begin()
         if self.lost_journal:
             return {"leaving": [], "unknown": []}
-        with _must_not_fail():
+        with must_not_fail():
             known = {*self.nonce_of, *self.host.coordinator.state.last_incarnation}
             names = [name for name in members if name in known]
             self.sent_away.update(names)
@@ -290,7 +289,7 @@ class ControllerActor(Hands):
         }
         rebuild = functools.partial(self.host.rebuild, functools.partial(ask_copies, handles), force=force)
         journal = await asyncio.get_running_loop().run_in_executor(None, rebuild)
-        with _must_not_fail():
+        with must_not_fail():
             RunDir(self.run_dir).record(self.config.to_toml())
             self.host.go_on(journal)
             self.lost_journal = False
@@ -310,7 +309,7 @@ class ControllerActor(Hands):
         await self.begin()
         if self.lost_journal:
             return {"done": [], "error": "the journal is gone: nothing can be written down before it happens"}
-        with _must_not_fail():
+        with must_not_fail():
             if self.host.finished is not None or self.host.died is not None:
                 return {"done": [], "error": "the run is over"}
             try:
@@ -361,6 +360,16 @@ class ControllerActor(Hands):
             "unfired": self.injector.schedule.unfired(),
         }
 
+    async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
+        """See `orchestrator.dashboard.controls.feed_part`."""
+        await self.begin()
+        return await feed_part(self, metrics_at, journal_at, must_not_fail)
+
+    async def act(self, action: str, member: str, by: str) -> str:
+        """See `orchestrator.dashboard.controls.carry_out`."""
+        await self.begin()
+        return await carry_out(self, action, member, by, must_not_fail)
+
     # ------------------------------------------------------------ commands
 
     def _deliver(self, batch: Batch) -> None:
@@ -399,14 +408,14 @@ class ControllerActor(Hands):
     async def _watch(self, name: str, nonce: str, handle: ActorHandle) -> None:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
-            node = await _through_cuts(handle.begin.remote, None, name)
+            node = await through_cuts(handle.begin.remote, None, name)
             self.begun.add(nonce)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
             self.injector.greet(name)
             why, raised, taken = None, True, ""
             while why is None:
-                why = await _through_cuts(lambda: handle.wait.remote(WATCH_S), node, name)
+                why = await through_cuts(lambda: handle.wait.remote(WATCH_S), node, name)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
             why, raised, taken = reason_of(error), isinstance(error, RayTaskError), self._taken(name, error)
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
@@ -414,7 +423,7 @@ class ControllerActor(Hands):
         ray.kill(handle)  # where training failed, the process is still there
         self.nonce_of.pop(name, None)
         self.handles.pop(nonce, None)
-        with _must_not_fail():
+        with must_not_fail():
             hopeless = why.partition(":")[0] in HOPELESS
             self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless, taken=taken))
             self._conclude_if_over()
@@ -449,7 +458,7 @@ class ControllerActor(Hands):
 
     async def _conclude(self) -> None:
         """The run is over: let the members finish, write the summary, close the journal."""
-        with _must_not_fail():
+        with must_not_fail():
             waits = [self.watches[nonce] for nonce in self.handles if nonce in self.spoke]
             if waits:
                 await asyncio.wait(waits, timeout=GOODBYE_S)
@@ -460,36 +469,3 @@ class ControllerActor(Hands):
             self.over.set()
         await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
         ray.kill(ray.get_runtime_context().current_actor)
-
-
-async def _through_cuts(call: Callable[[], Any], node: str | None, name: str) -> Any:
-    """What a call to an island answers. Where the way to it is cut it may live: it is called again, until Ray says.
-
-    Raises what the call raises, `ActorUnavailableError` only if Ray on its node has ended, which ends it as well.
-    """
-    told = False
-    while True:
-        try:
-            return await call()
-        except ActorUnavailableError:
-            ended = node is not None and await asyncio.get_running_loop().run_in_executor(None, has_ended, node)
-            if ended:
-                raise
-        if not told:
-            log.info("%s cannot be reached: a cut is no death", name)
-            told = True
-        await asyncio.sleep(ASK_AGAIN_S)
-
-
-@contextmanager
-def _must_not_fail() -> Iterator[None]:
-    """Whatever goes wrong in here, or a journal that cannot be trusted, ends this process: the next life replays it."""
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done and not isinstance(sys.exc_info()[1], asyncio.CancelledError):
-            log.exception("this controller ends")
-            logging.shutdown()
-            os._exit(1)

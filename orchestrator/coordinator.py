@@ -67,6 +67,8 @@ class Coordinator(Judgement):
                     self._leave_requested(name, why)
                 case ev.SetSettings():
                     self._set_settings(event)
+                case ev.Operated():
+                    self._operated(event)
                 case ev.StopRequested():
                     self._stop_requested(event)
                 case ev.Recovered():

@@ -18,7 +18,7 @@ from orchestrator.run_state import RunState
 from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
 from workers import messages as msg
-from workers.records import FaultRecord, MemberId, Record, Row, Term, make_row
+from workers.records import FaultRecord, MemberId, OperatorRecord, Record, Row, Term, make_row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +114,14 @@ class Desk:
         self._log(
             FaultRecord(fault=fault, member=member, injected=injected, t_s=round(self.seconds(), 6), detail=detail)
         )
+
+    def _operated(self, event: ev.Operated) -> None:
+        self._log(
+            OperatorRecord(
+                action=event.action, member=event.member, by=event.by, outcome=event.outcome,
+                t_s=round(self.seconds(), 6),
+            )
+        )  # fmt: skip
 
     # ------------------------------------------------------------ outbox
 

@@ -81,6 +81,16 @@ class SetSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Operated:
+    """Somebody asked for something (a dashboard's button): it is on the record, with what came of it."""
+
+    action: str
+    member: str
+    by: str
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StopRequested:
     """The user wants the run to stop, resumable; `save` = let members save their local state first."""
 
@@ -106,6 +116,7 @@ Event = (
     | FaultNoticed
     | LeaveRequested
     | SetSettings
+    | Operated
     | StopRequested
     | Recovered
     | Tick

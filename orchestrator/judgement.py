@@ -20,6 +20,7 @@ from orchestrator.membership import Process, Verdict
 from workers.records import HUNG, FaultRecord, MemberId, Row, SettingsRecord, StopRecord, Term
 
 EARLY_DEATHS = 3
+SILENT_S = 1.0  # a suspect heard more recently hangs, or is far behind
 SHORT_FOR_S = 5.0
 SAY_AGAIN_S = 60.0
 
@@ -76,6 +77,10 @@ class Judgement(Lifecycle):
             self._end_hung(member, why)
             return
         self._say(f"{member} is {verdict.verdict}: {why}", member=member.name)
+        self._end_silence(member)
+        process = self.roll.processes.get(member)
+        if verdict.verdict == "suspect" and process is not None and self.now - process.heard_s > SILENT_S:
+            self.silent_since[member] = process.heard_s - self.zero_s
         if verdict.verdict in ("suspect", "slow"):
             self._fault(verdict.verdict, member.name, why, injected=False)
         elif verdict.verdict == "fence":

@@ -90,6 +90,7 @@ class Lifecycle(FaultBook):
         self.lost_since: float | None = None
         self.restore_asked_s = float("-inf")
         self.without_snapshot: dict[str, str] = {}
+        self.silent_since: dict[MemberId, float] = {}
 
     # ------------------------------------------------------------ joining
 
@@ -314,6 +315,7 @@ class Lifecycle(FaultBook):
             member=member.name,
             level="info" if left else "warning",
         )
+        self._end_silence(member)
         process = self.roll.processes.pop(member, None)
         if process is not None:
             trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)
@@ -415,3 +417,11 @@ class Lifecycle(FaultBook):
         if self.save_asked is None:  # nobody stays: what they hold is kept on disk
             self._ask_save(f"v{max(head.n for head in heads)}")
         return False
+
+    def _end_silence(self, member: MemberId) -> None:
+        """It was heard again, or given up: how long it was cut off is in the timeline."""
+        since = self.silent_since.pop(member, None)
+        if since is not None:
+            self._metric(
+                kind="silence", member=member.name, incarnation=member.incarnation, start_s=since, end_s=self.seconds()
+            )

@@ -62,7 +62,7 @@ from workers.saved import read_meta
 from workers.schedule import lr_at
 from workers.snapshot import write_snapshot
 from workers.sync_settings import SyncSettings
-from workers.timeline import Timeline
+from workers.timeline import WAITING_IN, Timeline
 
 log = logging.getLogger("atoll.island")
 
@@ -289,7 +289,7 @@ class Island:
                 case TrainOn():
                     self.sync.wait(self.spec.heartbeat_s)
                 case WaitFor():
-                    self.timeline.enter("sync" if action.reason != "state" else "start")
+                    self.timeline.enter(WAITING_IN.get(action.reason, "wait"))
                     if not blocking:
                         return None
                     began = self.context.clock()

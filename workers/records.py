@@ -252,11 +252,24 @@ class StopRecord(Record):
     detail: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatorRecord(Record):
+    """Somebody asked for something while the run went on: what, of which member, by which way, and what came of it."""
+
+    kind: ClassVar[str] = "operator"
+    action: str
+    member: str
+    by: str
+    outcome: str
+    t_s: float
+
+
 KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingsRecord, StopRecord,
+        OperatorRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)

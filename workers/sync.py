@@ -23,6 +23,7 @@ from workers import messages as msg
 from workers import ranges
 from workers.actions import DOING, Action, EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
+from workers.link_rows import LinkRows
 from workers.member import MemberMachine
 from workers.memory import give_back
 from workers.record_log import GENESIS_CHAIN, RecordLog
@@ -67,7 +68,7 @@ class IslandSync:
         self.rows: list[tuple[float, dict[str, object]]] = []
         self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
         self.marks = [0 for _ in machine.fragments]
-        self.total_steps = 0
+        self.total_steps = self.base_samples = 0
         self.waiting_since: float | None = None
         self.stopped = False
         self.failure: BaseException | None = None
@@ -83,7 +84,7 @@ class IslandSync:
             snapshots=snapshots,
         )
         self._thread: threading.Thread | None = None
-        self.base_samples = 0
+        self.links = LinkRows(transport, self.observe)
 
     # ------------------------------------------------------------ life
 
@@ -141,6 +142,7 @@ class IslandSync:
                 return
             if isinstance(event, ev.Tick) or self.clock() >= next_tick:
                 next_tick = self.clock() + self.settings.heartbeat_s
+                self.links.note(self.clock(), self.machine.peers)
                 self._handle(ev.Tick())
             if not isinstance(event, ev.Tick):
                 self._handle(event)

@@ -26,6 +26,7 @@ COMMANDS = {
     ),
     "train": LazyCommand(target="orchestrator.cli.train:train", help="Train a model."),
     "status": LazyCommand(target="orchestrator.cli.inspect:status", help="Show where a run is."),
+    "dashboard": LazyCommand(target="orchestrator.cli.dashboard:dashboard", help="Show a run in the browser."),
     "report": LazyCommand(target="orchestrator.cli.report:report", help="Write the report of a run, or compare two."),
     "ledger": LazyCommand(
         target="orchestrator.cli.inspect:ledger", help="Recompute from the journal that every sample was counted once."

@@ -32,8 +32,10 @@ LIGHT_STRATEGIES = {"strategies.config", "strategies.fragments"}
 RAY_IN_WORKERS: set[str] = set()
 # The shells: the controller's and the islands' actors need Ray (never torch), a run in one process trains in it.
 SHELLS = {
+    "orchestrator.actor_tools": {"ray"},
     "orchestrator.actors": {"ray"},
     "orchestrator.hands": {"ray"},
+    "orchestrator.dashboard.actor": {"ray"},
     "orchestrator.island_actor": {"ray"},
     "orchestrator.local": {"torch"},
 }

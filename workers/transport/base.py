@@ -27,6 +27,7 @@ from workers.transport.errors import (
     TransportTimeout,
     Unauthorized,
 )
+from workers.transport.link_meter import LinkReport
 
 __all__ = [
     "MAX_KEYS",
@@ -204,6 +205,10 @@ class Transport(Protocol):
 
     def forget(self, address: str) -> None:
         """Drop the connections to a peer that is gone; a later fetch connects anew."""
+        ...
+
+    def take_links(self) -> tuple[LinkReport, ...]:
+        """What was measured of the links to peers since the last call."""
         ...
 
 

@@ -23,6 +23,7 @@ from workers.transport.connections import ConnectionPool, channel_options
 from workers.transport.errors import BadMessage, PeerUnreachable, TransportError, TransportTimeout
 from workers.transport.flight_server import TOKEN_HEADER, WAITING_EVERY_S, BlobServer, TlsConfig, start_server
 from workers.transport.flight_stream import StreamReader, Streams, explain
+from workers.transport.link_meter import LinkMeter, LinkReport
 from workers.transport.wire import Ticket, streams_for
 
 __all__ = ["FlightTransport", "TlsConfig"]
@@ -79,6 +80,7 @@ class FlightTransport:
         )
         self._pool = ConnectionPool(options=options, tls=tls)
         self._calls = CallSet()
+        self._links = LinkMeter()
         self._lock = threading.Lock()
         self._server: BlobServer | None = None
         self._threads: set[threading.Thread] = set()
@@ -143,6 +145,7 @@ class FlightTransport:
         num_streams = streams_for(max_bytes, num_connections=self._num_connections)
         assembly = Assembly(peer=address, keys=keys, num_streams=num_streams, max_bytes=max_bytes)
         options = self._call_options(timeout_s)
+        began_s = time.monotonic()
         with self._calls.call(address, cancel) as call:
             readers = [
                 StreamReader(
@@ -162,7 +165,20 @@ class FlightTransport:
             except TransportError:
                 self._drop_broken(address, readers, streams)
                 raise
-        return assembly.blobs()
+        blobs = assembly.blobs()
+        if wait_s == 0:
+            self._measure(address, readers, sum(blob.data.nbytes for blob in blobs), began_s)
+        return blobs
+
+    def _measure(self, address: str, readers: Sequence[StreamReader], num_bytes: int, began_s: float) -> None:
+        first_s = min((reader.first_s for reader in readers if reader.first_s is not None), default=None)
+        if first_s is not None:
+            receive_s = time.monotonic() - first_s
+            self._links.note(address, num_bytes=num_bytes, answer_s=first_s - began_s, receive_s=receive_s)
+
+    def take_links(self) -> tuple[LinkReport, ...]:
+        """See `workers.transport.base.Transport.take_links`."""
+        return self._links.take()
 
     def warm(self, address: str, *, timeout_s: float) -> None:
         """Open all connections to a peer now, so that the first exchange need not; raises as `fetch` does."""
@@ -178,6 +194,7 @@ class FlightTransport:
     def forget(self, address: str) -> None:
         """Drop the connections to a peer that is gone; a later fetch connects anew."""
         self._pool.forget(address)
+        self._links.forget(address)
 
     def _call_options(self, timeout_s: float) -> fl.FlightCallOptions:
         return fl.FlightCallOptions(timeout=timeout_s, headers=[(TOKEN_HEADER.encode(), self._token.encode())])
