@@ -6,7 +6,7 @@ at once, a message only when `Flushed` has covered all that was decided before i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,12 @@ class RunPlan:
     replace_dead: bool
     max_restarts: int
     max_refusals: int = 3
+    rate: Callable[[float], float] | None = None
+    warmup: float = 0.0
+
+    def inner_steps_at(self, progress: float) -> int:
+        """Local steps of a round that starts at `progress`; `rate` is the inner learning rate there."""
+        return self.strategy.inner_steps_at(progress, self.rate, self.warmup)
 
 
 def may_tell(decided: int, flushed: int) -> bool:
