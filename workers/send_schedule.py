@@ -77,8 +77,8 @@ class SendSchedule:
         return bool(since) and now - max(since) >= wait_s
 
     def _mark(self, fragment: int, step: int, round_steps: int) -> None:
-        """Begin a period. Where rounds of one step are over, fragments are spread over the first longer one."""
-        if self.staggered and self.rounds[fragment] == 1 < round_steps:
+        """Begin a period. At first, and where rounds of one step are over, fragments are spread over the period."""
+        if self.staggered and (self.total_steps == 0 or self.rounds[fragment] == 1 < round_steps):
             offset = offset_of(fragment, num_fragments=self.num_fragments, inner_steps=round_steps)
             step += offset - round_steps
         self.marks[fragment], self.rounds[fragment] = step, round_steps

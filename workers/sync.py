@@ -355,9 +355,10 @@ class IslandSync:
 
     def _held_back(self, fragment: int) -> bool:
         """Whether a result that is here waits for the step at which it is due."""
-        if self.schedule.is_due(fragment) or not self._can_train():
-            return False
-        return not self.schedule.waited_out(self.clock(), self.settings.wait_s)
+        return not self.schedule.is_due(fragment) and self._can_train() and not self._waited_out()
+
+    def _waited_out(self) -> bool:
+        return self.schedule.waited_out(self.clock(), self.settings.wait_s)
 
     def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
         """The state is not what everybody else has: say so, and fetch it whole."""
@@ -380,14 +381,8 @@ class IslandSync:
         watermark = self.machine.fragments[fragment].watermark
         return sum(1 for end, _ in self.steps_done if end > watermark)
 
-    def _round(self) -> int:
-        return self.schedule.round_steps(self._anchor_progress())
-
     def _anchor_progress(self) -> float:
         return min(self.base_samples / self.settings.total_samples, 1.0)
-
-    def _bound(self) -> int:
-        return max(int(self.settings.bound_rounds * self._round()), 1)
 
     def _send_due(self) -> None:
         standstill = self._at_standstill()
@@ -403,8 +398,9 @@ class IslandSync:
 
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
-        waits_inline = self.machine.waiting == "exchange" and self.executor is None
-        return waits_inline or not self._can_train()
+        # Inline nobody trains on: what was not offered yet may be what the others wait for.
+        stuck_inline = self.machine.waiting == "exchange" and self.executor is None and self._waited_out()
+        return stuck_inline or not self._can_train()
 
     def _can_train(self) -> bool:
         """Whether a step can be made without anything being committed before."""
@@ -413,7 +409,8 @@ class IslandSync:
         return not (machine.leaving or used_up or self._at_bound())
 
     def _at_bound(self) -> bool:
-        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound()
+        bound = max(int(self.settings.bound_rounds * self.schedule.round_steps(self._anchor_progress())), 1)
+        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= bound
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
@@ -455,7 +452,7 @@ class IslandSync:
         overdue = [fragment for fragment in pending if self.schedule.is_due(fragment)]
         for fragment in overdue:
             self.schedule.wait_begins(fragment, self.clock())
-        if overdue and (self.executor is None or not self.schedule.waited_out(self.clock(), self.settings.wait_s)):
+        if overdue and (self.executor is None or not self._waited_out()):
             return self._wait("exchange")
         if self._at_bound():
             return self._wait("bound")

@@ -277,9 +277,10 @@ class Island:
                 self._trim()
 
     def _held_back(self, fragment: int) -> bool:
-        if self.schedule.is_due(fragment) or not self._can_train():
-            return False
-        return not self.schedule.waited_out(self.clock(), self.cluster.scenario.wait_s)
+        return not self.schedule.is_due(fragment) and self._can_train() and not self._waited_out()
+
+    def _waited_out(self) -> bool:
+        return self.schedule.waited_out(self.clock(), self.cluster.scenario.wait_s)
 
     def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
         self._carry_out(self.machine.applied(fragment, record, self.clock()))
@@ -323,8 +324,8 @@ class Island:
 
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
-        waits_inline = self.machine.waiting == "exchange" and self.cluster.scenario.inline
-        return waits_inline or not self._can_train()
+        stuck_inline = self.machine.waiting == "exchange" and self.cluster.scenario.inline and self._waited_out()
+        return stuck_inline or not self._can_train()
 
     def _can_train(self) -> bool:
         machine = self.machine
@@ -395,7 +396,7 @@ class Island:
         overdue = [f for f in pending if self.schedule.is_due(f) and not scenario.overlap]
         for fragment in overdue:
             self.schedule.wait_begins(fragment, self.clock())
-        if overdue and (scenario.inline or not self.schedule.waited_out(self.clock(), scenario.wait_s)):
+        if overdue and (scenario.inline or not self._waited_out()):
             self._wait("exchange")
             return
         if self._at_bound():
