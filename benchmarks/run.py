@@ -16,6 +16,7 @@ BENCHMARKS = {
     "pack": ["-m", "benchmarks.pack_memory", "--keep"],
     "transport": ["-m", "benchmarks.transport", "--keep"],
     "codecs": ["-m", "benchmarks.codecs"],
+    "overlap": ["-m", "benchmarks.overlap"],
 }
 
 

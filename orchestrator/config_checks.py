@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from orchestrator.config_problem import Problem
+from orchestrator.strategy_checks import check_strategy
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
 MEMBER_NAME = re.compile(r"island-(0|[1-9][0-9]*)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """Two settings that do not fit: the key that is most likely wrong, what is wrong, what to do."""
-
-    key: str
-    message: str
-    remedy: str
 
 
 def find_problems(config: RunConfig) -> Iterator[Problem]:
@@ -102,22 +95,6 @@ def check_islands(config: RunConfig) -> Iterator[Problem]:
     if islands != "auto" and least is not None and least > islands:
         message = f"exchange.min_members = {config.exchange.min_members} is more than run.islands = {islands}"
         yield Problem(key="exchange.min_members", message=message, remedy=f"at most {islands}")
-
-
-def check_strategy(config: RunConfig) -> Iterator[Problem]:
-    """Data parallel training exchanges gradients after every step and has its optimizer outside."""
-    strategy = config.strategy
-    if strategy.name != "ddp":
-        return
-    if strategy.inner_steps != 1:
-        message = f"strategy.inner_steps = {strategy.inner_steps}, but strategy.name = 'ddp' exchanges every step"
-        yield Problem(key="strategy.inner_steps", message=message, remedy="strategy.inner_steps = 1")
-    if strategy.warmup_sync:
-        message = f"strategy.warmup_sync = {strategy.warmup_sync} has no meaning with strategy.name = 'ddp'"
-        yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
-    if config.train.optimizer != "adamw":
-        message = f"train.optimizer = {config.train.optimizer!r} is not available with strategy.name = 'ddp'"
-        yield Problem(key="train.optimizer", message=message, remedy="train.optimizer = 'adamw'")
 
 
 def check_exchange(config: RunConfig) -> Iterator[Problem]:

@@ -271,7 +271,7 @@ class Coordinator(Judgement):
             )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
-            inner_steps=self.plan.strategy.inner_steps_at(self.progress()),
+            inner_steps=self.plan.inner_steps_at(self.progress()),
         )  # fmt: skip
 
     def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:

@@ -6,7 +6,7 @@ at once, a message only when `Flushed` has covered all that was decided before i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,8 @@ class RunPlan:
     restart_window_s: float = 3600.0
     backoff_s: float = 1.0
     judges_hangs: bool = True
+    rate: Callable[[float], float] | None = None
+    warmup: float = 0.0
 
     def budgets(self) -> Budgets:
         """What may fail how often; what is taken away from a member may be taken away any number of times."""
@@ -51,6 +53,10 @@ class RunPlan:
             early=self.max_early_deaths,
             backoff_s=self.backoff_s,
         )
+
+    def inner_steps_at(self, progress: float) -> int:
+        """Local steps of a round that starts at `progress`; `rate` is the inner learning rate there."""
+        return self.strategy.inner_steps_at(progress, self.rate, self.warmup)
 
 
 def may_tell(decided: int, flushed: int) -> bool:

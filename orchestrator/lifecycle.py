@@ -259,7 +259,7 @@ class Lifecycle(FaultBook):
     def _lease_plan(self) -> leases.Plan:
         return leases.Plan(
             total_samples=self.plan.total_samples,
-            inner_steps=self.plan.strategy.inner_steps_at(self.progress()),
+            inner_steps=self.plan.inner_steps_at(self.progress()),
             bound_rounds=self.plan.exchange.bound_rounds,
         )
 

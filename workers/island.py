@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -59,7 +59,7 @@ from workers.samples import (
     positions_of,
 )
 from workers.saved import read_meta
-from workers.schedule import lr_at
+from workers.schedule import agreed_rate
 from workers.snapshot import write_snapshot
 from workers.sync_settings import SyncSettings
 from workers.timeline import WAITING_IN, Timeline
@@ -448,15 +448,11 @@ def evaluate_anchor(bundle: ModelBundle, replica: Replica, source: SampleSource,
 def strategy_of(spec: IslandSpec) -> Strategy:
     """The strategy that an island's settings describe."""
     train = spec.train
-
-    def rate(progress: float) -> float:
-        value = lr_at(progress, lr=train.lr, warmup=train.warmup, min_ratio=train.min_lr_ratio, shape=train.schedule)
-        # Nine digits: the cosine of two machines may differ in the last bit, and an outer step may use this rate.
-        return float(f"{value:.9e}")
-
     # Members that round at random must not do it alike: averaging is to cancel it.
     key = mix(train.seed, spec.index)
-    return build_strategy(spec.strategy, spec.codec, lr_at=rate, train=train, codec_key=key)
+    return build_strategy(
+        spec.strategy, spec.codec, lr_at=partial(agreed_rate, train=train), train=train, codec_key=key
+    )
 
 
 def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpec) -> tuple[FragmentSpec, ...]:
@@ -467,5 +463,6 @@ def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpe
         [TensorSpec(name=name, shape=tuple(tensor.shape)) for name, tensor in tensors.items()],
         num_fragments=strategy.num_fragments,
         pattern=strategy.pattern,
+        groups=strategy.groups,
         chunk_values=chunk,
     )

@@ -121,6 +121,12 @@ class MemberMachine(ExchangeSide):
         state = self.fragments[fragment]
         return any(a.offer.base == state.version for a in state.announced.values())
 
+    def share(self, fragment: int) -> float:
+        """This member's coefficient in the present version's sum; where it is not in it, that of equal members."""
+        record = self.log.commit(fragment, self.fragments[fragment].n)
+        mine = [entry.coefficient for entry in record.roster if entry.offer.member == self.id] if record else []
+        return mine[0] if mine else 1.0 / max(len(self.log.live), 1)
+
     # ------------------------------------------------------------ facts from the training thread
 
     def offered(self, offer: Offer, now: float) -> list[ev.Command]:

@@ -21,14 +21,16 @@ from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
-from workers.actions import DOING, Action, EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
+from workers.actions import DOING, Action, TrainOn, WaitFor
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.link_rows import LinkRows
 from workers.member import MemberMachine
 from workers.memory import give_back
+from workers.orders import next_order
 from workers.record_log import GENESIS_CHAIN, RecordLog
 from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateChunk, StateTorn, as_bytes
+from workers.send_schedule import SendSchedule
 from workers.sync_settings import SyncSettings
 from workers.transport.base import Transport
 
@@ -67,9 +69,14 @@ class IslandSync:
         self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
         self.rows: list[tuple[float, dict[str, object]]] = []
         self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
-        self.marks = [0 for _ in machine.fragments]
-        self.total_steps = self.base_samples = 0
-        self.waiting_since: float | None = None
+        strategy = replica.strategy
+        self.schedule = SendSchedule(
+            num_fragments=len(machine.fragments),
+            staggered=strategy.staggered,
+            inner_steps=strategy.inner_steps,
+            overlap_at=strategy.overlap_at,
+        )
+        self.base_samples = 0
         self.stopped = False
         self.failure: BaseException | None = None
         self._news = self._news_seen = 0
@@ -244,6 +251,11 @@ class IslandSync:
 
     # ------------------------------------------------------------ the step boundary (training thread)
 
+    @property
+    def total_steps(self) -> int:
+        """Inner steps of this process."""
+        return self.schedule.total_steps
+
     def progress(self) -> float:
         """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet."""
         open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
@@ -264,7 +276,7 @@ class IslandSync:
         self._reset_if_wanted()
         self._take_states()
         self._apply_due()
-        order = self._next_order()
+        order = next_order(self.orders, self.machine, base_samples=self.base_samples)
         if order is not None:
             return order
         if not self.machine.holds_all() or self.machine.reset_wanted:
@@ -299,7 +311,7 @@ class IslandSync:
             self.steps_done.clear()
             self.store.discard("piece")
             self._carry_out(self.machine.was_reset(self.clock()))
-            self.marks = [self.total_steps for _ in self.marks]
+            self.schedule.restart()
 
     def _take_states(self) -> None:
         for key in list(self.jobs.staged):
@@ -316,12 +328,14 @@ class IslandSync:
                 fragment, self.jobs.staged.pop((fragment, state.staged.chain)), included=included, fresh=fresh
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
-            self.marks[fragment] = self.total_steps
+            self.schedule.moved(fragment, self._anchor_progress())
             self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
             while (due := self.machine.due(fragment)) is not None:
+                if due.included and self._held_back(fragment):
+                    break
                 payloads = self.jobs.payloads(fragment, due.record.chunk_digests)
                 assert payloads is not None, "a due result is not in the store"
                 try:
@@ -338,9 +352,16 @@ class IslandSync:
                     self._torn(fragment, due.record, str(error))
                     return
                 self._carry_out(self.machine.applied(fragment, due.record, self.clock()))
-                self.marks[fragment] = self.total_steps
                 self._moved(due.record)
+                self.schedule.moved(fragment, self._anchor_progress(), included=due.included)
                 self._trim()
+
+    def _held_back(self, fragment: int) -> bool:
+        """Whether a result that is here waits for the step at which it is due."""
+        return not self.schedule.is_due(fragment) and self._can_train() and not self._waited_out()
+
+    def _waited_out(self) -> bool:
+        return self.schedule.waited_out(self.clock(), self.settings.wait_s)
 
     def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
         """The state is not what everybody else has: say so, and fetch it whole."""
@@ -363,14 +384,8 @@ class IslandSync:
         watermark = self.machine.fragments[fragment].watermark
         return sum(1 for end, _ in self.steps_done if end > watermark)
 
-    def _round(self) -> int:
-        return max(self.replica.strategy.inner_steps(self._anchor_progress()), 1)
-
     def _anchor_progress(self) -> float:
         return min(self.base_samples / self.settings.total_samples, 1.0)
-
-    def _bound(self) -> int:
-        return max(int(self.settings.bound_rounds * self._round()), 1)
 
     def _send_due(self) -> None:
         standstill = self._at_standstill()
@@ -380,25 +395,32 @@ class IslandSync:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue  # a newer version is known: this base can't be offered for any more
-            on_time = self.total_steps - self.marks[fragment] >= self._round()
+            on_time = self.schedule.on_time(fragment, self._anchor_progress())
             if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
 
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
+        # Inline nobody trains on: what was not offered yet may be what the others wait for.
+        stuck_inline = self.machine.waiting == "exchange" and self.executor is None and self._waited_out()
+        return stuck_inline or not self._can_train()
+
+    def _can_train(self) -> bool:
+        """Whether a step can be made without anything being committed before."""
         machine = self.machine
-        if machine.leaving:
-            return True
-        if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
-            return True
-        if machine.waiting == "exchange" and self.executor is None:
-            return True
-        return max(self.open_steps(f) for f in range(len(machine.fragments))) >= self._bound()
+        used_up = machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases")
+        return not (machine.leaving or used_up or self._at_bound())
+
+    def _at_bound(self) -> bool:
+        bound = max(int(self.settings.bound_rounds * self.schedule.round_steps(self._anchor_progress())), 1)
+        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= bound
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
         try:
-            encoded = self.replica.encode(fragment)
+            encoded = self.replica.encode(
+                fragment, share=self.machine.share(fragment), progress=self._anchor_progress()
+            )
         except NonFiniteError as error:
             self.bodies.append(msg.FaultSeen(fault="non_finite", detail=str(error)))
             self._carry_out(self.machine.request_drop(f"its update is not finite: {error}", self.clock()))
@@ -423,45 +445,26 @@ class IslandSync:
             sumsq=encoded.sumsq,
             num_bytes=encoded.num_bytes,
         )
-        self.waiting_since = self.clock()
+        self.schedule.sent(fragment, self._anchor_progress())
         self._carry_out(self.machine.offered(offer, self.clock()))
-
-    def _next_order(self) -> Action | None:
-        order = next((order for order in self.orders if self._can_obey(order)), None)
-        if order is None:
-            return None
-        self.orders.remove(order)
-        if isinstance(order, msg.Evaluate):
-            here = tuple(state.n for state in self.machine.fragments)
-            return EvaluateNow(samples=order.samples if here == order.versions else self.base_samples)
-        return SaveNow(order=order) if isinstance(order, msg.Save) else Finished(save=order.save)
-
-    def _can_obey(self, order: msg.Evaluate | msg.Save | msg.Stop) -> bool:
-        """One that cannot be obeyed yet (or any more: its version was revoked) does not hold up the others."""
-        here = [state.n for state in self.machine.fragments]
-        if isinstance(order, msg.Evaluate):
-            known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
-            return known and self.machine.holds_all()
-        if isinstance(order, msg.Stop) or order.local:
-            return True
-        return min(here) >= 0 and self.machine.log.genesis is not None  # the last act of a fenced one, too
 
     def _next_batch(self) -> Action:
         if self.machine.leaving:
             return self._wait("leaving")
-        pending = [state for state in self.machine.fragments if state.pending is not None]
-        if pending and self.replica.strategy.overlap_steps == 0:
-            waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())
-            if waited < self.settings.wait_s or self.executor is None:
-                return self._wait("exchange")
-        if max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound():
+        pending = [f for f, state in enumerate(self.machine.fragments) if state.pending is not None]
+        overdue = [fragment for fragment in pending if self.schedule.is_due(fragment)]
+        for fragment in overdue:
+            self.schedule.wait_begins(fragment, self.clock())
+        if overdue and (self.executor is None or not self._waited_out()):
+            return self._wait("exchange")
+        if self._at_bound():
             return self._wait("bound")
         todo = self.machine.next_ranges(self.settings.batch_size)
         if not todo:
             return self._wait("leases")
         self.machine.waiting = ""
         if pending:
-            self.replica.hold_displacement()
+            self.replica.hold_displacement(past_due=overdue)
         return TrainOn(ranges=todo, progress=self.progress())
 
     # ------------------------------------------------------------ facts from the training thread
@@ -469,7 +472,7 @@ class IslandSync:
     def stepped(self, num_samples: int) -> None:
         """One inner step on `num_samples` samples is done."""
         with self.changed:
-            self.total_steps += 1
+            self.schedule.total_steps += 1
             self.machine.pace.stepped(self.clock())
             end = self.machine.consumed + num_samples
             self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))

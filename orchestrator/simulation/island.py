@@ -27,6 +27,7 @@ from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
 from workers.member import MemberMachine
+from workers.orders import can_obey
 from workers.records import CommitRecord, OfferId
 
 if TYPE_CHECKING:
@@ -52,16 +53,19 @@ class Island:
             run_id=scenario.plan.run_id, name=name, nonce=nonce, info=info, num_chunks=scenario.num_chunks
         )
         self.machine.pace.tick_s = scenario.heartbeat_s
-        self.replica = Replica(names=cluster.names, num_chunks=scenario.num_chunks, feedback=scenario.feedback)
+        self.replica = Replica(
+            names=cluster.names,
+            num_chunks=scenario.num_chunks,
+            feedback=scenario.feedback,
+            sets_aside=scenario.plan.strategy.delay > 0,
+        )
         self.store = Store()
         self.offset_s = cluster.rng.uniform(0, 1000.0)
         self.rate = 1.0 + cluster.rng.uniform(-1, 1) * scenario.clock_skew
         self.bodies: list[msg.MemberBody] = []
         self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
         self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
-        self.marks = [0 for _ in scenario.num_chunks]
-        self.total_steps = 0
-        self.waiting_since: float | None = None
+        self.schedule = scenario.schedule()
         self.staged_chunks: dict[tuple[int, str], list[StateChunk]] = {}
         self.base_samples = 0
         self.deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -242,7 +246,7 @@ class Island:
         else:
             self.floors = [0 for _ in self.floors]
         self._carry_out(self.machine.was_reset(self.clock()))
-        self.marks = [self.total_steps for _ in self.marks]
+        self.schedule.restart()
 
     def _take_states(self) -> None:
         for key in list(self.staged_chunks):
@@ -259,12 +263,15 @@ class Island:
                 fragment, self.staged_chunks.pop((fragment, state.staged.chain)), included=included, fresh=fresh
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
-            self.marks[fragment] = self.total_steps
+            self.schedule.moved(fragment, self._anchor_progress())
             self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
             while (due := self.machine.due(fragment)) is not None:
+                if due.included and self._held_back(fragment):
+                    self.cluster.counts["results held back"] += 1
+                    break
                 record = due.record
                 payloads = jobs.stored_results(self, fragment, record.chunk_digests)
                 assert payloads is not None, "a due result is not in the store"
@@ -276,9 +283,15 @@ class Island:
                     self._torn(fragment, record, str(error))
                     return
                 self._carry_out(self.machine.applied(fragment, record, self.clock()))
-                self.marks[fragment] = self.total_steps
                 self._moved(record)
+                self.schedule.moved(fragment, self._anchor_progress(), included=due.included)
                 self._trim()
+
+    def _held_back(self, fragment: int) -> bool:
+        return not self.schedule.is_due(fragment) and self._can_train() and not self._waited_out()
+
+    def _waited_out(self) -> bool:
+        return self.schedule.waited_out(self.clock(), self.cluster.scenario.wait_s)
 
     def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
         self._carry_out(self.machine.applied(fragment, record, self.clock()))
@@ -300,8 +313,10 @@ class Island:
         return sum(1 for end, _ in self.steps_done if end > watermark)
 
     def _round(self) -> int:
-        plan = self.cluster.scenario.plan
-        return max(plan.strategy.inner_steps_at(min(self.base_samples / plan.total_samples, 1.0)), 1)
+        return self.schedule.round_steps(self._anchor_progress())
+
+    def _anchor_progress(self) -> float:
+        return min(self.base_samples / self.cluster.scenario.plan.total_samples, 1.0)
 
     def _bound(self) -> int:
         return max(int(self.cluster.scenario.plan.exchange.bound_rounds * self._round()), 1)
@@ -314,20 +329,22 @@ class Island:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue
-            on_time = self.total_steps - self.marks[fragment] >= self._round()
+            on_time = self.schedule.on_time(fragment, self._anchor_progress())
             if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
 
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
+        stuck_inline = self.machine.waiting == "exchange" and self.cluster.scenario.inline and self._waited_out()
+        return stuck_inline or not self._can_train()
+
+    def _can_train(self) -> bool:
         machine = self.machine
-        if machine.leaving:
-            return True
-        if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
-            return True
-        if machine.waiting == "exchange" and self.cluster.scenario.inline:
-            return True
-        return max(self.open_steps(f) for f in range(len(machine.fragments))) >= self._bound()
+        used_up = machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases")
+        return not (machine.leaving or used_up or self._at_bound())
+
+    def _at_bound(self) -> bool:
+        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound()
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
@@ -348,12 +365,12 @@ class Island:
             ranges=ranges.cut(self.machine.leases, since, upto), num_steps=steps, weight=self.machine.info.weight,
             chunk_digests=tuple(p.digest for p in encoded), sumsq=tuple(1.0 for _ in encoded), num_bytes=len(encoded),
         )  # fmt: skip
-        self.waiting_since = self.clock()
+        self.schedule.sent(fragment, self._anchor_progress())
         self.cluster.checks.offer(self, offer)
         self._carry_out(self.machine.offered(offer, self.clock()))
 
     def _obey_order(self) -> bool:
-        order = next((order for order in self.orders if self._can_obey(order)), None)
+        order = next((order for order in self.orders if can_obey(order, self.machine)), None)
         if order is None:
             return False
         if isinstance(order, msg.Evaluate):
@@ -369,15 +386,6 @@ class Island:
         self._turn += 1
         self._asleep = False
         return True
-
-    def _can_obey(self, order: msg.Evaluate | msg.Save | msg.Stop) -> bool:
-        here = [state.n for state in self.machine.fragments]
-        if isinstance(order, msg.Evaluate):
-            known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
-            return known and self.machine.holds_all()
-        if isinstance(order, msg.Stop) or order.local:
-            return True
-        return min(here) >= 0 and self.machine.log.genesis is not None  # the last act of a fenced one, too
 
     def _say_and_go(self, what: str, order: Any) -> None:
         versions = tuple(state.n for state in self.machine.fragments)
@@ -395,15 +403,19 @@ class Island:
         if self.machine.leaving:
             self._wait("leaving")
             return
-        pending = any(state.pending is not None for state in self.machine.fragments)
-        if pending and not self.cluster.scenario.overlap:
-            waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())
-            if waited < self.cluster.scenario.wait_s or self.cluster.scenario.inline:
-                self._wait("exchange")
-                return
-        if max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound():
+        scenario = self.cluster.scenario
+        pending = [f for f, state in enumerate(self.machine.fragments) if state.pending is not None]
+        overdue = [f for f in pending if self.schedule.is_due(f) and not scenario.overlap]
+        for fragment in overdue:
+            self.schedule.wait_begins(fragment, self.clock())
+        if overdue and (scenario.inline or not self._waited_out()):
+            self._wait("exchange")
+            return
+        if self._at_bound():
             self._wait("bound")
             return
+        if len(pending) > 1 and not overdue:
+            self.cluster.counts["steps with several exchanges under way"] += 1
         todo = self.machine.next_ranges(self.batch_size)
         if not todo:
             self._wait("leases")
@@ -424,11 +436,11 @@ class Island:
         bad = self.poison > 0
         self.poison = max(self.poison - 1, 0)
         self.replica.step(samples=bits_of(todo), bad=bad)
-        self.total_steps += 1
+        self.schedule.total_steps += 1
         end = self.machine.consumed + ranges.count(todo)
         self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
         first = self.machine.consumed == 0
-        self.machine.consumed_to(end, self.total_steps)
+        self.machine.consumed_to(end, self.schedule.total_steps)
         self.cluster.steps += 1
         if first:
             self._handle(ev.Tick())

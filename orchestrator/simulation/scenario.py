@@ -9,6 +9,8 @@ from faults.virtual import LinkQuality
 from orchestrator.coordinator import RunPlan
 from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
+from strategies.schedule import overlap_steps_at
+from workers.send_schedule import SendSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +67,34 @@ class Scenario:
     clock_skew: float = 0.1
     check_every: int = 100
 
+    def schedule(self) -> SendSchedule:
+        """When a process of this run sends what."""
+        plan, strategy = self.plan, self.plan.strategy
+        overlap = strategy.inner_steps if strategy.delay else strategy.overlap_steps
+        return SendSchedule(
+            num_fragments=len(self.num_chunks),
+            staggered=strategy.name != "diloco",
+            inner_steps=plan.inner_steps_at,
+            overlap_at=lambda progress: overlap_steps_at(
+                overlap, plan.inner_steps_at(progress), whole_round=strategy.delay > 0
+            ),
+        )
+
+
+def draw_strategy(seed: int, *, fragments: int, steps: int) -> StrategyConfig:
+    """DiLoCo, or one of those that train while fragments are under way, with offsets (a draw of its own)."""
+    rng = random.Random(f"strategy 0 {seed}")
+    if rng.random() < 0.5:
+        return StrategyConfig(inner_steps=steps, num_fragments=fragments)
+    even = max(steps // fragments, 1) * fragments  # a period that divides
+    name = rng.choice(("streaming", "streaming", "delayed", "eager"))
+    if name == "streaming":
+        return StrategyConfig(
+            name="streaming", inner_steps=even, num_fragments=fragments, overlap_steps=rng.randrange(even),
+            merge_alpha=rng.choice((0.0, 0.5)),
+        )  # fmt: skip
+    return StrategyConfig(name="eager" if name == "eager" else "delayed", inner_steps=even, num_fragments=fragments)
+
 
 def draw(seed: int, *, members: int | None = None, faults: bool = True, samples: int | None = None) -> Scenario:
     """The scenario of a seed; what is given is not drawn."""
@@ -90,7 +120,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
     )
     plan = RunPlan(
         run_id="sim", islands=tuple(f"island-{i}" for i in range(num)), total_samples=total, seq_len=8,
-        exchange=exchange, strategy=StrategyConfig(inner_steps=steps, num_fragments=fragments),
+        exchange=exchange, strategy=draw_strategy(seed, fragments=fragments, steps=steps),
         eval_every=rng.choice((0.2, 0.5, 2.0)), start_timeout_s=rng.choice((1.0, 4.0)),
         snapshot_every_s=rng.choice((1.0, 5.0, 1e9)), replace_dead=True, max_restarts=1_000_000,
         max_refusals=1_000_000, max_early_deaths=None, backoff_s=0.0,

@@ -26,6 +26,10 @@ MUTANTS: dict[str, tuple[str, Callable[..., object]]] = {
         lambda holders, config, fleet: bool(list(holders)),
     ),
     "C2 every offer believes it was included": ("workers.member_rules.included", lambda record, offer: True),
+    "C2 work under way is forgotten whatever the record says": (
+        "workers.member_rules.aside_after",
+        lambda aside, *, included: None,
+    ),
     "C3 settle at once": ("orchestrator.lifecycle.may_settle", lambda member, exchanges: True),
     "C4 the samples of a suspect are given back": (
         "orchestrator.lifecycle.ended_members",
@@ -57,6 +61,8 @@ def test_no_seed_breaks_an_invariant() -> None:
     results = {seed: simulate(seed) for seed in SEEDS}
     assert [f"seed {s}: invariant {r.invariant}: {r.problem}" for s, r in results.items() if not r.ok] == []
     assert sum(result.num_faults for result in results.values()) >= 5 * len(SEEDS), "the faults did not fire"
+    for rare in ("results held back", "steps with several exchanges under way"):
+        assert sum(result.counts.get(rare, 0) for result in results.values()) > 50, f"no {rare}"
 
 
 def test_a_seed_replays_exactly() -> None:

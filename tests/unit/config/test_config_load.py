@@ -30,7 +30,8 @@ def complaint(*overrides: str, run: str = "demo") -> UserError:
 
 
 def test_presets_are_the_documented_ones() -> None:
-    assert list(list_presets()) == ["ddp", "debug", "demo", "diloco", "storm"]
+    strategies = ["delayed", "diloco", "eager", "muloco", "sparseloco", "streaming"]
+    assert list(list_presets()) == sorted(["ddp", "debug", "demo", "storm", *strategies])
 
 
 @pytest.mark.parametrize("name", list_presets())

@@ -56,7 +56,8 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.desk.may_tell": lambda decided, flushed: True,
     "orchestrator.run_state.first_returned": lambda watermarks: min(watermarks, default=0),
 }
-ELSEWHERE = {"workers.member_rules.residual_after"}  # acts on tensors: C8 in tests/sim/
+# They act on tensors: C2 and C8 in tests/sim/.
+ELSEWHERE = {"workers.member_rules.residual_after", "workers.member_rules.aside_after"}
 
 
 def traces() -> Iterator[Callable[[], None]]:
