@@ -80,6 +80,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         max_refusals=config.run.max_refusals,
         max_early_deaths=config.run.max_early_deaths,
         restart_window_s=config.run.restart_window_s,
+        load=config.run.load,
     )
 
 

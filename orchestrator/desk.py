@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from faults.recovery import OWN_FAULTS, Budgets
 from orchestrator import events as ev
@@ -41,6 +41,7 @@ class RunPlan:
     restart_window_s: float = 3600.0
     backoff_s: float = 1.0
     judges_hangs: bool = True
+    load: Literal["equal", "by_speed"] = "equal"
 
     def budgets(self) -> Budgets:
         """What may fail how often; what is taken away from a member may be taken away any number of times."""

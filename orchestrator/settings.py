@@ -36,6 +36,11 @@ class RunSection(Section):
     max_refusals: int = Field(
         3, ge=1, description="Updates of one island in a row that are not finite, after which it is given up."
     )
+    load: Literal["equal", "by_speed"] = Field(
+        "equal",
+        description="Local steps of an island in a round: all the same, or fewer on slower ones, so that all arrive "
+        "together.",
+    )
     max_restarts: int = Field(
         20,
         ge=0,

@@ -24,6 +24,9 @@ class IslandOverrides(Section):
     accumulation: int | None = Field(None, ge=1, le=65536, description="Micro-batches of one inner step.")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of this island.")
     device: Device | None = Field(None, description="Device of this island.")
+    pace_s: float | None = Field(
+        None, ge=0, le=3600, description="Seconds that an inner step of this island takes at least."
+    )
 
 
 class TrainConfig(Section):

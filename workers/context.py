@@ -7,6 +7,7 @@ thread; `Island` finds it there.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextvars import ContextVar
@@ -54,6 +55,7 @@ class IslandContext:
     The island sets `deliver`, `attach` and `abort` when it begins, which may be called from any thread, and `ended`
     when the run is over for it: "done", "stopped" or "failed". `attach` hands in its copy of the journal and promises
     to obey the term; `abort` ends its loop with an error.
+    `sleep` is that of `clock`.
     """
 
     spec: IslandSpec
@@ -69,6 +71,7 @@ class IslandContext:
     abort: Callable[[BaseException], None] | None = None
     ended: str = ""
     on_step: Callable[[], None] | None = None
+    sleep: Callable[[float], None] = time.sleep
 
 
 _CURRENT: ContextVar[IslandContext | None] = ContextVar("atoll_island", default=None)

@@ -243,10 +243,10 @@ class IslandSync:
     # ------------------------------------------------------------ the step boundary (training thread)
 
     def progress(self) -> float:
-        """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet."""
+        """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet's."""
         open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
-        num_live = max(len(self.machine.log.live), 1)
-        return min((self.base_samples + open_ * num_live) / self.settings.total_samples, 1.0)
+        planned = self.machine.fleet_samples()
+        return min((self.base_samples + open_ * planned) / self.settings.total_samples, 1.0)
 
     def boundary(self) -> Action:
         """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
@@ -362,7 +362,7 @@ class IslandSync:
         return sum(1 for end, _ in self.steps_done if end > watermark)
 
     def _round(self) -> int:
-        return max(self.replica.strategy.inner_steps(self._anchor_progress()), 1)
+        return self.machine.round_steps(self.replica.strategy.inner_steps(self._anchor_progress()))
 
     def _anchor_progress(self) -> float:
         return min(self.base_samples / self.settings.total_samples, 1.0)
@@ -464,15 +464,15 @@ class IslandSync:
 
     # ------------------------------------------------------------ facts from the training thread
 
-    def stepped(self, num_samples: int) -> None:
-        """One inner step on `num_samples` samples is done."""
+    def stepped(self, num_samples: int, seconds: float = 0.0) -> None:
+        """One inner step on `num_samples` samples is done, and took that long."""
         with self.changed:
             self.total_steps += 1
             self.machine.pace.stepped(self.clock())
             end = self.machine.consumed + num_samples
             self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
             first = self.machine.consumed == 0
-            self.machine.consumed_to(end, self.total_steps)
+            self.machine.consumed_to(end, self.total_steps, seconds)
             if first:
                 self.events.put(ev.Tick())
 

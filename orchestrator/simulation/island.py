@@ -301,7 +301,7 @@ class Island:
 
     def _round(self) -> int:
         plan = self.cluster.scenario.plan
-        return max(plan.strategy.inner_steps_at(min(self.base_samples / plan.total_samples, 1.0)), 1)
+        return self.machine.round_steps(plan.strategy.inner_steps_at(min(self.base_samples / plan.total_samples, 1.0)))
 
     def _bound(self) -> int:
         return max(int(self.cluster.scenario.plan.exchange.bound_rounds * self._round()), 1)
@@ -428,7 +428,7 @@ class Island:
         end = self.machine.consumed + ranges.count(todo)
         self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
         first = self.machine.consumed == 0
-        self.machine.consumed_to(end, self.total_steps)
+        self.machine.consumed_to(end, self.total_steps, self.step_s * self.rate)
         self.cluster.steps += 1
         if first:
             self._handle(ev.Tick())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from faults.virtual import LinkQuality
 from orchestrator.coordinator import RunPlan
@@ -102,7 +102,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         straggle=rng.choice((0.0, 0.02, 0.05)) if lossy else 0.0, straggle_s=rng.choice((0.3, 2.0)),
     )  # fmt: skip
     rates = FaultRates(mean_gap_s=rng.choice((0.15, 0.3, 0.6))) if faults else None
-    return Scenario(
+    drawn = Scenario(
         seed=seed, num_members=num, num_nodes=rng.choice((1, 2, num)),
         num_chunks=tuple(rng.choice((1, 2, 3)) for _ in range(fragments)), plan=plan, batch_sizes=batch_sizes,
         step_s=tuple(step_s * rng.choice((1.0, 1.0, 1.0, 1.5, 3.0)) for _ in range(num)),
@@ -111,3 +111,4 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         fault_s=rng.choice((3.0, 6.0)), rates=rates, drain_s=90.0, wait_s=exchange.wait_s,
         timeout_s=rng.choice((0.5, 1.5)), clock_skew=0.1 if faults else 0.0,
     )  # fmt: skip
+    return replace(drawn, plan=replace(plan, load=rng.choice(("equal", "by_speed"))))
