@@ -113,5 +113,7 @@ def island_spec(
         bound_rounds=config.exchange.bound_rounds,
         connections=config.exchange.connections,
         pace_s=train.pace_s,
+        link_share=config.exchange.link_share,
+        link_bytes_per_s=config.exchange.link_bytes_per_s,
         resume=resume,
     )

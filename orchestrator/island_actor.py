@@ -127,7 +127,10 @@ class IslandActor:
         torch.set_num_threads(self.spec.train.threads)
         host = ray.util.get_node_ip_address()
         store = MemberStore()
-        transport = FlightTransport(store, host=host, token=self.token, num_connections=self.spec.connections)
+        transport = FlightTransport(
+            store, host=host, token=self.token, num_connections=self.spec.connections,
+            link_share=self.spec.link_share, link_bytes_per_s=self.spec.link_bytes_per_s,
+        )  # fmt: skip
         transport.start()
         controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
         return IslandContext(

@@ -45,6 +45,8 @@ class IslandSpec:
     bound_rounds: float
     connections: int
     pace_s: float = 0.0
+    link_share: float = 0.5
+    link_bytes_per_s: float | None = None
     resume: bool = False
 
 

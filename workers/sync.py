@@ -81,6 +81,7 @@ class IslandSync:
             timeout_s=settings.timeout_s,
             threaded=executor is not None,
             snapshots=snapshots,
+            clock=clock,
         )
         self._thread: threading.Thread | None = None
         self.base_samples = 0
