@@ -141,6 +141,7 @@ class IslandActor:
             transport=transport,
             post=lambda envelope: _post(controller, envelope),
             clock=time.monotonic,
+            num_sharing=_islands_here(node, self.spec.num_islands),
             executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
         )
 
@@ -197,6 +198,12 @@ def _news(run_id: str, nonce: str, held: int, ready: bool) -> News | None:
     except (RayActorError, GetTimeoutError, ValueError) as error:
         island_log.info("no news from the controller: %s", error)
         return None
+
+
+def _islands_here(node: str, num_islands: int) -> int:
+    """Islands that this machine has places for, which share its memory."""
+    here = next((entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node), {})
+    return max(min(int(here.get("atoll_worker", 1)), num_islands), 1)
 
 
 def _post(controller: ActorHandle, envelope: Envelope) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.build import island_spec, pack_path, resolve, run_plan
+from orchestrator.build import island_spec, num_islands, pack_path, resolve, run_plan
 from orchestrator.config import RunConfig
 from orchestrator.events import Finish, ProcessDied, StopRequested
 from orchestrator.host import Handed, Host
@@ -104,6 +104,7 @@ class LocalRun:
             transport=transport,
             post=self.posted.append,
             clock=self._clock,
+            num_sharing=num_islands(self.config),
             sleep=lambda seconds: self._rest(name, seconds),
         )
         island = LocalIsland(loop=BuiltinLoop(context), context=context, transport=transport)

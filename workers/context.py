@@ -58,6 +58,7 @@ class IslandContext:
     when the run is over for it: "done", "stopped" or "failed". `attach` hands in its copy of the journal and promises
     to obey the term; `abort` ends its loop with an error.
     `sleep` is that of `clock`.
+    `num_sharing`: islands that share the memory of this machine, this one included.
     """
 
     spec: IslandSpec
@@ -74,6 +75,7 @@ class IslandContext:
     ended: str = ""
     on_step: Callable[[], None] | None = None
     sleep: Callable[[float], None] = time.sleep
+    num_sharing: int = 1
 
 
 _CURRENT: ContextVar[IslandContext | None] = ContextVar("atoll_island", default=None)
