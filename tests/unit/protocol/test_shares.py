@@ -207,9 +207,9 @@ def test_every_token_has_the_same_weight() -> None:
 # ---------------------------------------------------------------- whole runs
 
 SMALL = (
-    "run.islands=2", "train.tokens=81920", "train.batch_size=1", "data.seq_len=64", "model.dim=16", "model.layers=1",
+    "run.islands=2", "train.tokens=25600", "train.batch_size=1", "data.seq_len=64", "model.dim=16", "model.layers=1",
     "model.heads=2", "strategy.inner_steps=16", "eval.every=0.5", "eval.windows=8", "codec.block=4096",
-    "train.per_island.island-1.pace_s=0.04",
+    "train.pace_s=0.05", "train.per_island.island-1.pace_s=0.2",
 )  # fmt: skip
 
 
@@ -225,6 +225,7 @@ def local_run(folder: Path, *more: str) -> tuple[float, LocalRun]:
     return run.now, run
 
 
+@pytest.mark.timeout(180)
 def test_two_islands_one_four_times_slower(tmp_path: Path) -> None:
     """Ideal 2.5: in the time of four slow steps the two make 5 in place of 2."""
     equal_s, equal = local_run(tmp_path / "equal", "run.load=equal")
