@@ -84,6 +84,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         restart_window_s=config.run.restart_window_s,
         rate=partial(agreed_rate, train=config.train) if config.strategy.qsr_alpha else None,
         warmup=config.train.warmup,
+        load=config.run.load,
     )
 
 
@@ -116,5 +117,7 @@ def island_spec(
         bound_rounds=config.exchange.bound_rounds,
         connections=config.exchange.connections,
         pace_s=train.pace_s,
+        link_share=config.exchange.link_share,
+        link_bytes_per_s=config.exchange.link_bytes_per_s,
         resume=resume,
     )

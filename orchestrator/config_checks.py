@@ -21,6 +21,7 @@ def find_problems(config: RunConfig) -> Iterator[Problem]:
     yield from check_data(config)
     yield from check_model(config)
     yield from check_training(config)
+    yield from check_fit_batch(config)
     yield from check_islands(config)
     yield from check_strategy(config)
     yield from check_exchange(config)
@@ -79,6 +80,20 @@ def check_training(config: RunConfig) -> Iterator[Problem]:
             message = f"train.accumulation = {train.accumulation} does not divide train.batch_size = {train.batch_size}"
             where = f" for {name}" if name else ""
             yield Problem(key=key, message=message + where, remedy=f"one of {_divisors(train.batch_size)}")
+
+
+def check_fit_batch(config: RunConfig) -> Iterator[Problem]:
+    """The batch is measured for the built-in loop, which takes it in one piece."""
+    if not config.train.fit_batch:
+        return
+    if config.train.loop is not None:
+        message = f"train.fit_batch measures the built-in loop, and train.loop = {config.train.loop!r} is set"
+        yield Problem(key="train.fit_batch", message=message, remedy="set train.batch_size yourself")
+    names = [name for name in ["", *config.train.per_island] if config.train.for_island(name).accumulation > 1]
+    if names:
+        where = f"train.per_island.{names[0]}.accumulation" if names[0] else "train.accumulation"
+        message = f"{where} cuts a batch into pieces, and train.fit_batch looks for the largest single piece"
+        yield Problem(key="train.fit_batch", message=message, remedy="train.accumulation = 1")
 
 
 def check_islands(config: RunConfig) -> Iterator[Problem]:

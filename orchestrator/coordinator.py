@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from orchestrator import events as ev
 from orchestrator import exchange as ex
+from orchestrator import shares
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet, MemberView
 from orchestrator.judgement import Judgement
@@ -219,8 +220,24 @@ class Coordinator(Judgement):
         if member.name in self.leaving and hello.waiting != "leaving":
             self._tell(member, msg.Leave())
         self._start_if_ready()
+        if self.plan.load == "by_speed" and shares.unmeasured(
+            self.state.shares, self.roll.processes, shares.speeds_of(self.roll.processes)
+        ):
+            self._plan_shares()
         self._grant()
         self._let_go()
+
+    def _plan_shares(self) -> None:
+        """Local steps by measured speed: journalled, so that every member and every replay have the same."""
+        if self.plan.load != "by_speed" or self.stopping is not None:
+            return
+        steps = self.plan.strategy.inner_steps_at(self.progress())
+        record = shares.new_shares(self.state.shares, shares.speeds_of(self.roll.processes), steps)
+        if record is not None:
+            self._log(record)
+            told = ", ".join(f"{member} {n}" for member, n in zip(record.members, record.steps, strict=True))
+            self._say(f"local steps of a round by speed: {told} ({record.why})")
+            self._tell_all()
 
     def _repeat(
         self, member: MemberId, exchange: ex.FragmentExchange, report: msg.FragmentReport | None, had: msg.Hello | None
@@ -331,6 +348,7 @@ class Coordinator(Judgement):
             self.refusals.pop(entry.member, None)
             self._track(entry.offer.member, "contributed_s")
         self._settle_all()
+        self._plan_shares()
         self._grant()
         self._let_go()
         while self.progress() >= self.next_eval - 1e-9 and self.next_eval < 1.0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from faults.recovery import OWN_FAULTS, Budgets
 from orchestrator import events as ev
@@ -43,6 +43,7 @@ class RunPlan:
     judges_hangs: bool = True
     rate: Callable[[float], float] | None = None
     warmup: float = 0.0
+    load: Literal["equal", "by_speed"] = "equal"
 
     def budgets(self) -> Budgets:
         """What may fail how often; what is taken away from a member may be taken away any number of times."""

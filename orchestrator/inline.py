@@ -112,6 +112,7 @@ class InlineRun:
             post=lambda envelope: self._jobs.put(lambda: self.host.receive(envelope)),
             clock=time.monotonic,
             executor=executor,
+            num_sharing=num_islands(self.config),
         )
         self.contexts[spec.name] = context
         return context

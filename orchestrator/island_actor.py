@@ -137,7 +137,10 @@ class IslandActor:
         torch.set_num_threads(self.spec.train.threads)
         host = ray.util.get_node_ip_address()
         store = MemberStore()
-        transport = FlightTransport(store, host=host, token=self.token, num_connections=self.spec.connections)
+        transport = FlightTransport(
+            store, host=host, token=self.token, num_connections=self.spec.connections,
+            link_share=self.spec.link_share, link_bytes_per_s=self.spec.link_bytes_per_s,
+        )  # fmt: skip
         transport.start()
         controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
         return IslandContext(
@@ -148,6 +151,7 @@ class IslandActor:
             transport=transport,
             post=lambda envelope: _post(controller, envelope),
             clock=time.monotonic,
+            num_sharing=_islands_here(node, self.spec.num_islands),
             executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
         )
 
@@ -205,6 +209,12 @@ def _news(run_id: str, nonce: str, held: int, ready: bool) -> News | None:
     except (RayActorError, GetTimeoutError, ValueError) as error:
         island_log.info("no news from the controller: %s", error)
         return None
+
+
+def _islands_here(node: str, num_islands: int) -> int:
+    """Islands that this machine has places for, which share its memory."""
+    here = next((entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node), {})
+    return max(min(int(here.get("atoll_worker", 1)), num_islands), 1)
 
 
 def _post(controller: ActorHandle, envelope: Envelope) -> None:

@@ -29,6 +29,7 @@ from workers.records import (
     RosterEntry,
     Row,
     SettleRecord,
+    SharesRecord,
     SnapshotRecord,
     TermRecord,
     roster_digest,
@@ -80,6 +81,7 @@ class Replay:
             RevokeRecord: self._revoke,
             EvaluationRecord: self._evaluation,
             SnapshotRecord: self._snapshot,
+            SharesRecord: self._shares,
         }
 
     @property
@@ -383,6 +385,15 @@ class Replay:
 
     def _snapshot(self, r: SnapshotRecord) -> None:
         self._check_versions("snapshot", r.versions)
+
+    def _shares(self, r: SharesRecord) -> None:
+        """Shares decide how many steps are made, not what counts: only what cannot have been meant is a finding."""
+        if not len(r.members) == len(r.steps) == len(r.batch_sizes) == len(set(r.members)):
+            self.fail("shares", "members, steps and batch_sizes are not one for each member")
+        known = {str(member) for member in self.incarnations}
+        for member, steps in zip(r.members, r.steps, strict=False):
+            if member not in known or not 1 <= steps <= r.inner_steps:
+                self.fail("shares", f"{steps} steps for {member}; a round has {r.inner_steps}")
 
     def _check_versions(self, rule: str, versions: tuple[int, ...]) -> None:
         highest = [head.highest for head in self.heads]

@@ -26,6 +26,7 @@ from workers.records import (
     SettleRecord,
     Term,
 )
+from workers.shares import round_steps
 
 GIVEN_UP = "given_up"
 LOST_AFTER_S = 2.0
@@ -272,7 +273,8 @@ class Lifecycle(FaultBook):
             if p.ready() and p.status != "suspect" and m.name not in self.leaving
         }
         plan = self._lease_plan()
-        records = leases.grant(self.state, members, plan)
+        steps = {m: round_steps(self.state.shares, str(m), plan.inner_steps) for m in members}
+        records = leases.grant(self.state, members, plan, steps)
         for record in records:
             self._log(record)
             member = MemberId(name=record.member, incarnation=record.incarnation)

@@ -27,6 +27,7 @@ from workers.records import (
     RevokeRecord,
     SettingsRecord,
     SettleRecord,
+    SharesRecord,
     StopRecord,
     Term,
     TermRecord,
@@ -104,6 +105,7 @@ class RunState:
         self.evaluations: list[EvaluationRecord] = []
         self.settings: dict[str, Any] = {}
         self.stopped: StopRecord | None = None
+        self.shares: SharesRecord | None = None
 
     # ------------------------------------------------------------ questions
 
@@ -276,6 +278,9 @@ class RunState:
     def _settings(self, r: SettingsRecord) -> None:
         self.settings |= r.values
 
+    def _shares(self, r: SharesRecord) -> None:
+        self.shares = r
+
     def _stop(self, r: StopRecord) -> None:
         self.stopped = r
 
@@ -291,6 +296,7 @@ class RunState:
         RevokeRecord: _revoke,
         EvaluationRecord: _evaluation,
         SettingsRecord: _settings,
+        SharesRecord: _shares,
         StopRecord: _stop,
     }
 

@@ -39,6 +39,11 @@ class RunSection(Section):
     max_refusals: int = Field(
         3, ge=1, description="Updates of one island in a row that are not finite, after which it is given up."
     )
+    load: Literal["equal", "by_speed"] = Field(
+        "equal",
+        description="Local steps of an island in a round: all the same, or fewer on slower ones, so that all arrive "
+        "together.",
+    )
     max_restarts: int = Field(
         20,
         ge=0,
@@ -102,6 +107,12 @@ class ExchangeConfig(Section):
     )
     limbo_s: float = Field(120.0, gt=0, description="Silence after which a suspect member is fenced (final).")
     chunk_values: int | None = Field(None, ge=32, description="Values in one chunk; default from the model's size.")
+    link_share: float = Field(
+        0.5, gt=0, le=1, description="Share of the link that background transfers (a joiner's state) may use."
+    )
+    link_bytes_per_s: float | None = Field(
+        None, gt=0, description="Bytes a second that the link of an island carries; unset = measured by exchanges."
+    )
     connections: int = Field(2, ge=1, le=64, description="Transport connections per peer.")
     timeout_s: float = Field(30.0, gt=0, description="Longest time of one transport call.")
 

@@ -24,11 +24,15 @@ def check_strategy(config: RunConfig) -> Iterator[Problem]:
     yield from check_outer(config.strategy)
     yield from check_quadratic_rule(config)
     yield from check_parts(config)
+    yield from check_load(config)
 
 
 def check_ddp(config: RunConfig) -> Iterator[Problem]:
     """Data parallel training exchanges gradients after every step and has its optimizer outside."""
     strategy = config.strategy
+    if config.run.load != "equal":
+        message = f"run.load = {config.run.load!r} shares out local steps, and strategy.name = 'ddp' makes one a round"
+        yield Problem(key="run.load", message=message, remedy="run.load = 'equal', and train.per_island batch sizes")
     if strategy.inner_steps != 1:
         message = f"strategy.inner_steps = {strategy.inner_steps}, but strategy.name = 'ddp' exchanges every step"
         yield Problem(key="strategy.inner_steps", message=message, remedy="strategy.inner_steps = 1")
@@ -116,6 +120,17 @@ def check_quadratic_rule(config: RunConfig) -> Iterator[Problem]:
             f"{strategy.inner_steps}"
         )
         yield Problem(key="strategy.qsr_max_steps", message=message, remedy=f"{strategy.inner_steps} or more")
+
+
+def check_load(config: RunConfig) -> Iterator[Problem]:
+    """Rounds of unequal length need results that are due when a round ends, not after so many steps of it."""
+    name = config.strategy.name
+    if config.run.load != "equal" and name in ("streaming", "eager", "delayed"):
+        message = (
+            f"run.load = {config.run.load!r} gives each island its own number of steps, strategy.name = {name!r} "
+            "counts steps until a result is due, the same for all"
+        )
+        yield Problem(key="run.load", message=message, remedy="run.load = 'equal', or strategy.name = 'diloco'")
 
 
 def check_parts(config: RunConfig) -> Iterator[Problem]:

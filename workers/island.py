@@ -16,7 +16,6 @@ applies commits, sends contributions, evaluates, saves, waits, and ends when the
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -122,7 +121,7 @@ class Island:
         self._data = {"dataset": dataset, "val_dataset": val_dataset, "collate": collate}
         check_own_data(self.spec.data, loss_fn=loss_fn, **self._data)
         self._yielded = 0
-        self._progress = 0.0
+        self._progress = self._loading_s = 0.0
         self._loss_sum, self._loss_count, self._row_s = 0.0, 0, float("-inf")
         self._compute_s, self._tokens = 0.0, 0
         self._last_step: tuple[float, float, StepStats | None] | None = None
@@ -262,7 +261,8 @@ class Island:
         loading_s = self.context.clock()
         batch = self.source.batch(ids)
         self._began = self.context.clock()
-        self._waits["data"] += self._began - loading_s
+        self._loading_s = self._began - loading_s
+        self._waits["data"] += self._loading_s
         return batch
 
     @property
@@ -344,7 +344,7 @@ class Island:
         self.timeline.enter("compute")
         positions = positions_of(action.ranges)
         self._yielded, self._progress, self._stepped = len(positions), action.progress, False
-        self._began = self.context.clock()
+        self._began, self._loading_s = self.context.clock(), 0.0
         return sample_ids(positions, size=self.source.num_samples, seed=self.spec.train.seed)
 
     def step(self, loss: Tensor | float, *, stats: StepStats | None = None) -> None:
@@ -361,10 +361,10 @@ class Island:
         now = self.context.clock()
         seconds = now - self._began
         if self.spec.pace_s > seconds:
-            time.sleep(self.spec.pace_s - seconds)
+            self.context.sleep(self.spec.pace_s - seconds)
             now = self.context.clock()
-            seconds = now - self._began
-        self.sync.stepped(self._yielded)
+            seconds = max(now - self._began, self.spec.pace_s)  # where islands take turns, the clock goes on later
+        self.sync.stepped(self._yielded, seconds + self._loading_s)
         self._record(float(loss.detach() if isinstance(loss, Tensor) else loss), stats, now, seconds)
         if self.context.on_step is not None:
             self.context.on_step()

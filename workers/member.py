@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
-from workers import ranges
+from workers import ranges, shares
 from workers.fragment_state import KEEP_RESULTS, FragmentState, Pending
 from workers.member_exchange import ExchangeSide
 from workers.messages import Offer, Version
@@ -207,9 +207,22 @@ class MemberMachine(ExchangeSide):
         self._lose_state(fragment, fault, detail)
         return self.out
 
-    def consumed_to(self, consumed: int, steps: int) -> None:
-        """An inner step was finished."""
+    def consumed_to(self, consumed: int, steps: int, seconds: float = 0.0) -> None:
+        """An inner step was finished; it took that long (0: not measured)."""
         self.consumed, self.steps = consumed, steps
+        self.step_times.add(seconds)
+
+    def round_steps(self, inner_steps: int) -> int:
+        """Local steps of this member in a round of `inner_steps`: all, or its share by speed."""
+        return shares.round_steps(self.log.shares, self._own_name(), inner_steps)
+
+    def fleet_samples(self) -> float:
+        """Samples that the fleet plans for each one that this member plans."""
+        live = [str(MemberId(name=name, incarnation=incarnation)) for name, incarnation in sorted(self.log.live)]
+        return shares.fleet_samples(self.log.shares, self._own_name(), live)
+
+    def _own_name(self) -> str:
+        return str(self.id) if self.incarnation is not None else ""
 
     def member_id(self, incarnation: int) -> MemberId:
         """This member under an incarnation."""

@@ -12,6 +12,7 @@ from workers.pace import Pace
 from workers.ranges import Range
 from workers.record_log import RecordLog
 from workers.records import MemberId, Term
+from workers.shares import StepTimes
 
 
 class MemberCore:
@@ -30,6 +31,7 @@ class MemberCore:
         self.leases: list[Range] = []
         self.consumed = 0
         self.steps = 0
+        self.step_times = StepTimes()
         self.tail = False
         self.leaving = self.dismissed = False
         self.told: dict[type, tuple[tuple[int, int], int]] = {}
@@ -95,6 +97,7 @@ class MemberCore:
                 steps=self.steps, bytes_sent=self.bytes_sent, fragments=tuple(reports), waiting=self.waiting,
                 doing=self.pace.doing, doing_s=max(self.now - self.pace.since_s, 0.0),
                 step_s=self.pace.usual_step_s(),
+                median_step_s=self.step_times.median_s,
             )
         )  # fmt: skip
 

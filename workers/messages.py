@@ -97,6 +97,7 @@ class Hello:
 
     `doing`: what its training thread does, for `doing_s` seconds by now; `step_s`: its usual step, 0 = not known yet
     (`workers/pace.py`).
+    `median_step_s`: what shares by speed are made of, pacing and loading included; 0 until it is measured.
     """
 
     info: ProcessInfo
@@ -110,6 +111,7 @@ class Hello:
     doing: str = ""
     doing_s: float = 0.0
     step_s: float = 0.0
+    median_step_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

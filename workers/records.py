@@ -141,6 +141,21 @@ class LeaseRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharesRecord(Record):
+    """Load by speed, in force until the next one: `members[i]` makes `steps[i]` of the `inner_steps` of a round.
+
+    `batch_sizes[i]`: samples of one of its steps. Who is not named makes all of them.
+    """
+
+    kind: ClassVar[str] = "shares"
+    inner_steps: int
+    members: tuple[str, ...]
+    steps: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRecord(Record):
     """Fragment `fragment` moved from version `n - 1` to `n`; the roster alone decides who was in."""
 
@@ -268,7 +283,7 @@ KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
-        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingsRecord, StopRecord,
+        RevokeRecord, FaultRecord, EvaluationRecord, SharesRecord, SnapshotRecord, SettingsRecord, StopRecord,
         OperatorRecord,
     )
 }  # fmt: skip

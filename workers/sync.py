@@ -73,7 +73,7 @@ class IslandSync:
         self.schedule = SendSchedule(
             num_fragments=len(machine.fragments),
             staggered=strategy.staggered,
-            inner_steps=strategy.inner_steps,
+            inner_steps=lambda progress: machine.round_steps(strategy.inner_steps(progress)),
             overlap_at=strategy.overlap_at,
         )
         self.base_samples = 0
@@ -89,6 +89,7 @@ class IslandSync:
             timeout_s=settings.timeout_s,
             threaded=executor is not None,
             snapshots=snapshots,
+            clock=clock,
         )
         self._thread: threading.Thread | None = None
         self.links = LinkRows(transport, self.observe)
@@ -257,10 +258,10 @@ class IslandSync:
         return self.schedule.total_steps
 
     def progress(self) -> float:
-        """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet."""
+        """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet's."""
         open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
-        num_live = max(len(self.machine.log.live), 1)
-        return min((self.base_samples + open_ * num_live) / self.settings.total_samples, 1.0)
+        planned = self.machine.fleet_samples()
+        return min((self.base_samples + open_ * planned) / self.settings.total_samples, 1.0)
 
     def boundary(self) -> Action:
         """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
@@ -469,15 +470,15 @@ class IslandSync:
 
     # ------------------------------------------------------------ facts from the training thread
 
-    def stepped(self, num_samples: int) -> None:
-        """One inner step on `num_samples` samples is done."""
+    def stepped(self, num_samples: int, seconds: float = 0.0) -> None:
+        """One inner step on `num_samples` samples is done, and took that long."""
         with self.changed:
             self.schedule.total_steps += 1
             self.machine.pace.stepped(self.clock())
             end = self.machine.consumed + num_samples
             self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
             first = self.machine.consumed == 0
-            self.machine.consumed_to(end, self.total_steps)
+            self.machine.consumed_to(end, self.total_steps, seconds)
             if first:
                 self.events.put(ev.Tick())
 

@@ -65,7 +65,7 @@ class Island:
         self.bodies: list[msg.MemberBody] = []
         self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
         self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
-        self.schedule = scenario.schedule()
+        self.schedule = scenario.schedule(self.machine.round_steps)
         self.staged_chunks: dict[tuple[int, str], list[StateChunk]] = {}
         self.base_samples = 0
         self.deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -440,7 +440,7 @@ class Island:
         end = self.machine.consumed + ranges.count(todo)
         self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
         first = self.machine.consumed == 0
-        self.machine.consumed_to(end, self.schedule.total_steps)
+        self.machine.consumed_to(end, self.schedule.total_steps, self.step_s * self.rate)
         self.cluster.steps += 1
         if first:
             self._handle(ev.Tick())

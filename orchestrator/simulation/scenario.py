@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from faults.virtual import LinkQuality
 from orchestrator.coordinator import RunPlan
@@ -67,14 +69,14 @@ class Scenario:
     clock_skew: float = 0.1
     check_every: int = 100
 
-    def schedule(self) -> SendSchedule:
-        """When a process of this run sends what."""
+    def schedule(self, own_steps: Callable[[int], int]) -> SendSchedule:
+        """When a process of this run sends what; `own_steps`: its share of a round of so many steps."""
         plan, strategy = self.plan, self.plan.strategy
         overlap = strategy.inner_steps if strategy.delay else strategy.overlap_steps
         return SendSchedule(
             num_fragments=len(self.num_chunks),
             staggered=strategy.name != "diloco",
-            inner_steps=plan.inner_steps_at,
+            inner_steps=lambda progress: own_steps(plan.inner_steps_at(progress)),
             overlap_at=lambda progress: overlap_steps_at(
                 overlap, plan.inner_steps_at(progress), whole_round=strategy.delay > 0
             ),
@@ -132,7 +134,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         straggle=rng.choice((0.0, 0.02, 0.05)) if lossy else 0.0, straggle_s=rng.choice((0.3, 2.0)),
     )  # fmt: skip
     rates = FaultRates(mean_gap_s=rng.choice((0.15, 0.3, 0.6))) if faults else None
-    return Scenario(
+    drawn = Scenario(
         seed=seed, num_members=num, num_nodes=rng.choice((1, 2, num)),
         num_chunks=tuple(rng.choice((1, 2, 3)) for _ in range(fragments)), plan=plan, batch_sizes=batch_sizes,
         step_s=tuple(step_s * rng.choice((1.0, 1.0, 1.0, 1.5, 3.0)) for _ in range(num)),
@@ -141,3 +143,5 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         fault_s=rng.choice((3.0, 6.0)), rates=rates, drain_s=90.0, wait_s=exchange.wait_s,
         timeout_s=rng.choice((0.5, 1.5)), clock_skew=0.1 if faults else 0.0,
     )  # fmt: skip
+    load: Literal["equal", "by_speed"] = rng.choice(("equal", "by_speed"))
+    return replace(drawn, plan=replace(plan, load=load if plan.strategy.name == "diloco" else "equal"))

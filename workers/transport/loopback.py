@@ -95,8 +95,10 @@ class LoopbackTransport:
         wait_s: float = 0.0,
         max_bytes: int,
         cancel: CancelToken | None = None,
+        background: int = 0,
     ) -> list[Blob]:
-        """See `workers.transport.base.Transport.fetch`."""
+        """See `workers.transport.base.Transport.fetch`; there is no link here that could be filled."""
+        del background
         check_fetch(keys, timeout_s=timeout_s, wait_s=wait_s, max_bytes=max_bytes)
         started = time.monotonic()
         with self._calls.call(address, cancel) as call:

@@ -19,7 +19,7 @@ from orchestrator.topology import list_topologies
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYERS = ("faults", "orchestrator", "strategies", "workers")
-DATA_SUFFIXES = {".html", ".css", ".js", ".json", ".toml", ".txt", ".svg"}
+DATA_SUFFIXES = {".LICENSE", ".html", ".css", ".js", ".json", ".toml", ".txt", ".svg"}
 
 LOOK_INSIDE = """
 import json

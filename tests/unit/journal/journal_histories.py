@@ -22,6 +22,7 @@ from workers.records import (
     Row,
     SettingsRecord,
     SettleRecord,
+    SharesRecord,
     SnapshotRecord,
     TermRecord,
     make_row,
@@ -293,6 +294,11 @@ class Story:
     def life(self, entry: RosterEntry) -> Life:
         return next(x for x in self.lives if (x.name, x.incarnation) == (entry.member, entry.incarnation))
 
+    def shares(self) -> SharesRecord:
+        names = tuple(f"{life.name}.{life.incarnation}" for life in self.lives)
+        ones = (1,) * len(names)
+        return SharesRecord(inner_steps=3, members=names, steps=ones, batch_sizes=ones, why="measured")
+
     def observe(self) -> None:
         versions = tuple(self.highest)
         self.records += [
@@ -300,4 +306,5 @@ class Story:
             SnapshotRecord(name=f"v{len(self.records)}", versions=versions),
             FaultRecord(fault="suspect", member="island-0", injected=False, t_s=1.25),
             SettingsRecord(values={"exchange.grace_s": 0.5, "exchange.min_members": 2}),
+            self.shares(),
         ]
