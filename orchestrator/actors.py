@@ -312,6 +312,7 @@ class ControllerActor(Hands):
             "seconds": coordinator.seconds(),
             "progress": coordinator.progress(),
             "tokens": coordinator.state.samples_committed() * self.host.plan.seq_len,
+            "params": coordinator.state.num_params,
             "rounds": coordinator.state.heads[0].version.n if coordinator.state.heads else 0,
             "val_loss": latest,
             "evaluations": len(coordinator.state.evaluations),
