@@ -39,6 +39,7 @@ from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
 from orchestrator.standby import StandbyPool, status_of
 from orchestrator.summary import save_summary
+from orchestrator.telemetry.telemetry import Telemetry
 from workers.messages import Batch, Envelope, News
 from workers.records import FaultRecord
 
@@ -99,6 +100,7 @@ class ControllerActor(Hands):
             spawn=self._spawn,
             end=self._end,
         )
+        self.telemetry = Telemetry(self.config, self.run_dir)
         self.began = self.lost_journal = False
 
     async def begin(self) -> None:
@@ -122,6 +124,7 @@ class ControllerActor(Hands):
             self.over.set()
             raise
         with _must_not_fail():
+            self.telemetry.start(self.host)
             if reborn:
                 self._forget_injected()
                 self._find_islands()
@@ -173,6 +176,7 @@ class ControllerActor(Hands):
             with _must_not_fail():
                 self.host.tick()
                 self._inject()
+                self.telemetry.tick(self.host)
                 self._conclude_if_over()
                 if not self.config.run.elastic:
                     self._start_standbys()
@@ -328,6 +332,7 @@ class ControllerActor(Hands):
             "quorum": coordinator.short_of,
             "standbys": dict(status_of(self.pool)),
             "left": sorted(coordinator.away_since),
+            "metrics": self.telemetry.told,
             "unfired": [str(fault) for fault in self.faults],
         }
 
@@ -435,6 +440,7 @@ class ControllerActor(Hands):
                 await asyncio.wait(waits, timeout=GOODBYE_S)
             save_summary(build_summary(self.host, self.config), self.run_dir)
             self.host.close()
+            await asyncio.get_running_loop().run_in_executor(None, self.telemetry.stop)
             for handle in self.handles.values():
                 ray.kill(handle)
             self.over.set()

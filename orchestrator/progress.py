@@ -27,6 +27,7 @@ class Progress:
         self._width = 0
         self._pace: tuple[float, int] | None = None  # seconds and rounds when the first round was over
         self._paced = False
+        self._told = ""
 
     def __enter__(self) -> Self:
         """Say what is about to happen."""
@@ -69,6 +70,10 @@ class Progress:
                 f"{status['seconds']:7.1f} s  {100 * status['progress']:5.1f} %  round {status['rounds']:4d}  "
                 f"{status['tokens']:>12,} tokens" + ("" if loss is None else f"  validation loss {loss:.4f}")
             )
+        if told := status.get("metrics", ""):
+            if told != self._told:
+                self.say(told)
+            self._told = told
         self._say_pace(status)
         if self._live:
             line = self._line(status)
