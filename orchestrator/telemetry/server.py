@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from ipaddress import ip_address
@@ -37,8 +38,9 @@ class MetricsServer:
 
     @property
     def target(self) -> str:
-        """`host:port`, as Prometheus wants it."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        """`host:port`, as Prometheus wants it; the name of this machine where all of its addresses are listened at."""
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     def start(self) -> None:
         """Listen. Raises OSError where that is not possible."""

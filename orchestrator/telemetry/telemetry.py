@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("atoll.controller")
 
 PUBLISH_S = 1.0
-TARGETS = "prometheus.json"
+# Beside the runs, one file for each: Prometheus takes a wildcard in the last part of a path only.
+TARGETS = ".prometheus"
 
 
 class Telemetry:
@@ -60,7 +61,9 @@ class Telemetry:
         log.info("%s", self.told)
         # For `file_sd_configs`: Prometheus finds the runs of a folder by themselves.
         entry = [{"targets": [server.target], "labels": {"run_dir": self.run_dir.name}}]
-        (self.run_dir / TARGETS).write_text(json.dumps(entry) + "\n", encoding="utf-8")
+        file = target_file(self.run_dir)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(entry) + "\n", encoding="utf-8")
 
     def _note(self, host: Host, row: Row) -> None:
         self.book.note(row)
@@ -86,7 +89,13 @@ class Telemetry:
     def stop(self) -> None:
         """The run is over: close the port, finish the trackers."""
         if self.server is not None:
-            (self.run_dir / TARGETS).unlink(missing_ok=True)
+            target_file(self.run_dir).unlink(missing_ok=True)
             self.server.stop()
         for tracker in self.trackers:
             tracker.stop()
+
+
+def target_file(run_dir: Path) -> Path:
+    """Where Prometheus finds the address of a run that goes on."""
+    run_dir = run_dir.resolve()
+    return run_dir.parent / TARGETS / f"{run_dir.name}.json"

@@ -27,7 +27,7 @@ from orchestrator.telemetry import trackers
 from orchestrator.telemetry.catalogue import ALL, BY_NAME, Sample, sample
 from orchestrator.telemetry.exposition import CONTENT_TYPE, render
 from orchestrator.telemetry.server import MetricsServer, may_ask
-from orchestrator.telemetry.telemetry import TARGETS, Telemetry
+from orchestrator.telemetry.telemetry import Telemetry, target_file
 from tests.small_run import make_pack, small_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,7 +62,7 @@ def test_every_metric_is_served_with_what_the_run_knows(tmp_path: Path) -> None:
     telemetry.published_s = float("-inf")
     telemetry.tick(run.host)
     assert telemetry.server is not None
-    (entry,) = json.loads((tmp_path / "run" / TARGETS).read_text())
+    (entry,) = json.loads(target_file(tmp_path / "run").read_text())
     status, text, kind = fetch(f"http://{entry['targets'][0]}/metrics")
     assert status == 200 and kind == CONTENT_TYPE
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -79,7 +79,7 @@ def test_every_metric_is_served_with_what_the_run_knows(tmp_path: Path) -> None:
     assert workers == {"island-0.1", "island-1.2"}, "the dead incarnation has no sample"
     telemetry.stop()
     run.close()
-    assert not (tmp_path / "run" / TARGETS).exists()
+    assert not target_file(tmp_path / "run").exists()
 
 
 def test_names_and_labels_keep_the_conventions() -> None:
