@@ -5,6 +5,7 @@
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
 # make simulate       a hundred thousand simulated runs with faults (about an hour, resumable)
 # make soak           half an hour on busy cores: nobody may be blamed who did nothing wrong
+# make docs           the documentation as a site, in build/docs
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer), PIP_ARGS="..." goes to pip install (for example the index
@@ -29,7 +30,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check bench bench-quality simulate soak clean distclean
+.PHONY: help demo test check bench bench-quality simulate soak clean distclean docs
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -62,6 +63,9 @@ simulate: $(DEV_STAMP)
 
 soak: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+docs: $(DEV_STAMP)
+	$(BIN)/python -m orchestrator.plan_pages docs/choosing.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -136,11 +136,21 @@ def all_reduce(case: Case, config: RunConfig) -> Traffic:
 COSTS: Mapping[str, Entry] = {
     "ddp": Entry(traffic=all_reduce, departs=0, purpose="gradients averaged after every step: one machine's training"),
     "diloco": Entry(traffic=all_reduce, departs=1, purpose="one outer step for H local ones"),
+    "muloco": Entry(traffic=all_reduce, departs=2, purpose="DiLoCo with Muon inside, which stands fewer bits"),
+    "streaming": Entry(traffic=all_reduce, departs=2, purpose="DiLoCo in fragments, sent while training goes on"),
+    "eager": Entry(traffic=all_reduce, departs=3, purpose="a whole round to send in, own work counted at once"),
+    "delayed": Entry(traffic=all_reduce, departs=4, purpose="a whole round to send in, applied one round late"),
+    "sparseloco": Entry(traffic=all_reduce, departs=4, purpose="one value of 64 is sent, the rest is kept for later"),
 }
+# Their results are due when the next contribution is made, whatever `overlap_steps` says.
+WHOLE_ROUND = frozenset({"eager", "delayed"})
+OUTER_STATES = {"average": 0, "sgd": 0, "adam": 2}
 
 
 def overlap_of(config: RunConfig) -> int:
-    """Inner steps that a result may take (`Strategy.overlap_steps`), for strategies that have the setting."""
+    """Inner steps that a result may take (`Strategy.overlap_steps`)."""
+    if config.strategy.name in WHOLE_ROUND:
+        return config.strategy.inner_steps_at(1.0)
     value = config.strategy.model_dump().get("overlap_steps", 0)
     return int(value)
 
@@ -151,7 +161,8 @@ def memory_bytes(case: Case, config: RunConfig, *, payloads: int) -> int:
     if config.strategy.name == "ddp":
         vectors = 2 + 1 + 2  # parameters and gradients; the anchor; the moments are outer states
     else:
-        vectors = 2 + moments + 1 + (config.strategy.outer == "nesterov")
+        vectors = 2 + moments + 1 + OUTER_STATES.get(config.strategy.outer, 1)
+        vectors += config.strategy.name in WHOLE_ROUND  # the contribution that is under way
     feedback = 2 if config.codec.error_feedback else 0  # the residual, and the one that the open exchange may make
     return FP32 * case.num_params * (vectors + feedback) + payloads
 

@@ -99,7 +99,7 @@ def watched(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         prometheus = Prometheus(folder)
         stack.callback(prometheus.stop)
         prometheus.wait_ready()
-        run = LiveRun(config, pack_dir, folder / "runs" / "watched", pace_s=0.2)
+        run = LiveRun(config, pack_dir, folder / "runs" / "watched", pace_s=0.1)
         run.start()
         stack.callback(run.stop)
         run.until_training()

@@ -15,7 +15,7 @@ from orchestrator.config import list_presets, load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.local import LocalRun
 from orchestrator.metrics import ExchangeRow, read_rows
-from orchestrator.planner import COSTS, GOOD_UTILISATION, Case, choose, cost_of, entry_of, steps_for
+from orchestrator.planner import COSTS, GOOD_UTILISATION, WHOLE_ROUND, Case, choose, cost_of, entry_of, steps_for
 from orchestrator.planning import EXAMPLES, Plan, case_of, curves, make_plan, markdown, round_bytes, sentence
 from orchestrator.quantities import parse_count, parse_rate, parse_seconds, show_bytes, show_rate, show_seconds
 from strategies.config import StrategyConfig
@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[3]
 CASE = Case(num_params=1_200_000_000, num_islands=4, link_bit_per_s=200e6, rtt_s=0.08, step_s=0.9)
 
 
-def test_every_preset_has_a_cost_and_every_cost_a_strategy() -> None:
+def test_every_preset_and_every_strategy_has_a_cost() -> None:
     for name in list_presets():
         config = load_config(name).config
         assert config.strategy.name in COSTS, f"{name}: one entry in COSTS of orchestrator/planner.py is missing"
         cost = cost_of(name, config, CASE)
         assert 0 < cost.utilisation <= 1 and cost.memory_bytes > 0
     known = set(StrategyConfig.model_json_schema()["properties"]["name"]["enum"])
-    assert set(COSTS) <= known
+    assert known <= set(COSTS), "a strategy without a cost cannot be planned for"
     assert set(list_presets()) >= EXAMPLES
 
 
@@ -95,6 +95,19 @@ def test_formulas_of_the_exchange() -> None:
     assert alone.bytes_per_round == 0 and alone.utilisation == 1.0
     far = cost_of("diloco", config, replace(CASE, rtt_s=0.5, link_bit_per_s=10e9))
     assert far.window_bound and not cost.window_bound
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE_ROUND))
+def test_what_is_hidden_behind_computing_is_not_waited_for(name: str) -> None:
+    config = load_config("diloco").config
+    hidden = config.model_copy(update={"strategy": config.strategy.model_copy(update={"name": name})})
+    fast = replace(CASE, link_bit_per_s=1e9)
+    blocking, cost = cost_of("blocking", config, fast), cost_of(name, hidden, fast)
+    assert cost.bytes_per_round == blocking.bytes_per_round and cost.exchange_s == blocking.exchange_s
+    assert cost.utilisation == 1.0 > blocking.utilisation
+    # A link that cannot carry a round's bytes in a round is waited for all the same.
+    slow = cost_of(name, hidden, replace(CASE, link_bit_per_s=20e6))
+    assert slow.utilisation < 0.2 and slow.round_s >= 8 * slow.bytes_per_round / 20e6
 
 
 def test_more_bandwidth_never_hurts_and_more_steps_help() -> None:
