@@ -13,13 +13,12 @@ import pytest
 import yaml
 
 from orchestrator.cli.main import cli
+from orchestrator.cluster.env_file import LEFT_OUT, env_file
 from orchestrator.cluster.ray_node import WAN_PROFILE, cluster_environment
 from orchestrator.config import load_config
 from orchestrator.processes import WORKER_RESOURCE
 
 FILES = Path(__file__).resolve().parents[3] / "cluster_configs"
-# Of one machine, or of the supervisor that `atoll up` is.
-NOT_IN_A_FILE = {"RAY_AUTH_TOKEN_PATH", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}
 
 
 @pytest.mark.parametrize(("name", "wan"), [("lan", False), ("wan", True)])
@@ -28,7 +27,8 @@ def test_environment_is_that_of_atoll_up(name: str, wan: bool) -> None:
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     found = dict(line[0].split("=", 1) for line in lines if line)
     wanted = cluster_environment(Path("token"), wan=wan)
-    assert found == {key: value for key, value in wanted.items() if key not in NOT_IN_A_FILE}
+    assert found == {key: value for key, value in wanted.items() if key not in LEFT_OUT}
+    assert text == env_file(wan=wan), "python -m orchestrator.cluster.env_file"
     assert (WAN_PROFILE.keys() <= found.keys()) == wan
 
 
