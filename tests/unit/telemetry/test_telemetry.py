@@ -105,6 +105,31 @@ def test_text_of_what_is_unusual() -> None:
         sample("run_seconds", 1.0, "a", "b")
 
 
+def test_a_run_in_a_script_has_its_metrics_too(tmp_path: Path) -> None:
+    import torch
+
+    import atoll
+
+    model = torch.nn.Sequential(torch.nn.Embedding(256, 8), torch.nn.Linear(8, 256))
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = {"data.path": make_pack(tmp_path), "train.tokens": 2560, "metrics.port": 0, "strategy.inner_steps": 4}
+    text = ""
+    with atoll.Island(model, optimizer, config, run_dir=tmp_path / "run") as island:
+        for batch in island.batches():
+            loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            island.step(loss)
+            if "atoll_run_seconds" not in text:
+                (entry,) = json.loads(target_file(tmp_path / "run").read_text())
+                text = fetch(f"http://{entry['targets'][0]}/metrics")[1]
+    assert 'atoll_run_seconds{run="run"}' in text
+    assert not target_file(tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"metrics.ray = true, but this run is in one process"):
+        atoll.Island(model, optimizer, {**config, "metrics.ray": True}, run_dir=tmp_path / "other").__enter__()
+
+
 @contextmanager
 def serving(samples: list[Sample]) -> Iterator[str]:
     server = MetricsServer(host="127.0.0.1", port=0)
