@@ -1,4 +1,4 @@
-"""A hook of mkdocs: decision records enter the navigation by themselves, and pages that are not written yet leave it."""
+"""A hook of mkdocs: decision records enter the navigation by themselves, pages not written yet leave it."""
 
 from __future__ import annotations
 
