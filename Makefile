@@ -63,6 +63,7 @@ simulate: $(DEV_STAMP)
 
 soak: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
 docs: $(DEV_STAMP)
 	$(BIN)/python -m orchestrator.plan_pages docs/choosing.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)

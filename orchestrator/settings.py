@@ -110,6 +110,7 @@ class ExchangeConfig(Section):
             return {**PROFILES.get(profile, {}), **values}
         return values
 
+
 class MetricsConfig(Section):
     """`[metrics]`: what leaves the controller for monitoring; all of it is off unless it is asked for."""
 
