@@ -438,9 +438,10 @@ class ControllerActor(Hands):
             waits = [self.watches[nonce] for nonce in self.handles if nonce in self.spoke]
             if waits:
                 await asyncio.wait(waits, timeout=GOODBYE_S)
+            # Before the files are closed: what members still send meanwhile is written as ever.
+            await asyncio.get_running_loop().run_in_executor(None, self.telemetry.stop)
             save_summary(build_summary(self.host, self.config), self.run_dir)
             self.host.close()
-            await asyncio.get_running_loop().run_in_executor(None, self.telemetry.stop)
             for handle in self.handles.values():
                 ray.kill(handle)
             self.over.set()

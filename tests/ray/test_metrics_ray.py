@@ -20,6 +20,7 @@ import pytest
 import ray
 
 from orchestrator.telemetry.catalogue import BY_NAME
+from orchestrator.telemetry.telemetry import target_file
 from tests.ray.live_run import LiveRun
 from tests.small_run import small_config
 
@@ -94,6 +95,7 @@ def watched(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder = tmp_path_factory.mktemp("watched")
     (folder / "runs").mkdir()
     values = ("run.islands=2", "train.tokens=64000", "strategy.inner_steps=4", "metrics.port=0", "metrics.ray=true")
+    values += ("metrics.tensorboard=true",)
     config = small_config(pack_dir, *values)
     with ExitStack() as stack:
         prometheus = Prometheus(folder)
@@ -123,8 +125,11 @@ def test_every_expression_of_the_dashboard_returns_data(watched: tuple[LiveRun, 
     until(all_answered, f"data of {silent}")
     names = {name for expression in expressions for name in re.findall(r"atoll_\w+", expression)}
     assert names <= BY_NAME.keys()
-    workers = prometheus.ask("query", query="atoll_island_up")["result"]
-    assert {entry["metric"]["worker"] for entry in workers} == {"island-0.1", "island-1.2"}
+
+    def workers() -> set[str]:
+        return {entry["metric"]["worker"] for entry in prometheus.ask("query", query="atoll_island_up")["result"]}
+
+    until(lambda: workers() == {"island-0.1", "island-1.2"}, "the successor, and no sample of the dead")
     assert prometheus.ask("label/run/values") == ["watched"], "the variable of the dashboard"
     (target,) = [one for one in prometheus.ask("targets")["activeTargets"] if one["labels"]["job"] == "atoll"]
     assert target["health"] == "up" and f"http://{target['discoveredLabels']['__address__']}" in run.status()["metrics"]
@@ -144,3 +149,11 @@ def test_ray_exports_the_same_with_its_tags(watched: tuple[LiveRun, Prometheus])
 
     lines = until(exported, f"island-1.2 at {address}")
     assert any('run="watched"' in line and 'island="island-0"' in line for line in lines)
+
+
+def test_the_run_ends_with_its_trackers_and_takes_its_address_away(watched: tuple[LiveRun, Prometheus]) -> None:
+    run, _ = watched
+    assert run.finish().exit_reason == "done"
+    assert list((run.run_dir / "tensorboard").glob("events*"))
+    assert not target_file(run.run_dir).exists()
+    assert "before open()" not in (run.run_dir / "logs" / "controller.log").read_text()
