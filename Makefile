@@ -7,6 +7,7 @@
 # make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about an hour, resumable)
 # make soak           half an hour on busy cores: nobody may be blamed who did nothing wrong
+# make docs           the documentation as a site, in build/docs
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer), PIP_ARGS="..." goes to pip install (for example the index
@@ -31,7 +32,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check bench bench-quality bench-lab storm simulate soak clean distclean
+.PHONY: help demo test check bench bench-quality bench-lab storm simulate soak docs clean distclean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -71,6 +72,10 @@ simulate: $(DEV_STAMP)
 
 soak: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+docs: $(DEV_STAMP)
+	$(BIN)/python -m orchestrator.plan_pages docs/choosing.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -49,6 +49,7 @@ from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
 from orchestrator.standby import StandbyPool, status_of
 from orchestrator.summary import save_summary
+from orchestrator.telemetry.telemetry import Telemetry
 from workers.messages import Batch, Envelope, News
 
 TICK_S = 0.1
@@ -112,6 +113,7 @@ class ControllerActor(Hands):
         self.injector = Injector(
             faults, self.host, self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
         )
+        self.telemetry = Telemetry(self.config, self.run_dir)
         self.began = self.lost_journal = False
 
     async def begin(self) -> None:
@@ -137,6 +139,7 @@ class ControllerActor(Hands):
             raise
         with must_not_fail():
             self.injector.resume()
+            self.telemetry.start(self.host)
             if reborn:
                 why = f"it was gone for {outage_s:.1f} s and has taken over its journal"
                 self.host.handle(FaultNoticed(fault="controller_restarted", member="controller", detail=why))
@@ -190,6 +193,7 @@ class ControllerActor(Hands):
             with must_not_fail():
                 self.host.tick()
                 self.injector.tick()
+                self.telemetry.tick(self.host)
                 self._conclude_if_over()
                 if not self.config.run.elastic:
                     self._start_standbys()
@@ -342,6 +346,7 @@ class ControllerActor(Hands):
             "seconds": coordinator.seconds(),
             "progress": coordinator.progress(),
             "tokens": coordinator.state.samples_committed() * self.host.plan.seq_len,
+            "params": coordinator.state.num_params,
             "rounds": coordinator.state.heads[0].version.n if coordinator.state.heads else 0,
             "val_loss": latest,
             "evaluations": len(coordinator.state.evaluations),
@@ -358,6 +363,7 @@ class ControllerActor(Hands):
             "standbys": dict(status_of(self.pool)),
             "left": sorted(coordinator.away_since),
             "unfired": self.injector.schedule.unfired(),
+            "metrics": self.telemetry.told,
         }
 
     async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
@@ -462,6 +468,8 @@ class ControllerActor(Hands):
             waits = [self.watches[nonce] for nonce in self.handles if nonce in self.spoke]
             if waits:
                 await asyncio.wait(waits, timeout=GOODBYE_S)
+            # Before the files are closed: what members still send meanwhile is written as ever.
+            await asyncio.get_running_loop().run_in_executor(None, self.telemetry.stop)
             save_summary(build_summary(self.host, self.config), self.run_dir)
             self.host.close()
             for handle in self.handles.values():

@@ -20,7 +20,7 @@ from orchestrator.config_checks import find_problems
 from orchestrator.config_errors import CROSS_CHECK, Locate, dotted_keys, explain
 from orchestrator.errors import UserError
 from orchestrator.names import nearest
-from orchestrator.settings import ExchangeConfig, RunSection
+from orchestrator.settings import ExchangeConfig, MetricsConfig, RunSection
 from orchestrator.toml_writer import format_tables
 from strategies.config import CodecConfig, Section, StrategyConfig
 from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
@@ -44,6 +44,7 @@ class RunConfig(Section):
     codec: CodecConfig = Field(default_factory=CodecConfig, description="How values become bytes on the wire.")
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig, description="How a synchronisation is agreed on.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Validation of the anchor.")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What leaves for monitoring systems.")
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

@@ -19,6 +19,7 @@ from orchestrator.finish import set_aside
 from orchestrator.journal import FileJournal, JournalFull, claim_segment, open_segment
 from orchestrator.journal_recovery import recover as recover_rows
 from orchestrator.metrics import FaultEvent, MetricsWriteError, MetricsWriter, RowError, row_from_dict
+from orchestrator.metrics import Row as MetricsRow
 from orchestrator.rundir import RunDir
 from workers.messages import Batch, Envelope
 from workers.records import Row, Term
@@ -55,6 +56,7 @@ class Host:
         self.blocked_since = 0.0
         self.fault_rows_written: dict[tuple[str, float], FaultEvent] = {}
         self.started_s = 0.0
+        self.watchers: list[Callable[[MetricsRow], None]] = []  # of the rows that go into metrics.jsonl
 
     def open(self, *, outage_s: float = 0.0) -> None:
         """Take over the journal and begin; `outage_s`: how long nobody had it. Raises JournalError, Fenced."""
@@ -189,6 +191,7 @@ class Host:
         try:
             row = row_from_dict(values)
             if row is not None:
+                self._watched(row)
                 self.metrics.append(row)
         except RowError as error:
             self.counts["bad_rows"] += 1
@@ -196,6 +199,10 @@ class Host:
         except MetricsWriteError as error:
             self.counts["lost_rows"] += 1
             log.warning("%s", error)
+
+    def _watched(self, row: MetricsRow) -> None:
+        for watcher in self.watchers:
+            watcher(row)
 
     def _eta(self) -> float | None:
         """Seconds left at the run's mean speed so far; None before the first commit."""
@@ -218,6 +225,7 @@ class Host:
             key = (track.member, track.detected_s)
             if self.fault_rows_written.get(key) != row:
                 self.fault_rows_written[key] = row
+                self._watched(row)
                 try:
                     self.metrics.append(row)
                 except MetricsWriteError as error:

@@ -106,6 +106,8 @@ class RaySession:
     def __enter__(self) -> RaySession:
         """Start or join the cluster; raises `ClusterUnreachable`."""
         os.environ.update(RAY_ENVIRONMENT)
+        if self.config.metrics.ray:
+            os.environ["RAY_enable_metrics_collection"] = "1"
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*python_path(), *inherited]))
         known = None

@@ -13,6 +13,7 @@ from orchestrator.build import island_name, num_islands, pack_path, resolve
 from orchestrator.errors import UserError
 from orchestrator.fault_plan import read_faults
 from orchestrator.preflight import check_files
+from orchestrator.telemetry.trackers import check_installed
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -59,6 +60,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
     _import_from_here()
     _check_functions(config)
     _check_devices(config, names)
+    check_installed(config.metrics)
     pack = pack_path(config)
     if pack is not None:
         notes += _verify(pack)

@@ -123,3 +123,16 @@ class ExchangeConfig(Section):
         if isinstance(values, dict) and isinstance(profile := values.get("profile", "lan"), str):
             return {**PROFILES.get(profile, {}), **values}
         return values
+
+
+class MetricsConfig(Section):
+    """`[metrics]`: what leaves the controller for monitoring; all of it is off unless it is asked for."""
+
+    port: int | None = Field(
+        None, ge=0, le=65535, description="Serve /metrics for Prometheus at this port of the controller; 0 = any."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen at: this machine alone, by default.")
+    ray: bool = Field(False, description="Record everything with ray.util.metrics as well, for a Ray that collects.")
+    tensorboard: bool = Field(False, description="Write TensorBoard's event files into the run directory.")
+    tracker: Literal["wandb", "trackio"] | None = Field(None, description="Log to a tracker with W&B's interface.")
+    project: str = Field("atoll", min_length=1, max_length=128, description="The tracker's project.")

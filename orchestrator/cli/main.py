@@ -25,6 +25,7 @@ COMMANDS = {
         target="orchestrator.cli.train:demo", help="Train three islands, kill one of them, and show what happened."
     ),
     "train": LazyCommand(target="orchestrator.cli.train:train", help="Train a model."),
+    "plan": LazyCommand(target="orchestrator.cli.plan:plan", help="Say what each preset costs on given links."),
     "status": LazyCommand(target="orchestrator.cli.inspect:status", help="Show where a run is."),
     "dashboard": LazyCommand(target="orchestrator.cli.dashboard:dashboard", help="Show a run in the browser."),
     "report": LazyCommand(target="orchestrator.cli.report:report", help="Write the report of a run, or compare two."),

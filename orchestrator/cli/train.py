@@ -26,6 +26,12 @@ RESUME_KEYS = (
     "run.max_refusals",
     "run.max_restarts",
     "train.pace_s",
+    "metrics.port",
+    "metrics.host",
+    "metrics.ray",
+    "metrics.tensorboard",
+    "metrics.tracker",
+    "metrics.project",
 )
 
 
