@@ -19,6 +19,7 @@ from workers.records import (
     KINDS,
     CommitRecord,
     LeaseRecord,
+    OperatorRecord,
     Record,
     Row,
     StopRecord,
@@ -34,7 +35,8 @@ Lines = list[bytes]
 def history() -> list[Row]:
     """Two fragments, three members, several controllers; every kind of row is in it."""
     for seed in range(1000):
-        rows = chain_rows([*Story(seed, num_fragments=2).run(70).records, StopRecord(reason="done")])
+        asked = OperatorRecord(action="drain", member="island-1", by="dashboard", outcome="asked", t_s=12.5)
+        rows = chain_rows([*Story(seed, num_fragments=2).run(70).records, asked, StopRecord(reason="done")])
         if {row.record.kind for row in rows} == set(KINDS) and len({type(r.record) for r in rows[-6:]}) > 3:
             return rows
     raise AssertionError("no seed gives every kind of row")
