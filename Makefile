@@ -39,11 +39,11 @@ help:
 demo: $(RUN_STAMP)
 	$(BIN)/atoll demo $(ARGS)
 
-# In processes that do not touch Ray, links or browsers tests run two at a time; those that do have the machine alone.
+# Two at a time, but for those that measure times of real processes or of links: they have the machine alone.
 test: $(DEV_STAMP)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/sim
-	$(BIN)/python -m pytest tests/golden tests/ray tests/lab tests/browser
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not alone and not lab" tests
+	$(BIN)/python -m pytest -m "alone or lab" tests/ray tests/lab
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

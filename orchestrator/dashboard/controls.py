@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from faults.plan import FaultPlanError
 from orchestrator.dashboard.feed import ACTIONS, MOST_ROWS, NEEDED, OF_A_MEMBER, FeedPart, read_part
 from orchestrator.dashboard.live import live_view
 from orchestrator.errors import UserError
-from orchestrator.events import FaultInjected, Operated
+from orchestrator.events import Operated
 
 Guard = Callable[[], AbstractContextManager[None]]
-
-log = logging.getLogger("atoll.controller")
 
 
 async def feed_part(controller: Any, metrics_at: int, journal_at: int, guard: Guard) -> FeedPart:
@@ -76,8 +73,9 @@ async def _act(controller: Any, action: str, member: str, guard: Guard) -> str:
 
 
 def _kill(controller: Any, member: str) -> str:
-    """Injected fault: the process of `member` ends by SIGKILL."""
-    log.warning("injecting kill:%s", member)
-    controller.host.handle(FaultInjected(fault="kill", member=member))
-    controller.handles[controller.nonce_of[member]].die.remote(int(signal.SIGKILL))
+    """Injected fault: the process of `member` ends by SIGKILL; journalled before it happens."""
+    try:
+        controller.injector.now([f"kill:{member}"])
+    except (FaultPlanError, UserError) as error:
+        return f"refused: {error}"
     return "done"

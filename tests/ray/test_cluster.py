@@ -172,7 +172,16 @@ def test_doctor_finds_nothing_wrong(cluster: Cluster) -> None:
     done = cluster.atoll("doctor", str(cluster.place), "--json")
     assert done.returncode == 0, done.stderr + done.stdout
     checks = json.loads(done.stdout)
-    assert [check["name"] for check in checks] == ["door", "token", "versions", "Ray", "way back", "clock", "link"]
+    assert [check["name"] for check in checks] == [
+        "door",
+        "token",
+        "versions",
+        "Ray",
+        "way back",
+        "codecs",
+        "clock",
+        "link",
+    ]
     assert all(check["ok"] for check in checks)
     assert "FAILED" not in cluster.atoll("doctor").stdout
 

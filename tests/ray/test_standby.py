@@ -25,7 +25,7 @@ from tests.ray.live_run import LiveRun
 from tests.small_run import small_config
 from workers.records import HUNG, FaultRecord, FenceRecord, JoinRecord, Record
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 
 CALM_S = 60.0
 PACE_S = 0.1

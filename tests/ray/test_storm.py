@@ -19,7 +19,7 @@ from orchestrator.storm.run import fired_kinds
 from tests.ray.command import ROOT
 from workers.records import FaultRecord, TermRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(240)]
 
 WAIT_S = 90.0
 ISLANDS = 3
