@@ -16,17 +16,19 @@ class Hang:
     inner: Injection
 
     def __call__(self, context: IslandContext) -> IslandContext:
-        """The context with a clock that does not come back."""
-        tapped, clock = self.inner(context), context.clock
+        """The context with an end of steps that does not come."""
+        tapped = self.inner(context)
+        on_step = tapped.on_step
         armed = faults_dir(context.spec.run_dir) / f"{context.spec.name}.hang"
 
-        def hanging() -> float:
-            if threading.current_thread().name == "train" and armed.exists():
+        def hanging() -> None:
+            if armed.exists():
                 armed.rename(armed.with_suffix(".hung"))
                 wait_for_godot(threading.Event())
-            return clock()
+            if on_step is not None:
+                on_step()
 
-        tapped.clock = hanging
+        tapped.on_step = hanging
         return tapped
 
 

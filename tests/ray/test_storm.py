@@ -19,9 +19,9 @@ from orchestrator.storm.run import fired_kinds
 from tests.ray.command import ROOT
 from workers.records import FaultRecord, TermRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(360)]
 
-WAIT_S = 90.0
+WAIT_S = 150.0
 ISLANDS = 3
 ASKED = "delay:island-0,for=2s,by=0.02s"
 MINUTES = 0.5
@@ -92,7 +92,7 @@ def test_a_fault_is_caused_in_a_run_that_goes_on_and_one_that_names_nobody_is_no
 
 
 def test_each_kind_was_detected(story: Story) -> None:
-    for kind in ("kill", "cut", "controller_kill"):
+    for kind in ("kill", "hang", "cut", "controller_kill"):
         row = story.figures.kinds[kind]
         assert row.detected == row.injected, f"{kind}: {row}"
         assert row.detection.max_s is not None
