@@ -1,14 +1,28 @@
-"""The weighted sum of contributions: `acc = sum_i c_i u_i`, in the order of the roster, fp32.
+"""What becomes of the contributions: their weighted sum, or a robust rule in place of it. Free functions, composable.
 
-Source: DiLoCo (arXiv 2311.08105), algorithm 1, line 12, with the coefficients of the exchange protocol, section 1.6.
-Multiply and add are separate operations, each rounded once, so that all owners get the same bits for the same roster
-order; another order gives another rounding. `decode_accumulate` does the same with a payload, part by part: what a
-contribution decodes to is never in memory as a whole. Suffix: N = values of a chunk.
+The sum: `acc = sum_i c_i u_i`, in the order of the roster, fp32. Source: DiLoCo (arXiv 2311.08105), algorithm 1, line
+12, with the coefficients of the exchange protocol, section 1.6. Multiply and add are separate operations, each rounded
+once, so that all owners get the same bits for the same roster order; another order gives another rounding.
+`decode_accumulate` does the same with a payload, part by part: what a contribution decodes to is never in memory as a
+whole.
+
+The robust rules. Sources: coordinate median and trimmed mean, Yin et al. 2018; multi-Krum, Blanchard et al. 2017 with
+its n - f - 2 neighbours (byzfl takes n - f - 1); nearest-neighbour mixing, Allouah et al. 2023; CenteredClip with
+history and bucketing, Karimireddy et al. 2021 and 2022 (arXiv 2012.10333, 2006.09365); clipping as SparseLoCo's. What
+differs: clipping and distances are about whole vectors, also where a vector is reduced in parts (its norms
+and distances are sums over parts, and scalars): clipping each part on its own is another rule. Radii come from medians.
+
+Bits: fp32, one rounding per operation; scalars (norms, distances) fp64 in one order of additions. Median, trimmed mean
+and Krum's choice do not depend on the order of contributions, the means only in their last bit.
+Every rule takes finite values only: `finite` first. Suffixes: P contributions, N values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from hashlib import blake2b
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -16,7 +30,14 @@ from torch import Tensor
 
 from strategies.codecs.base import Codec
 from strategies.elementwise import new_scratch, passes, scalar_like
-from strategies.norm import SquareSum
+from strategies.errors import SettingError
+from strategies.norm import CLIP_EPS, SquareSum, sum_of_squares
+
+Squares = list[list[float]]
+"""Squared distances between contributions, `[i][j]`; those of parts of a vector add up to those of the whole."""
+
+RULE_MINIMA = {"trimmed_mean": (2, 1), "multi_krum": (2, 3), "nearest_mixing": (2, 1), "centered_clip": (2, 1)}
+"""Least number of contributions with f wrong ones: `a f + b`."""
 
 
 class Accumulated(NamedTuple):
@@ -67,3 +88,185 @@ def weighted_sum(decoded: Sequence[Tensor], coefficients: Sequence[float]) -> Te
     if acc is None:
         raise ValueError("there is no contribution to sum")
     return acc
+
+
+# ---------------------------------------------------------------- robust rules
+
+
+def check_enough(rule: str, num: int, num_wrong: int) -> None:
+    """Raise SettingError, with the reason, if a rule of `RULE_MINIMA` cannot bear so many wrong ones of `num`."""
+    if num_wrong < 0:
+        raise SettingError(f"num_wrong = {num_wrong}; it cannot be negative")
+    times, plus = RULE_MINIMA[rule]
+    least = times * num_wrong + plus
+    if num < least:
+        raise SettingError(
+            f"{rule} against {num_wrong} wrong contributions needs at least {least}, there are {num}: the others could "
+            f"not outvote them; lower it to {max((num - plus) // times, 0)}, or wait for more members"
+        )
+
+
+def finite(updates: Sequence[Tensor]) -> list[bool]:
+    """Of each contribution, whether all its values are finite. One that is not would poison every rule for good."""
+    return [bool(torch.isfinite(update_N).all()) for update_N in updates]
+
+
+# ---------------------------------------------------------------- clipping
+
+
+def norms(updates: Sequence[Tensor]) -> list[float]:
+    """The L2 norms, fp64."""
+    return [math.sqrt(float(sum_of_squares(update_N))) for update_N in updates]
+
+
+def clip_factors(lengths: Sequence[float]) -> list[float]:
+    """By what each contribution is multiplied so that none is longer than the median of their norms."""
+    if not lengths:
+        return []
+    limit = median(lengths)
+    return [min(1.0, limit / (length + CLIP_EPS)) if length > limit else 1.0 for length in lengths]
+
+
+def clip_to_median(updates: Sequence[Tensor]) -> list[Tensor]:
+    """The contributions, none longer than the median of their norms; those that are not clipped are not copied."""
+    factors = clip_factors(norms(updates))
+    return [u if k == 1.0 else torch.mul(u, scalar_like(k, u)) for u, k in zip(updates, factors, strict=True)]
+
+
+# ---------------------------------------------------------------- coordinate by coordinate
+
+
+def coordinate_median(updates: Sequence[Tensor]) -> Tensor:
+    """The median of each coordinate; of an even number the mean of the middle two."""
+    sorted_PN, num = _sorted(updates), len(updates)
+    if num % 2:
+        return sorted_PN[num // 2].clone()
+    half = scalar_like(0.5, sorted_PN)
+    # Halved before they are added: the sum of two large values would overflow.
+    return torch.mul(sorted_PN[num // 2 - 1], half).add_(torch.mul(sorted_PN[num // 2], half))
+
+
+def trimmed_mean(updates: Sequence[Tensor], num_wrong: int) -> Tensor:
+    """Of each coordinate the mean without its `num_wrong` lowest and highest values, added from low to high."""
+    check_enough("trimmed_mean", len(updates), num_wrong)
+    kept_PN = _sorted(updates)[num_wrong : len(updates) - num_wrong]
+    mean_N = weighted_sum(list(kept_PN), [1.0 / len(kept_PN)] * len(kept_PN))
+    # Rounding of the mean must not lead out of what was kept.
+    return torch.clamp(mean_N, min=kept_PN[0], max=kept_PN[-1])
+
+
+# ---------------------------------------------------------------- by distances
+
+
+def pairwise_squares(updates: Sequence[Tensor]) -> Squares:
+    """Squared distances between all contributions, fp64."""
+    num = len(updates)
+    squares = [[0.0] * num for _ in range(num)]
+    for i in range(num):
+        for j in range(i):
+            squares[i][j] = squares[j][i] = float(sum_of_squares(torch.sub(updates[i], updates[j])))
+    return squares
+
+
+def krum_order(squares: Squares, num_wrong: int) -> list[int]:
+    """Contributions from the most central one on: by the sum of squares to their n - f - 2 nearest others."""
+    num = len(squares)
+    check_enough("multi_krum", num, num_wrong)
+    scores = [
+        math.fsum(sorted(square for j, square in enumerate(row) if j != i)[: num - num_wrong - 2])
+        for i, row in enumerate(squares)
+    ]
+    return sorted(range(num), key=lambda i: (scores[i], i))
+
+
+def multi_krum(
+    updates: Sequence[Tensor], num_wrong: int, *, num_kept: int | None = None, squares: Squares | None = None
+) -> Tensor:
+    """The mean of the `num_kept` (n - f) most central contributions. `squares`: of the whole vectors, for parts."""
+    num_kept = len(updates) - num_wrong if num_kept is None else num_kept
+    order = krum_order(squares or pairwise_squares(updates), num_wrong)
+    if not 1 <= num_kept <= len(updates) - num_wrong:
+        raise SettingError(
+            f"num_kept = {num_kept}; multi-Krum keeps at least 1 and at most n - f = {len(updates) - num_wrong}"
+        )
+    return _mean([updates[i] for i in sorted(order[:num_kept])])
+
+
+def nearest(squares: Squares, num_wrong: int) -> list[list[int]]:
+    """Of each contribution its n - f nearest, itself among them, by rank."""
+    num = len(squares)
+    check_enough("nearest_mixing", num, num_wrong)
+    # Itself first, also among copies of itself at distance 0.
+    rows = [sorted(range(num), key=lambda j, i=i: (squares[i][j], j != i, j)) for i in range(num)]  # type: ignore[misc]
+    return [sorted(row[: num - num_wrong]) for row in rows]
+
+
+def nearest_mixing(updates: Sequence[Tensor], num_wrong: int, *, squares: Squares | None = None) -> list[Tensor]:
+    """Each contribution replaced by the mean of its n - f nearest (itself included); then any rule."""
+    rows = nearest(squares or pairwise_squares(updates), num_wrong)
+    return [_mean([updates[j] for j in row]) for row in rows]
+
+
+def centered_clip(
+    updates: Sequence[Tensor], *, center_N: Tensor | None = None, radius: float | None = None, iterations: int = 3
+) -> Tensor:
+    """`v <- v + 1/n sum_i (x_i - v) min(1, radius / |x_i - v|)`, so many times; the result is the next `center_N`.
+
+    `center_N`: the aggregate before (history), the coordinate median if there is none. `radius`: the median distance
+    from v, taken anew in each iteration, unless given. Raises ValueError for a centre that is not finite: kept as
+    history it would poison every later exchange.
+    """
+    if iterations < 1:
+        raise SettingError(f"iterations = {iterations}; CenteredClip makes at least 1")
+    _need_some(updates)
+    if center_N is not None and not finite([center_N])[0]:
+        raise ValueError("the centre of CenteredClip is not finite; begin from the coordinate median")
+    value_N = coordinate_median(updates) if center_N is None else center_N
+    for _ in range(iterations):
+        offsets = [torch.sub(update_N, value_N) for update_N in updates]
+        lengths = norms(offsets)
+        limit = median(lengths) if radius is None else radius
+        factors = [min(1.0, limit / length) if length > 0.0 else 1.0 for length in lengths]
+        value_N = torch.add(value_N, weighted_sum(offsets, [factor / len(updates) for factor in factors]))
+    return value_N
+
+
+# ---------------------------------------------------------------- buckets
+
+
+def buckets(num: int, size: int, *, seed: int) -> list[list[int]]:
+    """Ranks dealt at random (by hash) to buckets of `size`, the last one perhaps smaller."""
+    if size < 1:
+        raise SettingError(f"buckets of {size}; at least 1")
+    order = sorted(range(num), key=lambda i: (blake2b(f"{seed}/{i}".encode(), digest_size=16).digest(), i))
+    return [sorted(order[start : start + size]) for start in range(0, num, size)]
+
+
+def bucket_means(updates: Sequence[Tensor], size: int, *, seed: int, num_wrong: int = 0) -> list[Tensor]:
+    """The means of random buckets, for a rule to go on with: `num_wrong` wrong ones spoil as many buckets at most.
+
+    Raises SettingError if they could spoil half of the buckets.
+    """
+    dealt = buckets(len(updates), size, seed=seed)
+    if len(dealt) <= 2 * num_wrong:
+        raise SettingError(
+            f"{len(updates)} contributions in buckets of {size} are {len(dealt)} buckets, and {num_wrong} wrong "
+            f"contributions could spoil half of them; at most {(len(dealt) - 1) // 2}, or smaller buckets"
+        )
+    return [_mean([updates[i] for i in ranks]) for ranks in dealt]
+
+
+def _mean(updates: Sequence[Tensor]) -> Tensor:
+    return weighted_sum(updates, [1.0 / len(updates)] * len(updates))
+
+
+def _sorted(updates: Sequence[Tensor]) -> Tensor:
+    _need_some(updates)
+    stacked_PN = torch.stack(list(updates))
+    # -0 becomes 0: equal values must not differ by the order in which they came.
+    return torch.sort(torch.add(stacked_PN, scalar_like(0.0, stacked_PN)), dim=0).values
+
+
+def _need_some(updates: Sequence[Tensor]) -> None:
+    if not updates:
+        raise ValueError("there is no contribution to aggregate")
