@@ -226,8 +226,8 @@ def _refuse(stage: int, stages: Sequence[StageNeed], peers: Sequence[PeerPower],
     need = stages[stage].bytes
     fit = sum(peer.memory_bytes >= need for peer in peers)
     raise UserError(
-        f"stage {stage} needs {need:,} bytes and at least {minimum} of {len(peers)} peers; {fit} can hold it and are not "
-        f"needed elsewhere, the largest has {max((peer.memory_bytes for peer in peers), default=0):,}",
+        f"stage {stage} needs {need:,} bytes and at least {minimum} of {len(peers)} peers; {fit} can hold it, "
+        f"and other stages may need them; the largest has {max((peer.memory_bytes for peer in peers), default=0):,}",
         remedy="more stages (each is smaller then), more or larger machines, or a smaller minimum per stage",
     )
 

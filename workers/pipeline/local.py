@@ -45,6 +45,9 @@ from workers.pipeline.stage import Loss
 from workers.store import BlobStore
 from workers.transport.loopback import LoopbackNetwork, LoopbackTransport
 
+MAX_IDLE_TICKS = 100
+"""Ticks in a row in which nothing else happened, after which a step is given up: a stage has nobody left."""
+
 Fate = Literal["ok", "lose the reply", "lose the request", "die before", "die after"]
 
 
@@ -102,7 +105,7 @@ class LocalPipeline:
         self.hosts: dict[str, _Host] = {}
         self.now_s = 0.0
         self.fenced: list[tuple[str, int]] = []
-        self._serial = 0
+        self._serial = self._idle_ticks = 0
         self._waiting: list[tuple[float, int, Callable[[], None]]] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._losses: dict[int, float] = {}
@@ -178,13 +181,15 @@ class LocalPipeline:
     def _run_next(self) -> None:
         deadline_s = self.machine.next_deadline_s()
         if self._waiting and (deadline_s is None or self._waiting[0][0] <= deadline_s):
+            self._idle_ticks = 0
             self.now_s, _, what = heapq.heappop(self._waiting)
             what()
-        elif deadline_s is not None and deadline_s < 1e6:
+        elif deadline_s is not None and self._idle_ticks < MAX_IDLE_TICKS:
+            self._idle_ticks += 1
             self.now_s = max(self.now_s, deadline_s)
             self._tell(Tick())
         else:
-            raise RuntimeError(f"step {self._step} cannot go on: {self.machine.router.banned()}")
+            raise RuntimeError(f"step {self._step} cannot go on; banned are {self.machine.router.banned()}")
 
     def _tell(self, event: Event) -> None:
         for command in self.machine.handle(event, self.now_s):
@@ -248,13 +253,14 @@ class LocalPipeline:
         host = self.hosts[call.peer]
         if not host.alive:
             self._tell(Unreachable(call=call, reason="it died"))
-        elif host.peer.accumulator.withdraw(call.step, call.microbatch, call.attempt):
+            return
+        if host.peer.accumulator.withdraw(call.step, call.microbatch, call.attempt):
             self._take(call, host.peer.reply_again(call), seconds=call.size / host.speed)
         else:
-            host.announcement += 1
             self._tell(Withdrawn(call=call, done=False))
-            # It answers, so it serves: announced anew.
-            self._tell(Announced(peer=call.peer, stage=host.peer.stage, announcement=host.announcement))
+        # It answers, so it serves: announced anew.
+        host.announcement += 1
+        self._tell(Announced(peer=call.peer, stage=host.peer.stage, announcement=host.announcement))
 
     def _request(self, call: Call) -> Request:
         last = self._num_stages - 1

@@ -22,6 +22,7 @@ from workers.pipeline.router import Router
 Direction = Literal["forward", "backward"]
 FORWARD_SIZE, BACKWARD_SIZE = 1.0, 2.5
 """What a call costs a peer; a backward runs the forward again."""
+MAX_DOUBLINGS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +172,7 @@ class _Job:
     state: Literal["waiting", "sent", "withdrawing", "fencing"] = "waiting"
     not_before_s: float = 0.0
     avoid: set[str] = field(default_factory=set)
+    num_timeouts: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -193,6 +195,11 @@ class _Step:
 def after_timeout(direction: Direction) -> Literal["elsewhere", "withdraw"]:
     """What follows a call without an answer: a backward may have been counted."""
     return "elsewhere" if direction == "forward" else "withdraw"
+
+
+def patience(num_timeouts: int) -> float:
+    """Factor of a call's timeout after some that were too short: a slow peer that is the last of its stage must do."""
+    return float(2 ** min(num_timeouts, MAX_DOUBLINGS))
 
 
 def lost_with(peer: str, counted: dict[int, str]) -> list[int]:
@@ -363,6 +370,7 @@ class Microbatches:
                 assert job.call is not None, "a job under way has a call"
                 self.router.ban(job.call.peer, f"no answer to {job.call.direction}")
                 self._count(f"timeouts of {job.state}")
+                job.num_timeouts += job.state == "sent"
                 commands += self._in_doubt(job, job.call, "no answer", now_s, asked=job.state != "sent")
         return commands
 
@@ -424,7 +432,8 @@ class Microbatches:
         job.call = Call(
             step=number, microbatch=identity, stage=stage, direction=direction, attempt=self._attempt, peer=peer
         )
-        job.state, job.deadline_s, job.not_before_s = "sent", now_s + self._timeout_s[direction], 0.0
+        timeout_s = self._timeout_s[direction] * patience(job.num_timeouts)
+        job.state, job.deadline_s, job.not_before_s = "sent", now_s + timeout_s, 0.0
         yield Send(call=job.call)
 
     def _report(self) -> Iterator[StageDone]:
