@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 
 from orchestrator.errors import UserError
 
 HYSTERESIS = 1.25
+MAX_FOR_PAIRS = 10
+MAX_FOR_ALL = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +188,8 @@ def place(stages: Sequence[StageNeed], peers: Sequence[PeerPower], *, minimum: i
     """Assign every peer that can hold a stage to one, so that the slowest stage is as quick as possible.
 
     First `minimum` peers for each stage, by augmenting paths (so that a peer that fits anywhere does not take the place
-    of one that fits nowhere else), then the rest, then moves and swaps while they help. Raises UserError with numbers.
+    of one that fits nowhere else), then the rest, then exchanges with the slowest stage while they help; with few peers
+    every assignment is looked at. Raises UserError with numbers.
     """
     slots = [stage for stage in range(len(stages)) for _ in range(minimum)]
     ranked = sorted(peers, key=lambda peer: (-peer.speed, peer.name))
@@ -237,6 +241,9 @@ def _improve(
 ) -> dict[str, int]:
     power = {peer.name: peer for peer in peers}
 
+    if len(stages) ** len(assignment) <= MAX_FOR_ALL:
+        return _best(stages, power, assignment, minimum)
+
     def score(option: Mapping[str, int]) -> tuple[float, ...]:
         return tuple(sorted(stage_loads(stages, peers, option), reverse=True))
 
@@ -247,24 +254,53 @@ def _improve(
         assignment = found
 
 
+def _best(
+    stages: Sequence[StageNeed], power: Mapping[str, PeerPower], assignment: dict[str, int], minimum: int
+) -> dict[str, int]:
+    """The best of all assignments; of equals the one that comes first."""
+    names = sorted(assignment)
+    choices = [[s for s, stage in enumerate(stages) if stage.bytes <= power[name].memory_bytes] for name in names]
+    speeds = [power[name].speed for name in names]
+    best: tuple[list[float], tuple[int, ...]] | None = None
+    for option in product(*choices):
+        totals, counts = [0.0] * len(stages), [0] * len(stages)
+        for s, speed in zip(option, speeds, strict=True):
+            totals[s] += speed
+            counts[s] += 1
+        if min(counts) < minimum or min(totals) <= 0:
+            continue
+        loads = sorted((stage.work / total for stage, total in zip(stages, totals, strict=True)), reverse=True)
+        if best is None or (loads, option) < best:
+            best = (loads, option)
+    return dict(zip(names, best[1], strict=True)) if best is not None else assignment
+
+
 def _neighbours(
     stages: Sequence[StageNeed], power: Mapping[str, PeerPower], assignment: dict[str, int], minimum: int
 ) -> Iterator[dict[str, int]]:
-    """Every assignment that one move, or one swap of two peers, gives."""
-    counts = [sum(stage == s for stage in assignment.values()) for s in range(len(stages))]
-    names = sorted(assignment)
-    for name in names:
-        for target, stage in enumerate(stages):
-            if target != assignment[name] and counts[assignment[name]] > minimum:
-                if stage.bytes <= power[name].memory_bytes:
-                    yield {**assignment, name: target}
-    for index, one in enumerate(names):
-        for other in names[index + 1 :]:
-            first, second = assignment[one], assignment[other]
-            if first == second or power[one].speed == power[other].speed:
-                continue
-            if power[one].memory_bytes >= stages[second].bytes and power[other].memory_bytes >= stages[first].bytes:
-                yield {**assignment, one: second, other: first}
+    """Every assignment in which the slowest stage and another one exchange up to two peers each (one in large ones)."""
+    loads = stage_loads(stages, list(power.values()), assignment)
+    slowest = max(range(len(stages)), key=lambda s: (loads[s], -s))
+    members = [sorted(name for name, stage in assignment.items() if stage == s) for s in range(len(stages))]
+    for other in range(len(stages)):
+        if other == slowest:
+            continue
+        for given, taken in product(_few(members[slowest]), _few(members[other])):
+            sizes = (
+                len(members[slowest]) - len(given) + len(taken),
+                len(members[other]) + len(given) - len(taken),
+            )
+            fits = all(power[name].memory_bytes >= stages[other].bytes for name in given) and all(
+                power[name].memory_bytes >= stages[slowest].bytes for name in taken
+            )
+            if min(sizes) >= minimum and fits:
+                yield {**assignment, **dict.fromkeys(given, other), **dict.fromkeys(taken, slowest)}
+
+
+def _few(names: list[str]) -> list[tuple[str, ...]]:
+    """None, one or two of them; none or one where pairs would be too many."""
+    pairs = list(combinations(names, 2)) if len(names) <= MAX_FOR_PAIRS else []
+    return [(), *((name,) for name in names), *pairs]
 
 
 def measured(

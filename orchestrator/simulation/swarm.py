@@ -46,6 +46,7 @@ from workers.pipeline.router import Router
 FORWARD_TIMEOUT_S, BACKWARD_TIMEOUT_S = 3.0, 6.0
 ANNOUNCE_S, REBALANCE_S, SILENCE_S = 2.0, 5.0, 8.0
 HEAL_WITHIN_S = 600.0
+MAX_EVENTS = 100_000
 
 
 class Broken(Exception):
@@ -144,6 +145,8 @@ class SwarmWorld:
         while min(self.versions) < self.num_steps:
             if self.now_s > self.fault_until_s + HEAL_WITHIN_S:
                 raise Broken(f"3 progress resumes: versions {self.versions} of {self.num_steps} at {self.now_s:.0f} s")
+            if self.num_events > MAX_EVENTS:
+                raise Broken(f"3 progress resumes: {self.num_events} events by {self.now_s:.0f} s, in circles")
             self.now_s, _, what = heapq.heappop(self.heap)
             self.num_events += 1
             what()

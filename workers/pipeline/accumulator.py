@@ -57,23 +57,35 @@ class Accumulator:
         return not any(step.running or (step.counted and not step.fenced) for step in self._steps.values())
 
     def begin(self, step: int, microbatch: int, attempt: int) -> Begin:
-        """A backward request arrived. `step` counts from 0 and is made with the parameters of that many commits."""
-        if not self._version <= step < self._version + self._num_open:
+        """A backward request arrived. `step` counts from 0 and is made with the parameters of that many commits.
+
+        A refusal is a promise as well: the trainer goes elsewhere at once, and a copy of the request that comes late,
+        when this peer could do it, must be refused as the first one was.
+        """
+        if step < self._version:
             return Begin.OTHER_VERSION
         record = self._steps.setdefault(step, _Step())
+        begin = self._judge(record, step, microbatch, attempt)
+        if begin is Begin.RUN:
+            record.running[microbatch] = attempt
+        elif begin is Begin.RUNNING:
+            record.running[microbatch] = max(attempt, record.running[microbatch])
+        elif begin is not Begin.DONE:
+            record.refused[microbatch] = max(attempt, record.refused.get(microbatch, attempt))
+        return begin
+
+    def _judge(self, record: _Step, step: int, microbatch: int, attempt: int) -> Begin:
         if record.fenced:
             return Begin.FENCED
         if microbatch in record.counted:
             return Begin.DONE
         if is_refused(attempt, record.refused.get(microbatch)):
             return Begin.WITHDRAWN
-        if self._draining:
-            return Begin.DRAINING
+        if step >= self._version + self._num_open:
+            return Begin.OTHER_VERSION
         if microbatch in record.running:
-            record.running[microbatch] = max(attempt, record.running[microbatch])
             return Begin.RUNNING
-        record.running[microbatch] = attempt
-        return Begin.RUN
+        return Begin.DRAINING if self._draining else Begin.RUN
 
     def finish(self, step: int, microbatch: int) -> bool:
         """The gradient is there; return whether it counts. False: withdrawn, fenced or committed meanwhile."""
@@ -99,7 +111,8 @@ class Accumulator:
         if microbatch in record.counted and not record.fenced:
             return True
         record.refused[microbatch] = max(attempt, record.refused.get(microbatch, attempt))
-        if is_refused(record.running.get(microbatch, attempt + 1), record.refused[microbatch]):
+        running = record.running.get(microbatch)
+        if running is not None and is_refused(running, record.refused[microbatch]):
             del record.running[microbatch]
         return False
 

@@ -54,13 +54,10 @@ class Boundary:
         codec = keyed(build_codec(config, key=mix(self.seed, gradient)), step, microbatch, stage)
         values_N = x.detach().contiguous().view(-1)
         what = "gradient of the input" if gradient else "output"
-        problem = "" if codec.lossy or bool(torch.isfinite(values_N).all()) else "it holds NaN or infinity"
         try:
             payload = codec.encode(values_N)
         except NonFiniteError as error:
-            problem = str(error)
-        if problem:
-            raise BoundaryError(f"step {step}, microbatch {microbatch}: {what} of stage {stage}: {problem}")
+            raise BoundaryError(f"step {step}, microbatch {microbatch}: {what} of stage {stage}: {error}") from error
         array: NDArray[np.uint8] = payload.cpu().numpy()
         return array
 
