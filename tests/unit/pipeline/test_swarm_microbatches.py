@@ -189,6 +189,20 @@ def test_a_refusal_is_tried_elsewhere_after_a_pause_and_never_in_a_loop() -> Non
     assert trainer.one(trainer.tick(0.5)).call.stage == 1
 
 
+def test_each_timeout_that_was_too_short_doubles_the_next() -> None:
+    trainer = Trainer()
+    trainer.one(trainer.sent)
+    for waited_s in (30, 60, 120):
+        assert trainer.tick(waited_s - 1) == [], f"gave up before {waited_s} s"
+        again = trainer.tick(1)
+        if not again:  # both peers were asked: a pause, and both are banned until they are announced
+            for copy in "ab":
+                announcement = 1 + waited_s
+                again = again or trainer.tell(Announced(peer=f"{copy}0", stage=0, announcement=announcement))
+            again = again or trainer.tick(0.5)
+        assert trainer.one(again).call.stage == 0
+
+
 def test_microbatches_in_flight_are_bounded() -> None:
     trainer = Trainer(microbatches=7, max_in_flight=3)
     assert len(trainer.sent) == 3 == trainer.machine.num_in_flight
