@@ -111,4 +111,5 @@ def island_spec(
         connections=config.exchange.connections,
         pace_s=train.pace_s,
         resume=resume,
+        keep_anchors=config.run.keep_anchors,
     )

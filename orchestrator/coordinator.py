@@ -14,8 +14,8 @@ from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet, MemberView
-from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import MemberClock, Process
+from orchestrator.operations import Operations
 from orchestrator.revocation import Revocations
 from orchestrator.run_state import Head
 from workers import messages as msg
@@ -23,6 +23,7 @@ from workers.records import (
     CommitRecord,
     FenceRecord,
     MemberId,
+    RollbackRecord,
     Row,
     StopRecord,
     Term,
@@ -31,7 +32,7 @@ from workers.records import (
 __all__ = ["Coordinator", "RunPlan"]
 
 
-class Coordinator(Lifecycle):
+class Coordinator(Operations):
     """All decisions of one run in one controller life."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -65,6 +66,14 @@ class Coordinator(Lifecycle):
                     self._leave_requested(name, why)
                 case ev.StopRequested():
                     self._stop_requested(event)
+                case ev.SettingsRequested():
+                    self._settings_requested(event)
+                case ev.PauseRequested():
+                    self._pause_requested(event)
+                case ev.SaveRequested():
+                    self._save_requested()
+                case ev.RollbackRequested():
+                    self._rollback_requested(event)
                 case ev.Recovered():
                     for incarnation in self.state.live():
                         self._fence(incarnation, "the journal was rebuilt from the members' copies", refused=False)
@@ -97,6 +106,8 @@ class Coordinator(Lifecycle):
             elif isinstance(record, FenceRecord):
                 nonce = self.state.members[MemberId(name=record.member, incarnation=record.incarnation)].nonce
                 self.commands.append(ev.End(name=record.member, nonce=nonce, why=record.why))
+            elif isinstance(record, RollbackRecord):
+                self.commands.append(ev.RolledBack(versions=record.versions))
             elif isinstance(record, StopRecord):
                 self.ended = True
                 for name in [*self.missing_since, *self.away_since]:
@@ -265,7 +276,7 @@ class Coordinator(Lifecycle):
             )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
-            inner_steps=self.plan.strategy.inner_steps_at(self.progress()),
+            inner_steps=self.strategy_at(fragment).inner_steps_at(self.progress()),
         )  # fmt: skip
 
     def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:
@@ -301,6 +312,7 @@ class Coordinator(Lifecycle):
 
     def _committed(self, exchange: ex.FragmentExchange, record: CommitRecord) -> None:
         done = exchange.committed()
+        exchange.config = self.exchange_at(exchange.fragment)
         if done is None:
             return
         self._metric(

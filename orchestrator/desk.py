@@ -16,6 +16,7 @@ from orchestrator.run_state import RunState
 from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
 from workers import messages as msg
+from workers.live_settings import with_changes
 from workers.records import FaultRecord, MemberId, Record, Row, Term, make_row
 
 
@@ -73,6 +74,16 @@ class Desk:
     def progress(self) -> float:
         """Committed share of the run's samples."""
         return min(self.state.samples_committed() / self.plan.total_samples, 1.0)
+
+    def strategy_at(self, fragment: int) -> StrategyConfig:
+        """`[strategy]` as it holds for a fragment's next transition."""
+        values = self.state.settings.at(fragment, self.state.heads[fragment].version.n) if self.state.heads else ()
+        return with_changes(self.plan.strategy, "strategy", values)
+
+    def exchange_at(self, fragment: int) -> ExchangeConfig:
+        """`[exchange]` as it holds for a fragment's next transition."""
+        values = self.state.settings.at(fragment, self.state.heads[fragment].version.n) if self.state.heads else ()
+        return with_changes(self.plan.exchange, "exchange", values)
 
     # ------------------------------------------------------------ journal
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.messages import Batch, Envelope
-from workers.records import MemberId, Row
+from workers.records import MemberId, Row, Scalar
 
 # ---------------------------------------------------------------- events
 
@@ -69,6 +69,36 @@ class StopRequested:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SettingsRequested:
+    """The user changes settings, checked before: `(key, value)` each."""
+
+    values: tuple[tuple[str, Scalar], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseRequested:
+    """The user wants that no samples are trained on for now, or that training goes on."""
+
+    paused: bool
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveRequested:
+    """The user wants a snapshot of the anchor now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackRequested:
+    """The user wants to go on from an older snapshot: its name, and version and chain of each fragment."""
+
+    name: str
+    versions: tuple[int, ...]
+    chains: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recovered:
     """The journal was rebuilt from the members' copies: every incarnation is fenced and joins anew (1.2 rule 5)."""
 
@@ -86,6 +116,10 @@ Event = (
     | FaultInjected
     | LeaveRequested
     | StopRequested
+    | SettingsRequested
+    | PauseRequested
+    | SaveRequested
+    | RollbackRequested
     | Recovered
     | Tick
 )
@@ -149,13 +183,20 @@ class Finish:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RolledBack:
+    """A rollback to these versions is durable: snapshots of later ones are no part of the history any more."""
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Die:
     """A higher term exists: this controller must end without another word."""
 
     why: str
 
 
-Command = Append | Send | Spawn | End | Metric | Say | Finish | Die
+Command = Append | Send | Spawn | End | Metric | Say | Finish | RolledBack | Die
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

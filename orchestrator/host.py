@@ -19,6 +19,7 @@ from orchestrator.finish import set_aside
 from orchestrator.journal import FileJournal, JournalFull, claim_segment, open_segment
 from orchestrator.journal_recovery import recover as recover_rows
 from orchestrator.metrics import FaultEvent, MetricsWriteError, MetricsWriter, RowError, row_from_dict
+from orchestrator.rollback import set_aside_later
 from orchestrator.rundir import RunDir
 from workers.messages import Batch, Envelope
 from workers.records import Row, Term
@@ -152,6 +153,8 @@ class Host:
             case ev.Finish():
                 self._write_faults()
                 self.finished = command
+            case ev.RolledBack(versions=versions):
+                set_aside_later(self.run_dir.snapshots, versions)
             case ev.Die():
                 self.died = command
         return None

@@ -26,8 +26,10 @@ from workers.records import (
     MemberId,
     Record,
     RevokeRecord,
+    RollbackRecord,
     RosterEntry,
     Row,
+    SettingRecord,
     SettleRecord,
     SnapshotRecord,
     TermRecord,
@@ -56,6 +58,7 @@ class Replay:
         self.incarnations: dict[MemberId, Incarnation] = {}
         self.num_full = 0
         self.num_revoked = 0
+        self.num_rolled_back = 0
         self.num_reissued = 0
         self.num_lost = 0
         self.num_params = 0
@@ -78,6 +81,8 @@ class Replay:
             SettleRecord: self._settle,
             DropRecord: self._drop,
             RevokeRecord: self._revoke,
+            RollbackRecord: self._rollback,
+            SettingRecord: self._setting,
             EvaluationRecord: self._evaluation,
             SnapshotRecord: self._snapshot,
         }
@@ -339,17 +344,45 @@ class Replay:
         if head is None or not head.commits or (r.n, r.chain) != (head.n, head.chain):
             self.fail("revoke", f"version {r.n} of fragment {r.fragment} is not the head")
             return
+        self._undo(r.fragment, "revoked")
+
+    def _rollback(self, r: RollbackRecord) -> None:
+        """Every commit after the snapshot is taken back; all that had it was settled before, and is free again."""
+        open_ = [str(inc.id) for inc in self.incarnations.values() if not inc.settled]
+        if open_:
+            self.fail("rollback", f"{open_[0]} has samples without a fate")
+        if not len(r.versions) == len(r.chains) == self.num_fragments:
+            self.fail("rollback", f"it names {len(r.versions)} fragments of {self.num_fragments}")
+            return
+        for fragment, (n, chain) in enumerate(zip(r.versions, r.chains, strict=True)):
+            head = self.heads[fragment]
+            while head.n > n and head.commits:
+                self._undo(fragment, "rolled back")
+            if (head.n, head.chain) != (n, chain):
+                self.fail("rollback", f"version {n} of fragment {fragment} is not in the history")
+
+    def _undo(self, fragment: int, why: DeviationKind) -> None:
+        head = self.heads[fragment]
         commit = head.commits.pop()
         head.n, head.chain = commit.n - 1, commit.prev_chain
-        self.num_revoked += 1
+        if why == "revoked":
+            self.num_revoked += 1
+        else:
+            self.num_rolled_back += 1
         for entry in commit.roster:
             inc = self.incarnations.get(entry.offer.member)
             if inc is not None:
-                self._take_back(r.fragment, entry, inc)
+                self._take_back(fragment, entry, inc, why)
 
-    def _take_back(self, fragment: int, entry: RosterEntry, inc: Incarnation) -> None:
+    def _setting(self, r: SettingRecord) -> None:
+        if len(r.since) != self.num_fragments or any(
+            since <= head.n for since, head in zip(r.since, self.heads, strict=False)
+        ):
+            self.fail("setting", f"{r.key} is to hold from versions {list(r.since)} on, which are there already")
+
+    def _take_back(self, fragment: int, entry: RosterEntry, inc: Incarnation, why: DeviationKind) -> None:
         name = str(inc.id)
-        self._deviate("revoked", name, entry.ranges, f"fragment {fragment}")
+        self._deviate(why, name, entry.ranges, f"fragment {fragment}")
         full: Sequence[Range] = entry.ranges
         for samples in self.committed:
             full = samples.common(full)
@@ -365,12 +398,12 @@ class Replay:
         for samples in self.committed:
             left = samples.missing(left)
         self.num_lost += spans.count(left)
-        if entry.since < inc.floor:
+        if entry.since < inc.floor and why == "revoked":
             self.dropped.add(left)
             self._deviate("dropped", name, left, "revoked after its process had dropped it")
         else:
             self.free.add(left)
-            self._deviate("returned", name, left, "revoked")
+            self._deviate("returned", name, left, why)
         self._note_partial(name, entry.ranges)
 
     # ------------------------------------------------------------ observations

@@ -209,7 +209,7 @@ class Lifecycle(FaultBook):
     def _open_exchanges(self) -> None:
         if self.state.num_fragments and not self.exchanges:
             self.exchanges = [
-                ex.FragmentExchange(fragment=f, num_chunks=n, config=self.plan.exchange, term=self.term)
+                ex.FragmentExchange(fragment=f, num_chunks=n, config=self.exchange_at(f), term=self.term)
                 for f, n in enumerate(self.state.num_chunks)
             ]
 
@@ -256,7 +256,9 @@ class Lifecycle(FaultBook):
     def _lease_plan(self) -> leases.Plan:
         return leases.Plan(
             total_samples=self.plan.total_samples,
-            inner_steps=self.plan.strategy.inner_steps_at(self.progress()),
+            inner_steps=max(
+                self.strategy_at(f).inner_steps_at(self.progress()) for f in range(max(self.state.num_fragments, 1))
+            ),
             bound_rounds=self.plan.exchange.bound_rounds,
         )
 
@@ -330,6 +332,10 @@ class Lifecycle(FaultBook):
 
     def _gone(self, member: MemberId) -> None:
         """An incarnation was fenced or its work dropped: the open exchanges hear of it."""
+        raise NotImplementedError
+
+    def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:
+        """Carry out what an exchange asks for."""
         raise NotImplementedError
 
     def _settle_all(self) -> None:

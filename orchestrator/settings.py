@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from strategies.config import Section
+from strategies.config import LIVE, Section
 
 
 class RunSection(Section):
@@ -31,6 +31,13 @@ class RunSection(Section):
         120.0, gt=0, description="How long to wait for all islands before starting with those that are there."
     )
     snapshot_every_s: float = Field(60.0, gt=0, description="Seconds between durable snapshots of the anchor.")
+    keep_anchors: int = Field(
+        8, ge=1, le=10_000, description="Numbered snapshots that are kept; `atoll rollback` goes back to one of them."
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Islands only on machines with these labels (atoll join --label); for a cluster.",
+    )
     replace: bool = Field(True, description="Replace an island whose process died.")
     max_refusals: int = Field(
         3, ge=1, description="Updates of one island in a row that are not finite, after which it is given up."
@@ -44,8 +51,12 @@ class ExchangeConfig(Section):
     quorum: float = Field(
         0.5, gt=0, le=1, description="Share of the live members that must have offered (more than this share, or all)."
     )
-    min_members: int = Field(1, ge=1, description="Smallest number of live members that may commit.")
-    grace_s: float = Field(2.0, ge=0, description="Seconds to wait for the others after the quorum-th offer.")
+    min_members: int = Field(
+        1, ge=1, description="Smallest number of live members that may commit.", json_schema_extra=LIVE
+    )
+    grace_s: float = Field(
+        2.0, ge=0, description="Seconds to wait for the others after the quorum-th offer.", json_schema_extra=LIVE
+    )
     progress_timeout_s: float = Field(
         10.0, gt=0, description="Seconds without progress after which an owner loses its parts."
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+# Marks a field that `atoll set` changes while a run goes on.
+LIVE: dict[str, JsonValue] = {"live": True}
 
 
 class Section(BaseModel):
@@ -17,11 +20,17 @@ class StrategyConfig(Section):
     """`[strategy]`: when members synchronise and what the outer step does with the result."""
 
     name: Literal["diloco", "ddp"] = Field("diloco", description="Synchronisation algorithm.")
-    inner_steps: int = Field(100, ge=1, le=1_000_000, description="Local optimizer steps between synchronisations (H).")
+    inner_steps: int = Field(
+        100,
+        ge=1,
+        le=1_000_000,
+        description="Local optimizer steps between synchronisations (H).",
+        json_schema_extra=LIVE,
+    )
     outer: Literal["nesterov", "average"] = Field(
         "nesterov", description="Outer optimizer; 'average' is plain parameter averaging."
     )
-    outer_lr: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer step.")
+    outer_lr: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer step.", json_schema_extra=LIVE)
     outer_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the outer step.")
     num_fragments: int = Field(1, ge=1, le=4096, description="Number of fragments that are synchronised separately.")
     pattern: Literal["sequential", "strided"] = Field("strided", description="How layers are dealt to fragments.")
@@ -52,7 +61,11 @@ class CodecConfig(Section):
 
     name: Literal[
         "fp32", "bf16", "int8", "int8-stochastic", "int4", "int4-stochastic", "fp4", "e3m0", "sign", "topk"
-    ] = Field("int8", description="Encoding of contributions, and of results unless it is sign or topk (then int8).")
+    ] = Field(
+        "int8",
+        description="Encoding of contributions, and of results unless it is sign or topk (then int8).",
+        json_schema_extra=LIVE,
+    )
     block: int | None = Field(
         None, ge=32, le=1 << 20, description="Values that share one scale; unset: 256 with 4 bits a value, else 4096."
     )

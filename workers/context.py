@@ -45,6 +45,7 @@ class IslandSpec:
     connections: int
     pace_s: float = 0.0
     resume: bool = False
+    keep_anchors: int = 8
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,17 @@ from workers.member_exchange import ExchangeSide
 from workers.messages import Offer, Version
 from workers.ranges import Range
 from workers.record_log import GENESIS_CHAIN
-from workers.records import LEFT, CommitRecord, DropRecord, FenceRecord, MemberId, OfferId, Row, Term
+from workers.records import (
+    LEFT,
+    CommitRecord,
+    DropRecord,
+    FenceRecord,
+    MemberId,
+    OfferId,
+    RollbackRecord,
+    Row,
+    Term,
+)
 
 __all__ = ["KEEP_RESULTS", "FragmentState", "MemberMachine", "Pending"]
 
@@ -272,6 +282,8 @@ class MemberMachine(ExchangeSide):
     def _rows(self, rows: Sequence[Row]) -> None:
         for row in rows:
             record = row.record
+            if isinstance(record, RollbackRecord):
+                self._forget_states()
             if isinstance(record, DropRecord) and self.incarnation is not None:
                 if (record.member, record.incarnation) == (self.name, self.incarnation):
                     self.dropped_to, self.reset_wanted, self.drop_asked = record.upto, record.why, ""
@@ -284,6 +296,16 @@ class MemberMachine(ExchangeSide):
         for fragment, state in enumerate(self.fragments):
             if state.n >= 0 and self.log.genesis is not None and not self.log.on_path(fragment, state.chain):
                 self._want_reset(f"version {state.n} of fragment {fragment} is not in the journal's history")
+
+    def _forget_states(self) -> None:
+        """The run went back: nobody goes on from what it holds, all begin from the snapshot that the journal names.
+
+        The incarnation that trained was fenced before; this one has not taken a sample yet.
+        """
+        if self.consumed:
+            self._want_reset("the run went back to an older version")
+        self.fragments = [FragmentState() for _ in self.fragments]
+        self.out.append(ev.Wake())
 
     def _confirm_genesis(self) -> None:
         """Version 0 is what the journal says it is (H3); one that was made here and not journalled is nothing."""

@@ -231,6 +231,43 @@ class SnapshotRecord(Record):
     versions: tuple[int, ...]
 
 
+Scalar = int | float | str
+"""What a setting that changes while the run goes on can be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingRecord(Record):
+    """A setting was changed: in fragment f it holds for transitions from version `since[f]` on, for every member."""
+
+    kind: ClassVar[str] = "setting"
+    key: str
+    value: Scalar
+    since: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseRecord(Record):
+    """Members take no further samples (`paused`), or take them again."""
+
+    kind: ClassVar[str] = "pause"
+    paused: bool
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackRecord(Record):
+    """All fragments went back to the versions of snapshot `name`; every member was fenced and settled before.
+
+    What later versions had committed is free again.
+    """
+
+    kind: ClassVar[str] = "rollback"
+    name: str
+    versions: tuple[int, ...]
+    chains: tuple[str, ...]
+    why: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopRecord(Record):
     """The run stopped: `reason` is done, stopped or failed."""
@@ -244,7 +281,8 @@ KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
-        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, StopRecord,
+        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord,
+        RollbackRecord, StopRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
@@ -301,6 +339,8 @@ def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
         if value is None:
             return None
         hint = float
+    if hint == Scalar and (isinstance(value, bool) or not isinstance(value, int | float | str)):
+        raise RecordError(f"record {kind!r}: field {name} is {value!r}, expected a number or text")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):

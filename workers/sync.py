@@ -315,7 +315,7 @@ class IslandSync:
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self.marks[fragment] = self.total_steps
-            self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
+            self._count_again()
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
@@ -351,6 +351,12 @@ class IslandSync:
             added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
             self.base_samples = max(self.base_samples, record.base_samples + added)
 
+    def _count_again(self) -> None:
+        """Progress of the versions that are held now: a fetched state may be older than what was held before."""
+        self.base_samples = 0
+        for fragment, state in enumerate(self.machine.fragments):
+            self._moved(self.machine.log.commit(fragment, state.n))
+
     def _trim(self) -> None:
         lowest = min(state.watermark for state in self.machine.fragments)
         while self.steps_done and self.steps_done[0][0] <= lowest:
@@ -361,14 +367,16 @@ class IslandSync:
         watermark = self.machine.fragments[fragment].watermark
         return sum(1 for end, _ in self.steps_done if end > watermark)
 
-    def _round(self) -> int:
-        return max(self.replica.strategy.inner_steps(self._anchor_progress()), 1)
+    def _round(self, fragment: int) -> int:
+        strategy = self.replica.variants(fragment, self.machine.fragments[fragment].n)
+        return max(strategy.inner_steps(self._anchor_progress()), 1)
 
     def _anchor_progress(self) -> float:
         return min(self.base_samples / self.settings.total_samples, 1.0)
 
     def _bound(self) -> int:
-        return max(int(self.settings.bound_rounds * self._round()), 1)
+        longest = max(self._round(fragment) for fragment in range(len(self.machine.fragments)))
+        return max(int(self.settings.bound_rounds * longest), 1)
 
     def _send_due(self) -> None:
         standstill = self._at_standstill()
@@ -378,7 +386,7 @@ class IslandSync:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue  # a newer version is known: this base can't be offered for any more
-            on_time = self.total_steps - self.marks[fragment] >= self._round()
+            on_time = self.total_steps - self.marks[fragment] >= self._round(fragment)
             if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
 
@@ -447,6 +455,8 @@ class IslandSync:
     def _next_batch(self) -> Action:
         if self.machine.leaving:
             return self._wait("leaving")
+        if self.machine.log.paused:
+            return self._wait("paused")
         pending = [state for state in self.machine.fragments if state.pending is not None]
         if pending and self.replica.strategy.overlap_steps == 0:
             waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())

@@ -26,6 +26,7 @@ from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
+from workers.live_settings import with_changes
 from workers.member import MemberMachine
 from workers.records import CommitRecord, OfferId
 
@@ -51,7 +52,12 @@ class Island:
         self.machine = MemberMachine(
             run_id=scenario.plan.run_id, name=name, nonce=nonce, info=info, num_chunks=scenario.num_chunks
         )
-        self.replica = Replica(names=cluster.names, num_chunks=scenario.num_chunks, feedback=scenario.feedback)
+        self.replica = Replica(
+            names=cluster.names,
+            num_chunks=scenario.num_chunks,
+            feedback=scenario.feedback,
+            settings_at=lambda fragment, n: self.machine.log.settings.at(fragment, n),
+        )
         self.store = Store()
         self.offset_s = cluster.rng.uniform(0, 1000.0)
         self.rate = 1.0 + cluster.rng.uniform(-1, 1) * scenario.clock_skew
@@ -249,7 +255,7 @@ class Island:
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self.marks[fragment] = self.total_steps
-            self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
+            self._count_again()
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
@@ -278,6 +284,11 @@ class Island:
             added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
             self.base_samples = max(self.base_samples, record.base_samples + added)
 
+    def _count_again(self) -> None:
+        self.base_samples = 0
+        for fragment, state in enumerate(self.machine.fragments):
+            self._moved(self.machine.log.commit(fragment, state.n))
+
     def _trim(self) -> None:
         lowest = min(state.watermark for state in self.machine.fragments)
         while self.steps_done and self.steps_done[0][0] <= lowest:
@@ -288,12 +299,14 @@ class Island:
         watermark = self.machine.fragments[fragment].watermark
         return sum(1 for end, _ in self.steps_done if end > watermark)
 
-    def _round(self) -> int:
-        plan = self.cluster.scenario.plan
-        return max(plan.strategy.inner_steps_at(min(self.base_samples / plan.total_samples, 1.0)), 1)
+    def _round(self, fragment: int) -> int:
+        plan, n = self.cluster.scenario.plan, self.machine.fragments[fragment].n
+        strategy = with_changes(plan.strategy, "strategy", self.machine.log.settings.at(fragment, n))
+        return max(strategy.inner_steps_at(min(self.base_samples / plan.total_samples, 1.0)), 1)
 
     def _bound(self) -> int:
-        return max(int(self.cluster.scenario.plan.exchange.bound_rounds * self._round()), 1)
+        longest = max(self._round(fragment) for fragment in range(len(self.machine.fragments)))
+        return max(int(self.cluster.scenario.plan.exchange.bound_rounds * longest), 1)
 
     def _send_due(self) -> None:
         standstill = self._at_standstill()
@@ -303,7 +316,7 @@ class Island:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue
-            on_time = self.total_steps - self.marks[fragment] >= self._round()
+            on_time = self.total_steps - self.marks[fragment] >= self._round(fragment)
             if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
 
@@ -382,6 +395,9 @@ class Island:
     def _next_batch(self) -> None:
         if self.machine.leaving:
             self._wait("leaving")
+            return
+        if self.machine.log.paused:
+            self._wait("paused")
             return
         pending = any(state.pending is not None for state in self.machine.fragments)
         if pending and not self.cluster.scenario.overlap:

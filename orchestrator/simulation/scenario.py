@@ -33,6 +33,9 @@ class FaultRates:
     corrupt_anchor: float = 0.4
     wrong_digest: float = 0.6
     leave: float = 0.0  # not a fault: members that are asked to leave, and come back
+    change_settings: float = 0.0  # nor are these: what the user asks of a run
+    pause: float = 0.0
+    rollback: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

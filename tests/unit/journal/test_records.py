@@ -35,7 +35,10 @@ from workers.records import (
 
 ROWS = [
     *chain_rows(
-        [*Story(1, num_fragments=2).run(150).records, StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode')]
+        [
+            *Story(1, num_fragments=2, operations=True).run(150).records,
+            StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode'),
+        ]
     )
 ]
 
