@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faults.plan import PlannedFault, due
 from orchestrator import places
+from orchestrator.alarms import Alarms
 from orchestrator.build import island_index, island_spec, run_plan
 from orchestrator.config import RunConfig
-from orchestrator.events import FaultInjected, LeaveRequested, ProcessDied, StopRequested
+from orchestrator.controls import Controls
+from orchestrator.errors import UserError
+from orchestrator.events import Event, FaultInjected, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor, log_to
+from orchestrator.log_shipping import EVERY_S, LogCopy
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
+from orchestrator.notify import Notifier
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, answering, find_islands, island_actor_name, worker_nodes
-from orchestrator.rundir import RunDir
+from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.segments import segment_paths
+from orchestrator.stacks import dump_stack, save_stack
 from orchestrator.summary import save_summary
 from workers.messages import Batch, Envelope
 from workers.records import FaultRecord
@@ -52,7 +58,7 @@ log = logging.getLogger("atoll.controller")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
-class ControllerActor:
+class ControllerActor(Controls):
     """One run's controller: an event loop around a `Host`."""
 
     def __init__(
@@ -80,6 +86,8 @@ class ControllerActor:
         self.leaving_nodes: set[str] = set()
         self.begun: set[str] = set()
         self.sent_away: set[str] = set()  # islands that were asked to leave by name: nobody takes their places
+        self.log_of: dict[str, Path] = {}  # nonce -> log, of the processes that this life started
+        self.pids: dict[str, int] = {}
         self.looked_s = float("-inf")
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
@@ -97,6 +105,7 @@ class ControllerActor:
             end=self._end,
         )
         self.began = self.lost_journal = False
+        self.own = ExitStack()
 
     async def begin(self) -> None:
         """Open the journal and start the islands; idempotent. A restarted controller finds them already there.
@@ -112,6 +121,7 @@ class ControllerActor:
             log.error("the journal is gone: %s", JOURNAL_LOST.format(run_id=self.run_id))
             return
         try:
+            self._own_directory()
             self.host.open()
         except (ValueError, OSError) as error:
             log.error("the journal cannot be taken over: %s", error)
@@ -126,6 +136,22 @@ class ControllerActor:
                 for name in self.host.plan.islands:
                     self._spawn(name, "start")
         self._task(self._pulse())
+
+    def _own_directory(self) -> None:
+        """From now on the directory says that the run goes on, whatever becomes of who started it."""
+        try:
+            self.own.enter_context(self.host.run_dir.lock(self.host.run_dir.controller_lock))
+        except RunDirInUse as error:  # the life before is not quite gone; the journal's segments decide who writes
+            log.warning("%s", error)
+        config, plan = self.config.notify, self.host.plan
+        if config.command is None:
+            return
+        notifier = Notifier(config, {"run": self.run_id, "run_dir": str(self.run_dir)})
+        half = int(self.config.exchange.quorum * len(plan.islands)) if not self.config.run.elastic else 1
+        needed = max(self.config.exchange.min_members, half, 1)
+        self.host.alarms, self.host.tell = Alarms(config, num_needed=needed), notifier.tell
+        notifier.start()
+        self.own.callback(notifier.close, config.timeout_s)
 
     def _forget_injected(self) -> None:
         """Faults that an earlier life injected are not injected again."""
@@ -173,7 +199,8 @@ class ControllerActor:
     async def _look(self) -> None:
         """Islands for machines that have come; those whose machine is gone wait for another one."""
         in_thread = asyncio.get_running_loop().run_in_executor
-        nodes = await in_thread(None, worker_nodes)
+        total, available = await in_thread(None, worker_nodes, self.config.run.labels)
+        nodes = places.without_others(total, available, self.place_of)
         free = places.free_places(nodes, self.place_of, self.leaving_nodes)
         silent = set(free) - await in_thread(None, answering, set(free)) if free else set()
         with _must_not_fail():
@@ -181,7 +208,7 @@ class ControllerActor:
                 return
             if any(name not in self.place_of for name in self.nonce_of):
                 return  # processes found after a restart have not said yet where they are
-            for name in places.displaced(self.place_of, nodes):
+            for name in places.displaced(self.place_of, total):
                 if name not in self.nonce_of:  # given up: its place is not needed any more
                     del self.place_of[name]
                 elif self.nonce_of[name] not in self.begun:  # of those that have begun Ray tells when they die
@@ -203,7 +230,12 @@ class ControllerActor:
                 self.host.receive(envelope)
                 self._conclude_if_over()
 
-    async def stop(self, save: bool) -> None:
+    def _do(self, event: Event) -> None:
+        with _must_not_fail():
+            self.host.handle(event)
+            self._conclude_if_over()
+
+    async def stop(self, save: bool = True) -> None:
         """The user wants the run to stop."""
         await self.begin()
         with _must_not_fail():
@@ -211,13 +243,16 @@ class ControllerActor:
                 self.host.handle(StopRequested(save=save))
                 self._conclude_if_over()
 
-    async def leave(self, members: list[str], node: str | None, at_once: bool) -> dict[str, list[str]]:
+    async def leave(
+        self, members: list[str] | str, node: str | None = None, at_once: bool = False
+    ) -> dict[str, list[str]]:
         """Let islands go: `members` by name, and all of a node, which gets no new ones. Call until `leaving` is empty.
 
         They finish their step and hand over what they have; `at_once`: they are killed. Returns `leaving`, the names
         that are still there, and `unknown`, names that this run never had.
         """
         await self.begin()
+        members = [members] if isinstance(members, str) else members
         if self.lost_journal:
             return {"leaving": [], "unknown": []}
         with _must_not_fail():
@@ -263,6 +298,7 @@ class ControllerActor:
         journal = await asyncio.get_running_loop().run_in_executor(None, rebuild)
         with _must_not_fail():
             RunDir(self.run_dir).record(self.config.to_toml())
+            self._own_directory()
             self.host.go_on(journal)
             self.lost_journal = False
             log.warning("the journal was rebuilt from the members' copies: %d rows", len(journal.rows))
@@ -305,6 +341,10 @@ class ControllerActor:
             },
             "faults": len(coordinator.faults),
             "left": sorted(coordinator.away_since),
+            "run": self.run_id,
+            "run_dir": str(self.run_dir),
+            "paused": coordinator.state.paused,
+            "settings": coordinator.state.settings.newest(),
             "unfired": [str(fault) for fault in self.faults],
         }
 
@@ -341,13 +381,15 @@ class ControllerActor:
         )
         nonce = f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}"  # in order of their starts
         life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
+        self.log_of[nonce] = self.run_dir / "logs" / f"{name}-{life}.log"
         handle = IslandActor.options(
             name=island_actor_name(self.run_id, name, nonce),
             namespace=NAMESPACE,
             lifetime="detached",
             resources={WORKER_RESOURCE: 1},
             scheduling_strategy=strategy,
-        ).remote(spec, nonce, self.token, str(self.run_dir / "logs" / f"{name}-{life}.log"), self.wrap)
+            label_selector=dict(self.config.run.labels) if node is None else None,
+        ).remote(spec, nonce, self.token, str(self.log_of[nonce]), self.wrap)
         log.info("starting %s (%s)", name, why)
         self._adopt(name, nonce, handle)
 
@@ -361,6 +403,9 @@ class ControllerActor:
         try:
             node = await handle.begin.remote()
             self.begun.add(nonce)
+            self.pids[nonce] = await handle.pid.remote()
+            if nonce in self.log_of:
+                self._task(self._collect_log(nonce, handle))
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
             why, raised = None, True
@@ -377,6 +422,35 @@ class ControllerActor:
             hopeless = why.partition(":")[0] in HOPELESS
             self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless))
             self._conclude_if_over()
+
+    async def _collect_log(self, nonce: str, handle: ActorHandle) -> None:
+        """Where an island's machine does not share the run's directory, its log is copied here as it grows."""
+        copy = LogCopy(path=self.log_of.pop(nonce), read=handle.read_log.remote)
+        probe = copy.path.with_name(f".probe-{nonce}")
+        with suppress(RayActorError, RayTaskError):
+            await handle.has_log_at.remote(str(probe))
+            if probe.exists():
+                probe.unlink()
+                return
+            log.info("the logs of %s are copied from its machine", copy.path.stem)
+            while nonce in self.handles:
+                await copy.grow()
+                await asyncio.sleep(EVERY_S)
+
+    async def stack(self, member: str) -> dict[str, Any]:
+        """What every thread of an island does at this moment; kept in the run's logs. Also of one that hangs."""
+        await self._ready()
+        name = member.partition(".")[0]
+        nonce = self.nonce_of.get(name)
+        if nonce is None or nonce not in self.pids or name not in self.place_of:
+            known = ", ".join(sorted(self.nonce_of)) or "none"
+            raise UserError(f"no process of {member!r} runs", remedy=f"one of these: {known}")
+        where = NodeAffinitySchedulingStrategy(self.place_of[name], soft=False)
+        dump = ray.remote(dump_stack).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+        text = str(await dump.remote(self.pids[nonce]))
+        current = self.host.coordinator.state.current.get(name)
+        file = save_stack(self.run_dir / "logs", str(current) if current is not None else name, text)
+        return {"run": self.run_id, "member": str(current or name), "text": text, "file": str(file)}
 
     def _end(self, name: str, nonce: str) -> None:
         process = nonce.split("+")[0]
@@ -419,6 +493,8 @@ class ControllerActor:
             self.host.close()
             for handle in self.handles.values():
                 ray.kill(handle)
+            # What is left to be told is told by then: whoever watches ends this process.
+            await asyncio.get_running_loop().run_in_executor(None, self.own.close)
             self.over.set()
         await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
         ray.kill(ray.get_runtime_context().current_actor)

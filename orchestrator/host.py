@@ -10,10 +10,11 @@ import logging
 import pickle
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator import events as ev
+from orchestrator.alarms import Alarm, Alarms
 from orchestrator.coordinator import Coordinator, RunPlan
 from orchestrator.finish import set_aside
 from orchestrator.journal import FileJournal, JournalFull, claim_segment, open_segment
@@ -56,6 +57,8 @@ class Host:
         self.blocked_since = 0.0
         self.fault_rows_written: dict[tuple[str, float], FaultEvent] = {}
         self.started_s = 0.0
+        self.alarms: Alarms | None = None
+        self.tell: Callable[[Alarm], None] = lambda alarm: None
 
     def open(self) -> None:
         """Take over the journal and begin. Raises JournalError, Fenced."""
@@ -125,6 +128,9 @@ class Host:
             self._retry()
         self.handle(ev.Tick())
         self._write_faults()
+        if self.alarms is not None:
+            num_live, seconds = len(self.coordinator.roll.processes), self.coordinator.seconds()
+            self._alarm(self.alarms.on_time(num_live, seconds, started=self.coordinator.started))
 
     def handle(self, event: ev.Event) -> None:
         """One event, and everything that follows from it."""
@@ -138,6 +144,9 @@ class Host:
     def _carry_out(self, command: ev.Command) -> ev.Event | None:
         match command:
             case ev.Append():
+                if self.alarms is not None:
+                    for row in command.rows:
+                        self._alarm(self.alarms.on_record(row.record, self.coordinator.seconds()))
                 return self._append(command)
             case ev.Send(batch=batch):
                 self.counts["control_bytes"] += len(pickle.dumps(batch, protocol=5))
@@ -148,6 +157,8 @@ class Host:
                 self._end(name, nonce)
             case ev.Metric(row=row):
                 self._metric(row)
+                if self.alarms is not None:
+                    self._alarm(self.alarms.on_metric(row, self.coordinator.seconds()))
             case ev.Say(text=text, member=member, level=level):
                 log.log(getattr(logging, level.upper()), text, extra={"member": member})
             case ev.Finish():
@@ -158,6 +169,10 @@ class Host:
             case ev.Die():
                 self.died = command
         return None
+
+    def _alarm(self, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            self.tell(alarm)
 
     def _append(self, command: ev.Append) -> ev.Event | None:
         """Write and flush; only then may anybody hear of it. A journal that fails otherwise ends this controller."""

@@ -16,7 +16,9 @@ import ray
 from ray.actor import ActorHandle
 
 from orchestrator.host import Handed
+from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name
+from orchestrator.stacks import allow_dumps
 from workers.context import IslandContext, IslandSpec, enter
 from workers.messages import Batch, Envelope
 from workers.records import Term
@@ -48,6 +50,7 @@ class IslandActor:
         if self.context is not None:
             return node
         log_to(Path(self.log_file))
+        allow_dumps()
         island_log.info("%s is process %d", self.spec.name, os.getpid())
         with _logged("the island did not start"):
             self._start(node)
@@ -116,6 +119,22 @@ class IslandActor:
         if not self.ended.wait(timeout_s):
             return None
         return "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
+
+    @ray.method(concurrency_group="watch")
+    def pid(self) -> int:
+        """Of this process, for who wants to look at its stack when it does not answer any more."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="watch")
+    def has_log_at(self, probe: str) -> bool:
+        """Leave a mark beside this process's log: who finds it shares the directory."""
+        Path(probe).touch()
+        return True
+
+    @ray.method(concurrency_group="watch")
+    def read_log(self, offset: int, num_bytes: int) -> bytes:
+        """What this process's log has at an offset."""
+        return read_piece(Path(self.log_file), offset, num_bytes)
 
     @ray.method(concurrency_group="watch")
     def die(self, signal_number: int) -> None:

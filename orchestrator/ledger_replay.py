@@ -62,7 +62,7 @@ class Replay:
         self.num_reissued = 0
         self.num_lost = 0
         self.num_params = 0
-        self.val_losses: list[float | None] = []
+        self._evaluations: list[tuple[tuple[int, ...], float | None]] = []
         self._most_full = 0
         self._cursor = 0
         self._place = place
@@ -86,6 +86,11 @@ class Replay:
             EvaluationRecord: self._evaluation,
             SnapshotRecord: self._snapshot,
         }
+
+    @property
+    def val_losses(self) -> list[float | None]:
+        """Of the versions that were not rolled back, in order."""
+        return [loss for _, loss in self._evaluations]
 
     @property
     def num_fragments(self) -> int:
@@ -360,6 +365,11 @@ class Replay:
                 self._undo(fragment, "rolled back")
             if (head.n, head.chain) != (n, chain):
                 self.fail("rollback", f"version {n} of fragment {fragment} is not in the history")
+        self._evaluations = [
+            (versions, loss)
+            for versions, loss in self._evaluations
+            if all(n <= to for n, to in zip(versions, r.versions, strict=False))
+        ]
 
     def _undo(self, fragment: int, why: DeviationKind) -> None:
         head = self.heads[fragment]
@@ -409,7 +419,7 @@ class Replay:
     # ------------------------------------------------------------ observations
 
     def _evaluation(self, r: EvaluationRecord) -> None:
-        self.val_losses.append(r.val_loss)
+        self._evaluations.append((r.versions, r.val_loss))
         self._check_versions("evaluation", r.versions)
         if not 0 <= r.samples <= self._most_full:
             self.fail("evaluation", f"samples {r.samples}, but at most {self._most_full} were ever committed")

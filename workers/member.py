@@ -305,6 +305,7 @@ class MemberMachine(ExchangeSide):
         if self.consumed:
             self._want_reset("the run went back to an older version")
         self.fragments = [FragmentState() for _ in self.fragments]
+        self.peers = {}  # what was known of them was before
         self.out.append(ev.Wake())
 
     def _confirm_genesis(self) -> None:

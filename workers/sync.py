@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from strategies.codecs.base import NonFiniteError
@@ -29,21 +28,12 @@ from workers.memory import give_back
 from workers.record_log import GENESIS_CHAIN
 from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateTorn, as_bytes
+from workers.sync_settings import SyncSettings
 from workers.transport.base import Transport
 
+__all__ = ["IslandSync", "SyncSettings"]
+
 MAX_WAITERS = 1024  # one for each other owner of parts; a thread begins when it is needed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SyncSettings:
-    """Times in seconds; see `[exchange]`."""
-
-    batch_size: int
-    timeout_s: float
-    wait_s: float
-    heartbeat_s: float
-    bound_rounds: float
-    total_samples: int
 
 
 class IslandSync:
@@ -369,10 +359,7 @@ class IslandSync:
 
     def _round(self, fragment: int) -> int:
         strategy = self.replica.variants(fragment, self.machine.fragments[fragment].n)
-        return max(strategy.inner_steps(self._anchor_progress()), 1)
-
-    def _anchor_progress(self) -> float:
-        return min(self.base_samples / self.settings.total_samples, 1.0)
+        return max(strategy.inner_steps(min(self.base_samples / self.settings.total_samples, 1.0)), 1)
 
     def _bound(self) -> int:
         longest = max(self._round(fragment) for fragment in range(len(self.machine.fragments)))

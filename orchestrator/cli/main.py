@@ -26,6 +26,16 @@ COMMANDS = {
     ),
     "train": LazyCommand(target="orchestrator.cli.train:train", help="Train a model."),
     "status": LazyCommand(target="orchestrator.cli.inspect:status", help="Show where a run is."),
+    "pause": LazyCommand(target="orchestrator.cli.operate:pause", help="Let a run rest."),
+    "resume": LazyCommand(target="orchestrator.cli.operate:resume", help="Let a paused run go on."),
+    "stop": LazyCommand(target="orchestrator.cli.operate:stop", help="Stop a run so that it can be resumed."),
+    "save": LazyCommand(target="orchestrator.cli.operate:save", help="Write a snapshot of a run now."),
+    "set": LazyCommand(target="orchestrator.cli.operate:set_", help="Change settings of a run that goes on."),
+    "rollback": LazyCommand(target="orchestrator.cli.operate:rollback", help="Let a run go on from an older version."),
+    "logs": LazyCommand(target="orchestrator.cli.operate:logs", help="Show the log of a member or of the controller."),
+    "stack": LazyCommand(target="orchestrator.cli.operate:stack", help="Show what an island does at this moment."),
+    "submit": LazyCommand(target="orchestrator.cli.submit:submit", help="Start a run as a job of a Ray cluster."),
+    "bundle": LazyCommand(target="orchestrator.cli.inspect:bundle", help="Put what a run wrote into one archive."),
     "report": LazyCommand(target="orchestrator.cli.report:report", help="Write the report of a run, or compare two."),
     "ledger": LazyCommand(
         target="orchestrator.cli.inspect:ledger", help="Recompute from the journal that every sample was counted once."
