@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from faults.plan import PlannedFault, due
 from orchestrator import places
-from orchestrator.alarms import Alarms
 from orchestrator.build import island_index, island_spec, run_plan
 from orchestrator.config import RunConfig
-from orchestrator.controls import Controls
-from orchestrator.errors import UserError
 from orchestrator.events import Event, FaultInjected, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor, log_to
-from orchestrator.log_shipping import EVERY_S, LogCopy
+from orchestrator.keeper import Keeper
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
-from orchestrator.notify import Notifier
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, answering, find_islands, island_actor_name, worker_nodes
-from orchestrator.rundir import RunDir, RunDirInUse
+from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
-from orchestrator.stacks import dump_stack, save_stack
 from orchestrator.summary import save_summary
 from workers.messages import Batch, Envelope
 from workers.records import FaultRecord
@@ -58,7 +53,7 @@ log = logging.getLogger("atoll.controller")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
-class ControllerActor(Controls):
+class ControllerActor(Keeper):
     """One run's controller: an event loop around a `Host`."""
 
     def __init__(
@@ -86,8 +81,7 @@ class ControllerActor(Controls):
         self.leaving_nodes: set[str] = set()
         self.begun: set[str] = set()
         self.sent_away: set[str] = set()  # islands that were asked to leave by name: nobody takes their places
-        self.log_of: dict[str, Path] = {}  # nonce -> log, of the processes that this life started
-        self.pids: dict[str, int] = {}
+        self.log_of, self.pids = {}, {}
         self.looked_s = float("-inf")
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
@@ -136,22 +130,6 @@ class ControllerActor(Controls):
                 for name in self.host.plan.islands:
                     self._spawn(name, "start")
         self._task(self._pulse())
-
-    def _own_directory(self) -> None:
-        """From now on the directory says that the run goes on, whatever becomes of who started it."""
-        try:
-            self.own.enter_context(self.host.run_dir.lock(self.host.run_dir.controller_lock))
-        except RunDirInUse as error:  # the life before is not quite gone; the journal's segments decide who writes
-            log.warning("%s", error)
-        config, plan = self.config.notify, self.host.plan
-        if config.command is None:
-            return
-        notifier = Notifier(config, {"run": self.run_id, "run_dir": str(self.run_dir)})
-        half = int(self.config.exchange.quorum * len(plan.islands)) if not self.config.run.elastic else 1
-        needed = max(self.config.exchange.min_members, half, 1)
-        self.host.alarms, self.host.tell = Alarms(config, num_needed=needed), notifier.tell
-        notifier.start()
-        self.own.callback(notifier.close, config.timeout_s)
 
     def _forget_injected(self) -> None:
         """Faults that an earlier life injected are not injected again."""
@@ -403,9 +381,7 @@ class ControllerActor(Controls):
         try:
             node = await handle.begin.remote()
             self.begun.add(nonce)
-            self.pids[nonce] = await handle.pid.remote()
-            if nonce in self.log_of:
-                self._task(self._collect_log(nonce, handle))
+            await self._look_after(nonce, handle)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
             why, raised = None, True
@@ -422,35 +398,6 @@ class ControllerActor(Controls):
             hopeless = why.partition(":")[0] in HOPELESS
             self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless))
             self._conclude_if_over()
-
-    async def _collect_log(self, nonce: str, handle: ActorHandle) -> None:
-        """Where an island's machine does not share the run's directory, its log is copied here as it grows."""
-        copy = LogCopy(path=self.log_of.pop(nonce), read=handle.read_log.remote)
-        probe = copy.path.with_name(f".probe-{nonce}")
-        with suppress(RayActorError, RayTaskError):
-            await handle.has_log_at.remote(str(probe))
-            if probe.exists():
-                probe.unlink()
-                return
-            log.info("the logs of %s are copied from its machine", copy.path.stem)
-            while nonce in self.handles:
-                await copy.grow()
-                await asyncio.sleep(EVERY_S)
-
-    async def stack(self, member: str) -> dict[str, Any]:
-        """What every thread of an island does at this moment; kept in the run's logs. Also of one that hangs."""
-        await self._ready()
-        name = member.partition(".")[0]
-        nonce = self.nonce_of.get(name)
-        if nonce is None or nonce not in self.pids or name not in self.place_of:
-            known = ", ".join(sorted(self.nonce_of)) or "none"
-            raise UserError(f"no process of {member!r} runs", remedy=f"one of these: {known}")
-        where = NodeAffinitySchedulingStrategy(self.place_of[name], soft=False)
-        dump = ray.remote(dump_stack).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
-        text = str(await dump.remote(self.pids[nonce]))
-        current = self.host.coordinator.state.current.get(name)
-        file = save_stack(self.run_dir / "logs", str(current) if current is not None else name, text)
-        return {"run": self.run_id, "member": str(current or name), "text": text, "file": str(file)}
 
     def _end(self, name: str, nonce: str) -> None:
         process = nonce.split("+")[0]
