@@ -33,6 +33,7 @@ RAY_IN_WORKERS: set[str] = set()
 # The shells: the controller's and the islands' actors need Ray (never torch), a run in one process trains in it.
 SHELLS = {
     "orchestrator.actors": {"ray"},
+    "orchestrator.keeper": {"ray"},
     "orchestrator.island_actor": {"ray"},
     "orchestrator.local": {"torch"},
 }
