@@ -216,3 +216,34 @@ def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) 
     assert log["name"].startswith("island-1.") and "is process" in log["text"]
     told = [json.loads(line) for line in (head.folder / "told").read_text().splitlines()]
     assert {(event["kind"], event["run"]) for event in told} >= {("finished", "by-ray"), ("finished", "other")}
+
+
+# A program that uses that Ray for something of its own, and trains on it.
+START_SCRIPT = """
+import sys
+import ray
+import atoll
+from workers.records import CommitRecord, StopRecord
+
+ray.init(address=sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False)
+config = atoll.load_config(sys.argv[2], {"run.address": sys.argv[1]})
+with atoll.start(config, run_dir=sys.argv[3]) as run:
+    seen = []
+    for row in run.events():
+        seen.append(row.record)
+        if sum(isinstance(record, CommitRecord) for record in seen) == 2:
+            run.stop()
+    summary = run.wait()
+assert isinstance(seen[-1], StopRecord), seen[-1]
+assert ray.is_initialized(), "its own connection stays"
+print(summary.exit_reason, summary.exchanges_committed)
+"""
+
+
+def test_a_program_of_ones_own_starts_a_run_watches_it_and_stops_it(head: Head) -> None:
+    script, run_dir = head.folder / "start.py", head.folder / "by-script"
+    script.write_text(START_SCRIPT)
+    said = head.run(sys.executable, str(script), head.gcs, str(head.toml("by-script", islands=1)), str(run_dir))
+    reason, num = said.split()[-2:]
+    assert reason == "stopped" and int(num) >= 2
+    assert not (run_dir / "cluster.json").exists()

@@ -136,7 +136,7 @@ def test_data_path_takes_the_place_of_the_presets_corpus() -> None:
         ("train.innersteps=5", "strategy.inner_steps"),
         ("codec.errorfeedback=true", "codec.error_feedback"),
         ("train.per_island.island-1.thread=2", "train.per_island.island-1.threads"),
-        ("qqq.zzz=1", "one of run, train, data, model, strategy, codec, exchange, eval"),
+        ("qqq.zzz=1", "one of run, train, data, model, strategy, codec, exchange, eval, notify"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(override: str, remedy: str) -> None:
