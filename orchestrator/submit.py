@@ -10,6 +10,7 @@ import asyncio
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 CONFIG_NAME = "run.toml"
 FAILED, STOPPED = 1, 3
+NO_AGENT = "No available agent"
+AGENT_S, AGENT_POLL_S = 60.0, 1.0
 
 
 def job_address(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -103,10 +106,24 @@ def submit_run(
         runtime_env["working_dir"] = str(working_dir)
     entrypoint = shlex.join([sys.executable, "-m", "orchestrator.submit"])
     name = f"atoll-{directory.name}"
-    job_id = client.submit_job(
-        entrypoint=entrypoint, runtime_env=runtime_env, submission_id=name, metadata={"run": directory.name}
-    )
-    return Job(id=str(job_id), address=address, run_dir=str(directory), client=client)
+    job_id = _submit(client, entrypoint=entrypoint, runtime_env=runtime_env, name=name, run=directory.name)
+    return Job(id=job_id, address=address, run_dir=str(directory), client=client)
+
+
+def _submit(client: JobSubmissionClient, *, entrypoint: str, runtime_env: dict[str, Any], name: str, run: str) -> str:
+    """A cluster that has just started answers before it can take a job: it is asked again for a while."""
+    deadline_s = time.monotonic() + AGENT_S
+    while True:
+        try:
+            job_id = client.submit_job(
+                entrypoint=entrypoint, runtime_env=runtime_env, submission_id=name, metadata={"run": run}
+            )
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
+                raise ClusterUnreachable(f"the job server does not take the job: {error}", place="--address") from error
+            time.sleep(AGENT_POLL_S)
+        else:
+            return str(job_id)
 
 
 def _new_run_dir(name: str) -> Path:

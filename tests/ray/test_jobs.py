@@ -124,6 +124,15 @@ def head(tmp_path_factory: pytest.TempPathFactory, pack_dir: Path) -> Iterator[H
         subprocess.run(["rm", "-rf", str(short)], check=True)
 
 
+def takes_jobs(head: Head) -> bool:
+    """Whether a trivial job is accepted: the job server answers before its agent is there."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "job", "submit", "--no-wait", "--address", head.jobs, "--", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=environment())
+    assert done.returncode == 0 or "No available agent" in done.stderr + done.stdout, done.stderr
+    return done.returncode == 0
+
+
 def records(run_dir: Path, *kinds: type[Record]) -> list[Record]:
     try:
         rows = read_run(run_dir).rows
@@ -144,6 +153,7 @@ def job_run(head: Head) -> Path:
     command = [ray, "job", "submit", "--no-wait", "--address", head.jobs, "--"]
     train = [*ATOLL, "train", str(head.toml("by-ray", islands=2)), "--run-dir", str(run_dir)]
     train += ["--set", "run.labels.zone=b"]
+    until(lambda: takes_jobs(head), "an agent that takes jobs")
     head.run(*command, *train)
     until(lambda: commits(run_dir) > 2, "commits of the job's run")
     holder = RunDir(run_dir).holder()
