@@ -3,7 +3,11 @@
 # make check          lint, types, layers
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
+# make bench-lab      what emulated links do and cost, and runs on them (root; 25 minutes, resumable)
+# make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about an hour, resumable)
+# make soak           half an hour on busy cores: nobody may be blamed who did nothing wrong
+# make docs           the documentation as a site, in build/docs
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer), PIP_ARGS="..." goes to pip install (for example the index
@@ -28,7 +32,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check bench bench-quality simulate clean distclean
+.PHONY: help demo test check bench bench-quality bench-lab storm simulate soak docs clean distclean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -49,6 +53,7 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/unit/test_layers.py
+	$(BIN)/python -m tests.lab.would_run
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
@@ -56,8 +61,21 @@ bench: $(DEV_STAMP)
 bench-quality: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
+bench-lab: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.lab $(ARGS)
+
+storm: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.storm $(ARGS)
+
 simulate: $(DEV_STAMP)
 	$(BIN)/atoll simulate --seeds 100000 --keep runs/simulate.jsonl $(ARGS)
+
+soak: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+docs: $(DEV_STAMP)
+	$(BIN)/python -m orchestrator.plan_pages docs/choosing.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ The sweep is a coordinate search on a seed of its own, written as a function fro
     1. inner learning rate on a grid, with the first outer pair, at a third of the steps
     2. outer pairs with the best inner learning rate, at full length (their order depends on the length)
     3. the neighbours of the inner learning rate with the best pair, at full length
+    Rows of later strategies have a small sweep: a few outer pairs at full length, with the inner rate of another row.
     A best inner learning rate at the edge of what was tried is not a best one: the grid grows there.
 """
 
@@ -63,6 +64,7 @@ class Row:
 
     rates_of   the row whose swept learning rates it takes: its own name, or that of the row it is compared with
     goal       one of the rows that a goal speaks of: they come first
+    tries      outer pairs of a small sweep, at full length, with the inner learning rate of the row `lr_of`
     """
 
     name: str
@@ -72,6 +74,8 @@ class Row:
     tuned_outer: bool = False
     rates_of: str = ""
     goal: bool = False
+    tries: tuple[OuterPair, ...] = ()
+    lr_of: str = "diloco-30"
 
     @property
     def tuned_as(self) -> str:
@@ -83,6 +87,12 @@ def _diloco(inner_steps: int, codec: str = "fp32", **more: Value) -> dict[str, V
     return {"strategy.name": "diloco", "strategy.inner_steps": inner_steps, "codec.name": codec, **more}
 
 
+FEEDBACK: dict[str, Value] = {"codec.error_feedback": True, "codec.feedback_decay": 0.95}
+STREAMING: dict[str, Value] = {
+    "strategy.num_fragments": 2,
+    "strategy.overlap_steps": 5,
+    "strategy.merge_alpha": 0.5,
+}
 AVERAGE: dict[str, Value] = {"strategy.outer": "average"}
 ROWS: tuple[Row, ...] = (
     Row(
@@ -112,6 +122,36 @@ ROWS: tuple[Row, ...] = (
     Row(name="average-30", label="plain averaging, H = 30, fp32", settings=_diloco(30) | AVERAGE),
     Row(name="diloco-10", label="DiLoCo, H = 10, fp32", settings=_diloco(10), tuned_outer=True),
     Row(name="diloco-100", label="DiLoCo, H = 100, fp32", settings=_diloco(100), tuned_outer=True),
+    Row(
+        name="streaming-30-e3m0",
+        label="Streaming DiLoCo, H = 30, 2 fragments, tau = 5, alpha = 0.5, E3M0 with error feedback",
+        settings=_diloco(30, "e3m0", **FEEDBACK, **STREAMING) | {"strategy.name": "streaming"},
+        tries=((0.9, 0.7), (0.7, 0.7), (0.7, 0.9)),
+    ),
+    Row(
+        name="eager-30",
+        label="eager updates, H = 30, fp32",
+        settings=_diloco(30) | {"strategy.name": "eager"},
+        tries=((0.7, 0.5), (0.5, 0.7), (0.4, 0.9)),
+    ),
+    Row(
+        name="delayed-30",
+        label="delay of one round, H = 30, fp32",
+        settings=_diloco(30) | {"strategy.name": "delayed"},
+        tries=((0.7, 0.5), (0.5, 0.7), (0.4, 0.9)),
+    ),
+    Row(
+        name="muloco-30-int4",
+        label="MuLoCo, H = 30, int4 with error feedback",
+        settings=_diloco(30, "int4", **FEEDBACK) | {"strategy.name": "muloco", "train.optimizer": "muon"},
+        tries=((0.9, 0.5), (0.9, 0.7), (0.8, 0.9)),
+    ),
+    Row(
+        name="sparseloco-30",
+        label="SparseLoCo, H = 30, top 64 of 4,096 at 2 bits",
+        settings=_diloco(30, "topk", **FEEDBACK) | {"strategy.name": "sparseloco", "strategy.outer": "sgd"},
+        tries=((1.0, 0.0), (0.8, 0.0), (0.6, 0.0)),
+    ),
 )
 BASELINE = "ddp"
 
@@ -188,7 +228,10 @@ class SweepState:
 
 
 def sweep(row: Row, losses: Losses, *, steps: int = STEPS, short_steps: int = SHORT_STEPS) -> SweepState:
-    """Return what the search wants next for `row`, or its result."""
+    """Return what the search wants next for `row`, or its result; a small sweep waits for that of `lr_of`."""
+    if row.tries:
+        base = sweep(next(r for r in ROWS if r.name == row.lr_of), losses, steps=steps, short_steps=short_steps).chosen
+        return _few(row, base, losses, steps) if base is not None else SweepState()
     first = OUTER_PAIRS[0] if row.tuned_outer else None
     short = [Job(row=row, rates=Rates(lr=lr, outer=first), seed=SWEEP_SEED, steps=short_steps) for lr in LR_GRID]
     state = _line_search(short, losses)
@@ -200,6 +243,14 @@ def sweep(row: Row, losses: Losses, *, steps: int = STEPS, short_steps: int = SH
     best = losses.best(full)
     around = [replace(best, rates=replace(best.rates, lr=lr)) for lr in _neighbours(best.rates.lr)]
     return _line_search([best, *around], losses)
+
+
+def _few(row: Row, base: Rates, losses: Losses, steps: int) -> SweepState:
+    """The best of a row's few outer pairs."""
+    jobs = [Job(row=row, rates=replace(base, outer=pair), seed=SWEEP_SEED, steps=steps) for pair in row.tries]
+    if missing := _missing(jobs, losses):
+        return SweepState(todo=missing)
+    return SweepState(chosen=losses.best(jobs).rates)
 
 
 def _line_search(jobs: list[Job], losses: Losses) -> SweepState:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality_links import LINKS, PARAMS, STEP_S, predicted_s
 from benchmarks.quality_plan import (
     BASELINE,
     BATCH_SIZE,
@@ -37,6 +38,7 @@ from benchmarks.quality_plot import Curve, Point, plot
 Record = Mapping[str, Any]
 
 GAP_LIMIT, WARM_LIMIT, CODEC_LIMIT = 0.05, 0.035, 0.004
+STREAMING_LIMIT = 0.01
 EARLY = 0.3
 """Share of the tokens at which the gap is compared with that at the end: has it fallen?"""
 
@@ -96,7 +98,7 @@ def _points(record: Record) -> dict[float, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    """One thing that issue 2 asks of the figures; `measured` None: its runs are not done."""
+    """One thing that is asked of the figures; `measured` None: its runs are not done."""
 
     what: str
     limit: str
@@ -158,15 +160,18 @@ def _frozen(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def goals_of(lines: Sequence[Line], length: Length) -> tuple[Goal, ...]:
-    """The goals of issue 2; one is met only with all seeds."""
+    """The goals; one is met only with all seeds."""
     by_name = {line.row.name: line for line in lines}
     int8, warm, fp32 = (by_name.get(name) for name in ("diloco-30-int8", "diloco-30-int8-warm", "diloco-30"))
     codec = paired(int8.losses, fp32.losses) if int8 and fp32 else None
+    streaming = by_name.get("streaming-30-e3m0")
+    four_bits = paired(streaming.losses, fp32.losses) if streaming and fp32 else None
     return (
         _goal("DiLoCo H = 30 int8 over data parallel", int8.gap if int8 else None, GAP_LIMIT, length),
         _goal("the same with 10 % synchronous warm-up", warm.gap if warm else None, WARM_LIMIT, length),
         _goal("int8 over fp32 at H = 30", codec, CODEC_LIMIT, length),
         _falling(int8, length),
+        _goal("streaming, 4 bits with error feedback, over fp32 at H = 30", four_bits, STREAMING_LIMIT, length),
     )
 
 
@@ -197,6 +202,7 @@ def markdown(
     """The report to read; `ray`: what `benchmarks.quality_ray` found, if it has run."""
     parts = ["# Loss against data parallel training", "", _intro(records, length), ""]
     parts += ["## Goals", "", *_goal_table(goals), "", "## Rows", "", *_row_table(lines), "", _footnotes(), ""]
+    parts += ["## Predicted time on slow links", "", *_link_table(lines), ""]
     parts += [_ray_text(ray), ""]
     parts += ["## Gap over tokens", "", "![Gap to data parallel over tokens](quality.svg)", "", *_curve_table(lines)]
     parts += ["", "## Learning rates", "", _sweep_text(length), "", *_sweep_table(records, length), ""]
@@ -250,6 +256,22 @@ def _row_table(lines: Sequence[Line]) -> list[str]:
         out.append(
             f"| {line.row.label} | {line.rates.lr:g} | {outer} | {loss:.4f} | {gap} | {len(line.runs)} | {sent:.1f} |"
         )
+    return out
+
+
+def _link_table(lines: Sequence[Line]) -> list[str]:
+    """Hours on each link; see `quality_links.py` for what is assumed."""
+    out = [
+        f"A model of {PARAMS / 1e6:.0f} M parameters, {STEP_S:g} s an inner step, as many steps as above: hours, from "
+        "the bytes that each row sent. A prediction, not a measurement.",
+        "",
+        "| Row | " + " | ".join(link.name for link in LINKS) + " |",
+        "|---|" + "---|" * len(LINKS),
+    ]
+    for line in lines:
+        record = next(iter(line.runs.values()))
+        hours = [predicted_s(record, link, islands=line.row.islands) / 3600 for link in LINKS]
+        out.append(f"| {line.row.label} | " + " | ".join(f"{value:.2f}" for value in hours) + " |")
     return out
 
 

@@ -15,7 +15,9 @@ BENCHMARKS = {
     "memory": ["-m", "benchmarks.memory"],
     "pack": ["-m", "benchmarks.pack_memory", "--keep"],
     "transport": ["-m", "benchmarks.transport", "--keep"],
+    "exchange": ["-m", "benchmarks.exchange", "--large"],
     "codecs": ["-m", "benchmarks.codecs"],
+    "overlap": ["-m", "benchmarks.overlap"],
 }
 
 

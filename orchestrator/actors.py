@@ -10,40 +10,46 @@ import asyncio
 import functools
 import logging
 import os
-import signal
-import sys
+import platform
 import time
 import uuid
-from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Coroutine
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from faults.plan import PlannedFault, due
+from faults.plan import FaultPlanError, PlannedFault
+from faults.process import JumpClock
 from orchestrator import places
-from orchestrator.build import island_index, island_spec, run_plan
+from orchestrator.actor_tools import must_not_fail, through_cuts
+from orchestrator.build import run_plan
 from orchestrator.config import RunConfig
-from orchestrator.events import Event, FaultInjected, LeaveRequested, ProcessDied, StopRequested
+from orchestrator.dashboard.controls import carry_out, feed_part
+from orchestrator.dashboard.feed import FeedPart
+from orchestrator.errors import UserError
+from orchestrator.events import Event, FaultNoticed, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
+from orchestrator.hands import WATCH_S, Hands, new_nonce, reason_of
 from orchestrator.host import Host
-from orchestrator.island_actor import ContextWrapper, IslandActor, log_to
+from orchestrator.injector import Injector
+from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.keeper import Keeper
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
-from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, answering, find_islands, island_actor_name, worker_nodes
+from orchestrator.processes import NAMESPACE, answering, find_islands, island_actor_name, worker_nodes
 from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
+from orchestrator.standby import StandbyPool, status_of
 from orchestrator.summary import save_summary
-from workers.messages import Batch, Envelope
-from workers.records import FaultRecord
+from orchestrator.telemetry.telemetry import Telemetry
+from workers.messages import Batch, Envelope, News
 
 TICK_S = 0.1
 LOOK_S = 1.0
-WATCH_S = 60.0
 GOODBYE_S = 10.0
 LINGER_S = 300.0
 # Errors of the user's settings or loop: a replacement would end the same way.
@@ -53,7 +59,7 @@ log = logging.getLogger("atoll.controller")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
-class ControllerActor(Keeper):
+class ControllerActor(Hands, Keeper):
     """One run's controller: an event loop around a `Host`."""
 
     def __init__(
@@ -71,11 +77,13 @@ class ControllerActor(Keeper):
         self.run_dir, self.run_id, self.token = Path(run_dir), run_id, token
         self.pack = Path(pack) if pack is not None else None
         log_to(self.run_dir / "logs" / "controller.log")
+        log.info("the controller of %s is process %d on %s", run_id, os.getpid(), platform.node())
         self.config = RunConfig.model_validate(config_tables)
-        self.faults = list(faults)
-        self.resume, self.wrap = resume, wrap
+        self.clock = JumpClock(time.monotonic)
+        self.resumes, self.wrap = resume, wrap
         self.handles: dict[str, ActorHandle] = {}
         self.nonce_of: dict[str, str] = {}
+        self.started_as: dict[str, str] = {}  # nonce -> name of the process with Ray, where it is not its island's
         self.place_of: dict[str, str] = {}  # island -> node
         self.unplaced: list[str] = []  # islands that lost their place, and wait for another
         self.leaving_nodes: set[str] = set()
@@ -86,6 +94,7 @@ class ControllerActor(Keeper):
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
         self.spoke: set[str] = set()
+        self.pool = StandbyPool(wanted=self.config.run.standby)
         self.over = asyncio.Event()
         self.concluding = False
         self.failure = ""
@@ -93,11 +102,15 @@ class ControllerActor(Keeper):
             plan=run_plan(self.config, run_id=run_id, pack=self.pack),
             run_dir=self.run_dir,
             controller=uuid.uuid4().hex[:12],
-            clock=time.monotonic,
+            clock=self.clock,
             deliver=self._deliver,
             spawn=self._spawn,
             end=self._end,
         )
+        self.injector = Injector(
+            faults, self.host, self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
+        )
+        self.telemetry = Telemetry(self.config, self.run_dir)
         self.began = self.lost_journal = False
         self.own = ExitStack()
 
@@ -114,42 +127,52 @@ class ControllerActor(Keeper):
             self.lost_journal = True
             log.error("the journal is gone: %s", JOURNAL_LOST.format(run_id=self.run_id))
             return
+        outage_s = self._outage_s() if reborn else 0.0
         try:
             self._own_directory()
-            self.host.open()
+            self.host.open(outage_s=outage_s)
         except (ValueError, OSError) as error:
             log.error("the journal cannot be taken over: %s", error)
             self.failure = str(error)
             self.over.set()
             raise
-        with _must_not_fail():
+        with must_not_fail():
+            self.injector.resume()
+            self.telemetry.start(self.host)
             if reborn:
-                self._forget_injected()
+                why = f"it was gone for {outage_s:.1f} s and has taken over its journal"
+                self.host.handle(FaultNoticed(fault="controller_restarted", member="controller", detail=why))
                 self._find_islands()
             elif not self.config.run.elastic:
                 for name in self.host.plan.islands:
                     self._spawn(name, "start")
         self._task(self._pulse())
 
-    def _forget_injected(self) -> None:
-        """Faults that an earlier life injected are not injected again."""
-        records = [row.record for row in self.host.journal.rows]
-        done = [(r.fault, r.member) for r in records if isinstance(r, FaultRecord) and r.injected]
-        for fault in list(self.faults):
-            if (fault.kind, fault.member) in done:
-                done.remove((fault.kind, fault.member))
-                self.faults.remove(fault)
+    def _outage_s(self) -> float:
+        """Seconds for which there was no controller, by when the one before last wrote what islands had measured."""
+        metrics = self.host.run_dir.metrics
+        return max(time.time() - metrics.stat().st_mtime, 0.0) if metrics.exists() else 0.0
+
+    def _actors(self) -> dict[str, ActorHandle]:
+        """The islands' processes that have begun."""
+        found = {name: self.handles.get(nonce) for name, nonce in self.nonce_of.items() if nonce in self.begun}
+        return {name: handle for name, handle in found.items() if handle is not None}
 
     def _find_islands(self) -> None:
         """After a restart: adopt each island's newest process, end older ones, replace those that are gone."""
         found: dict[str, list[str]] = {}
-        for name, nonce in find_islands(self.run_id):
-            found.setdefault(name, []).append(nonce)
+        for started_as, nonce in find_islands(self.run_id):
+            name = self._name_of(started_as, nonce)
+            if name is None:
+                ray.kill(self._process(started_as, nonce))
+            else:
+                found.setdefault(name, []).append(nonce)
+                self.started_as[nonce] = started_as
         expected = () if self.config.run.elastic else self.host.plan.islands
         for name in {*expected, *found, *self.host.coordinator.state.current}:
             newest = max(found.get(name, []), default=None)
             for nonce in found.get(name, ()):
-                handle = ray.get_actor(island_actor_name(self.run_id, name, nonce), namespace=NAMESPACE)
+                handle = self._process(self.started_as[nonce], nonce)
                 if nonce == newest:
                     self._adopt(name, nonce, handle)
                 else:
@@ -166,10 +189,13 @@ class ControllerActor(Keeper):
     async def _pulse(self) -> None:
         while self.host.finished is None and self.host.died is None:
             await asyncio.sleep(TICK_S)
-            with _must_not_fail():
+            with must_not_fail():
                 self.host.tick()
-                self._inject()
+                self.injector.tick()
+                self.telemetry.tick(self.host)
                 self._conclude_if_over()
+                if not self.config.run.elastic:
+                    self._start_standbys()
             if self.config.run.elastic and time.monotonic() - self.looked_s >= LOOK_S:
                 self.looked_s = time.monotonic()
                 await self._look()
@@ -181,7 +207,7 @@ class ControllerActor(Keeper):
         nodes = places.without_others(total, available, self.place_of)
         free = places.free_places(nodes, self.place_of, self.leaving_nodes)
         silent = set(free) - await in_thread(None, answering, set(free)) if free else set()
-        with _must_not_fail():
+        with must_not_fail():
             if self.concluding or self.host.coordinator.stopping is not None:
                 return
             if any(name not in self.place_of for name in self.nonce_of):
@@ -192,6 +218,7 @@ class ControllerActor(Keeper):
                 elif self.nonce_of[name] not in self.begun:  # of those that have begun Ray tells when they die
                     self._spawn(name, "its machine went before it began")
             there = {node: num for node, num in nodes.items() if node not in silent}
+            self._place_standbys(there)
             for name, node in places.fill(there, self.place_of, self.leaving_nodes, self.unplaced):
                 if name in self.unplaced:
                     self.unplaced.remove(name)
@@ -202,21 +229,21 @@ class ControllerActor(Keeper):
     async def receive(self, envelope: Envelope) -> None:
         """An envelope from a member."""
         await self.begin()
-        with _must_not_fail():
+        with must_not_fail():
             if not self.over.is_set() and self.host.died is None and not self.lost_journal:
                 self.spoke.add(self.nonce_of.get(envelope.name, ""))
                 self.host.receive(envelope)
                 self._conclude_if_over()
 
     def _do(self, event: Event) -> None:
-        with _must_not_fail():
+        with must_not_fail():
             self.host.handle(event)
             self._conclude_if_over()
 
     async def stop(self, save: bool = True) -> None:
         """The user wants the run to stop."""
         await self.begin()
-        with _must_not_fail():
+        with must_not_fail():
             if self.host.finished is None and self.host.died is None and not self.lost_journal:
                 self.host.handle(StopRequested(save=save))
                 self._conclude_if_over()
@@ -233,7 +260,7 @@ class ControllerActor(Keeper):
         members = [members] if isinstance(members, str) else members
         if self.lost_journal:
             return {"leaving": [], "unknown": []}
-        with _must_not_fail():
+        with must_not_fail():
             known = {*self.nonce_of, *self.host.coordinator.state.last_incarnation}
             names = [name for name in members if name in known]
             self.sent_away.update(names)
@@ -274,16 +301,34 @@ class ControllerActor(Keeper):
         }
         rebuild = functools.partial(self.host.rebuild, functools.partial(ask_copies, handles), force=force)
         journal = await asyncio.get_running_loop().run_in_executor(None, rebuild)
-        with _must_not_fail():
+        with must_not_fail():
             RunDir(self.run_dir).record(self.config.to_toml())
             self._own_directory()
             self.host.go_on(journal)
             self.lost_journal = False
             log.warning("the journal was rebuilt from the members' copies: %d rows", len(journal.rows))
-            self._forget_injected()
+            self.injector.resume()
             self._find_islands()
         self._task(self._pulse())
         return len(journal.rows)
+
+    async def standby_news(self, nonce: str, held: int, ready: bool) -> News:
+        """A process that waits asks for what it lacks of the journal, and who holds which versions."""
+        await self.begin()
+        return self.news_for(nonce, held, ready)
+
+    async def chaos(self, faults: list[str]) -> dict[str, Any]:
+        """Cause faults now; returns `done`, as they were journalled, or `error` and nothing was caused."""
+        await self.begin()
+        if self.lost_journal:
+            return {"done": [], "error": "the journal is gone: nothing can be written down before it happens"}
+        with must_not_fail():
+            if self.host.finished is not None or self.host.died is not None:
+                return {"done": [], "error": "the run is over"}
+            try:
+                return {"done": self.injector.now(faults), "error": None}
+            except (FaultPlanError, UserError) as error:
+                return {"done": [], "error": str(error)}
 
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
@@ -310,21 +355,39 @@ class ControllerActor(Keeper):
             "seconds": coordinator.seconds(),
             "progress": coordinator.progress(),
             "tokens": coordinator.state.samples_committed() * self.host.plan.seq_len,
+            "params": coordinator.state.num_params,
             "rounds": coordinator.state.heads[0].version.n if coordinator.state.heads else 0,
             "val_loss": latest,
             "evaluations": len(coordinator.state.evaluations),
             "members": {
-                str(member): {"status": process.status, "steps": process.hello.steps if process.hello else 0}
+                str(member): {
+                    "status": process.status,
+                    "reason": process.reason,
+                    "steps": process.hello.steps if process.hello else 0,
+                }
                 for member, process in sorted(coordinator.roll.processes.items())
             },
             "faults": len(coordinator.faults),
+            "quorum": coordinator.short_of,
+            "standbys": dict(status_of(self.pool)),
             "left": sorted(coordinator.away_since),
             "run": self.run_id,
             "run_dir": str(self.run_dir),
             "paused": coordinator.state.paused,
             "settings": coordinator.state.settings.newest(),
-            "unfired": [str(fault) for fault in self.faults],
+            "unfired": self.injector.schedule.unfired(),
+            "metrics": self.telemetry.told,
         }
+
+    async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
+        """See `orchestrator.dashboard.controls.feed_part`."""
+        await self.begin()
+        return await feed_part(self, metrics_at, journal_at, must_not_fail)
+
+    async def act(self, action: str, member: str, by: str) -> str:
+        """See `orchestrator.dashboard.controls.carry_out`."""
+        await self.begin()
+        return await carry_out(self, action, member, by, must_not_fail)
 
     # ------------------------------------------------------------ commands
 
@@ -334,10 +397,12 @@ class ControllerActor(Keeper):
             self.handles[nonce].deliver.remote(batch)
 
     def _spawn(self, name: str, why: str, node: str | None = None) -> None:
-        """A new process for an island: on `node`, or where Ray likes; in an elastic run in the next free place."""
+        """A new process for an island: one that waits, or on `node`, or where Ray likes, or in the next free place."""
         old = self.nonce_of.pop(name, None)
         if old is not None and old in self.handles:
             ray.kill(self.handles.pop(old))
+        if self._let_standby(name, why, node):
+            return
         if self.config.run.elastic and node is None:
             self.place_of.pop(name, None)
             if name not in self.unplaced:
@@ -349,27 +414,11 @@ class ControllerActor(Keeper):
         if node is not None:
             self.place_of[name] = node
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        spec = island_spec(
-            self.config,
-            island_index(name),
-            run_id=self.run_id,
-            run_dir=self.run_dir,
-            pack=self.pack,
-            resume=self.resume,
-        )
-        nonce = f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}"  # in order of their starts
-        life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
-        self.log_of[nonce] = self.run_dir / "logs" / f"{name}-{life}.log"
-        handle = IslandActor.options(
-            name=island_actor_name(self.run_id, name, nonce),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            resources={WORKER_RESOURCE: 1},
-            scheduling_strategy=strategy,
-            label_selector=dict(self.config.run.labels) if node is None else None,
-        ).remote(spec, nonce, self.token, str(self.log_of[nonce]), self.wrap)
+        spec, log_file = self._spec(name)
+        nonce = new_nonce()
+        self.log_of[nonce] = Path(log_file)
         log.info("starting %s (%s)", name, why)
-        self._adopt(name, nonce, handle)
+        self._adopt(name, nonce, self._start(name, nonce, spec, log_file, strategy))
 
     def _adopt(self, name: str, nonce: str, handle: ActorHandle) -> None:
         self.handles[nonce] = handle
@@ -379,48 +428,44 @@ class ControllerActor(Keeper):
     async def _watch(self, name: str, nonce: str, handle: ActorHandle) -> None:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
-            node = await handle.begin.remote()
+            node = await through_cuts(handle.begin.remote, None, name)
             self.begun.add(nonce)
-            await self._look_after(nonce, handle)
+            await self._look_after(name, nonce, handle, node)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
-            why, raised = None, True
+            self.injector.greet(name)
+            why, raised, taken = None, True, ""
             while why is None:
-                why = await handle.wait.remote(WATCH_S)
+                why = await through_cuts(lambda: handle.wait.remote(WATCH_S), node, name)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
-            why, raised = _reason(error), isinstance(error, RayTaskError)
+            why, raised, taken = reason_of(error), isinstance(error, RayTaskError), self._taken(name, error)
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
         ray.kill(handle)  # where training failed, the process is still there
         self.nonce_of.pop(name, None)
         self.handles.pop(nonce, None)
-        with _must_not_fail():
+        with must_not_fail():
             hopeless = why.partition(":")[0] in HOPELESS
-            self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless))
+            self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless, taken=taken))
             self._conclude_if_over()
 
-    def _end(self, name: str, nonce: str) -> None:
+    def _taken(self, name: str, error: Exception) -> Literal["", "preempted", "lost"]:
+        """Whether its machine was taken away: with notice, or with everything on it."""
+        if self.place_of.get(name) in self.leaving_nodes or getattr(error, "preempted", False):
+            return "preempted"
+        return "lost" if "node" in str(error) and "died" in str(error) and "its node" in str(error) else ""
+
+    def _end(self, name: str, nonce: str, save_stack: bool = False) -> None:
         process = nonce.split("+")[0]
         if self.nonce_of.get(name) == process:
             del self.nonce_of[name]
             if name not in self.sent_away:
                 self.place_of.pop(name, None)
         handle = self.handles.pop(process, None)
-        if handle is not None:
+        if handle is not None and save_stack:
+            self._task(self._end_after_stack(name, handle))
+        elif handle is not None:
             ray.kill(handle)
-
-    def _inject(self) -> None:
-        heads = self.host.coordinator.state.heads
-        if not self.faults or not heads:
-            return
-        for fault in due(self.faults, heads[0].version.n):
-            nonce = self.nonce_of.get(fault.member)
-            if nonce is None:
-                continue
-            self.faults.remove(fault)
-            log.warning("injecting %s", fault)
-            self.host.handle(FaultInjected(fault=fault.kind, member=fault.member))
-            self.handles[nonce].die.remote(int(signal.SIGKILL))
 
     def _conclude_if_over(self) -> None:
         if self.host.died is not None:
@@ -428,14 +473,18 @@ class ControllerActor(Keeper):
             os._exit(0)
         if self.host.finished is not None and not self.concluding:
             self.concluding = True
+            for fault in self.injector.schedule.unfired():
+                log.warning("%s did not happen: the run was over before", fault)
             self._task(self._conclude())
 
     async def _conclude(self) -> None:
         """The run is over: let the members finish, write the summary, close the journal."""
-        with _must_not_fail():
+        with must_not_fail():
             waits = [self.watches[nonce] for nonce in self.handles if nonce in self.spoke]
             if waits:
                 await asyncio.wait(waits, timeout=GOODBYE_S)
+            # Before the files are closed: what members still send meanwhile is written as ever.
+            await asyncio.get_running_loop().run_in_executor(None, self.telemetry.stop)
             save_summary(build_summary(self.host, self.config), self.run_dir)
             self.host.close()
             for handle in self.handles.values():
@@ -445,24 +494,3 @@ class ControllerActor(Keeper):
             self.over.set()
         await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
         ray.kill(ray.get_runtime_context().current_actor)
-
-
-@contextmanager
-def _must_not_fail() -> Iterator[None]:
-    """Whatever goes wrong in here, or a journal that cannot be trusted, ends this process: the next life replays it."""
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done and not isinstance(sys.exc_info()[1], asyncio.CancelledError):
-            log.exception("this controller ends")
-            logging.shutdown()
-            os._exit(1)
-
-
-def _reason(error: RayActorError | RayTaskError | ActorUnschedulableError) -> str:
-    """What happened to an island, in one line: the exception that was raised there, or how its process ended."""
-    raised = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    text = str(raised).strip().splitlines()
-    return f"{type(raised).__name__}: {text[0] if text else ''}"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from orchestrator.settings import ExchangeConfig
 from strategies.config import Section
 from workers.records import EvaluationRecord, FaultRecord, Record, StopRecord
 
@@ -44,9 +45,9 @@ class Alarm:
 class Alarms:
     """Notices each thing once, and again only after it was over."""
 
-    def __init__(self, config: NotifyConfig, *, num_needed: int) -> None:
-        """`num_needed`: live members without which the run is below its quorum."""
-        self.config, self.num_needed = config, num_needed
+    def __init__(self, config: NotifyConfig, *, num_islands: int) -> None:
+        """`num_islands`: members that the run is to have; 0: as many as there are places."""
+        self.config, self.num_islands = config, num_islands
         self._below_s: float | None = None
         self._told_below = False
         self._mean: dict[str, tuple[float, int]] = {}
@@ -89,16 +90,21 @@ class Alarms:
             return self._once("loss_spike", member, t_s, detail)
         return []
 
-    def on_time(self, num_live: int, t_s: float, *, started: bool) -> list[Alarm]:
-        """So many members live now."""
-        if not started or self._finished or num_live >= self.num_needed:
+    def num_needed(self, exchange: ExchangeConfig) -> int:
+        """Live members without which the run is below its quorum; `exchange`: as it is set now."""
+        return exchange.min_members or max(int(exchange.quorum * self.num_islands), 1)
+
+    def on_time(self, num_live: int, t_s: float, *, started: bool, exchange: ExchangeConfig) -> list[Alarm]:
+        """So many members live now, and so many are needed for a commit as `exchange` says now."""
+        needed = self.num_needed(exchange)
+        if not started or self._finished or num_live >= needed:
             self._below_s, self._told_below = None, False
             return []
         self._below_s = t_s if self._below_s is None else self._below_s
         if self._told_below or t_s - self._below_s < self.config.below_quorum_s:
             return []
         self._told_below = True
-        detail = f"{num_live} members live, {self.num_needed} are needed, for {t_s - self._below_s:.0f} s"
+        detail = f"{num_live} members live, {needed} are needed, for {t_s - self._below_s:.0f} s"
         return [Alarm(kind="below_quorum", t_s=t_s, detail=detail)]
 
     def _once(self, kind: Kind, member: str, t_s: float, detail: str) -> list[Alarm]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from orchestrator.config import RunConfig
@@ -10,6 +11,7 @@ from orchestrator.coordinator import RunPlan
 from strategies.codecs.backends import resolve_backend
 from workers.context import IslandSpec
 from workers.data.index import load_index
+from workers.schedule import agreed_rate
 
 
 def island_name(index: int) -> str:
@@ -78,6 +80,11 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         replace_dead=config.run.replace,
         max_restarts=config.run.max_restarts,
         max_refusals=config.run.max_refusals,
+        max_early_deaths=config.run.max_early_deaths,
+        restart_window_s=config.run.restart_window_s,
+        rate=partial(agreed_rate, train=config.train) if config.strategy.qsr_alpha else None,
+        warmup=config.train.warmup,
+        load=config.run.load,
     )
 
 
@@ -110,6 +117,8 @@ def island_spec(
         bound_rounds=config.exchange.bound_rounds,
         connections=config.exchange.connections,
         pace_s=train.pace_s,
+        link_share=config.exchange.link_share,
+        link_bytes_per_s=config.exchange.link_bytes_per_s,
         resume=resume,
         keep_anchors=config.run.keep_anchors,
     )

@@ -21,7 +21,7 @@ from orchestrator.config_checks import find_problems
 from orchestrator.config_errors import CROSS_CHECK, Locate, dotted_keys, explain
 from orchestrator.errors import UserError
 from orchestrator.names import nearest
-from orchestrator.settings import ExchangeConfig, RunSection
+from orchestrator.settings import ExchangeConfig, MetricsConfig, RunSection
 from orchestrator.toml_writer import format_tables
 from strategies.config import CodecConfig, Section, StrategyConfig
 from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
@@ -46,6 +46,7 @@ class RunConfig(Section):
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig, description="How a synchronisation is agreed on.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Validation of the anchor.")
     notify: NotifyConfig = Field(default_factory=NotifyConfig, description="A command to run when something happens.")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What leaves for monitoring systems.")
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Self:

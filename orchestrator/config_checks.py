@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from orchestrator.config_problem import Problem
+from orchestrator.strategy_checks import check_strategy
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -14,20 +16,12 @@ if TYPE_CHECKING:
 MEMBER_NAME = re.compile(r"island-(0|[1-9][0-9]*)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """Two settings that do not fit: the key that is most likely wrong, what is wrong, what to do."""
-
-    key: str
-    message: str
-    remedy: str
-
-
 def find_problems(config: RunConfig) -> Iterator[Problem]:
     """All contradictions of a configuration whose single values are right."""
     yield from check_data(config)
     yield from check_model(config)
     yield from check_training(config)
+    yield from check_fit_batch(config)
     yield from check_islands(config)
     yield from check_strategy(config)
     yield from check_exchange(config)
@@ -88,6 +82,20 @@ def check_training(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key=key, message=message + where, remedy=f"one of {_divisors(train.batch_size)}")
 
 
+def check_fit_batch(config: RunConfig) -> Iterator[Problem]:
+    """The batch is measured for the built-in loop, which takes it in one piece."""
+    if not config.train.fit_batch:
+        return
+    if config.train.loop is not None:
+        message = f"train.fit_batch measures the built-in loop, and train.loop = {config.train.loop!r} is set"
+        yield Problem(key="train.fit_batch", message=message, remedy="set train.batch_size yourself")
+    names = [name for name in ["", *config.train.per_island] if config.train.for_island(name).accumulation > 1]
+    if names:
+        where = f"train.per_island.{names[0]}.accumulation" if names[0] else "train.accumulation"
+        message = f"{where} cuts a batch into pieces, and train.fit_batch looks for the largest single piece"
+        yield Problem(key="train.fit_batch", message=message, remedy="train.accumulation = 1")
+
+
 def check_islands(config: RunConfig) -> Iterator[Problem]:
     """Settings of single islands name islands that the run has."""
     islands = config.run.islands
@@ -98,25 +106,10 @@ def check_islands(config: RunConfig) -> Iterator[Problem]:
             last = "" if islands == "auto" else f" to island-{islands - 1}"
             message = f"train.per_island.{name}: the run has no island of this name"
             yield Problem(key="train.per_island", message=message, remedy=f"islands are called island-0{last}")
-    if islands != "auto" and config.exchange.min_members > islands:
+    least = config.exchange.min_members
+    if islands != "auto" and least is not None and least > islands:
         message = f"exchange.min_members = {config.exchange.min_members} is more than run.islands = {islands}"
         yield Problem(key="exchange.min_members", message=message, remedy=f"at most {islands}")
-
-
-def check_strategy(config: RunConfig) -> Iterator[Problem]:
-    """Data parallel training exchanges gradients after every step and has its optimizer outside."""
-    strategy = config.strategy
-    if strategy.name != "ddp":
-        return
-    if strategy.inner_steps != 1:
-        message = f"strategy.inner_steps = {strategy.inner_steps}, but strategy.name = 'ddp' exchanges every step"
-        yield Problem(key="strategy.inner_steps", message=message, remedy="strategy.inner_steps = 1")
-    if strategy.warmup_sync:
-        message = f"strategy.warmup_sync = {strategy.warmup_sync} has no meaning with strategy.name = 'ddp'"
-        yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
-    if config.train.optimizer != "adamw":
-        message = f"train.optimizer = {config.train.optimizer!r} is not available with strategy.name = 'ddp'"
-        yield Problem(key="train.optimizer", message=message, remedy="train.optimizer = 'adamw'")
 
 
 def check_exchange(config: RunConfig) -> Iterator[Problem]:

@@ -7,7 +7,9 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from annotated_types import Ge, Le
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from orchestrator.errors import UserError
@@ -97,11 +99,28 @@ def _wrong_value(key: str, name: str, owner: type[BaseModel], value: Any, *, pla
         return UserError(f"{key} = {_shown(value)}: {key} is a table of settings", place=place, remedy=remedy)
     field, takes = owner.model_fields[name], allowed_values(owner, name)
     default = field.get_default(call_default_factory=True)
-    remedy = "leave it out" if default is None else f"the default, {_shown(default)}"
+    if field.is_required():
+        remedy = takes
+    else:
+        remedy = "leave it out" if default is None else f"the default, {_shown(default)}"
+    nearest_value = _nearest_bound(field, value)
+    remedy = remedy if nearest_value is None else f"{nearest_value:g}, the nearest that is allowed"
     remedy += f" ({field.description.rstrip('.')})" if field.description else ""
     if isinstance(value, int | float) and takes.startswith("text"):
         remedy = f'quotes: {key} = "{value}" in a file, --set \'{key}="{value}"\' on the command line'
     return UserError(f"{key} = {_shown(value)} is not allowed: it takes {takes}", place=place, remedy=remedy)
+
+
+def _nearest_bound(field: FieldInfo, value: object) -> float | None:
+    """The inclusive limit that a number is beyond; None where it is not that which is wrong."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    for limit in field.metadata:
+        if isinstance(limit, Ge) and value < limit.ge:  # type: ignore[operator]
+            return float(limit.ge)  # type: ignore[arg-type]
+        if isinstance(limit, Le) and value > limit.le:  # type: ignore[operator]
+            return float(limit.le)  # type: ignore[arg-type]
+    return None
 
 
 def _walk(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:

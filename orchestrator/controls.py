@@ -18,6 +18,7 @@ from orchestrator.events import Event, PauseRequested, RollbackRequested, SaveRe
 from orchestrator.live import check_changes
 from orchestrator.rollback import find_target, pin
 from orchestrator.status import read_status
+from workers.live_settings import holds_at_once
 from workers.records import dump_row
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Controls:
         self._do(PauseRequested(paused=True, why="asked to"))
         return self._said()
 
-    async def resume_training(self) -> dict[str, Any]:
+    async def resume(self) -> dict[str, Any]:
         """Training goes on after `pause`."""
         await self._ready()
         self._do(PauseRequested(paused=False, why="asked to"))
@@ -75,14 +76,18 @@ class Controls:
         return {**self._said(), "snapshot": asked[1] if asked is not None else None}
 
     async def set(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Change settings that can change while the run goes on, from the next version on for every member."""
+        """Change settings that can change while the run goes on, from the next version on for every member.
+
+        Those of `[exchange]` hold at once.
+        """
         await self._ready()
         state = self.host.coordinator.state
         changes = check_changes(self.config, state.settings.newest(), values)
         if not state.heads:
             raise UserError("the run has not begun: no setting can change yet", remedy="wait for the first round")
         self._do(SettingsRequested(values=changes))
-        return {**self._said(), "since": [head.version.n + 1 for head in state.heads], "set": dict(changes)}
+        ahead = 0 if all(holds_at_once(key) for key, _ in changes) else 1
+        return {**self._said(), "since": [head.version.n + ahead for head in state.heads], "set": dict(changes)}
 
     async def rollback(self, version: int) -> dict[str, Any]:
         """Go on from an older snapshot; what was committed since is trained on again."""

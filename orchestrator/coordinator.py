@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from orchestrator import events as ev
 from orchestrator import exchange as ex
+from orchestrator import shares
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet, MemberView
 from orchestrator.membership import MemberClock, Process
@@ -57,13 +58,17 @@ class Coordinator(Operations):
                 case ev.Flushed(seq=seq):
                     self._flushed(seq)
                 case ev.JournalFullNow():
-                    self._say("the journal's disk is full: commits stop until there is space", level="warning")
+                    self._journal_is_full()
                 case ev.ProcessDied():
                     self._process_died(event)
-                case ev.FaultInjected(fault=fault, member=member):
-                    self._fault_injected(fault, member)
+                case ev.FaultInjected():
+                    self._fault_injected(event)
+                case ev.FaultNoticed(fault=fault, member=member, detail=detail):
+                    self._fault(fault, member, detail, injected=False)
                 case ev.LeaveRequested(name=name, why=why):
                     self._leave_requested(name, why)
+                case ev.Operated():
+                    self._operated(event)
                 case ev.StopRequested():
                     self._stop_requested(event)
                 case ev.SettingsRequested():
@@ -98,14 +103,14 @@ class Coordinator(Operations):
 
     def _flushed(self, seq: int) -> None:
         self.flushed = max(self.flushed, seq)
+        self.full = False
         done = [record for at, record in self.after_flush if at <= self.flushed]
         self.after_flush = [(at, record) for at, record in self.after_flush if at > self.flushed]
         for record in done:
             if isinstance(record, CommitRecord):
                 self._after_commit(record)
             elif isinstance(record, FenceRecord):
-                nonce = self.state.members[MemberId(name=record.member, incarnation=record.incarnation)].nonce
-                self.commands.append(ev.End(name=record.member, nonce=nonce, why=record.why))
+                self._fence_flushed(MemberId(name=record.member, incarnation=record.incarnation), record.why)
             elif isinstance(record, RollbackRecord):
                 self.commands.append(ev.RolledBack(versions=record.versions))
             elif isinstance(record, StopRecord):
@@ -200,14 +205,13 @@ class Coordinator(Operations):
         was_ready, had = process.ready(), process.hello
         self.sent[process.nonce.split("+")[0]] = hello.bytes_sent
         first_step = process.said(hello, self.now)
-        if process.status == "joining" and process.ready():
-            process.status, process.reason = "healthy", "holds the state"
         if hello.journal_len < process.rows_sent and (had is None or had.journal_len >= hello.journal_len):
             process.rows_sent = hello.journal_len
         if process.rows_sent <= self.flushed:
             self._sync(member)
         if first_step:
             process.first_step_s = self.seconds()
+            self.policy.stepped(member.name)
             self._track(member, "back_s")
         entry = self.state.members[member]
         if hello.num_leased < entry.num_leased and had is not None and had.num_leased == hello.num_leased:
@@ -225,8 +229,24 @@ class Coordinator(Operations):
         if member.name in self.leaving and hello.waiting != "leaving":
             self._tell(member, msg.Leave())
         self._start_if_ready()
+        if self.plan.load == "by_speed" and shares.unmeasured(
+            self.state.shares, self.roll.processes, shares.speeds_of(self.roll.processes)
+        ):
+            self._plan_shares()
         self._grant()
         self._let_go()
+
+    def _plan_shares(self) -> None:
+        """Local steps by measured speed: journalled, so that every member and every replay have the same."""
+        if self.plan.load != "by_speed" or self.stopping is not None:
+            return
+        steps = self.longest_round()
+        record = shares.new_shares(self.state.shares, shares.speeds_of(self.roll.processes), steps)
+        if record is not None:
+            self._log(record)
+            told = ", ".join(f"{member} {n}" for member, n in zip(record.members, record.steps, strict=True))
+            self._say(f"local steps of a round by speed: {told} ({record.why})")
+            self._tell_all()
 
     def _repeat(
         self, member: MemberId, exchange: ex.FragmentExchange, report: msg.FragmentReport | None, had: msg.Hello | None
@@ -273,10 +293,11 @@ class Coordinator(Operations):
                 watermark=entry.watermarks[fragment], leases=entry.leases,
                 blocked=process is not None and process.blocked(fragment, head.n, entry.watermarks[fragment]),
                 leaving=member.name in self.leaving,
+                behind=process.behind(fragment, head.n) if process is not None else 0,
             )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
-            inner_steps=self.strategy_at(fragment).inner_steps_at(self.progress()),
+            inner_steps=self.inner_steps_of(fragment),
         )  # fmt: skip
 
     def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:
@@ -337,6 +358,7 @@ class Coordinator(Operations):
             self.refusals.pop(entry.member, None)
             self._track(entry.offer.member, "contributed_s")
         self._settle_all()
+        self._plan_shares()
         self._grant()
         self._let_go()
         while self.progress() >= self.next_eval - 1e-9 and self.next_eval < 1.0:
@@ -376,6 +398,9 @@ class Coordinator(Operations):
         self._judge()
         for exchange in self.exchanges:
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
+        if self.exchanges:
+            self._watch_quorum(self._fleet(0))
+        self._spawn_due()
         self._ask_genesis()
         self._start_if_ready()
         self._restore_if_lost()

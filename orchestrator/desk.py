@@ -6,10 +6,11 @@ at once, a message only when `Flushed` has covered all that was decided before i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from faults.recovery import OWN_FAULTS, Budgets
 from orchestrator import events as ev
 from orchestrator.membership import Roll
 from orchestrator.run_state import RunState
@@ -17,7 +18,7 @@ from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
 from workers import messages as msg
 from workers.live_settings import with_changes
-from workers.records import FaultRecord, MemberId, Record, Row, Term, make_row
+from workers.records import FaultRecord, MemberId, OperatorRecord, Record, Row, Term, make_row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,30 @@ class RunPlan:
     replace_dead: bool
     max_restarts: int
     max_refusals: int = 3
+    max_early_deaths: int | None = 5
+    restart_window_s: float = 3600.0
+    backoff_s: float = 1.0
+    judges_hangs: bool = True
+    rate: Callable[[float], float] | None = None
+    warmup: float = 0.0
+    load: Literal["equal", "by_speed"] = "equal"
+
+    def budgets(self) -> Budgets:
+        """What may fail how often; what is taken away from a member may be taken away any number of times."""
+        own = dict.fromkeys(OWN_FAULTS, self.max_restarts)
+        return Budgets(
+            per_kind={**own, "lost": None, "preempted": None},
+            window_s=self.restart_window_s,
+            early=self.max_early_deaths,
+            backoff_s=self.backoff_s,
+        )
+
+    def inner_steps_at(self, progress: float, strategy: StrategyConfig | None = None) -> int:
+        """Local steps of a round that starts at `progress`; `rate` is the inner learning rate there.
+
+        `strategy`: `[strategy]` as it was changed since the run began.
+        """
+        return (strategy or self.strategy).inner_steps_at(progress, self.rate, self.warmup)
 
 
 def may_tell(decided: int, flushed: int) -> bool:
@@ -48,16 +73,20 @@ class Desk:
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
         """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
-        self.plan = plan
         self.term = term
         self.rows: list[Row] = []
         self.state = RunState()
         for row in rows:
             self._replay(row)
+        self.plan = plan
+        exchange = plan.exchange
         self.flushed = len(self.rows) - 1
         self.zero_s = now - started_s
         self.now = now
-        self.roll = Roll(suspect_s=plan.exchange.suspect_s, limbo_s=plan.exchange.limbo_s)
+        self.roll = Roll(
+            suspect_s=exchange.suspect_s, limbo_s=exchange.limbo_s, heartbeat_s=exchange.heartbeat_s,
+            judges_hangs=plan.judges_hangs,
+        )  # fmt: skip
         self.pending: list[Row] = []
         self.held: list[tuple[int, MemberId | str, tuple[msg.ControllerBody, ...]]] = []
         self.after_flush: list[tuple[int, Record]] = []
@@ -85,6 +114,14 @@ class Desk:
         values = self.state.settings.at(fragment, self.state.heads[fragment].version.n) if self.state.heads else ()
         return with_changes(self.plan.exchange, "exchange", values)
 
+    def inner_steps_of(self, fragment: int) -> int:
+        """Local steps of a fragment's round that begins now."""
+        return self.plan.inner_steps_at(self.progress(), self.strategy_at(fragment))
+
+    def longest_round(self) -> int:
+        """Local steps of a round of the fragment that has the longest."""
+        return max(self.inner_steps_of(fragment) for fragment in range(max(self.state.num_fragments, 1)))
+
     # ------------------------------------------------------------ journal
 
     def _replay(self, row: Row) -> None:
@@ -105,6 +142,14 @@ class Desk:
         self._log(
             FaultRecord(fault=fault, member=member, injected=injected, t_s=round(self.seconds(), 6), detail=detail)
         )
+
+    def _operated(self, event: ev.Operated) -> None:
+        self._log(
+            OperatorRecord(
+                action=event.action, member=event.member, by=event.by, outcome=event.outcome,
+                t_s=round(self.seconds(), 6),
+            )
+        )  # fmt: skip
 
     # ------------------------------------------------------------ outbox
 

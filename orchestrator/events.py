@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from workers.messages import Batch, Envelope
 from workers.records import MemberId, Row, Scalar
@@ -35,7 +35,7 @@ class ProcessDied:
     """The process with this nonce (or any process of `name`, if none joined yet) is known to be dead.
 
     `hopeless`: the user's settings or code are wrong, another process would end the same way. `raised`: an exception
-    ended its training, nobody killed it.
+    ended its training, nobody killed it. `taken`: its machine was taken away, on notice or not.
     """
 
     name: str
@@ -43,14 +43,25 @@ class ProcessDied:
     why: str
     raised: bool = False
     hopeless: bool = False
+    taken: Literal["", "preempted", "lost"] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultInjected:
-    """Somebody made something go wrong on purpose."""
+    """Somebody made something go wrong on purpose; `detail`: what exactly, as it was asked for."""
 
     fault: str
     member: str
+    detail: str = "injected on purpose"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultNoticed:
+    """Something went wrong that the shell around the coordinator noticed."""
+
+    fault: str
+    member: str
+    detail: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +70,16 @@ class LeaveRequested:
 
     name: str
     why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operated:
+    """Somebody asked for something (a dashboard's button): it is on the record, with what came of it."""
+
+    action: str
+    member: str
+    by: str
+    outcome: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +135,9 @@ Event = (
     | JournalFullNow
     | ProcessDied
     | FaultInjected
+    | FaultNoticed
     | LeaveRequested
+    | Operated
     | StopRequested
     | SettingsRequested
     | PauseRequested
@@ -151,11 +174,15 @@ class Spawn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """End the process with this nonce (it was fenced or is not needed any more)."""
+    """End the process with this nonce (it was fenced or is not needed any more).
+
+    `save_stack`: write down first where its threads are: it hangs, and that is how its user learns in what.
+    """
 
     name: str
     nonce: str
     why: str
+    save_stack: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

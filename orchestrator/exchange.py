@@ -7,7 +7,7 @@ present state come in, effects come out; the clock is an argument. The rules tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator import exchange_rules as rules
@@ -25,6 +25,9 @@ from workers.records import (
     roster_digest,
     version_chain,
 )
+
+PARTED_S = 30.0
+"""How long an owner is kept from parts after it could not reach a contributor; then it is tried again."""
 
 # ---------------------------------------------------------------- effects
 
@@ -97,6 +100,7 @@ class FragmentExchange:
         self.open: OpenExchange | None = None
         self.discards = 0
         self.disagreements = 0
+        self.parted: dict[rules.Pair, float] = {}  # when an owner last could not reach a contributor
 
     # ------------------------------------------------------------ OPEN
 
@@ -119,7 +123,8 @@ class FragmentExchange:
         if self.open.state != "open" or sender in self.open.offers:
             return []
         self.open.offers[sender] = (member.address, offer)
-        owners = rules.deal_chunks(self.num_chunks, self._able(fleet) or [sender])
+        likely = self._reaching(fleet, [m.id for m in rules.expected_members(self.open, fleet)], now)
+        owners = rules.deal_chunks(self.num_chunks, likely or [sender])
         announce = msg.Announce(
             offer_by=sender, address=member.address, offer=offer, owners=tuple(str(owner) for owner in owners)
         )
@@ -131,8 +136,13 @@ class FragmentExchange:
             return able
         return [m for m in able if m in self.open.candidates and m not in self.open.removed_owners]
 
+    def _reaching(self, fleet: Fleet, roster: Iterable[MemberId], now: float) -> list[MemberId]:
+        """Who can own parts of what this roster offers, as far as is known of cuts between members."""
+        self.parted = {pair: at_s for pair, at_s in self.parted.items() if now - at_s <= PARTED_S}
+        return rules.reaching_owners(self._able(fleet), set(roster), self.parted)
+
     def _close(self, open_: OpenExchange, fleet: Fleet, now: float, because: str) -> list[Effect]:
-        able = self._able(fleet)
+        able = self._reaching(fleet, open_.offers, now)
         if not able:
             return self.discard(f"no member can own a part of fragment {self.fragment}")
         offers = [(member, open_.offers[member][1]) for member in sorted(open_.offers)]
@@ -186,6 +196,8 @@ class FragmentExchange:
         if lost not in {entry.offer.member for entry in open_.roster}:
             return []
         open_.bad_pairs.add((sender, lost))
+        if lost in fleet.members:
+            self.parted[sender, lost] = now
         blamed = {contributor for owner, contributor in open_.bad_pairs if owner == sender}
         others = [m for m in self._able(fleet) if m != sender and (m, lost) not in open_.bad_pairs]
         if (lost in fleet.members and others) or (len(blamed) >= 2 and others):

@@ -5,7 +5,7 @@ Each says what it decides and, where it is a judgement, why. The machine in `orc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,10 +16,13 @@ from workers import ranges
 from workers.messages import ExchangeId, Offer, Version
 from workers.records import MemberId, RosterEntry, Term
 
+Pair = tuple[MemberId, MemberId]
+"""An owner, and a contributor that it could not reach."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemberView:
-    """What the exchange needs to know of one live member."""
+    """What the exchange needs to know of one live member. `behind`: versions to the head, by its last heartbeat."""
 
     id: MemberId
     node: str
@@ -32,6 +35,7 @@ class MemberView:
     leases: Sequence[ranges.Range]
     blocked: bool = False
     leaving: bool = False
+    behind: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +71,7 @@ class OpenExchange:
     progress_s: dict[MemberId, float] = field(default_factory=dict)
     reduced: dict[int, str] = field(default_factory=dict)
     haves: dict[MemberId, str] = field(default_factory=dict)
-    bad_pairs: set[tuple[MemberId, MemberId]] = field(default_factory=set)
+    bad_pairs: set[Pair] = field(default_factory=set)
     verified: bool = False
 
 
@@ -104,17 +108,18 @@ def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
 
 
 def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
-    """Offers that make a quorum: more than the share of those expected, or all."""
+    """Offers that make a quorum: the set minimum, else more than the share of those expected, or all."""
     share = num_expected if config.quorum >= 1 else int(config.quorum * num_expected) + 1
+    share = config.min_members or share
     return max(min(share, num_expected), 1)
 
 
 def close_reason(open_: OpenExchange, fleet: Fleet, config: ExchangeConfig, now: float) -> str | None:
     """Why the exchange closes now, or None: everybody who can has offered, or quorum plus grace is over (H2)."""
     expected = expected_members(open_, fleet)
-    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < config.min_members:
+    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < (config.min_members or 1):
         return None
-    awaited = [m for m in expected if m.ready and not m.suspect and m.id not in open_.offers]
+    awaited = [m for m in expected if m.ready and not m.suspect and not far_behind(m) and m.id not in open_.offers]
     if not awaited:
         return "all members that can offer have offered"
     if config.quorum >= 1 or open_.quorum_s is None or now < open_.quorum_s + config.grace_s:
@@ -145,10 +150,29 @@ def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list
     return [float(np.float32(c)) for c in raw]
 
 
+def far_behind(member: MemberView) -> bool:
+    """Whether it has yet to catch up, and has nothing to offer before.
+
+    After a cut it is heard long before it hears: its own messages come through while those to it, which were sent in
+    vain more often, wait for their next try. One version behind is who is just applying the newest one.
+    """
+    return member.behind > 1
+
+
 def able_owners(fleet: Fleet) -> list[MemberId]:
-    """Who can own parts; those who are about to leave only where nobody else is there."""
+    """Who can own parts; those who are about to leave, or far behind, only where nobody else is there."""
     able = [m for m in fleet.members.values() if m.ready and not m.suspect]
-    return [m.id for m in able if not m.leaving] or [m.id for m in able]
+    return [m.id for m in able if not m.leaving and not far_behind(m)] or [m.id for m in able]
+
+
+def reaching_owners(able: Sequence[MemberId], roster: Collection[MemberId], cut: Collection[Pair]) -> list[MemberId]:
+    """Those who can own parts and have lately got pieces of everybody in the roster; all where nobody has (H7).
+
+    A pair that could not reach each other is left out on both sides: a cut is seldom one way.
+    """
+    parted = {frozenset(pair) for pair in cut}
+    good = [m for m in able if not any(frozenset((m, other)) in parted for other in roster if other != m)]
+    return good or list(able)
 
 
 def deal_chunks(num_chunks: int, owners: Sequence[MemberId]) -> tuple[MemberId, ...]:

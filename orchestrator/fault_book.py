@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from faults.plan import KINDS
 from orchestrator import events as ev
 from orchestrator.agenda import Agenda
 from orchestrator.desk import RunPlan
 from workers.records import MemberId, Row, Term
+
+ENDS = {name: kind.ends for name, kind in KINDS.items()}
 
 
 class FaultBook(Agenda):
@@ -22,10 +25,29 @@ class FaultBook(Agenda):
         self.away_since: dict[str, float] = {}
         self.injected: list[tuple[float, str, str]] = []
         self.faults: list[ev.FaultTrack] = []
+        self.full = False
 
-    def _fault_injected(self, fault: str, member: str) -> None:
-        self.injected.append((self.seconds(), fault, member))
-        self._fault(fault, member, "injected on purpose", injected=True)
+    def _fault_injected(self, event: ev.FaultInjected) -> None:
+        self.injected.append((self.seconds(), event.fault, event.member))
+        self._fault(event.fault, event.member, event.detail, injected=True)
+
+    def _journal_is_full(self) -> None:
+        """Said and journalled once, when there is space again; nothing is committed before."""
+        if not self.full:
+            self.full = True
+            text = "the journal's disk is full: commits stop until there is space"
+            self._say(text, level="warning")
+            self._fault("journal_full", "controller", text, injected=False)
+
+    def _cause(self, member: MemberId, ended_by: str) -> tuple[float, str] | None:
+        """When and what was injected that may have ended an incarnation; what has passed by itself did not."""
+        process = self.roll.processes.get(member)
+        silent = process is not None and process.status == "suspect"
+        mine = [(t_s, fault) for t_s, fault, name in reversed(self.injected) if name == member.name]
+        for t_s, fault in mine:
+            if silent or ENDS.get(fault, False) or (ended_by, fault) == ("hung", "hang"):
+                return t_s, fault
+        return None
 
     def _track(self, member: MemberId, what: str) -> None:
         for track in list(self.faults):
@@ -44,18 +66,18 @@ class FaultBook(Agenda):
         """
         self._fault(fault, member.name, why, injected=False)
         self.missing_since.setdefault(member.name, self.seconds())
-        injected = next((t for t, _, m in reversed(self.injected) if m == member.name), None)
+        cause = self._cause(member, fault)
         self.injected = [i for i in self.injected if i[2] != member.name]
         process = self.roll.processes.get(member)
         heard = process.heard_s - self.zero_s if process is not None else None
         self.faults.append(
             ev.FaultTrack(
-                fault="kill" if fault == "died" else fault,
+                fault=cause[1] if cause is not None else "kill" if fault == "died" else fault,
                 member=member.name,
-                injected_s=injected if injected is not None else heard,
+                injected_s=cause[0] if cause is not None else heard,
                 detected_s=self.seconds(),
                 victim=member,
-                estimated=injected is None,
+                estimated=cause is None,
             )
         )
 

@@ -20,6 +20,7 @@ from orchestrator.finish import set_aside
 from orchestrator.journal import FileJournal, JournalFull, claim_segment, open_segment
 from orchestrator.journal_recovery import recover as recover_rows
 from orchestrator.metrics import FaultEvent, MetricsWriteError, MetricsWriter, RowError, row_from_dict
+from orchestrator.metrics import Row as MetricsRow
 from orchestrator.rollback import set_aside_later
 from orchestrator.rundir import RunDir
 from workers.messages import Batch, Envelope
@@ -44,9 +45,9 @@ class Host:
         clock: Callable[[], float],
         deliver: Callable[[Batch], None],
         spawn: Callable[[str, str], None],
-        end: Callable[[str, str], None],
+        end: Callable[[str, str, bool], None],
     ) -> None:
-        """`clock`: monotonic seconds; `deliver`, `spawn(name, why)`, `end(name, nonce)` must not block."""
+        """`clock`: monotonic seconds; `deliver`, `spawn(name, why)`, `end(name, nonce, save_stack)` must not block."""
         self.plan, self.run_dir, self.clock = plan, RunDir(run_dir), clock
         self.controller = controller
         self._deliver, self._spawn, self._end = deliver, spawn, end
@@ -59,10 +60,11 @@ class Host:
         self.started_s = 0.0
         self.alarms: Alarms | None = None
         self.tell: Callable[[Alarm], None] = lambda alarm: None
+        self.watchers: list[Callable[[MetricsRow], None]] = []  # of the rows that go into metrics.jsonl
 
-    def open(self) -> None:
-        """Take over the journal and begin. Raises JournalError, Fenced."""
-        self._begin(open_segment(self.run_dir.path, controller=self.controller))
+    def open(self, *, outage_s: float = 0.0) -> None:
+        """Take over the journal and begin; `outage_s`: how long nobody had it. Raises JournalError, Fenced."""
+        self._begin(open_segment(self.run_dir.path, controller=self.controller), outage_s)
 
     def recover(self, ask: Callable[[Term], Mapping[str, Handed]], *, force: bool = False) -> None:
         """The journal was lost: rebuild it from what the members agree on, and begin with it; see `rebuild`."""
@@ -99,11 +101,11 @@ class Host:
         self._begin(journal)
         self.handle(ev.Recovered())
 
-    def _begin(self, journal: FileJournal) -> None:
+    def _begin(self, journal: FileJournal, outage_s: float = 0.0) -> None:
         self.journal = journal
         set_aside(self.run_dir)
         self.metrics = MetricsWriter(self.run_dir.metrics).open()
-        before = _seconds_so_far(self.run_dir)
+        before = _seconds_so_far(self.run_dir) + outage_s
         self.coordinator = Coordinator(
             self.plan, self.journal.rows, self.journal.term, now=self.clock(), started_s=before
         )
@@ -129,8 +131,9 @@ class Host:
         self.handle(ev.Tick())
         self._write_faults()
         if self.alarms is not None:
-            num_live, seconds = len(self.coordinator.roll.processes), self.coordinator.seconds()
-            self._alarm(self.alarms.on_time(num_live, seconds, started=self.coordinator.started))
+            brain = self.coordinator
+            num_live, exchange = len(brain.roll.processes), brain.exchange_at(0)
+            self._alarm(self.alarms.on_time(num_live, brain.seconds(), started=brain.started, exchange=exchange))
 
     def handle(self, event: ev.Event) -> None:
         """One event, and everything that follows from it."""
@@ -153,8 +156,8 @@ class Host:
                 self._deliver(batch)
             case ev.Spawn(name=name, why=why):
                 self._spawn(name, why)
-            case ev.End(name=name, nonce=nonce):
-                self._end(name, nonce)
+            case ev.End(name=name, nonce=nonce, save_stack=save_stack):
+                self._end(name, nonce, save_stack)
             case ev.Metric(row=row):
                 self._metric(row)
                 if self.alarms is not None:
@@ -207,6 +210,7 @@ class Host:
         try:
             row = row_from_dict(values)
             if row is not None:
+                self._watched(row)
                 self.metrics.append(row)
         except RowError as error:
             self.counts["bad_rows"] += 1
@@ -214,6 +218,10 @@ class Host:
         except MetricsWriteError as error:
             self.counts["lost_rows"] += 1
             log.warning("%s", error)
+
+    def _watched(self, row: MetricsRow) -> None:
+        for watcher in self.watchers:
+            watcher(row)
 
     def _eta(self) -> float | None:
         """Seconds left at the run's mean speed so far; None before the first commit."""
@@ -236,6 +244,7 @@ class Host:
             key = (track.member, track.detected_s)
             if self.fault_rows_written.get(key) != row:
                 self.fault_rows_written[key] = row
+                self._watched(row)
                 try:
                     self.metrics.append(row)
                 except MetricsWriteError as error:

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING
 
 from orchestrator.build import island_name, island_spec, num_islands, run_plan
 from orchestrator.config import RunConfig
-from orchestrator.errors import RunFailed
+from orchestrator.errors import RunFailed, UserError
 from orchestrator.events import ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
 from orchestrator.rundir import RunDir
 from orchestrator.summary import Summary, save_summary
+from orchestrator.telemetry.telemetry import Telemetry
+from orchestrator.telemetry.trackers import check_installed
 from workers.context import IslandContext
 from workers.messages import Batch
 
@@ -59,8 +61,11 @@ class InlineRun:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._control, name="atoll-controller", daemon=True)
         self._held = ExitStack()
+        self.telemetry = Telemetry(config, run_dir.path)
         # Nobody can put a new process in the place of a dead one here.
-        plan = replace(run_plan(config, run_id=self.run_id, pack=pack), replace_dead=True, max_restarts=0)
+        plan = replace(
+            run_plan(config, run_id=self.run_id, pack=pack), replace_dead=True, max_restarts=0, judges_hangs=False
+        )
         self.host = Host(
             plan=plan,
             run_dir=run_dir.path,
@@ -68,13 +73,17 @@ class InlineRun:
             clock=time.monotonic,
             deliver=self._deliver,
             spawn=lambda name, why: None,
-            end=lambda name, nonce: None,
+            end=lambda name, nonce, save_stack: None,
         )
 
     # ------------------------------------------------------------ life
 
     def start(self) -> None:
-        """Lock the directory, take over the journal, begin to serve. Raises RunDirInUse, JournalError."""
+        """Lock the directory, take over the journal, begin to serve. Raises RunDirInUse, JournalError, UserError."""
+        check_installed(self.config.metrics)
+        if self.config.metrics.ray:
+            message = "metrics.ray = true, but this run is in one process, without Ray"
+            raise UserError(message, place="metrics.ray", remedy="metrics.port, or `atoll train`")
         with ExitStack() as stack:
             stack.enter_context(self.run_dir.lock())
             self.run_dir.record(self.config.to_toml())
@@ -82,6 +91,8 @@ class InlineRun:
             life = self.host.coordinator.state.last_incarnation.get(island_name(0), 0) + 1
             self._log_to(stack, "atoll.controller", self.run_dir.logs / "controller.log")
             self._log_to(stack, "atoll.island", self.run_dir.log(island_name(0), life))
+            stack.callback(self.telemetry.stop)
+            self.telemetry.start(self.host)
             self._held = stack.pop_all()
         self._thread.start()
 
@@ -110,6 +121,7 @@ class InlineRun:
             post=lambda envelope: self._jobs.put(lambda: self.host.receive(envelope)),
             clock=time.monotonic,
             executor=executor,
+            num_sharing=num_islands(self.config),
         )
         self.contexts[spec.name] = context
         return context
@@ -164,6 +176,7 @@ class InlineRun:
             if job is None:
                 return
             job()
+            self.telemetry.tick(self.host)
             if self.host.died is not None:
                 raise RunFailed(self.host.died.why, place=str(self.run_dir.path))
             if self.host.finished is not None:

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
 
+from faults.chaos import Chaos
+from faults.plan import PlannedFault
 from orchestrator.host import Handed
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name
-from orchestrator.stacks import allow_dumps
 from workers.context import IslandContext, IslandSpec, enter
-from workers.messages import Batch, Envelope
+from workers.messages import Batch, Envelope, News
 from workers.records import Term
+from workers.stack import allow_dumps, write_stack
+
+if TYPE_CHECKING:
+    from workers.standby import Standby
 
 # What a fault injector puts around an island: the context comes out with its calls wrapped. None in production.
 ContextWrapper = Callable[[IslandContext], IslandContext]
+
+NEWS_TIMEOUT_S = 10.0
 
 island_log = logging.getLogger("atoll.island")
 
@@ -42,21 +53,83 @@ class IslandActor:
         self.ended = threading.Event()
         self.failure: BaseException | None = None
         self.context: IslandContext | None = None
+        self.standby: Standby | None = None
+        self.place: tuple[IslandSpec, str] | None = None
+        self.waits = False
+        self.chaos: Chaos | None = None
+
+    @ray.method(concurrency_group="control")
+    def stand_by(self) -> str:
+        """Wait for a place (`workers/standby.py`); returns the id of this process's node."""
+        self.waits = True
+        node = str(ray.get_runtime_context().get_node_id())
+        log_to(Path(self.log_file))
+        allow_dumps()
+        island_log.info("%s is process %d, and waits", self.spec.name, os.getpid())
+        with _logged("the standby did not start"):
+            context = self._make_context(node)
+        threading.Thread(target=self._stand_by, args=(context,), name="train", daemon=True).start()
+        return node
+
+    def _stand_by(self, context: IslandContext) -> None:
+        from workers.standby import Standby
+
+        try:
+            with _logged("the standby failed"):
+                self.standby = Standby(context, lambda held, ready: _news(self.spec.run_id, self.nonce, held, ready))
+                if self.place is not None:
+                    self.standby.take_over()
+                self.standby.wait()
+                assert self.place is not None
+                self.spec, self.log_file = self.place
+                log_to(Path(self.log_file))
+                island_log.info("%s is process %d, which waited as %s", self.spec.name, os.getpid(), context.spec.name)
+                mine = replace(context, spec=self.spec)
+                self._take(mine)
+                assert self.context is not None
+                with enter(self.context):
+                    self.standby.train(self.context)
+        finally:
+            self.failure = sys.exc_info()[1]
+            self.ended.set()
+
+    @ray.method(concurrency_group="control")
+    def take_place(self, spec: IslandSpec, log_file: str) -> None:
+        """Become an island; `begin` then answers as for any other process."""
+        self.place = (spec, log_file)
+        if self.standby is not None:
+            self.standby.take_over()
+
+    @ray.method(concurrency_group="watch")
+    def save_stack(self, path: str) -> None:
+        """Write down where the threads of this process are: it hangs in something, and is going to be ended."""
+        write_stack(Path(path))
 
     @ray.method(concurrency_group="control")
     def begin(self) -> str:
         """Open the log, serve, and start the training thread; returns the id of this process's node. Idempotent."""
         node = str(ray.get_runtime_context().get_node_id())
-        if self.context is not None:
+        if self.context is not None or self.place is not None:
             return node
         log_to(Path(self.log_file))
         allow_dumps()
-        island_log.info("%s is process %d", self.spec.name, os.getpid())
+        island_log.info("%s is process %d on %s", self.spec.name, os.getpid(), platform.node())
         with _logged("the island did not start"):
             self._start(node)
         return node
 
     def _start(self, node: str) -> None:
+        context = self._make_context(node)
+        self._take(context)
+        threading.Thread(target=self._train, name="train", daemon=True).start()
+
+    def _take(self, context: IslandContext) -> None:
+        """This context is the island's, with what faults go through around it."""
+        self.chaos = Chaos(self.wrap(context) if self.wrap is not None else context)
+        self.context = self.chaos.context
+
+    def _make_context(self, node: str) -> IslandContext:
+        """Everything that a process of the run needs before anybody knows whose it is."""
         import torch
 
         from workers.jobs import MemberStore
@@ -67,10 +140,13 @@ class IslandActor:
         torch.set_num_threads(self.spec.train.threads)
         host = ray.util.get_node_ip_address()
         store = MemberStore()
-        transport = FlightTransport(store, host=host, token=self.token, num_connections=self.spec.connections)
+        transport = FlightTransport(
+            store, host=host, token=self.token, num_connections=self.spec.connections,
+            link_share=self.spec.link_share, link_bytes_per_s=self.spec.link_bytes_per_s,
+        )  # fmt: skip
         transport.start()
         controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
-        context = IslandContext(
+        return IslandContext(
             spec=self.spec,
             nonce=self.nonce,
             node=node,
@@ -78,10 +154,9 @@ class IslandActor:
             transport=transport,
             post=lambda envelope: _post(controller, envelope),
             clock=time.monotonic,
+            num_sharing=_islands_here(node, self.spec.num_islands),
             executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
         )
-        self.context = self.wrap(context) if self.wrap is not None else context
-        threading.Thread(target=self._train, name="train", daemon=True).start()
 
     def _train(self) -> None:
         assert self.context is not None
@@ -104,8 +179,10 @@ class IslandActor:
             self.context.deliver(batch)
 
     @ray.method(concurrency_group="watch")
-    def attach(self, term: Term) -> Handed:
+    def attach(self, term: Term) -> Handed | None:
         """The journal was lost: hand in this member's copy, and promise to obey `term` from now on."""
+        if self.waits and self.place is None:
+            return None
         if self.context is None or self.context.attach is None:
             return None, ()
         return self.context.attach(term)
@@ -140,6 +217,27 @@ class IslandActor:
     def die(self, signal_number: int) -> None:
         """Injected fault: this process sends itself a signal."""
         os.kill(os.getpid(), signal_number)
+
+    def afflict(self, fault: PlannedFault) -> None:
+        """Injected fault: it begins now, and ends by itself if it has a length."""
+        if self.chaos is not None:
+            self.chaos.apply(fault)
+
+
+def _news(run_id: str, nonce: str, held: int, ready: bool) -> News | None:
+    """What the controller has for a standby; None while it is not there (Ray restarts it)."""
+    try:
+        controller = ray.get_actor(controller_name(run_id), namespace=NAMESPACE)
+        return ray.get(controller.standby_news.remote(nonce, held, ready), timeout=NEWS_TIMEOUT_S)
+    except (RayActorError, GetTimeoutError, ValueError) as error:
+        island_log.info("no news from the controller: %s", error)
+        return None
+
+
+def _islands_here(node: str, num_islands: int) -> int:
+    """Islands that this machine has places for, which share its memory."""
+    here = next((entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node), {})
+    return max(min(int(here.get("atoll_worker", 1)), num_islands), 1)
 
 
 def _post(controller: ActorHandle, envelope: Envelope) -> None:

@@ -14,13 +14,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.actor_tools import through_cuts
 from orchestrator.alarms import Alarms
 from orchestrator.controls import Controls
 from orchestrator.errors import UserError
 from orchestrator.log_shipping import EVERY_S, LogCopy
 from orchestrator.notify import Notifier
 from orchestrator.rundir import RunDirInUse
-from orchestrator.stacks import dump_stack, save_stack
+from workers.stack import add_stack, dump_stack
 
 log = logging.getLogger("atoll.controller")
 
@@ -39,9 +40,9 @@ class Keeper(Controls):
         """Run something beside the rest."""
         raise NotImplementedError
 
-    async def _look_after(self, nonce: str, handle: ActorHandle[Any]) -> None:
+    async def _look_after(self, name: str, nonce: str, handle: ActorHandle[Any], node: str) -> None:
         """A process has begun: its id is kept, for when it hangs, and its log is copied where that is needed."""
-        self.pids[nonce] = await handle.pid.remote()
+        self.pids[nonce] = await through_cuts(handle.pid.remote, node, name)
         if nonce in self.log_of:
             self._task(self._collect_log(nonce, handle))
 
@@ -51,13 +52,12 @@ class Keeper(Controls):
             self.own.enter_context(self.host.run_dir.lock(self.host.run_dir.controller_lock))
         except RunDirInUse as error:  # the life before is not quite gone; the journal's segments decide who writes
             log.warning("%s", error)
-        config, plan = self.config.notify, self.host.plan
+        config = self.config.notify
         if config.command is None:
             return
         notifier = Notifier(config, {"run": self.run_id, "run_dir": str(self.run_dir)})
-        half = int(self.config.exchange.quorum * len(plan.islands)) if not self.config.run.elastic else 1
-        needed = max(self.config.exchange.min_members, half, 1)
-        self.host.alarms, self.host.tell = Alarms(config, num_needed=needed), notifier.tell
+        num_islands = len(self.host.plan.islands) if not self.config.run.elastic else 0
+        self.host.alarms, self.host.tell = Alarms(config, num_islands=num_islands), notifier.tell
         notifier.start()
         self.own.callback(notifier.close, config.timeout_s)
 
@@ -87,5 +87,5 @@ class Keeper(Controls):
         dump = ray.remote(dump_stack).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
         text = str(await dump.remote(self.pids[nonce]))
         current = self.host.coordinator.state.current.get(name)
-        file = save_stack(self.run_dir / "logs", str(current) if current is not None else name, text)
+        file = add_stack(self.run_dir / "logs", str(current) if current is not None else name, text)
         return {"run": self.run_id, "member": str(current or name), "text": text, "file": str(file)}

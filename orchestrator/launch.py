@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faults.plan import PlannedFault
+from orchestrator.attach import note_address
 from orchestrator.build import num_islands
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.progress import Progress
@@ -106,6 +107,8 @@ class RaySession:
     def __enter__(self) -> RaySession:
         """Start or join the cluster; raises `ClusterUnreachable`."""
         os.environ.update(RAY_ENVIRONMENT)
+        if self.config.metrics.ray:
+            os.environ["RAY_enable_metrics_collection"] = "1"
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*python_path(), *inherited]))
         known = None
@@ -144,7 +147,7 @@ class RaySession:
             "configure_logging": False,
         }
         if self.config.run.address is None:
-            slots = num_islands(self.config) + 2  # a replacement may start before the dead one's slot is free
+            slots = num_islands(self.config) + self.config.run.standby + 2
             options |= {
                 "address": "local",  # never a Ray that happens to run here
                 "num_cpus": os.cpu_count() or 1,
@@ -235,6 +238,7 @@ class RaySession:
             resume,
             wrap,
         )
+        note_address(run_dir)
         ray.get(self.controller.begin.remote(), timeout=60)
         return self.controller
 

@@ -7,7 +7,7 @@ positions, when a commit (or a join, or a settlement) makes room: the same journ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.run_state import RunState
 from workers import ranges
@@ -60,31 +60,46 @@ def wanted(state: RunState, member: MemberId, batch: int, consumed: int, plan: P
     return 0
 
 
-def share_out(demands: Mapping[MemberId, tuple[int, int]], supply: int) -> dict[MemberId, int]:
-    """Grants for `{member: (wanted, batch)}`. A supply that is too small is shared equally, in whole batches."""
+def share_out(
+    demands: Mapping[MemberId, tuple[int, int]], supply: int, steps: Mapping[MemberId, int] | None = None
+) -> dict[MemberId, int]:
+    """Grants for `{member: (wanted, batch)}`, in whole batches.
+
+    A supply that is too small is shared equally, or in proportion to `steps` (those of a round) where they are given.
+    """
     if sum(want for want, _ in demands.values()) <= supply:
         return {member: want for member, (want, _) in demands.items() if want}
-    grants = dict.fromkeys(sorted(demands), 0)
+    grants, turns = dict.fromkeys(sorted(demands), 0), dict.fromkeys(demands, 0)
     while supply > 0:
         open_ = [m for m in grants if grants[m] < demands[m][0]]
         if not open_:
             break
-        for member in open_:
-            batch = min(demands[member][1], supply, demands[member][0] - grants[member])
-            grants[member] += batch
-            supply -= batch
+        # Whose next batch would be done first; with equal steps everybody has its turn, in member order.
+        member = min(open_, key=lambda m: ((turns[m] + 1) / (steps or {}).get(m, 1), m))
+        batch = min(demands[member][1], supply, demands[member][0] - grants[member])
+        grants[member], turns[member] = grants[member] + batch, turns[member] + 1
+        supply -= batch
     return {member: grant for member, grant in grants.items() if grant}
 
 
-def grant(state: RunState, members: Mapping[MemberId, tuple[int, int]], plan: Plan) -> list[LeaseRecord]:
-    """Lease records for `{member: (batch, consumed)}`; apply them in this order."""
+def grant(
+    state: RunState,
+    members: Mapping[MemberId, tuple[int, int]],
+    plan: Plan,
+    steps: Mapping[MemberId, int] | None = None,
+) -> list[LeaseRecord]:
+    """Lease records for `{member: (batch, consumed)}`; apply them in this order.
+
+    `steps`: local steps of each member in a round, where they are not all `plan.inner_steps` (load by speed).
+    """
+    plans = {member: replace(plan, inner_steps=(steps or {}).get(member, plan.inner_steps)) for member in members}
     demands = {
-        member: (wanted(state, member, batch, consumed, plan), batch)
+        member: (wanted(state, member, batch, consumed, plans[member]), batch)
         for member, (batch, consumed) in sorted(members.items())
     }
     records: list[LeaseRecord] = []
     free, position = state.free, state.next_position
-    for member, num in share_out(demands, left_to_issue(state, plan)).items():
+    for member, num in share_out(demands, left_to_issue(state, plan), steps).items():
         taken, free = ranges.take(free, num)
         fresh = num - ranges.count(taken)
         given: list[Range] = list(taken)

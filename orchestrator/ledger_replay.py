@@ -14,6 +14,7 @@ from orchestrator.intervals import IntervalSet
 from orchestrator.ledger_model import Deviation, DeviationKind, Finding, Head, Incarnation, chain_of
 from orchestrator.segments import link_problem
 from workers import ranges as spans
+from workers.live_settings import holds_at_once
 from workers.ranges import Range
 from workers.records import (
     CommitRecord,
@@ -31,6 +32,7 @@ from workers.records import (
     Row,
     SettingRecord,
     SettleRecord,
+    SharesRecord,
     SnapshotRecord,
     TermRecord,
     roster_digest,
@@ -85,6 +87,7 @@ class Replay:
             SettingRecord: self._setting,
             EvaluationRecord: self._evaluation,
             SnapshotRecord: self._snapshot,
+            SharesRecord: self._shares,
         }
 
     @property
@@ -385,8 +388,9 @@ class Replay:
                 self._take_back(fragment, entry, inc, why)
 
     def _setting(self, r: SettingRecord) -> None:
+        least = 0 if holds_at_once(r.key) else 1
         if len(r.since) != self.num_fragments or any(
-            since <= head.n for since, head in zip(r.since, self.heads, strict=False)
+            since < head.n + least for since, head in zip(r.since, self.heads, strict=False)
         ):
             self.fail("setting", f"{r.key} is to hold from versions {list(r.since)} on, which are there already")
 
@@ -426,6 +430,15 @@ class Replay:
 
     def _snapshot(self, r: SnapshotRecord) -> None:
         self._check_versions("snapshot", r.versions)
+
+    def _shares(self, r: SharesRecord) -> None:
+        """Shares decide how many steps are made, not what counts: only what cannot have been meant is a finding."""
+        if not len(r.members) == len(r.steps) == len(r.batch_sizes) == len(set(r.members)):
+            self.fail("shares", "members, steps and batch_sizes are not one for each member")
+        known = {str(member) for member in self.incarnations}
+        for member, steps in zip(r.members, r.steps, strict=False):
+            if member not in known or not 1 <= steps <= r.inner_steps:
+                self.fail("shares", f"{steps} steps for {member}; a round has {r.inner_steps}")
 
     def _check_versions(self, rule: str, versions: tuple[int, ...]) -> None:
         highest = [head.highest for head in self.heads]

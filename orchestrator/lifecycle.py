@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from faults.recovery import Kind
 from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator import leases, leaving
@@ -14,6 +15,7 @@ from orchestrator.membership import Process, Roll, Verdict
 from orchestrator.run_state import Membership, RunState
 from workers import messages as msg
 from workers.records import (
+    HUNG,
     LEFT,
     DropRecord,
     FenceRecord,
@@ -24,8 +26,9 @@ from workers.records import (
     SettleRecord,
     Term,
 )
+from workers.shares import round_steps
 
-EARLY_DEATHS = 3
+GIVEN_UP = "given_up"
 LOST_AFTER_S = 2.0
 RESTORE_AGAIN_S = 5.0
 
@@ -80,8 +83,6 @@ class Lifecycle(FaultBook):
         self.outlived_asked_s: dict[str, float] = {}
         self.genesis_asked: tuple[MemberId, float] | None = None
         self.tail = False
-        self.restarts: dict[str, int] = defaultdict(int)
-        self.early_deaths: dict[str, int] = defaultdict(int)
         self.first_joins: dict[str, float] = {}
         self.leaving: dict[str, str] = {}
         self.refusals: dict[str, int] = defaultdict(int)
@@ -90,6 +91,7 @@ class Lifecycle(FaultBook):
         self.lost_since: float | None = None
         self.restore_asked_s = float("-inf")
         self.without_snapshot: dict[str, str] = {}
+        self.silent_since: dict[MemberId, float] = {}
 
     # ------------------------------------------------------------ joining
 
@@ -172,11 +174,13 @@ class Lifecycle(FaultBook):
         self._tell_all(self._peers_now())
 
     def _peers_now(self) -> msg.Peers:
-        return msg.Peers(
-            peers=tuple(
-                (str(m), p.info.address, tuple(f.n for f in p.hello.fragments) if p.hello else ())
-                for m, p in sorted(self.roll.processes.items())
-            )
+        return msg.Peers(peers=self.peers())
+
+    def peers(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Who is here, at which address, with which version of each fragment."""
+        return tuple(
+            (str(m), p.info.address, tuple(f.n for f in p.hello.fragments) if p.hello else ())
+            for m, p in sorted(self.roll.processes.items())
         )
 
     # ------------------------------------------------------------ genesis and start
@@ -256,9 +260,7 @@ class Lifecycle(FaultBook):
     def _lease_plan(self) -> leases.Plan:
         return leases.Plan(
             total_samples=self.plan.total_samples,
-            inner_steps=max(
-                self.strategy_at(f).inner_steps_at(self.progress()) for f in range(max(self.state.num_fragments, 1))
-            ),
+            inner_steps=self.longest_round(),
             bound_rounds=self.plan.exchange.bound_rounds,
         )
 
@@ -271,7 +273,8 @@ class Lifecycle(FaultBook):
             if p.ready() and p.status != "suspect" and m.name not in self.leaving
         }
         plan = self._lease_plan()
-        records = leases.grant(self.state, members, plan)
+        steps = {m: round_steps(self.state.shares, str(m), plan.inner_steps) for m in members}
+        records = leases.grant(self.state, members, plan, steps)
         for record in records:
             self._log(record)
             member = MemberId(name=record.member, incarnation=record.incarnation)
@@ -307,13 +310,14 @@ class Lifecycle(FaultBook):
     def _log_fence(self, member: MemberId, why: str, *, refused: bool) -> None:
         self._log(FenceRecord(member=member.name, incarnation=member.incarnation, why=why, refused=refused))
         left = why == LEFT
-        if left:
+        if left or why.startswith(HUNG):
             self.after_flush.append((self._last_seq(), self.rows[-1].record))
         self._say(
             f"{member} has left" if left else f"{member} is fenced: {why}",
             member=member.name,
             level="info" if left else "warning",
         )
+        self._end_silence(member)
         process = self.roll.processes.pop(member, None)
         if process is not None:
             trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)
@@ -348,6 +352,12 @@ class Lifecycle(FaultBook):
         self._grant()
         self._finish_if_done()
 
+    def _give_up(self, name: str, verdict: str) -> None:
+        """No process of this name is started or admitted any more; the run goes on without it."""
+        self.given_up[name] = verdict
+        self._say(verdict, member=name, level="error")
+        self._fault(GIVEN_UP, name, verdict, injected=False)
+
     def _refuse(self, member: MemberId, why: str) -> None:
         """An update that must not count: the incarnation ends, its samples go back; who does it again and again goes.
 
@@ -359,50 +369,19 @@ class Lifecycle(FaultBook):
         name = member.name
         self.refusals[name] += 1
         if self.refusals[name] >= self.plan.max_refusals:
-            self.given_up[name] = f"{name} is given up after {self.refusals[name]} refused updates in a row: {why}"
-            self._say(self.given_up[name], member=name, level="error")
+            self._give_up(name, f"{name} is given up after {self.refusals[name]} refused updates in a row: {why}")
         self._lose(member, "refused", why)
         self._fence(member, why, refused=True)
         if name in self.given_up and not self.state.live():
             self._end("failed", self.given_up[name])
 
-    def _process_died(self, event: ev.ProcessDied) -> None:
-        name, nonce, why = event.name, event.nonce, event.why
-        member = self.state.nonces.get(nonce) if nonce else self.state.current.get(name)
-        if member is None:
-            self.early_deaths[name] += 1
-        elif self.state.members[member].live:
-            self._lose(member, "crash" if event.raised else "died", why)
-            process = self.roll.processes.get(member)
-            stepped = process is not None and process.stepped
-            self.early_deaths[name] = 0 if stepped else self.early_deaths[name] + 1
-            self._fence(member, why, refused=False)
-        if event.hopeless:
-            self._end("failed", f"{name}: {why}")
-        else:
-            self._replace(name, why)
+    def _replace(self, name: str, kind: Kind, why: str, *, stepped: bool) -> None:
+        """The process of a member ended: another one, or the verdict that it is given up."""
+        raise NotImplementedError
 
-    def _replace(self, name: str, why: str) -> None:
-        if self.stopping is not None or self.ended or not self.plan.replace_dead:
-            return
-        if name in self.given_up:
-            return
-        if name in self.leaving:  # it died on its way out
-            del self.leaving[name]
-            self.missing_since.pop(name, None)
-            self.away_since[name] = self.seconds()
-            return
-        self.restarts[name] += 1
-        if self.early_deaths[name] >= EARLY_DEATHS and not any(head.version.n for head in self.state.heads):
-            self._end("failed", f"{name} failed {self.early_deaths[name]} times before its first step: {why}")
-            return
-        if self.restarts[name] > self.plan.max_restarts:
-            text = f"{name} died {self.restarts[name]} times (run.max_restarts is {self.plan.max_restarts}): given up"
-            self._say(text, member=name, level="warning")
-            if not self.state.live():
-                self._end("failed", text)
-            return
-        self.commands.append(ev.Spawn(name=name, why=why))
+    def _verdict(self, verdict: Verdict | None) -> None:
+        """The judgement on a member changed."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------ leaving
 
@@ -412,6 +391,9 @@ class Lifecycle(FaultBook):
             return
         self.leaving[name] = why
         self._say(f"{name} is asked to leave: {why}", member=name)
+        process = self.roll.processes.get(self.state.current[name])
+        if process is not None:
+            process.draining = why
         self._tell(self.state.current[name], msg.Leave())
         self._let_go()
 
@@ -442,22 +424,10 @@ class Lifecycle(FaultBook):
             self._ask_save(f"v{max(head.n for head in heads)}")
         return False
 
-    def _judge(self) -> None:
-        for verdict in self.roll.judge(self.now):
-            self._verdict(verdict)
-        if self.now - self.begun_s <= self.plan.exchange.limbo_s:
-            return
-        for member in self.state.live():
-            if member not in self.roll.processes:  # lived before this controller, and never came back to it
-                self._verdict(Verdict(id=member, verdict="fence", reason="not heard by this controller, limbo is over"))
-
-    def _verdict(self, verdict: Verdict | None) -> None:
-        if verdict is None:
-            return
-        self._say(f"{verdict.id} is {verdict.verdict}: {verdict.reason}", member=verdict.id.name)
-        if verdict.verdict == "suspect":
-            self._fault("suspect", verdict.id.name, verdict.reason, injected=False)
-        elif verdict.verdict == "fence":
-            self._lose(verdict.id, "lost", verdict.reason)
-            self._fence(verdict.id, verdict.reason, refused=False)
-            self._replace(verdict.id.name, verdict.reason)
+    def _end_silence(self, member: MemberId) -> None:
+        """It was heard again, or given up: how long it was cut off is in the timeline."""
+        since = self.silent_since.pop(member, None)
+        if since is not None:
+            self._metric(
+                kind="silence", member=member.name, incarnation=member.incarnation, start_s=since, end_s=self.seconds()
+            )

@@ -55,5 +55,5 @@ def check_changes(
 def _value(config: RunConfig, key: str) -> Scalar:
     section, _, name = key.partition(".")
     value = getattr(getattr(config, section), name)
-    assert isinstance(value, int | float | str), f"{key} is marked LIVE and is no plain value"
+    assert value is None or isinstance(value, int | float | str), f"{key} is marked LIVE and is no plain value"
     return value

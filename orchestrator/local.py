@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from orchestrator.build import island_spec, pack_path, resolve, run_plan
+from orchestrator.build import island_spec, num_islands, pack_path, resolve, run_plan
 from orchestrator.config import RunConfig
 from orchestrator.events import Finish, ProcessDied, StopRequested
 from orchestrator.host import Handed, Host
@@ -39,6 +39,7 @@ class LocalIsland:
     transport: LoopbackTransport
     inbox: deque[Batch] = field(default_factory=deque)
     alive: bool = True
+    busy_until_s: float = 0.0
 
 
 class LocalRun:
@@ -50,6 +51,11 @@ class LocalRun:
         self.run_dir, self.resume = run_dir, resume
         self.now = 0.0
         self.turns = 0
+        self.idle = False
+        # Where steps take time, a turn in which islands only applied a commit is no reason to let half a second pass.
+        train = self.config.train
+        paced = any(own.pace_s for own in train.per_island.values())
+        self.paced = paced or train.pace_s > 0 or self.config.run.load == "by_speed"
         self.run_id = run_dir.name
         self.pack = pack_path(self.config)
         self.network = LoopbackNetwork()
@@ -68,7 +74,7 @@ class LocalRun:
             clock=self._clock,
             deliver=self._deliver,
             spawn=lambda name, why: self.to_spawn.append(name),
-            end=lambda name, nonce: None,
+            end=lambda name, nonce, save_stack: None,
         )
 
     def start(self) -> None:
@@ -85,6 +91,8 @@ class LocalRun:
         spec = island_spec(
             self.config, index, run_id=self.run_id, run_dir=self.run_dir, pack=self.pack, resume=self.resume
         )
+        if self.config.run.load == "by_speed":  # a step takes a turn: what it takes of the real clock is nobody's here
+            spec = replace(spec, pace_s=max(spec.pace_s, TURN_S))
         store = MemberStore()
         transport = LoopbackTransport(self.network, f"{name}-{self.generation}", store)
         transport.start()
@@ -96,6 +104,8 @@ class LocalRun:
             transport=transport,
             post=self.posted.append,
             clock=self._clock,
+            num_sharing=num_islands(self.config),
+            sleep=lambda seconds: self._rest(name, seconds),
         )
         island = LocalIsland(loop=BuiltinLoop(context), context=context, transport=transport)
         self.islands[name] = island
@@ -135,6 +145,10 @@ class LocalRun:
         self.now += LOOK_S
         return self.now
 
+    def _rest(self, name: str, seconds: float) -> None:
+        """An island's step takes that much longer: it has no turn until then, and the others go on."""
+        self.islands[name].busy_until_s = self.now + seconds
+
     def _deliver(self, batch: Batch) -> None:
         island = self.islands.get(batch.name)
         if island is not None:
@@ -163,10 +177,14 @@ class LocalRun:
         self.to_spawn.clear()
         steps = 0
         for island in list(self.islands.values()):
+            if island.busy_until_s > self.now:  # paced: its step takes longer
+                steps += 1
+                continue
             steps += island.loop.advance(blocking=False)
             self.settle()
         if self.turns % TICK_EVERY == 0 or steps == 0:
-            if steps == 0:
+            idle = steps == 0 and (self.idle or not self.paced)
+            if idle:
                 self.now += TURN_S * TICK_EVERY
             for island in list(self.islands.values()):
                 if island.loop.island.sync is not None:
@@ -174,6 +192,7 @@ class LocalRun:
             self.settle()
             self.host.tick()
             self.settle()
+        self.idle = steps == 0
         return steps
 
     def run(self, *, max_turns: int = 10_000_000, until: Callable[[], bool] | None = None) -> Finish | None:

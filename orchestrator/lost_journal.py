@@ -40,7 +40,9 @@ def ask_copies(handles: Mapping[str, Any], term: Term) -> dict[str, Handed]:
     answers: dict[str, Handed] = {}
     for name, answer in asked.items():
         try:
-            answers[name] = ray.get(answer, timeout=0)
+            handed = ray.get(answer, timeout=0)
+            if handed is not None:  # one that only waits for a place is no member
+                answers[name] = handed
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             answers[name] = (None, ())
     return answers

@@ -2,6 +2,13 @@
 
 The journal decides who is a member; this table is what a controller knows in memory about the processes, and is
 rebuilt from heartbeats after a restart. Suspicion is reversible and costs nothing; only a fence (journalled) is final.
+
+    joining    its process was admitted and holds no state of every fragment yet
+    healthy    it holds the state
+    slow       its steps take much longer than the others' (`faults/stragglers.py`); nothing is taken from it
+    suspect    silent (`faults/detector.py`) or hanging: not waited for, owns nothing; keeps its leases and its place
+    draining   it was asked to leave, and hands over what it has
+    fenced     not in this table any more: final for that incarnation, and in the journal
 """
 
 from __future__ import annotations
@@ -9,10 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from faults.detector import SilenceDetector
+from faults.stragglers import Progress, SlowJudge, hang, has_shared_cause
 from workers.messages import FragmentReport, Hello, ProcessInfo
 from workers.records import MemberId
 
-Status = Literal["joining", "healthy", "suspect"]
+Status = Literal["joining", "healthy", "slow", "suspect", "draining"]
+COMPARE_EVERY_S = 1.0
 
 
 DRIFT = 1e-4
@@ -51,13 +61,50 @@ class Process:
     info: ProcessInfo
     joined_s: float
     heard_s: float
-    status: Status = "joining"
-    reason: str = "joined"
+    silence: str = ""
+    hanging: str = ""
+    slowness: str = ""
+    draining: str = ""
+    recovered: str = ""
+    gaps: SilenceDetector | None = None
     hello: Hello | None = None
     first_step_s: float | None = None
     stepping_since_s: float | None = None
     clock: MemberClock = field(default_factory=MemberClock)
     rows_sent: int = 0
+
+    @property
+    def status(self) -> Status:
+        """What it is judged to be; the worst of what is known counts."""
+        if self.silence or self.hanging:
+            return "suspect"
+        if self.draining:
+            return "draining"
+        if not self.ready():
+            return "joining"
+        return "slow" if self.slowness else "healthy"
+
+    @property
+    def reason(self) -> str:
+        """Why it has its status."""
+        match self.status:
+            case "suspect":
+                return self.silence or self.hanging
+            case "draining":
+                return self.draining
+            case "joining":
+                return "holds no state yet"
+            case "slow":
+                return self.slowness
+            case _:
+                return self.recovered or "holds the state"
+
+    def progress(self) -> Progress:
+        """What it last said of its training thread."""
+        hello = self.hello
+        if hello is None:
+            return Progress()
+        return Progress(doing=hello.doing, for_s=hello.doing_s, step_s=hello.step_s)
 
     @property
     def consumed(self) -> int:
@@ -106,6 +153,11 @@ class Process:
             return None
         return self.hello.fragments[fragment]
 
+    def behind(self, fragment: int, head: int) -> int:
+        """How many versions it has yet to apply, by its last heartbeat."""
+        report = self.report(fragment)
+        return 0 if report is None else max(head - report.n, 0)
+
     def ready(self) -> bool:
         """Whether it holds a state of every fragment, so that it can train, offer and own parts."""
         return self.hello is not None and bool(self.hello.fragments) and all(f.n >= 0 for f in self.hello.fragments)
@@ -113,33 +165,53 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """A change of judgement on a member, with its reason."""
+    """A change of judgement on a member, with its reason. `hung`: it is to be ended; `fence`: limbo is over."""
 
     id: MemberId
-    verdict: Literal["suspect", "healthy", "fence"]
+    verdict: Literal["suspect", "healthy", "slow", "hung", "fence"]
     reason: str
 
 
 @dataclass(kw_only=True, slots=True)
 class Roll:
-    """The processes of all live incarnations."""
+    """The processes of all live incarnations.
+
+    `judges_hangs`: whether a member that makes no step is suspect. Not where nobody could replace it, and where a
+    person may sit at the keyboard between two steps.
+    """
 
     suspect_s: float
     limbo_s: float
+    heartbeat_s: float = 0.5
+    judges_hangs: bool = True
     processes: dict[MemberId, Process] = field(default_factory=dict)
     judged_s: float | None = None
+    compared_s: float = float("-inf")
+    slow: SlowJudge = field(default_factory=SlowJudge)
 
     def heard(self, member: MemberId, now: float) -> Verdict | None:
         """A message arrived from `member`."""
         process = self.processes[member]
+        self._gaps(process).heard(now - process.heard_s)
         process.heard_s = now
-        if process.status != "suspect":
+        if not process.silence:
             return None
-        process.status, process.reason = "healthy", "heard again"
-        return Verdict(id=member, verdict="healthy", reason="heard again")
+        process.silence = ""
+        return self._well_again(process, "heard again")
+
+    def _gaps(self, process: Process) -> SilenceDetector:
+        if process.gaps is None:
+            process.gaps = SilenceDetector(floor_s=self.suspect_s, expected_s=self.heartbeat_s)
+        return process.gaps
+
+    @staticmethod
+    def _well_again(process: Process, why: str) -> Verdict | None:
+        """One reason for suspicion is gone; there may be another one."""
+        process.recovered = why
+        return Verdict(id=process.id, verdict="healthy", reason=why) if process.status != "suspect" else None
 
     def judge(self, now: float) -> list[Verdict]:
-        """Silence: suspect after `suspect_s` (reversible), fence when limbo is over (final).
+        """Silence and hangs make suspect (reversible); limbo and long hangs end a member (final).
 
         Only time counts in which the controller listened: when its own process stood still (a disk that takes long to
         write the journal, a suspended machine), what members said meanwhile is still waiting to be read.
@@ -151,11 +223,51 @@ class Roll:
                 process.heard_s = min(process.heard_s + deaf_s, now)
         out: list[Verdict] = []
         for process in self.processes.values():
-            silence = now - process.heard_s
-            if silence > self.limbo_s:
-                out.append(Verdict(id=process.id, verdict="fence", reason=f"silent for {silence:.1f} s, limbo is over"))
-            elif silence > self.suspect_s and process.status != "suspect":
-                process.status = "suspect"
-                process.reason = f"silent for {silence:.1f} s"
-                out.append(Verdict(id=process.id, verdict="suspect", reason=process.reason))
+            silence_s = now - process.heard_s
+            if silence_s > self.limbo_s:
+                why = f"silent for {silence_s:.1f} s, limbo is over"
+                out.append(Verdict(id=process.id, verdict="fence", reason=why))
+            elif not process.silence and self._gaps(process).is_silent(silence_s):
+                process.silence = f"silent for {silence_s:.1f} s"
+                out.append(Verdict(id=process.id, verdict="suspect", reason=process.silence))
+        return [*out, *self._judge_hangs(), *self._compare(now)]
+
+    def _judge_hangs(self) -> list[Verdict]:
+        """Who says that it lives, and makes no step."""
+        if not self.judges_hangs:
+            return []
+        talking = [p for p in self.processes.values() if not p.silence and p.hello is not None]
+        found = {p.id: hang(p.progress(), self.limbo_s) for p in talking}
+        shared = has_shared_cause(sum(story is not None for story in found.values()), len(talking))
+        out: list[Verdict] = []
+        for process in talking:
+            story = found[process.id]
+            if story is None:
+                if process.hanging:
+                    process.hanging = ""
+                    out += filter(None, [self._well_again(process, "makes steps again")])
+                continue
+            if not process.hanging:
+                process.hanging = story[0]
+                out.append(Verdict(id=process.id, verdict="suspect", reason=story[0]))
+            if story[1] and (not shared or process.progress().for_s > self.limbo_s):
+                out.append(Verdict(id=process.id, verdict="hung", reason=story[0]))
+        return out
+
+    def _compare(self, now: float) -> list[Verdict]:
+        """Whose steps take much longer than everybody else's."""
+        if now - self.compared_s < COMPARE_EVERY_S:
+            return []
+        self.compared_s = now
+        known = {str(p.id): p for p in self.processes.values() if p.progress().step_s > 0 and p.status != "suspect"}
+        changed = self.slow.look({name: process.progress().step_s for name, process in known.items()})
+        out: list[Verdict] = []
+        for name, why in changed.items():
+            process = known[name]
+            process.slowness = why
+            if why:
+                out.append(Verdict(id=process.id, verdict="slow", reason=why))
+            else:
+                process.recovered = "as quick as the others again"
+                out.append(Verdict(id=process.id, verdict="healthy", reason=process.recovered))
         return out

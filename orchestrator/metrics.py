@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self, get_args
 
-Phase = Literal["compute", "sync", "evaluate", "dead", "start", "away"]
+Phase = Literal["compute", "sync", "evaluate", "dead", "start", "away", "wait"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -95,6 +95,7 @@ class ExchangeRow:
     """One committed exchange: `bytes` is the payload that all members sent for it, over all its attempts.
 
     `tokens_committed` is the total of the run after this commit; `seconds` runs from the first offer to the commit.
+    `closed_because`: why it waited for no further offer.
     """
 
     kind: ClassVar[str] = "exchange"
@@ -107,6 +108,7 @@ class ExchangeRow:
     bytes: int
     opened_s: float
     tokens_committed: int
+    closed_because: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +130,59 @@ class FaultEvent:
     estimated: bool = False
 
 
-Row = StepRow | EvalRow | SpanRow | ExchangeRow | FaultEvent
-_ROW_TYPES: tuple[type[Row], ...] = (StepRow, EvalRow, SpanRow, ExchangeRow, FaultEvent)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberRow:
+    """A member is judged otherwise than before: joining, healthy, slow, suspect, draining or fenced, and why."""
+
+    kind: ClassVar[str] = "member"
+    t_s: float
+    member: str
+    incarnation: int
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuorumRow:
+    """Too few members are there to commit: who is missing and what to set; empty when enough are there again."""
+
+    kind: ClassVar[str] = "quorum"
+    t_s: float
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkRow:
+    """What `member` measured of the link from `peer` in the last seconds, by fetching from it.
+
+    `bytes_per_s`: a moving mean of what came in, from the first byte of a fetch to its last; None until a fetch was
+    large enough to tell. `rtt_s`: the quickest answer to a request, the peer's own work included. `bytes`: received.
+    """
+
+    kind: ClassVar[str] = "link"
+    t_s: float
+    member: str
+    peer: str
+    bytes: int
+    bytes_per_s: float | None = None
+    rtt_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SilenceRow:
+    """The controller heard nothing of a member: cut off, hung or starved. It may have trained on meanwhile."""
+
+    kind: ClassVar[str] = "silence"
+    member: str
+    incarnation: int
+    start_s: float
+    end_s: float
+
+
+Row = StepRow | EvalRow | SpanRow | ExchangeRow | FaultEvent | MemberRow | QuorumRow | LinkRow | SilenceRow
+_ROW_TYPES: tuple[type[Row], ...] = (
+    StepRow, EvalRow, SpanRow, ExchangeRow, FaultEvent, MemberRow, QuorumRow, LinkRow, SilenceRow,
+)  # fmt: skip
 
 
 def _as_float(value: Any) -> float:
@@ -345,7 +398,7 @@ def _parsed(lines: Iterable[bytes], problems: ReadProblems | None = None) -> Ite
 
 
 def newest_rows(path: Path) -> Iterator[Row]:
-    """Yield what `read_rows` does, but of a member's steps and spans only the newest: those of a night are many.
+    """Yield what `read_rows` does, but of a member's steps, spans and links only the newest: those of a night are many.
 
     Raises OSError where the file cannot be opened.
     """
@@ -362,7 +415,7 @@ def newest_rows(path: Path) -> Iterator[Row]:
     yield from _parsed([*newest.values(), *others])
 
 
-_FREQUENT = re.compile(rb'\{"kind":"(?:step|span)"')
+_FREQUENT = re.compile(rb'\{"kind":"(?:step|span|link)"')
 _MEMBER = re.compile(rb'"member":"[^"]*"')
 
 

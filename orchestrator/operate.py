@@ -23,7 +23,7 @@ METHODS = {
     "status": "full_status",
     "standing": "status",
     "pause": "pause",
-    "resume": "resume_training",
+    "resume": "resume",
     "save": "save",
     "stop": "stop",
     "set": "set",

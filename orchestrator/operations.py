@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator import events as ev
-from orchestrator.lifecycle import Lifecycle
+from orchestrator.judgement import Judgement
 from orchestrator.run_state import RunState
+from workers.live_settings import holds_at_once
 from workers.records import PauseRecord, RollbackRecord, SettingRecord
 
 
@@ -24,20 +25,25 @@ def rollback_problem(state: RunState, versions: Sequence[int], chains: Sequence[
     return None
 
 
-class Operations(Lifecycle):
+class Operations(Judgement):
     """Every request becomes a row first; members hear of it by that row."""
 
     def _settings_requested(self, event: ev.SettingsRequested) -> None:
-        """From the next version on: no transition that anybody may be computing now changes."""
+        """From the next version on: no transition that anybody may be computing now changes.
+
+        `[exchange]` holds at once: only the controller decides by it, and who waits for a quorum cannot wait longer.
+        """
         if not self.state.heads:
             self._say("no setting can change before there is a version 0", level="warning")
             return
-        since = tuple(head.version.n + 1 for head in self.state.heads)
         known = self.state.settings.newest()
         for key, value in event.values:
-            if known.get(key) != value:
+            if key not in known or known[key] != value:
+                since = tuple(head.version.n + (0 if holds_at_once(key) else 1) for head in self.state.heads)
                 self._log(SettingRecord(key=key, value=value, since=since))
                 self._say(f"{key} = {value!r} from version {min(since)} on")
+        for exchange in self.exchanges:
+            exchange.config = self.exchange_at(exchange.fragment)
         self._tell_all()
 
     def _pause_requested(self, event: ev.PauseRequested) -> None:

@@ -58,7 +58,7 @@ def script_config(source: ConfigLike | None, *, num_samples: int | None) -> RunC
         config = read_config(source)
         if config.data.samples is None and own_data:
             config = make_config(own_data, base=config)
-    alone: dict[str, Any] = {"run.islands": 1, "exchange.min_members": 1, "train.loop": SCRIPT}
+    alone: dict[str, Any] = {"run.islands": 1, "exchange.min_members": None, "train.loop": SCRIPT}
     if config.run.islands not in (1, "auto"):
         log.warning(
             "a script trains one island, the configuration has run.islands = %s: `atoll train` with train.loop = "

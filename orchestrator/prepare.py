@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from faults.plan import PlannedFault, parse_fault
+from faults.plan import PlannedFault
 from orchestrator.build import island_name, num_islands, pack_path, resolve
 from orchestrator.errors import UserError
+from orchestrator.fault_plan import read_faults
 from orchestrator.preflight import check_files
+from orchestrator.telemetry.trackers import check_installed
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -54,10 +56,11 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
             raise UserError(
                 f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
             )
-    plan = tuple(parse_fault(fault, names) for fault in faults)
+    plan = read_faults(config, faults, names)
     _import_from_here()
     _check_functions(config)
     _check_devices(config, names)
+    check_installed(config.metrics)
     pack = pack_path(config)
     if pack is not None:
         notes += _verify(pack)

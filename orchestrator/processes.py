@@ -88,6 +88,25 @@ def answering(nodes: Collection[str]) -> set[str]:
     return {node for node in nodes if node in told and _listens(told[node])}
 
 
+def has_ended(node: str) -> bool:
+    """Whether Ray has ended on a node: it is declared dead, or its machine answers that nobody listens there.
+
+    No answer at all is none: the machine may have gone, or the way to it.
+    """
+    import ray
+
+    told = next((one for one in ray.nodes() if one["NodeID"] == node), None)  # type: ignore[no-untyped-call]
+    if told is None or not told["Alive"]:
+        return True
+    try:
+        socket.create_connection((told["NodeManagerAddress"], told["NodeManagerPort"]), timeout=KNOCK_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _listens(node: Mapping[str, Any]) -> bool:
     try:
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=KNOCK_S).close()

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
 
+PACED_AFTER_ROUNDS = 3
+
+
 class Progress:
     """A view of the controller's status; silent with `quiet`."""
 
@@ -22,6 +25,9 @@ class Progress:
         self._first: tuple[float, float] | None = None
         self._live = sys.stdout.isatty() and not quiet
         self._width = 0
+        self._pace: tuple[float, int] | None = None  # seconds and rounds when the first round was over
+        self._paced = False
+        self._told = ""
 
     def __enter__(self) -> Self:
         """Say what is about to happen."""
@@ -29,7 +35,7 @@ class Progress:
         steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
         self.say(
             f"{islands} {'island' if islands == 1 else 'islands'}, {self.config.train.tokens:,} tokens, "
-            f"strategy {strategy.name}, synchronising every {steps} as {self.config.codec.name}"
+            f"strategy {strategy.name}, synchronising {self._size(islands)}every {steps} as {self.config.codec.name}"
         )
         return self
 
@@ -64,10 +70,40 @@ class Progress:
                 f"{status['seconds']:7.1f} s  {100 * status['progress']:5.1f} %  round {status['rounds']:4d}  "
                 f"{status['tokens']:>12,} tokens" + ("" if loss is None else f"  validation loss {loss:.4f}")
             )
+        if told := status.get("metrics", ""):
+            if told != self._told:
+                self.say(told)
+            self._told = told
+        self._say_pace(status)
         if self._live:
             line = self._line(status)
             print("\r" + line.ljust(self._width), end="", flush=True)
             self._width = len(line)
+
+    def _size(self, islands: int | str) -> str:
+        """What one island sends in a round, where it is known before the model is built."""
+        from orchestrator.planning import round_bytes
+        from orchestrator.quantities import show_bytes
+
+        if not isinstance(islands, int) or self.quiet:
+            return ""
+        num = round_bytes(self.config, num_islands=islands)
+        return "" if num is None else f"{show_bytes(num)} "
+
+    def _say_pace(self, status: dict[str, Any]) -> None:
+        """Once some rounds have shown how long one takes: what link the run needs."""
+        from orchestrator.planning import round_bytes, sentence
+
+        rounds, members = status["rounds"], len(status["members"])
+        if self._paced or self.quiet or rounds < 1 or members < 2:
+            return
+        seconds, first = self._pace = self._pace or (status["seconds"], rounds)
+        if rounds - first < PACED_AFTER_ROUNDS:
+            return
+        self._paced = True
+        num = round_bytes(self.config, num_islands=members, num_params=status.get("params"))
+        if num is not None:
+            self.say(f"{status['seconds']:7.1f} s  {sentence(num, (status['seconds'] - seconds) / (rounds - first))}")
 
     def _line(self, status: dict[str, Any]) -> str:
         """The live line; seconds left are reckoned from the first commit seen here on."""

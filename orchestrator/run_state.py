@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from workers import ranges
-from workers.live_settings import LiveSettings
+from workers.live_settings import LiveSettings, holds_at_once
 from workers.messages import Version
 from workers.ranges import Range
 from workers.records import (
@@ -30,6 +30,7 @@ from workers.records import (
     RollbackRecord,
     SettingRecord,
     SettleRecord,
+    SharesRecord,
     StopRecord,
     Term,
     TermRecord,
@@ -109,6 +110,7 @@ class RunState:
         self.settings = LiveSettings()
         self.paused = False
         self.rollbacks: list[RollbackRecord] = []
+        self.shares: SharesRecord | None = None
 
     # ------------------------------------------------------------ questions
 
@@ -299,12 +301,16 @@ class RunState:
     def _evaluation(self, r: EvaluationRecord) -> None:
         self.evaluations.append(r)
 
+    def _shares(self, r: SharesRecord) -> None:
+        self.shares = r
+
     def _stop(self, r: StopRecord) -> None:
         self.stopped, self.paused = r, False
 
     def _setting(self, r: SettingRecord) -> None:
+        least = 0 if holds_at_once(r.key) else 1
         ahead = len(r.since) == self.num_fragments > 0 and all(
-            since > head.version.n for since, head in zip(r.since, self.heads, strict=True)
+            since >= head.version.n + least for since, head in zip(r.since, self.heads, strict=True)
         )
         _must(ahead, f"{r.key} is to hold from version {r.since} on, which may have been computed already")
         self.settings.add(r)
@@ -326,6 +332,7 @@ class RunState:
         SettingRecord: _setting,
         PauseRecord: _pause,
         EvaluationRecord: _evaluation,
+        SharesRecord: _shares,
         StopRecord: _stop,
     }
 

@@ -206,6 +206,11 @@ def create_run_dir(name: str, *, base: Path = RUNS, path: Path | None = None) ->
     return run_dir
 
 
+def make_run_folder(name: str, *, base: Path = RUNS) -> Path:
+    """Make `<base>/<name>-<date>-<4 hex>`, for what is no run itself but holds some."""
+    return _make_fresh(base, f"{name}-{date.today().isoformat()}")
+
+
 def open_run_dir(path: Path | None = None, *, base: Path = RUNS) -> RunDir:
     """The directory of a run that was started before.
 

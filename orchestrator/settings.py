@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from strategies.config import LIVE, Section
 
@@ -39,20 +40,64 @@ class RunSection(Section):
         description="Islands only on machines with these labels (atoll join --label); for a cluster.",
     )
     replace: bool = Field(True, description="Replace an island whose process died.")
+    fault_plan: str | None = Field(
+        None, min_length=1, description="TOML file of faults to cause in this run ([[fault]] tables); none = no faults."
+    )
     max_refusals: int = Field(
         3, ge=1, description="Updates of one island in a row that are not finite, after which it is given up."
     )
-    max_restarts: int = Field(20, ge=0, description="Crashes of one island after which it is given up.")
+    load: Literal["equal", "by_speed"] = Field(
+        "equal",
+        description="Local steps of an island in a round: all the same, or fewer on slower ones, so that all arrive "
+        "together.",
+    )
+    max_restarts: int = Field(
+        20,
+        ge=0,
+        description="Ends of one kind (exceptions; deaths; hangs) of one island within run.restart_window_s, after "
+        "which it is given up. Machines that are taken away do not count.",
+    )
+    restart_window_s: float = Field(3600.0, gt=0, description="Seconds in which run.max_restarts counts.")
+    max_early_deaths: int = Field(
+        5, ge=1, description="Ends of one island in a row before its first step, after which it is given up."
+    )
+    standby: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Processes that wait, with torch imported, the model built and the anchor at hand, to take a dead "
+        "island's place.",
+    )
+
+
+PROFILES: Mapping[str, Mapping[str, float]] = {
+    "lan": {"heartbeat_s": 0.5, "suspect_s": 2.5, "limbo_s": 120.0},
+    "wan": {"heartbeat_s": 1.0, "suspect_s": 9.0, "limbo_s": 300.0},
+}
+"""Times by which silence is judged. A profile fills in what is not set otherwise."""
 
 
 class ExchangeConfig(Section):
     """`[exchange]`: how a synchronisation is agreed on."""
 
-    quorum: float = Field(
-        0.5, gt=0, le=1, description="Share of the live members that must have offered (more than this share, or all)."
+    profile: Literal["lan", "wan"] = Field(
+        "lan",
+        description="Times by which silence is judged where they are not set: heartbeat_s, suspect_s, limbo_s. wan: a "
+        "member is suspect within 10 s instead of 3 s; on a cluster started with `atoll up --wan`.",
     )
-    min_members: int = Field(
-        1, ge=1, description="Smallest number of live members that may commit.", json_schema_extra=LIVE
+
+    quorum: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the live members that must have offered (more than this share, or all).",
+        json_schema_extra=LIVE,
+    )
+    min_members: int | None = Field(
+        None,
+        ge=1,
+        description="Members that are enough for a commit, in the place of the share; with fewer there is none.",
+        json_schema_extra=LIVE,
     )
     grace_s: float = Field(
         2.0, ge=0, description="Seconds to wait for the others after the quorum-th offer.", json_schema_extra=LIVE
@@ -67,8 +112,40 @@ class ExchangeConfig(Section):
     )
     wait_s: float = Field(10.0, ge=0, description="Seconds a member waits for an open exchange before it trains on.")
     heartbeat_s: float = Field(0.5, gt=0, description="Seconds between heartbeats.")
-    suspect_s: float = Field(3.0, gt=0, description="Silence after which a member is suspect (reversible).")
+    suspect_s: float = Field(
+        2.5,
+        gt=0,
+        description="Shortest silence after which a member is suspect (reversible). Longer, up to three times as long, "
+        "where its heartbeats were that irregular before.",
+    )
     limbo_s: float = Field(120.0, gt=0, description="Silence after which a suspect member is fenced (final).")
     chunk_values: int | None = Field(None, ge=32, description="Values in one chunk; default from the model's size.")
+    link_share: float = Field(
+        0.5, gt=0, le=1, description="Share of the link that background transfers (a joiner's state) may use."
+    )
+    link_bytes_per_s: float | None = Field(
+        None, gt=0, description="Bytes a second that the link of an island carries; unset = measured by exchanges."
+    )
     connections: int = Field(2, ge=1, le=64, description="Transport connections per peer.")
     timeout_s: float = Field(30.0, gt=0, description="Longest time of one transport call.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """What is not set is as the profile says."""
+        if isinstance(values, dict) and isinstance(profile := values.get("profile", "lan"), str):
+            return {**PROFILES.get(profile, {}), **values}
+        return values
+
+
+class MetricsConfig(Section):
+    """`[metrics]`: what leaves the controller for monitoring; all of it is off unless it is asked for."""
+
+    port: int | None = Field(
+        None, ge=0, le=65535, description="Serve /metrics for Prometheus at this port of the controller; 0 = any."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen at: this machine alone, by default.")
+    ray: bool = Field(False, description="Record everything with ray.util.metrics as well, for a Ray that collects.")
+    tensorboard: bool = Field(False, description="Write TensorBoard's event files into the run directory.")
+    tracker: Literal["wandb", "trackio"] | None = Field(None, description="Log to a tracker with W&B's interface.")
+    project: str = Field("atoll", min_length=1, max_length=128, description="The tracker's project.")

@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import UserError
-from orchestrator.metrics import EvalRow, ExchangeRow, FaultEvent, SpanRow, StepRow, latest_faults, newest_rows
+from orchestrator.metrics import (
+    EvalRow,
+    ExchangeRow,
+    FaultEvent,
+    MemberRow,
+    QuorumRow,
+    SpanRow,
+    StepRow,
+    latest_faults,
+    newest_rows,
+)
 from orchestrator.run_state import RunState
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
+from workers.records import Scalar
 
 REFRESH_S = 1.0
 
@@ -26,6 +38,10 @@ class MemberStatus(BaseModel):
 
     incarnation: int = Field(description="Its live incarnation; the last one if it is gone.")
     live: bool = Field(description="Whether the journal has it as a live member.")
+    status: str = Field(
+        description="How it is judged: joining, healthy, slow, suspect, draining, fenced; empty if nothing is known."
+    )
+    reason: str = Field(description="Why it has that status.")
     doing: str = Field(
         description="Phase of its newest span: compute, sync, evaluate, start; 'gone' if it is fenced, 'ended' after "
         "the run."
@@ -45,7 +61,7 @@ class Status(BaseModel):
     run_dir: str
     state: str = Field(description="running, interrupted, done, stopped or failed.")
     paused: bool = Field(False, description="Whether the run is paused: members take no samples.")
-    settings: dict[str, int | float | str] = Field(
+    settings: dict[str, Scalar] = Field(
         default_factory=dict, description="What `atoll set` changed since the start."
     )
     rollbacks: int = Field(0, description="How often the run went back to an older version.")
@@ -57,6 +73,9 @@ class Status(BaseModel):
     tokens_per_s: float | None = Field(description="Committed tokens per second over the last exchanges.")
     eta_s: float | None = Field(description="Seconds left at that speed.")
     members: dict[str, MemberStatus]
+    quorum: str = Field(
+        description="Who is missing for a commit, and what to set; empty while enough members are there."
+    )
     faults: list[dict[str, Any]]
 
 
@@ -71,7 +90,8 @@ def read_status(run_dir: Path) -> Status:
         )
     config = load_config(directory.config).config
     state = _replay(directory)
-    steps, spans, exchanges, evals, faults = _newest(directory)
+    newest = _newest(directory)
+    steps, exchanges, evals, faults = newest.steps, newest.exchanges, newest.evals, newest.faults
     seq_len = _seq_len(exchanges, state)
     tokens = state.samples_committed() * seq_len
     rows: list[StepRow | ExchangeRow | EvalRow] = [*steps.values(), *exchanges[-1:], *evals[-1:]]
@@ -92,7 +112,8 @@ def read_status(run_dir: Path) -> Status:
         val_loss=evals[-1].val_loss if evals else None,
         tokens_per_s=speed,
         eta_s=left / speed if speed and left else None,
-        members=_members(state, steps, spans, now, running=standing == "running"),
+        members=_members(state, newest, now, running=standing == "running"),
+        quorum=newest.quorum if standing == "running" else "",
         faults=[
             {"fault": f.fault, "member": f.member, "t_s": f.t_s, "back_s": f.back_s, "contributed_s": f.contributed_s}
             for f in latest_faults(faults)
@@ -108,28 +129,39 @@ def _replay(directory: RunDir) -> RunState:
     return state
 
 
-def _newest(
-    directory: RunDir,
-) -> tuple[dict[str, StepRow], dict[str, SpanRow], list[ExchangeRow], list[EvalRow], list[FaultEvent]]:
-    steps: dict[str, StepRow] = {}
-    spans: dict[str, SpanRow] = {}
-    exchanges: list[ExchangeRow] = []
-    evals: list[EvalRow] = []
-    faults: list[FaultEvent] = []
+@dataclass(kw_only=True, slots=True)
+class _Newest:
+    """The newest rows of each kind."""
+
+    steps: dict[str, StepRow] = field(default_factory=dict)
+    spans: dict[str, SpanRow] = field(default_factory=dict)
+    judged: dict[str, MemberRow] = field(default_factory=dict)
+    exchanges: list[ExchangeRow] = field(default_factory=list)
+    evals: list[EvalRow] = field(default_factory=list)
+    faults: list[FaultEvent] = field(default_factory=list)
+    quorum: str = ""
+
+
+def _newest(directory: RunDir) -> _Newest:
+    found = _Newest()
     rows: Iterator[Any] = newest_rows(directory.metrics) if directory.metrics.exists() else iter(())
     for row in rows:
         match row:
             case StepRow():
-                steps[row.member] = row
+                found.steps[row.member] = row
             case SpanRow():
-                spans[row.member] = row
+                found.spans[row.member] = row
+            case MemberRow():
+                found.judged[row.member] = row
             case ExchangeRow():
-                exchanges.append(row)
+                found.exchanges.append(row)
             case EvalRow():
-                evals.append(row)
+                found.evals.append(row)
             case FaultEvent():
-                faults.append(row)
-    return steps, spans, exchanges, evals, faults
+                found.faults.append(row)
+            case QuorumRow():
+                found.quorum = row.detail
+    return found
 
 
 def _seq_len(exchanges: list[ExchangeRow], state: RunState) -> int:
@@ -152,17 +184,19 @@ def _speed(exchanges: list[ExchangeRow]) -> float | None:
     return (recent[-1].tokens_committed - recent[0].tokens_committed) / (recent[-1].t_s - recent[0].t_s)
 
 
-def _members(
-    state: RunState, steps: dict[str, StepRow], spans: dict[str, SpanRow], now: float, *, running: bool
-) -> dict[str, MemberStatus]:
+def _members(state: RunState, newest: _Newest, now: float, *, running: bool) -> dict[str, MemberStatus]:
     out: dict[str, MemberStatus] = {}
     for name, incarnation in sorted(state.last_incarnation.items()):
-        live, step, span = name in state.current, steps.get(name), spans.get(name)
+        live, step, span = name in state.current, newest.steps.get(name), newest.spans.get(name)
+        judged = newest.judged.get(name)
+        known = judged if judged is not None and judged.incarnation == incarnation else None
         fresh = step is not None and step.incarnation == incarnation
         phase = span.phase if span and span.incarnation == incarnation else "start"
         out[name] = MemberStatus(
             incarnation=incarnation,
             live=live,
+            status=known.status if known else "" if live else "fenced",
+            reason=known.reason if known else "",
             doing="gone" if not live else phase if running else "ended",
             step=step.step if step and fresh else 0,
             loss=step.loss if step and fresh else None,
@@ -209,10 +243,11 @@ def render(status: Status) -> Any:
     loss = "not evaluated yet" if status.val_loss is None else f"{status.val_loss:.4f} nats per token"
     speed = "" if status.tokens_per_s is None else f", {status.tokens_per_s:,.0f} tokens/s"
     eta = "" if status.eta_s is None or not running else f", {status.eta_s:.0f} s left"
-    table = Table("member", "doing", "step", "loss", "tokens/s", *(["last row"] if running else []))
+    table = Table("member", "status", "doing", "step", "loss", "tokens/s", *(["last row"] if running else []))
     for name, member in status.members.items():
         table.add_row(
             f"{name}.{member.incarnation}",
+            member.status or "-",
             member.doing,
             str(member.step),
             _figure(member.loss, ".4f"),
@@ -222,6 +257,11 @@ def render(status: Status) -> Any:
     parts: list[Any] = [Text(head), Text(where), Text(f"validation loss {loss}{speed}{eta}"), table]
     if status.settings:
         parts.append(Text("set since: " + ", ".join(f"{key} = {value}" for key, value in status.settings.items())))
+    for name, member in status.members.items():
+        if member.status in ("slow", "suspect", "draining"):
+            parts.append(Text(f"{name}.{member.incarnation} is {member.status}: {member.reason}"))
+    if status.quorum:
+        parts.append(Text(status.quorum))
     for fault in status.faults:
         back = "not back yet" if fault["back_s"] is None else f"back {fault['back_s'] - fault['t_s']:.1f} s later"
         parts.append(Text(f"fault at {fault['t_s']:.1f} s: {fault['fault']} {fault['member']}, {back}"))

@@ -1,16 +1,20 @@
-"""Topologies of the lab as TOML: those that come with Atoll, and files of the user."""
+"""Topologies of the lab and schedules of link changes as TOML: those that come with Atoll, and files of the user."""
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from faults.lab.schedule import LinkChange
 from faults.lab.topology import Topology
 from orchestrator.config_errors import explain
 from orchestrator.errors import UserError
 from orchestrator.names import nearest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_topology(name: str | Path) -> Topology:
@@ -20,16 +24,40 @@ def load_topology(name: str | Path) -> Topology:
         UserError: not found, not TOML, an unknown key or node, a wrong value, or settings that do not fit.
     """
     path = find_topology(name)
+    return _checked(Topology, _read(path), str(path))
+
+
+def load_schedule(path: Path) -> list[LinkChange]:
+    """Read a file of link changes; whether they fit a topology is `check_changes`' to say.
+
+    Raises:
+        UserError: it cannot be read, is not TOML, or has an unknown key or a wrong value.
+    """
+    tables = _read(path)
+    changes = tables.get("links")
+    if set(tables) != {"links"} or not isinstance(changes, list) or not changes:
+        raise UserError(
+            f"a schedule has [[links]] tables and nothing else, this one has {', '.join(tables) or 'nothing'}",
+            place=str(path),
+            remedy='[[links]], then at_s = 20, action = "cut", target = "eu"',
+        )
+    return [_checked(LinkChange, change, f"{path}, links[{index}]") for index, change in enumerate(changes)]
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the topology: {error}", place=str(path)) from error
+        raise UserError(f"cannot be read: {error}", place=str(path)) from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"not valid TOML: {error}", place=str(path)) from error
+
+
+def _checked(model: type[Model], values: Any, place: str) -> Model:
     try:
-        return Topology.model_validate(tables)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise explain(error, Topology, lambda key: f"{path}, {key}" if key else str(path)) from error
+        raise explain(error, model, lambda key: f"{place}, {key}" if key else place) from error
 
 
 def find_topology(name: str | Path) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from strategies.qsr import quadratic_steps
 
 # Marks a field that `atoll set` changes while a run goes on.
 LIVE: dict[str, JsonValue] = {"live": True}
@@ -16,10 +19,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+StrategyName = Literal["diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco"]
+Patterns = list[Annotated[list[str], Field(min_length=1)]]
+
+DELAYED = ("eager", "delayed")
+"""Strategies whose contributions are applied a whole round later."""
+
+
 class StrategyConfig(Section):
     """`[strategy]`: when members synchronise and what the outer step does with the result."""
 
-    name: Literal["diloco", "ddp"] = Field("diloco", description="Synchronisation algorithm.")
+    name: StrategyName = Field("diloco", description="Synchronisation algorithm.")
     inner_steps: int = Field(
         100,
         ge=1,
@@ -27,20 +37,67 @@ class StrategyConfig(Section):
         description="Local optimizer steps between synchronisations (H).",
         json_schema_extra=LIVE,
     )
-    outer: Literal["nesterov", "average"] = Field(
+    outer: Literal["nesterov", "average", "sgd", "heavy-ball", "adam"] = Field(
         "nesterov", description="Outer optimizer; 'average' is plain parameter averaging."
     )
     outer_lr: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer step.", json_schema_extra=LIVE)
-    outer_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the outer step.")
+    outer_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the outer step; of Adam, beta 1.")
+    outer_beta2: float = Field(0.95, ge=0, lt=1, description="Outer Adam: decay of the second moment.")
+    outer_eps: float = Field(0.1, gt=0, le=1, description="Outer Adam: added to the denominator.")
     num_fragments: int = Field(1, ge=1, le=4096, description="Number of fragments that are synchronised separately.")
     pattern: Literal["sequential", "strided"] = Field("strided", description="How layers are dealt to fragments.")
+    fragments: Patterns = Field(
+        default_factory=list,
+        description="Fragments of your own: for each a list of patterns of parameter names (`*` and `?`), the first "
+        "that fits decides; takes the place of num_fragments and pattern.",
+    )
+    overlap_steps: int = Field(
+        0, ge=0, le=1_000_000, description="streaming: local steps made while a fragment is under way (tau)."
+    )
+    merge_alpha: float = Field(
+        0.0, ge=0, le=1, description="streaming: weight of the local parameters when a result is applied."
+    )
+    merge_kappa: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="streaming: share that is kept of the steps made while a fragment was under way; as published: "
+        "equal to merge_alpha.",
+    )
+    qsr_alpha: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Quadratic synchronisation rule: H = (qsr_alpha / learning rate)^2, at least inner_steps; 0: off.",
+    )
+    qsr_max_steps: int = Field(10_000, ge=1, le=1_000_000, description="Quadratic synchronisation rule: largest H.")
     warmup_sync: float = Field(
         0.0, ge=0, le=1, description="Share of the run's tokens trained with averaging after every step first."
     )
 
-    def inner_steps_at(self, progress: float) -> int:
-        """Local steps of a round that starts at `progress` (0 to 1): a function of nothing else, so that all agree."""
-        return 1 if self.name == "ddp" or progress < self.warmup_sync else self.inner_steps
+    @property
+    def total_fragments(self) -> int:
+        """Number of fragments, by whichever setting."""
+        return len(self.fragments) or self.num_fragments
+
+    @property
+    def delay(self) -> int:
+        """Rounds between a contribution and the outer step that has it."""
+        return 1 if self.name in DELAYED else 0
+
+    def inner_steps_at(self, progress: float, rate: Callable[[float], float] | None = None, warmup: float = 0.0) -> int:
+        """Local steps of a round that starts at `progress` (0 to 1): a function of nothing else, so that all agree.
+
+        `rate` (progress -> inner learning rate, whose warm-up ends at `warmup`) is for the quadratic rule, which
+        without it is off.
+        """
+        if self.name == "ddp" or progress < self.warmup_sync:
+            return 1
+        if rate is None or self.qsr_alpha == 0:
+            return self.inner_steps
+        return quadratic_steps(
+            rate(max(progress, warmup)), alpha=self.qsr_alpha, least=self.inner_steps, most=self.qsr_max_steps
+        )
 
 
 # Values that share one scale where `codec.block` is not set: `int8` has room for outliers, 4 bits have not.

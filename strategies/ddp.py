@@ -44,6 +44,11 @@ class InnerSettings(Protocol):
         ...
 
     @property
+    def warmup(self) -> float:
+        """Share of progress in which the learning rate rises."""
+        ...
+
+    @property
     def grad_clip(self) -> float:
         """Largest norm of the averaged gradient; 0 switches clipping off."""
         ...

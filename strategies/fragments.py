@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -116,6 +117,7 @@ def plan_fragments(
     *,
     num_fragments: int,
     pattern: Pattern,
+    groups: Sequence[Sequence[str]] = (),
     chunk_values: int | None = None,
     block: int = 4096,
 ) -> tuple[FragmentSpec, ...]:
@@ -125,6 +127,9 @@ def plan_fragments(
     (`model.layers.3.mlp.up_proj.weight`: `model.layers.3`). What comes before the first layer (embeddings) goes
     with the first fragment, what comes after it and belongs to none (final norm, head) with the last. In a model
     without numbered names each module (the name without its last component) counts as a layer.
+
+    `groups` take the place of `num_fragments` and `pattern`: for each fragment patterns of names (`*`, `?`, `[abc]`),
+    of which the first that fits decides.
 
     `chunk_values`: one size for all; None chooses per fragment, a multiple of `block` (`default_chunk_values`).
     Raises ValueError for duplicate names and when there are fewer layers than fragments.
@@ -136,7 +141,11 @@ def plan_fragments(
     if num_fragments < 1:
         raise SettingError(f"strategy.num_fragments = {num_fragments}; it must be at least 1")
     members: list[list[TensorSpec]] = [[] for _ in range(num_fragments)]
-    for tensor, fragment in zip(tensors, _fragment_of_each(names, num_fragments, pattern), strict=True):
+    if groups:
+        members, places = [[] for _ in groups], _group_of_each(names, groups)
+    else:
+        places = _fragment_of_each(names, num_fragments, pattern)
+    for tensor, fragment in zip(tensors, places, strict=True):
         members[fragment].append(tensor)
     return tuple(
         FragmentSpec(
@@ -146,6 +155,27 @@ def plan_fragments(
         )
         for index, group in enumerate(members)
     )
+
+
+def _group_of_each(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[int]:
+    """Raises SettingError for a name that fits nowhere, and for a fragment in which nothing is left."""
+    places = []
+    for name in names:
+        fits = (place for place, patterns in enumerate(groups) if any(fnmatchcase(name, one) for one in patterns))
+        place = next(fits, None)
+        if place is None:
+            raise SettingError(
+                f"strategy.fragments: parameter {name!r} fits no pattern and would never be synchronised; add one, or "
+                "'*' to the last fragment"
+            )
+        places.append(place)
+    for place, patterns in enumerate(groups):
+        if place not in places:
+            raise SettingError(
+                f"strategy.fragments: no parameter is left for fragment {place}, {list(patterns)!r}; remove it, or "
+                f"correct its patterns (parameters are called {names[0]!r}, {names[-1]!r})"
+            )
+    return places
 
 
 def _fragment_of_each(names: Sequence[str], num_fragments: int, pattern: Pattern) -> list[int]:

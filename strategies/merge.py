@@ -24,14 +24,23 @@ def advance_included(
     *,
     alpha: float,
     kappa: float,
+    due_N: Tensor | None = None,
 ) -> Tensor:
     """Move `theta_N` in place after a commit that included this member's contribution; returns it.
 
     `theta <- A' - alpha (A' - (A - D)) - kappa p`. `displacement_N` None means that no step was made since the
     contribution was cut: p = 0 and A - D = theta. Exact: without progress, alpha = 0 copies A' and alpha = 1
     leaves theta untouched; so does alpha = kappa = 1 with progress.
+
+    `due_N`: A - theta as it was at the step at which the result was due, if that is past. `kappa` weighs the progress
+    made until then; what was made later is kept whole.
     """
     _check(alpha, kappa)
+    if due_N is not None:
+        point_N = torch.sub(anchor_old_N, due_N)
+        later_N = torch.sub(anchor_old_N, theta_N).sub_(due_N)
+        advance_included(point_N, anchor_old_N, anchor_new_N, displacement_N, alpha=alpha, kappa=kappa)
+        return torch.sub(point_N, later_N, out=theta_N)
     if alpha == 1.0 and (displacement_N is None or kappa == 1.0):
         # A' - (A' - (A - D)) - p = theta; written out, it would be theta up to rounding only.
         return theta_N
@@ -64,6 +73,14 @@ def rebase(theta_N: Tensor, anchor_old_N: Tensor, anchor_new_N: Tensor) -> Tenso
         theta = theta_N[part]
         theta.add_(torch.sub(anchor_new_N[part], anchor_old_N[part], out=scratch[: theta.numel()]))
     return theta_N
+
+
+def carry_over(theta_N: Tensor, anchor_old_N: Tensor, anchor_new_N: Tensor) -> Tensor:
+    """Move `theta_N` in place to the next anchor with its displacement; returns it.
+
+    `theta <- A' - (A - theta)`: the translation of `rebase`, rounded so that theta = A becomes A' to the bit.
+    """
+    return torch.sub(anchor_new_N, torch.sub(anchor_old_N, theta_N), out=theta_N)
 
 
 def _check(alpha: float, kappa: float) -> None:

@@ -19,9 +19,14 @@ from strategies.codecs.sign import Sign
 from strategies.codecs.topk import TopK
 from strategies.config import CodecConfig, StrategyConfig
 from strategies.ddp import InnerSettings, build_ddp
+from strategies.delayed import build_delayed
 from strategies.diloco import build_diloco
+from strategies.eager import build_eager
 from strategies.errors import SettingError
+from strategies.muloco import build_muloco
+from strategies.sparseloco import build_sparseloco
 from strategies.strategy import Strategy
+from strategies.streaming import build_streaming
 
 # Name -> (block, backend, key) -> codec.
 CODECS: Mapping[str, Callable[[int, Backend, int], Codec]] = {
@@ -46,12 +51,20 @@ DECODERS: Mapping[int, Callable[[int, Backend], Codec]] = {
     **{kind.codec_id: kind for kind in (Int8, Int4, Fp4, E3m0, Sign, TopK)},
 }
 
-Builder = Callable[[StrategyConfig, CodecConfig, Codec, Callable[[float], float], InnerSettings], Strategy]
+Rounds = Callable[[float], int]
+LrAt = Callable[[float], float]
+Builder = Callable[[StrategyConfig, CodecConfig, Codec, Rounds, LrAt, InnerSettings], Strategy]
 
+# Name -> (strategy, codec settings, codec, local steps of a round, inner learning rate, `[train]`) -> strategy.
 STRATEGIES: Mapping[str, Builder] = {
-    "diloco": lambda config, codec_config, codec, lr_at, train: build_diloco(config, codec_config, codec),
-    "ddp": lambda config, codec_config, codec, lr_at, train: build_ddp(
-        config, codec_config, codec, lr_at=lr_at, train=train
+    "diloco": lambda config, codecs, codec, rounds, lr_at, train: build_diloco(config, codecs, codec, rounds),
+    "streaming": lambda config, codecs, codec, rounds, lr_at, train: build_streaming(config, codecs, codec, rounds),
+    "eager": lambda config, codecs, codec, rounds, lr_at, train: build_eager(config, codecs, codec, rounds),
+    "delayed": lambda config, codecs, codec, rounds, lr_at, train: build_delayed(config, codecs, codec, rounds),
+    "muloco": lambda config, codecs, codec, rounds, lr_at, train: build_muloco(config, codecs, codec, rounds, train),
+    "sparseloco": lambda config, codecs, codec, rounds, lr_at, train: build_sparseloco(config, codecs, codec, rounds),
+    "ddp": lambda config, codecs, codec, rounds, lr_at, train: build_ddp(
+        config, codecs, codec, lr_at=lr_at, train=train
     ),
 }
 
@@ -78,11 +91,13 @@ def build_strategy(
     """Return the strategy that `[strategy]` and `[codec]` describe.
 
     `lr_at` (progress -> learning rate of the inner optimizer) and `train` (`[train]`) are for strategies that apply
-    the optimizer themselves; `codec_key` is the key of `build_codec`. Raises ValueError for an unknown name and
-    settings that exclude each other.
+    the optimizer themselves, and for the quadratic synchronisation rule; `codec_key` is the key of `build_codec`.
+    Raises ValueError for an unknown name and settings that exclude each other.
     """
     build = _lookup("strategy.name", config.name, STRATEGIES)
-    return build(config, codec_config, build_codec(codec_config, key=codec_key), lr_at, train)
+    warmup = train.warmup if config.qsr_alpha else 0.0
+    codec = build_codec(codec_config, key=codec_key)
+    return build(config, codec_config, codec, lambda p: config.inner_steps_at(p, lr_at, warmup), lr_at, train)
 
 
 def decoder_of(payload: Tensor, *, num_values: int, backend: Backend = "torch") -> Codec:

@@ -12,8 +12,10 @@ from strategies.codecs.int8 import Int8
 from strategies.errors import SettingError
 from strategies.fragments import Pattern
 from strategies.outer import Average, OuterStep
+from strategies.schedule import overlap_steps_at
 
 Contribution = Literal["displacement", "gradient"]
+InFlight = Literal["keep", "restart", "eager"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +30,12 @@ class Strategy:
     result            codec of results where it is not `result_codec_of(codec)`
     error_feedback    whether residuals are kept; never with a codec that loses nothing
     overlap_steps     inner steps between a contribution and the step at which its result is due; 0: wait for it
+    in_flight         where local training goes on from while a contribution is under way: "keep", where it is;
+                      "restart", the anchor; "eager", the anchor as it will be by this member's own contribution
+    staggered         fragments are sent at even distances within a round, not all after the same step
     merge_alpha       weight of the local point when a result is applied (`merge.advance_included`)
     merge_kappa       how much of the progress made in flight is kept
-    num_fragments, pattern   how the parameters are divided (`fragments.plan_fragments`)
+    num_fragments, pattern, groups   how the parameters are divided (`fragments.plan_fragments`)
     """
 
     name: str
@@ -42,10 +47,18 @@ class Strategy:
     error_feedback: bool = False
     feedback_decay: float = 1.0
     overlap_steps: int = 0
+    in_flight: InFlight = "keep"
+    staggered: bool = False
     merge_alpha: float = 0.0
     merge_kappa: float = 1.0
     num_fragments: int = 1
     pattern: Pattern = "strided"
+    groups: tuple[tuple[str, ...], ...] = ()
+
+    def overlap_at(self, progress: float) -> int:
+        """Inner steps between a contribution that is sent here and the step at which its result is due."""
+        whole_round = self.in_flight != "keep"
+        return overlap_steps_at(self.overlap_steps, self.inner_steps(progress), whole_round=whole_round)
 
     @property
     def num_states(self) -> int:

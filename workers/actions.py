@@ -46,3 +46,12 @@ class Finished:
 
 
 Action = TrainOn | EvaluateNow | SaveNow | WaitFor | Finished
+
+# What a training thread does, as its heartbeats tell it (`workers/pace.py`).
+DOING: dict[type[Action], str] = {
+    TrainOn: "step",
+    EvaluateNow: "evaluating",
+    SaveNow: "saving",
+    WaitFor: "waiting",
+    Finished: "over",
+}

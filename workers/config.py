@@ -24,6 +24,9 @@ class IslandOverrides(Section):
     accumulation: int | None = Field(None, ge=1, le=65536, description="Micro-batches of one inner step.")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of this island.")
     device: Device | None = Field(None, description="Device of this island.")
+    pace_s: float | None = Field(
+        None, ge=0, le=3600, description="Seconds that an inner step of this island takes at least."
+    )
 
 
 class TrainConfig(Section):
@@ -33,6 +36,11 @@ class TrainConfig(Section):
         10_000_000, ge=1, description="The run ends when this many tokens are committed (samples, with data.samples)."
     )
     batch_size: int = Field(8, ge=1, le=1 << 20, description="Samples in one inner step of an island.")
+    fit_batch: bool = Field(
+        False,
+        description="Each island takes the largest power of two up to batch_size that its memory takes, as measured.",
+    )
+    memory_fraction: float = Field(0.85, gt=0, le=1, description="Share of an island's memory that fit_batch may fill.")
     accumulation: int = Field(
         1, ge=1, le=65536, description="Micro-batches of equal size that one inner step is cut into."
     )

@@ -7,6 +7,7 @@ thread; `Island` finds it there.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextvars import ContextVar
@@ -44,6 +45,8 @@ class IslandSpec:
     bound_rounds: float
     connections: int
     pace_s: float = 0.0
+    link_share: float = 0.5
+    link_bytes_per_s: float | None = None
     resume: bool = False
     keep_anchors: int = 8
 
@@ -55,6 +58,8 @@ class IslandContext:
     The island sets `deliver`, `attach` and `abort` when it begins, which may be called from any thread, and `ended`
     when the run is over for it: "done", "stopped" or "failed". `attach` hands in its copy of the journal and promises
     to obey the term; `abort` ends its loop with an error.
+    `sleep` is that of `clock`.
+    `num_sharing`: islands that share the memory of this machine, this one included.
     """
 
     spec: IslandSpec
@@ -70,6 +75,8 @@ class IslandContext:
     abort: Callable[[BaseException], None] | None = None
     ended: str = ""
     on_step: Callable[[], None] | None = None
+    sleep: Callable[[float], None] = time.sleep
+    num_sharing: int = 1
 
 
 _CURRENT: ContextVar[IslandContext | None] = ContextVar("atoll_island", default=None)

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,8 +45,10 @@ from workers.member import MemberMachine
 from workers.model.factory import LossFn, ModelBundle, next_token_loss
 from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer
+from workers.pace import Pace
+from workers.record_log import RecordLog
 from workers.records import Scalar, StopRecord
-from workers.replica import Replica
+from workers.replica import Replica, StateChunk
 from workers.samples import (
     Collate,
     Ids,
@@ -58,9 +60,10 @@ from workers.samples import (
     positions_of,
 )
 from workers.saved import read_meta
-from workers.schedule import lr_at
+from workers.schedule import agreed_rate
 from workers.snapshot import write_snapshot
-from workers.timeline import Timeline
+from workers.sync_settings import SyncSettings
+from workers.timeline import WAITING_IN, Timeline
 
 log = logging.getLogger("atoll.island")
 
@@ -120,27 +123,36 @@ class Island:
         self._data = {"dataset": dataset, "val_dataset": val_dataset, "collate": collate}
         check_own_data(self.spec.data, loss_fn=loss_fn, **self._data)
         self._yielded = 0
-        self._progress = 0.0
+        self._progress = self._loading_s = 0.0
         self._loss_sum, self._loss_count, self._row_s = 0.0, 0, float("-inf")
         self._compute_s, self._tokens = 0.0, 0
         self._last_step: tuple[float, float, StepStats | None] | None = None
         self._waits = {"data": 0.0, "sync": 0.0}
         self._stepped = True
+        self._at_hand: tuple[RecordLog, dict[int, list[StateChunk]]] | None = None
 
     # ------------------------------------------------------------ life
+
+    def move_to(self, context: IslandContext) -> None:
+        """Be another island of the run than the one that it was built as; only before it is entered."""
+        self.context, self.spec = context, context.spec
+
+    def begin_with(self, log: RecordLog, states: dict[int, list[StateChunk]]) -> None:
+        """Begin with a copy of the journal and states of all fragments (`workers/standby.py`); before it is entered."""
+        self._at_hand = (log, states)
 
     def __enter__(self) -> Self:
         """Join the run: serve, ask to be a member, take up a saved local state if the run is resumed."""
         if self.context.deliver is not None:
             raise LoopError("a run's process makes one island: use one `with atoll.Island(...)` for the whole loop")
         self.guard.warn()
-        pack = PackReader(self.spec.pack) if self.spec.pack is not None else None
-        self.source: SampleSource = open_source(self.spec.data, pack, device=self.device, **self._data)
-        self.total_samples = -(-self.spec.train.tokens // self.source.tokens_per_sample)
         self.sync = self._build_sync()
         meta = read_meta(self._local_dir()) if self.spec.resume else None
         if meta is not None and meta["run_id"] == self.spec.run_id:
             load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer)
+        elif self._at_hand is not None:
+            self.sync.begin_with(*self._at_hand)
+            self._at_hand = None
         gradients_only = self.sync.replica.strategy.contribution == "gradient"
         self._changes = ChangeWatch(synchronised(self.model), wanted=not gradients_only)
         self._buffers = BufferWatch(self.model) if self.watches_changes else None
@@ -156,14 +168,29 @@ class Island:
         if self.sync is not None:
             self.sync.close()
 
+    @cached_property
+    def source(self) -> SampleSource:
+        """Where its samples come from; opened when it is first needed."""
+        pack = PackReader(self.spec.pack) if self.spec.pack is not None else None
+        return open_source(self.spec.data, pack, device=self.device, **self._data)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run."""
+        return -(-self.spec.train.tokens // self.source.tokens_per_sample)
+
+    def build_replica(self) -> Replica:
+        """A replica of the model under the run's strategy, without a state; compiles what has to be compiled."""
+        tensors = {name: parameter.data for name, parameter in synchronised(self.model).items()}
+        strategy = strategy_of(self.spec)
+        for codec in (strategy.codec, strategy.result_codec):
+            warm_up(codec)  # nobody waits for the compiler in an exchange
+        fragments = fragments_of(tensors, strategy, self.spec)
+        return Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
+
     def _build_sync(self) -> sy.IslandSync:
         spec, context = self.spec, self.context
-        tensors = {name: parameter.data for name, parameter in synchronised(self.model).items()}
-        strategy = strategy_of(spec)
-        for codec in (strategy.codec, strategy.result_codec):
-            warm_up(codec)  # compiled codecs: nobody waits for the compiler in an exchange
-        fragments = fragments_of(tensors, strategy, spec)
-        replica = Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
+        replica = self.build_replica()
         info = msg.ProcessInfo(
             address=context.transport.address,
             node=context.node,
@@ -175,9 +202,10 @@ class Island:
             name=spec.name,
             nonce=context.nonce,
             info=info,
-            num_chunks=[fragment.num_chunks for fragment in fragments],
+            num_chunks=[fragment.num_chunks for fragment in replica.specs],
         )
-        settings = sy.SyncSettings(
+        machine.pace = Pace(own_loop=self.watches_changes, tick_s=spec.heartbeat_s, since_s=context.clock())
+        settings = SyncSettings(
             batch_size=spec.train.batch_size,
             timeout_s=spec.timeout_s,
             wait_s=spec.wait_s,
@@ -185,8 +213,7 @@ class Island:
             bound_rounds=spec.bound_rounds,
             total_samples=self.total_samples,
         )
-        variants = Variants(spec, strategy)
-        replica.variants = lambda fragment, n: variants.of(machine.log.settings.at(fragment, n))
+        follow_settings(replica, spec, lambda: machine.log)
         assert isinstance(context.store, MemberStore)
         return sy.IslandSync(
             machine=machine,
@@ -237,7 +264,8 @@ class Island:
         loading_s = self.context.clock()
         batch = self.source.batch(ids)
         self._began = self.context.clock()
-        self._waits["data"] += self._began - loading_s
+        self._loading_s = self._began - loading_s
+        self._waits["data"] += self._loading_s
         return batch
 
     @property
@@ -264,7 +292,7 @@ class Island:
                 case TrainOn():
                     self.sync.wait(self.spec.heartbeat_s)
                 case WaitFor():
-                    self.timeline.enter("sync" if action.reason != "state" else "start")
+                    self.timeline.enter(WAITING_IN.get(action.reason, "wait"))
                     if not blocking:
                         return None
                     began = self.context.clock()
@@ -321,7 +349,7 @@ class Island:
         self.timeline.enter("compute")
         positions = positions_of(action.ranges)
         self._yielded, self._progress, self._stepped = len(positions), action.progress, False
-        self._began = self.context.clock()
+        self._began, self._loading_s = self.context.clock(), 0.0
         return sample_ids(positions, size=self.source.num_samples, seed=self.spec.train.seed)
 
     def step(self, loss: Tensor | float, *, stats: StepStats | None = None) -> None:
@@ -338,10 +366,10 @@ class Island:
         now = self.context.clock()
         seconds = now - self._began
         if self.spec.pace_s > seconds:
-            time.sleep(self.spec.pace_s - seconds)
+            self.context.sleep(self.spec.pace_s - seconds)
             now = self.context.clock()
-            seconds = now - self._began
-        self.sync.stepped(self._yielded)
+            seconds = max(now - self._began, self.spec.pace_s)  # where islands take turns, the clock goes on later
+        self.sync.stepped(self._yielded, seconds + self._loading_s)
         self._record(float(loss.detach() if isinstance(loss, Tensor) else loss), stats, now, seconds)
         if self.context.on_step is not None:
             self.context.on_step()
@@ -441,20 +469,20 @@ class Variants:
             return self._known[values]
 
 
+def follow_settings(replica: Replica, spec: IslandSpec, log: Callable[[], RecordLog]) -> None:
+    """From now on a replica computes each transition with the settings that the journal has for its version."""
+    variants = Variants(spec, replica.strategy)
+    replica.variants = lambda fragment, n: variants.of(log().settings.of_members(fragment, n))
+
+
 def strategy_of(spec: IslandSpec, changes: tuple[tuple[str, Scalar], ...] = ()) -> Strategy:
     """The strategy that an island's settings describe, with what was changed since."""
     train = spec.train
-
-    def rate(progress: float) -> float:
-        value = lr_at(progress, lr=train.lr, warmup=train.warmup, min_ratio=train.min_lr_ratio, shape=train.schedule)
-        # Nine digits: the cosine of two machines may differ in the last bit, and an outer step may use this rate.
-        return float(f"{value:.9e}")
-
     # Members that round at random must not do it alike: averaging is to cancel it.
     key = mix(train.seed, spec.index)
     config = with_changes(spec.strategy, "strategy", changes)
     codec = with_changes(spec.codec, "codec", changes)
-    return build_strategy(config, codec, lr_at=rate, train=train, codec_key=key)
+    return build_strategy(config, codec, lr_at=partial(agreed_rate, train=train), train=train, codec_key=key)
 
 
 def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpec) -> tuple[FragmentSpec, ...]:
@@ -465,5 +493,6 @@ def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpe
         [TensorSpec(name=name, shape=tuple(tensor.shape)) for name, tensor in tensors.items()],
         num_fragments=strategy.num_fragments,
         pattern=strategy.pattern,
+        groups=strategy.groups,
         chunk_values=chunk,
     )

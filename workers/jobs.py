@@ -6,6 +6,7 @@ Jobs run on any thread. They read the replica under its lock and never touch liv
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
@@ -93,6 +94,7 @@ class Jobs:
         timeout_s: float,
         threaded: bool,
         snapshots: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`log`: the member's present copy of the journal, read under `lock`; `threaded`: whether a fetch may wait.
 
@@ -100,7 +102,7 @@ class Jobs:
         """
         self.replica, self.store, self.transport = replica, store, transport
         self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
-        self.snapshots = snapshots
+        self.snapshots, self.clock = snapshots, clock
         self.staged: dict[tuple[int, str], list[StateChunk]] = {}  # by fragment and chain
 
     def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:

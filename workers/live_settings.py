@@ -1,7 +1,8 @@
 """Settings that change while a run goes on: which values hold for which version. Everybody replays the journal.
 
 A change is a `SettingRecord` with the version from which it holds, always one that nobody has yet: whoever computes a
-transition has been told of the change before, and all members compute it with the same values.
+transition has been told of the change before, and all members compute it with the same values. What no member computes
+with, `[exchange]`, may hold from the present version on.
 """
 
 from __future__ import annotations
@@ -44,9 +45,18 @@ class LiveSettings:
         values = {change.key: change.value for change in self._changes if change.since[fragment] <= n}
         return tuple(sorted(values.items()))
 
+    def of_members(self, fragment: int, n: int) -> tuple[tuple[str, Scalar], ...]:
+        """`at`, without what only the controller decides by: of that members may have heard or not."""
+        return tuple((key, value) for key, value in self.at(fragment, n) if not holds_at_once(key))
+
     def newest(self) -> dict[str, Scalar]:
         """Key to value of everything that was set, whether it holds already or from the next version on."""
         return {change.key: change.value for change in self._changes}
+
+
+def holds_at_once(key: str) -> bool:
+    """Whether a change holds for the transition that is under way: only the controller decides by `[exchange]`."""
+    return key.startswith("exchange.")
 
 
 def with_changes(section: S, name: str, values: Sequence[tuple[str, Scalar]]) -> S:

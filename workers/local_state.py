@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from strategies.eager import Correction
 from workers.member import FragmentState, MemberMachine, Pending
 from workers.messages import Offer, Version
+from workers.open_steps import OpenSteps
 from workers.optim import InnerOptimizer, export_state, import_state
 from workers.records import OfferId
 from workers.replica import Replica
 from workers.saved import LOCAL_META, LOCAL_SCHEMA, LOCAL_TENSORS, local_tensors
 from workers.sync import IslandSync
 from workers.tensor_file import save_tensors
+
+VECTORS = ("residual", "next_residual", "displacement", "gradients", "due", "aside")
+SCHEDULE = ("total_steps", "marks", "sent_at", "due_in", "rounds")
 
 
 def save_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: InnerOptimizer) -> None:
@@ -59,10 +63,13 @@ def _replica_tensors(replica: Replica) -> dict[str, Tensor]:
         out[f"anchor/{fragment}"] = part.anchor.cpu()
         for place, state in enumerate(part.states):
             out[f"state/{fragment}/{place}"] = state.cpu()
-        for name in ("residual", "next_residual", "displacement", "gradients"):
+        for name in VECTORS:
             value = getattr(part, name)
             if value is not None:
                 out[f"{name}/{fragment}"] = value.cpu()
+        if part.correction is not None:
+            out[f"ahead/{fragment}"], out[f"added/{fragment}"] = part.correction.ahead_N, part.correction.added_N
+            out |= {f"ahead/{fragment}/{place}": state for place, state in enumerate(part.correction.states)}
     return out
 
 
@@ -77,8 +84,7 @@ def _machine_meta(sync: IslandSync) -> dict[str, Any]:
         "consumed": machine.consumed,
         "leases": machine.leases,
         "steps": machine.steps,
-        "total_steps": sync.total_steps,
-        "marks": sync.marks,
+        "schedule": {name: getattr(sync.schedule, name) for name in SCHEDULE},
         "steps_done": list(sync.steps_done),
         "base_samples": sync.base_samples,
         "fragments": [
@@ -111,15 +117,24 @@ def load_local(
         part.anchor.copy_(tensors[f"anchor/{fragment}"])
         for place, state in enumerate(part.states):
             state.copy_(tensors[f"state/{fragment}/{place}"])
-        for name in ("residual", "next_residual", "displacement", "gradients"):
+        for name in VECTORS:
             value = tensors.get(f"{name}/{fragment}")
             setattr(part, name, value.to(part.anchor.device) if value is not None else None)
+        if f"ahead/{fragment}" in tensors:
+            states = tuple(tensors[f"ahead/{fragment}/{place}"] for place in range(len(part.states)))
+            like = part.anchor.device
+            part.correction = Correction(
+                tensors[f"ahead/{fragment}"].to(like),
+                tuple(state.to(like) for state in states),
+                tensors[f"added/{fragment}"].to(like),
+            )
         saved = meta["fragments"][fragment]
         part.n, part.chain, part.sent = saved["n"], saved["chain"], saved["sent"]
     torch.set_rng_state(tensors["random/torch"])
     _restore_machine(sync.machine, meta)
-    sync.total_steps, sync.marks = meta["total_steps"], list(meta["marks"])
-    sync.steps_done = deque((end, tuple(versions)) for end, versions in meta["steps_done"])
+    for name in SCHEDULE:
+        setattr(sync.schedule, name, meta["schedule"][name])
+    sync.steps_done = OpenSteps(meta["steps_done"])
     sync.base_samples = meta["base_samples"]
     (folder / LOCAL_META).unlink()
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
+import torch
+
+from workers.batch_fit import fit_batch, memory_probe, remember, remembered, share_of_memory
 from workers.config import SCRIPT
-from workers.context import IslandContext
+from workers.context import IslandContext, IslandSpec
 from workers.data.reader import PackReader
 from workers.device import resolve_device
 from workers.functions import FunctionError, load_function
-from workers.inner_loop import InnerLoop
+from workers.inner_loop import InnerLoop, autocast
 from workers.island import Island, strategy_of
 from workers.loop_checks import LoopError
-from workers.model.factory import build_model
+from workers.model.factory import ModelBundle, build_model
 from workers.optim import build_optimizer
+
+log = logging.getLogger("atoll.island")
+
+NUM_MOMENTS = 2  # vectors that AdamW makes at its first step
 
 
 class BuiltinLoop:
@@ -30,6 +39,8 @@ class BuiltinLoop:
         index = PackReader(spec.pack).index
         self.bundle = build_model(spec.model, vocab_size=index.vocab_size, seq_len=index.seq_len, seed=spec.train.seed)
         self.bundle.model.to(device)
+        if spec.train.fit_batch:
+            spec = context.spec = _with_fitting_batch(context, self.bundle, device, index.seq_len)
         optimizer = build_optimizer(self.bundle.model, spec.train)
         self.inner = InnerLoop(self.bundle, optimizer, spec.train, device)
         self.island = Island(
@@ -59,6 +70,31 @@ class BuiltinLoop:
         with self.island:
             while self.advance(blocking=True):
                 pass
+
+
+def _with_fitting_batch(context: IslandContext, bundle: ModelBundle, device: torch.device, seq_len: int) -> IslandSpec:
+    """The settings with the largest batch that fits, measured now, or before the run was stopped."""
+    spec, kept = context.spec, context.spec.run_dir / "batch" / f"{context.spec.name}.json"
+    fit = remembered(kept) if spec.resume else None
+    if fit is None:
+        vectors = NUM_MOMENTS
+        if device.type == "cpu":  # the anchor, its outer state and a payload on the way are there as well
+            vectors += strategy_of(spec).num_states + 2
+        num_sharing = context.num_sharing
+        if device.type == "cuda":
+            num_sharing = -(-num_sharing // torch.cuda.device_count())
+        probe = memory_probe(
+            bundle.model,
+            bundle.loss_fn,
+            lambda size: torch.zeros((size, seq_len + 1), dtype=torch.int64, device=device),
+            later_bytes=4 * vectors * bundle.num_params,
+        )
+        limit = int(spec.train.memory_fraction * share_of_memory(device, num_sharing=num_sharing))
+        with autocast(spec.train.precision, device):
+            fit = fit_batch(probe, largest=spec.train.batch_size, limit_bytes=limit)
+        remember(kept, fit)
+    log.info("batches of %d samples: peak %d of %d bytes; %s", fit.batch_size, fit.peak_bytes, fit.limit_bytes, fit.why)
+    return replace(spec, train=spec.train.model_copy(update={"batch_size": fit.batch_size, "fit_batch": False}))
 
 
 def run_builtin_loop(context: IslandContext) -> None:

@@ -7,17 +7,17 @@ asks `due()` and says `applied()`, `installed()`, `was_reset()`, `offered()`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
-from workers import ranges
+from workers import ranges, shares
 from workers.fragment_state import KEEP_RESULTS, FragmentState, Pending
 from workers.member_exchange import ExchangeSide
 from workers.messages import Offer, Version
 from workers.ranges import Range
-from workers.record_log import GENESIS_CHAIN
+from workers.record_log import GENESIS_CHAIN, RecordLog
 from workers.records import (
     LEFT,
     CommitRecord,
@@ -27,6 +27,7 @@ from workers.records import (
     OfferId,
     RollbackRecord,
     Row,
+    Scalar,
     Term,
 )
 
@@ -47,6 +48,7 @@ class MemberMachine(ExchangeSide):
             case ev.Delivered(batch=batch):
                 self._delivered(batch)
             case ev.Tick():
+                self.pace.tick(now)
                 self._tick()
             case ev.GenesisBuilt(digests=digests, num_params=num_params):
                 self.building = False
@@ -130,6 +132,12 @@ class MemberMachine(ExchangeSide):
         state = self.fragments[fragment]
         return any(a.offer.base == state.version for a in state.announced.values())
 
+    def share(self, fragment: int) -> float:
+        """This member's coefficient in the present version's sum; where it is not in it, that of equal members."""
+        record = self.log.commit(fragment, self.fragments[fragment].n)
+        mine = [entry.coefficient for entry in record.roster if entry.offer.member == self.id] if record else []
+        return mine[0] if mine else 1.0 / max(len(self.log.live), 1)
+
     # ------------------------------------------------------------ facts from the training thread
 
     def offered(self, offer: Offer, now: float) -> list[ev.Command]:
@@ -210,9 +218,26 @@ class MemberMachine(ExchangeSide):
         self._lose_state(fragment, fault, detail)
         return self.out
 
-    def consumed_to(self, consumed: int, steps: int) -> None:
-        """An inner step was finished."""
+    def consumed_to(self, consumed: int, steps: int, seconds: float = 0.0) -> None:
+        """An inner step was finished; it took that long (0: not measured)."""
         self.consumed, self.steps = consumed, steps
+        self.step_times.add(seconds)
+
+    def changes_of(self, fragment: int) -> tuple[tuple[str, Scalar], ...]:
+        """`(key, value)` of the settings that were changed and hold for a fragment's next transition."""
+        return self.log.settings.of_members(fragment, self.fragments[fragment].n)
+
+    def round_steps(self, inner_steps: int) -> int:
+        """Local steps of this member in a round of `inner_steps`: all, or its share by speed."""
+        return shares.round_steps(self.log.shares, self._own_name(), inner_steps)
+
+    def fleet_samples(self) -> float:
+        """Samples that the fleet plans for each one that this member plans."""
+        live = [str(MemberId(name=name, incarnation=incarnation)) for name, incarnation in sorted(self.log.live)]
+        return shares.fleet_samples(self.log.shares, self._own_name(), live)
+
+    def _own_name(self) -> str:
+        return str(self.id) if self.incarnation is not None else ""
 
     def member_id(self, incarnation: int) -> MemberId:
         """This member under an incarnation."""
@@ -232,6 +257,12 @@ class MemberMachine(ExchangeSide):
         self.first_nonce = self.nonce = nonce
         self.incarnation, self.consumed, self.steps = incarnation, consumed, steps
         self.leases, self.fragments = list(leases), list(fragments)
+
+    def begin_with(self, log: RecordLog, versions: Mapping[int, tuple[int, str]]) -> None:
+        """Before it joins: a copy of the journal, and states that were fetched without being a member."""
+        self.log = log
+        for fragment, (n, chain) in versions.items():
+            self.fragments[fragment].n, self.fragments[fragment].chain = n, chain
 
     def _withdraw_lost(self) -> None:
         """An offer that was open when the run stopped is made anew, unless it was committed (and not revoked since)."""
@@ -274,6 +305,7 @@ class MemberMachine(ExchangeSide):
             self._body(body, batch)
         if new:
             for fragment in range(len(self.fragments)):
+                self._forget_overtaken(fragment)
                 self._advance(fragment)
             self.out.append(ev.Wake())
         if welcome is not None:

@@ -8,9 +8,11 @@ from workers import member_events as ev
 from workers import messages as msg
 from workers import ranges
 from workers.fragment_state import FragmentState
+from workers.pace import Pace
 from workers.ranges import Range
 from workers.record_log import RecordLog
 from workers.records import MemberId, Term
+from workers.shares import StepTimes
 
 
 class MemberCore:
@@ -29,6 +31,7 @@ class MemberCore:
         self.leases: list[Range] = []
         self.consumed = 0
         self.steps = 0
+        self.step_times = StepTimes()
         self.tail = False
         self.leaving = self.dismissed = False
         self.told: dict[type, tuple[tuple[int, int], int]] = {}
@@ -40,6 +43,7 @@ class MemberCore:
         self.drop_asked = ""
         self.may_rewrite = False  # a new lineage may replace rows that only the lost journal had
         self.waiting = ""
+        self.pace = Pace()
         self.bytes_sent = 0
         self.stale = 0
         self.out: list[ev.Command] = []
@@ -91,6 +95,9 @@ class MemberCore:
             msg.Hello(
                 info=self.info, journal_len=len(self.log), num_leased=self.num_leased(), consumed=self.consumed,
                 steps=self.steps, bytes_sent=self.bytes_sent, fragments=tuple(reports), waiting=self.waiting,
+                doing=self.pace.doing, doing_s=max(self.now - self.pace.since_s, 0.0),
+                step_s=self.pace.usual_step_s(),
+                median_step_s=self.step_times.median_s,
             )
         )  # fmt: skip
 

@@ -308,6 +308,23 @@ class ExchangeSide(MemberCore):
         if drop or prefixes:
             self.out.append(ev.Forget(fragment=fragment, prefixes=prefixes, digests=drop))
 
+    def _forget_overtaken(self, fragment: int) -> None:
+        """Results of versions that a member which applies nothing (its training thread is busy) will never apply.
+
+        It catches up by the next ones, or by a whole state; what it reduced for others meanwhile they have by now.
+        """
+        state, head = self.fragments[fragment], self.log.head(fragment)
+        if state.n < 0 or head - state.n <= 2 * KEEP_RESULTS:
+            return
+        near = [*range(state.n + 1, state.n + KEEP_RESULTS + 1), *range(head - KEEP_RESULTS + 1, head + 1)]
+        records = [record for n in near if (record := self.log.commit(fragment, n)) is not None]
+        keep = {d for digests in state.recent.values() for d in digests} | set(state.results.values())
+        keep |= {digest for record in records for digest in record.chunk_digests}
+        drop = tuple(sorted(state.content - keep))
+        state.content &= keep
+        if drop:
+            self.out.append(ev.Forget(fragment=fragment, prefixes=(), digests=drop))
+
     def _discarded(self, fragment: int, exchange: msg.ExchangeId) -> None:
         state = self.fragments[fragment]
         if state.assign is not None and state.assign.exchange == exchange:

@@ -46,3 +46,8 @@ def lacks_version(state: FragmentState, log: RecordLog, fragment: int, version: 
 def residual_after(residual: T, next_residual: T, *, included: bool) -> T:
     """The residual once base+1 is applied: what encoding left counts only if the record lists the offer (C8)."""
     return next_residual if included else residual
+
+
+def aside_after(aside: T | None, *, included: bool) -> T | None:
+    """What was set aside while it was under way, once base+1 is applied: still there unless the record has it (C2)."""
+    return None if included else aside

@@ -93,7 +93,12 @@ class FragmentReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hello:
-    """Heartbeat with progress; also the request for whatever the member lacks."""
+    """Heartbeat with progress; also the request for whatever the member lacks.
+
+    `doing`: what its training thread does, for `doing_s` seconds by now; `step_s`: its usual step, 0 = not known yet
+    (`workers/pace.py`).
+    `median_step_s`: what shares by speed are made of, pacing and loading included; 0 until it is measured.
+    """
 
     info: ProcessInfo
     journal_len: int
@@ -103,6 +108,10 @@ class Hello:
     bytes_sent: int
     fragments: tuple[FragmentReport, ...]
     waiting: str = ""
+    doing: str = ""
+    doing_s: float = 0.0
+    step_s: float = 0.0
+    median_step_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -444,3 +453,12 @@ class Batch:
     rows: tuple[Row, ...]
     bodies: tuple[ControllerBody, ...]
     number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class News:
+    """What the controller tells a standby: rows of the journal from `rows_from` on, and who holds which versions."""
+
+    rows_from: int
+    rows: tuple[Row, ...]
+    peers: tuple[tuple[str, str, tuple[int, ...]], ...]

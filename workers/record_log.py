@@ -16,6 +16,7 @@ from workers.records import (
     RollbackRecord,
     Row,
     SettingRecord,
+    SharesRecord,
     StopRecord,
 )
 
@@ -33,6 +34,7 @@ class RecordLog:
 
     def _clear(self) -> None:
         self.genesis = None
+        self.shares: SharesRecord | None = None
         self._by_prev: dict[tuple[int, str], CommitRecord] = {}
         self._on_path: dict[tuple[int, str], int] = {}
         self._commits: list[dict[int, CommitRecord]] = []
@@ -101,6 +103,8 @@ class RecordLog:
                 self.live.discard((fence.member, fence.incarnation))
             case JoinRecord() as join:
                 self.live.add((join.member, join.incarnation))
+            case SharesRecord() as shares:
+                self.shares = shares
             case _:
                 pass
 

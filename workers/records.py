@@ -141,6 +141,21 @@ class LeaseRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharesRecord(Record):
+    """Load by speed, in force until the next one: `members[i]` makes `steps[i]` of the `inner_steps` of a round.
+
+    `batch_sizes[i]`: samples of one of its steps. Who is not named makes all of them.
+    """
+
+    kind: ClassVar[str] = "shares"
+    inner_steps: int
+    members: tuple[str, ...]
+    steps: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommitRecord(Record):
     """Fragment `fragment` moved from version `n - 1` to `n`; the roster alone decides who was in."""
 
@@ -160,6 +175,10 @@ class CommitRecord(Record):
 
 LEFT = "it left"
 """Why an incarnation is fenced that was asked to leave and has handed over everything."""
+
+
+HUNG = "it hangs: "
+"""Begins why an incarnation is fenced that made no step any more: its process lives, and has to be ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +250,7 @@ class SnapshotRecord(Record):
     versions: tuple[int, ...]
 
 
-Scalar = int | float | str
+Scalar = int | float | str | None
 """What a setting that changes while the run goes on can be."""
 
 
@@ -277,12 +296,24 @@ class StopRecord(Record):
     detail: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatorRecord(Record):
+    """Somebody asked for something while the run went on: what, of which member, by which way, and what came of it."""
+
+    kind: ClassVar[str] = "operator"
+    action: str
+    member: str
+    by: str
+    outcome: str
+    t_s: float
+
+
 KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord,
-        RollbackRecord, StopRecord,
+        RollbackRecord, SharesRecord, StopRecord, OperatorRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
@@ -333,6 +364,10 @@ def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
         return _ranges(value)
     if name == "roster":
         return tuple(_roster_entry(entry, kind) for entry in value)
+    if name == "values":
+        if not isinstance(value, dict):
+            raise RecordError(f"record {kind!r}: field values is {value!r}, expected a table")
+        return value
     if isinstance(value, list):
         return tuple(value)
     if hint == float | None:

@@ -21,12 +21,13 @@ from strategies.aggregate import decode_accumulate
 from strategies.codecs.feedback import encode_with_feedback
 from strategies.codecs.stochastic import keyed
 from strategies.fragments import FragmentSpec, gather, scatter
-from strategies.merge import advance_included, rebase
+from strategies.merge import advance_included, carry_over, rebase
 from strategies.norm import sum_of_squares
 from strategies.registry import decode_payload, decoder_of
 from strategies.strategy import Strategy
 from workers.digest import combine, digest
-from workers.member_rules import residual_after
+from workers.in_flight import Part, displacement_of, own_anchor, set_aside
+from workers.member_rules import aside_after, residual_after
 
 
 class BadPiece(ValueError):
@@ -56,21 +57,6 @@ class StateChunk:
     values: tuple[Tensor, ...]
 
 
-@dataclass(kw_only=True, slots=True)
-class _Part:
-    """Tensors of one fragment."""
-
-    anchor: Tensor
-    states: tuple[Tensor, ...]
-    n: int = -1
-    chain: str = ""
-    residual: Tensor | None = None
-    next_residual: Tensor | None = None
-    displacement: Tensor | None = None
-    sent: bool = False
-    gradients: Tensor | None = None
-
-
 class Replica:
     """Anchors and live parameters of one member."""
 
@@ -94,7 +80,7 @@ class Replica:
         self.lock = threading.RLock()
         device = next(iter(tensors.values())).device
         self.parts = [
-            _Part(
+            Part(
                 anchor=torch.zeros(spec.numel, device=device),
                 states=tuple(torch.zeros(spec.numel, device=device) for _ in range(strategy.num_states)),
             )
@@ -118,7 +104,7 @@ class Replica:
             return combine([d for c in range(spec.num_chunks) for d in self._chunk_digests(part, spec.chunk_slice(c))])
 
     @staticmethod
-    def _chunk_digests(part: _Part, where: slice) -> list[str]:
+    def _chunk_digests(part: Part, where: slice) -> list[str]:
         return [digest(as_bytes(values[where])) for values in (part.anchor, *part.states)]
 
     def anchor_tensors(self) -> dict[str, Tensor]:
@@ -141,9 +127,10 @@ class Replica:
             else:
                 part.gradients.add_(gather(spec, gradients))
 
-    def encode(self, fragment: int, *, lossless: bool = False) -> Encoded:
+    def encode(self, fragment: int, *, share: float = 1.0, progress: float = 0.0, lossless: bool = False) -> Encoded:
         """Encode the contribution: displacement `D = A - theta` (or the gradients) plus the residual, in chunks.
 
+        `share` (of this member in the sum) and `progress` are for strategies that go on from elsewhere meanwhile.
         Raises `NonFiniteError` if it is not finite. The residual it leaves counts only once the record lists it (C8).
         """
         part, spec = self.parts[fragment], self.specs[fragment]
@@ -168,20 +155,32 @@ class Replica:
             sent_C = codec.decode(payload, num_values=values_C.numel()) if codec.lossy else values_C
             sums.append(float(sum_of_squares(sent_C)))
             payloads.append(payload.cpu())
-        part.next_residual, part.displacement, part.sent = next_residual, None, True
+        part.next_residual, part.displacement, part.due, part.sent = next_residual, None, None, True
+        if strategy.in_flight != "keep":
+            outer = strategy.outer_at(progress)
+            set_aside(part, spec, self.tensors, eager=outer if strategy.in_flight == "eager" else None, share=share)
         digests = tuple(digest(as_bytes(payload)) for payload in payloads)
         return Encoded(
             payloads=tuple(payloads), digests=digests, sumsq=tuple(sums), num_bytes=sum(p.numel() for p in payloads)
         )
 
-    def _contribution(self, part: _Part, spec: FragmentSpec, where: slice) -> Tensor:
+    def _contribution(self, part: Part, spec: FragmentSpec, where: slice) -> Tensor:
         if self.strategy.contribution == "gradient":
             assert part.gradients is not None, "an offer without gradients"
             return part.gradients[where]
-        return part.anchor[where] - gather(spec, self.tensors, values=where)
+        return displacement_of(part, spec, self.tensors, where)
 
-    def hold_displacement(self) -> None:
-        """Before the first step after an offer: keep what was offered, so that progress can be told from it."""
+    def hold_displacement(self, past_due: Sequence[int] = ()) -> None:
+        """Before the first step after an offer: keep what was offered, so that progress can be told from it.
+
+        `past_due`: fragments whose result is due and not here; the merge treats the steps from now on otherwise.
+        """
+        if self.strategy.in_flight != "keep":
+            return
+        for fragment in past_due if self.strategy.merge_kappa < 1.0 else ():
+            late = self.parts[fragment]
+            if late.due is None:
+                late.due = late.anchor - gather(self.specs[fragment], self.tensors)
         for spec, part in zip(self.specs, self.parts, strict=True):
             if part.sent and part.displacement is None:
                 if self.strategy.contribution == "gradient":
@@ -305,20 +304,23 @@ class Replica:
         if combine(digests) != sealed:
             raise StateTorn(f"fragment {fragment} version {n}: applied state differs from the sealed digest")
 
-    def _move(self, part: _Part, spec: FragmentSpec, where: slice, new_C: Tensor, *, included: bool) -> None:
+    def _move(self, part: Part, spec: FragmentSpec, where: slice, new_C: Tensor, *, included: bool) -> None:
         if self.strategy.contribution == "gradient":
             scatter(spec, new_C, self.tensors, values=where)
             return
         theta_C = gather(spec, self.tensors, values=where)
-        if included:
+        if self.strategy.in_flight != "keep":
+            carry_over(theta_C, own_anchor(part, part.anchor[where], where), own_anchor(part, new_C, where))
+        elif included:
             displacement = part.displacement[where] if part.displacement is not None else None
             alpha, kappa = self.strategy.merge_alpha, self.strategy.merge_kappa
-            advance_included(theta_C, part.anchor[where], new_C, displacement, alpha=alpha, kappa=kappa)
+            due = part.due[where] if part.due is not None else None
+            advance_included(theta_C, part.anchor[where], new_C, displacement, alpha=alpha, kappa=kappa, due_N=due)
         else:
             rebase(theta_C, part.anchor[where], new_C)
         scatter(spec, theta_C, self.tensors, values=where)
 
-    def _conclude(self, part: _Part, *, included: bool) -> None:
+    def _conclude(self, part: Part, *, included: bool) -> None:
         part.residual = residual_after(part.residual, part.next_residual, included=included)
         if included:
             if part.gradients is not None:
@@ -326,7 +328,8 @@ class Replica:
                     part.gradients = None
                 else:
                     part.gradients.sub_(part.displacement)
-        part.next_residual, part.displacement, part.sent = None, None, False
+        part.aside = aside_after(part.aside, included=included)
+        part.next_residual, part.displacement, part.due, part.sent = None, None, None, False
 
     # ------------------------------------------------------------ states of others
 
@@ -390,15 +393,17 @@ class Replica:
                 new_C = state.values[0].to(part.anchor.device)
                 if not fresh and self.strategy.contribution == "displacement":
                     theta_C = gather(spec, self.tensors, values=where)
-                    left = part.anchor[where] - theta_C
-                    if included:
+                    left = own_anchor(part, part.anchor[where], where) - theta_C
+                    if included and self.strategy.in_flight == "keep":
                         left = left - (part.displacement[where] if part.displacement is not None else left)
-                    scatter(spec, new_C - left, self.tensors, values=where)
+                    scatter(spec, own_anchor(part, new_C, where) - left, self.tensors, values=where)
                 part.anchor[where] = new_C
                 for own, value in zip(part.states, state.values[1:], strict=True):
                     own[where] = value.to(own.device)
             part.n, part.chain = chunks[0].n, chunks[0].chain
         self._conclude(part, included=included)
+        if fresh:
+            part.aside = part.correction = None
         if fresh or self.strategy.contribution == "gradient":
             scatter(spec, part.anchor, self.tensors)
 
@@ -411,7 +416,8 @@ class Replica:
     def _clear(self, fragment: int) -> None:
         part = self.parts[fragment]
         scatter(self.specs[fragment], part.anchor, self.tensors)
-        part.residual = part.next_residual = part.displacement = part.gradients = None
+        part.residual = part.next_residual = part.displacement = part.gradients = part.due = None
+        part.aside = part.correction = None
         part.sent = False
 
 

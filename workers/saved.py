@@ -13,7 +13,7 @@ from typing import Any
 from workers.digest import file_digest
 
 LOCAL_TENSORS, LOCAL_META = "tensors.safetensors", "member.json"
-LOCAL_SCHEMA = 1
+LOCAL_SCHEMA = 2
 MANIFEST = "manifest.json"
 SNAPSHOT_FILES = ("anchor.safetensors", "states.safetensors")
 

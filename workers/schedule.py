@@ -6,7 +6,10 @@ Progress is committed tokens over `train.tokens`, so that islands of unequal spe
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from workers.config import TrainConfig
 
 Shape = Literal["cosine", "constant", "linear"]
 
@@ -37,3 +40,12 @@ def lr_at(progress: float, *, lr: float, warmup: float, min_ratio: float, shape:
     else:
         raise ValueError(f"unknown learning-rate shape {shape!r}; known: cosine, constant, linear")
     return lr * (min_ratio + (1.0 - min_ratio) * height)
+
+
+def agreed_rate(progress: float, *, train: TrainConfig) -> float:
+    """Return the learning rate of `[train]` at `progress`, for what all members and the controller must agree on.
+
+    Nine digits: the cosine of two machines may differ in the last bit, and an outer step may use this rate.
+    """
+    value = lr_at(progress, lr=train.lr, warmup=train.warmup, min_ratio=train.min_lr_ratio, shape=train.schedule)
+    return float(f"{value:.9e}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from workers.replica import BadPiece, Replica, StateChunk
+from workers.transport.base import MAX_KEYS
 from workers.transport.errors import BlobMissing, TransportError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Donor = tuple[str, str]
 MAX_ROUNDS = 6
+FIRST_GROUP_BYTES = 1 << 20
+GROUP_S = 2.0
 
 
 class NoState(TransportError):
@@ -81,30 +84,45 @@ def _fetch_round(
     """One try from all donors at once; returns those who delivered."""
     tasks = list(deal(missing, donors).items())
     if not jobs.threaded or len(tasks) == 1:
-        results = [_from_donor(jobs, fragment, donor, chunks) for donor, chunks in tasks]
+        results = [_from_donor(jobs, fragment, donor, chunks, len(tasks)) for donor, chunks in tasks]
     else:
         with ThreadPoolExecutor(max_workers=len(tasks), thread_name_prefix="state") as pool:
-            results = list(pool.map(lambda task: _from_donor(jobs, fragment, *task), tasks))
+            results = list(pool.map(lambda task: _from_donor(jobs, fragment, *task, len(tasks)), tasks))
     good: list[Donor] = []
     for (donor, chunks), result in zip(tasks, results, strict=True):
-        if result is not None:
+        held.update(zip(chunks, result, strict=False))
+        if len(result) == len(chunks):
             good.append(donor)
-            held.update(zip(chunks, result, strict=True))
     return good + [donor for donor in donors if donor not in dict(tasks)]
 
 
-def _from_donor(jobs: Jobs, fragment: int, donor: Donor, chunks: Sequence[int]) -> list[StateChunk] | None:
+def _from_donor(jobs: Jobs, fragment: int, donor: Donor, chunks: Sequence[int], num_donors: int) -> list[StateChunk]:
+    """What a donor gives of these chunks, in their order: all, or those before it failed.
+
+    They are asked for in groups that take a few seconds each, so that the time limit of a call says how long a donor
+    may be silent, and not how large a state may be on a slow link; and in the background (`workers.transport.pacing`).
+    """
     spec = jobs.replica.specs[fragment]
-    vectors = 1 + jobs.replica.strategy.num_states
-    keys = [f"state/{fragment}/{chunk}" for chunk in chunks]
-    max_bytes = len(keys) * (4 * vectors * spec.chunk_values + 8192)
+    chunk_bytes = 4 * (1 + jobs.replica.strategy.num_states) * spec.chunk_values + 8192
+    held: list[StateChunk] = []
+    num = max(FIRST_GROUP_BYTES // chunk_bytes, 1)
     try:
-        blobs = jobs.transport.fetch(donor[1], keys, timeout_s=jobs.timeout_s, max_bytes=max_bytes)
-        return [
-            jobs.replica.parse_state(fragment, chunk, blob.data.data) for chunk, blob in zip(chunks, blobs, strict=True)
-        ]
+        while len(held) < len(chunks):
+            group = chunks[len(held) : len(held) + num]
+            keys = [f"state/{fragment}/{chunk}" for chunk in group]
+            began_s = jobs.clock()
+            blobs = jobs.transport.fetch(
+                donor[1], keys, timeout_s=jobs.timeout_s, max_bytes=len(keys) * chunk_bytes, background=num_donors
+            )
+            held += [
+                jobs.replica.parse_state(fragment, chunk, blob.data.data)
+                for chunk, blob in zip(group, blobs, strict=True)
+            ]
+            seconds = jobs.clock() - began_s
+            num = min(2 * num, MAX_KEYS) if seconds < GROUP_S else max(int(num * GROUP_S / seconds), 1)
     except (TransportError, BadPiece):
-        return None
+        pass  # who gave less than asked for loses the rest to the others
+    return held
 
 
 def _bring_forward(
@@ -136,6 +154,7 @@ def _results(jobs: Jobs, fragment: int, digests: Sequence[str], donors: Sequence
                     [key for key, _ in lacking],
                     timeout_s=jobs.timeout_s,
                     max_bytes=len(lacking) * (4 * jobs.replica.specs[fragment].chunk_values + 4096),
+                    background=1,
                 )
             except (BlobMissing, TransportError):
                 continue

@@ -12,28 +12,32 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 from strategies.codecs.base import NonFiniteError
+from strategies.strategy import Strategy
 from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
-from workers.actions import Action, EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
+from workers.actions import DOING, Action, TrainOn, WaitFor
+from workers.job_threads import JobThreads
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
+from workers.link_rows import LinkRows
 from workers.member import MemberMachine
 from workers.memory import give_back
-from workers.record_log import GENESIS_CHAIN
+from workers.open_steps import OpenSteps
+from workers.orders import next_order
+from workers.record_log import GENESIS_CHAIN, RecordLog
 from workers.records import CommitRecord, OfferId, Row, Term
-from workers.replica import Replica, StateTorn, as_bytes
+from workers.replica import Replica, StateChunk, StateTorn, as_bytes
+from workers.send_schedule import SendSchedule
 from workers.sync_settings import SyncSettings
 from workers.transport.base import Transport
 
 __all__ = ["IslandSync", "SyncSettings"]
-
-MAX_WAITERS = 1024  # one for each other owner of parts; a thread begins when it is needed
 
 
 class IslandSync:
@@ -60,17 +64,21 @@ class IslandSync:
         self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
         self.post, self.clock, self.settings, self.executor = post, clock, settings, executor
         self.on_reset = on_reset
-        self.waiters = ThreadPoolExecutor(MAX_WAITERS, thread_name_prefix="results") if executor is not None else None
         store.replica = replica
         self.changed = threading.Condition(threading.RLock())
         self.events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
+        self.threads = JobThreads(executor, self.events, self.abort)
         self.bodies: list[msg.MemberBody] = []
         self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
         self.rows: list[tuple[float, dict[str, object]]] = []
-        self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
-        self.marks = [0 for _ in machine.fragments]
-        self.total_steps = 0
-        self.waiting_since: float | None = None
+        self.steps_done = OpenSteps()
+        self.schedule = SendSchedule(
+            num_fragments=len(machine.fragments),
+            staggered=replica.strategy.staggered,
+            inner_steps=lambda f, progress: machine.round_steps(self._strategy_of(f).inner_steps(progress)),
+            overlap_at=lambda f, progress: self._strategy_of(f).overlap_at(progress),
+        )
+        self.base_samples = 0
         self.stopped = False
         self.failure: BaseException | None = None
         self._news = self._news_seen = 0
@@ -83,9 +91,10 @@ class IslandSync:
             timeout_s=settings.timeout_s,
             threaded=executor is not None,
             snapshots=snapshots,
+            clock=clock,
         )
         self._thread: threading.Thread | None = None
-        self.base_samples = 0
+        self.links = LinkRows(transport, self.observe)
 
     # ------------------------------------------------------------ life
 
@@ -96,6 +105,13 @@ class IslandSync:
             self._thread = threading.Thread(target=self._run, name=f"sync-{self.machine.name}", daemon=True)
             self._thread.start()
 
+    def begin_with(self, log: RecordLog, states: Mapping[int, list[StateChunk]]) -> None:
+        """Before `start`: what a standby has gathered. The parameters are the anchor, of a version that may be old."""
+        for fragment, chunks in states.items():
+            self.replica.install(fragment, chunks, included=False, fresh=True)
+            self._moved(log.commit(fragment, chunks[0].n))
+        self.machine.begin_with(log, {f: (chunks[0].n, chunks[0].chain) for f, chunks in states.items()})
+
     def close(self) -> None:
         """End the control thread; the transport is the caller's to stop."""
         with self.changed:
@@ -104,8 +120,7 @@ class IslandSync:
         self.events.put(None)
         if self._thread is not None:
             self._thread.join(timeout=10)
-        if self.waiters is not None:
-            self.waiters.shutdown(wait=False, cancel_futures=True)
+        self.threads.close()
 
     def deliver(self, batch: msg.Batch) -> None:
         """A batch from the controller arrived (any thread)."""
@@ -136,6 +151,7 @@ class IslandSync:
                 return
             if isinstance(event, ev.Tick) or self.clock() >= next_tick:
                 next_tick = self.clock() + self.settings.heartbeat_s
+                self.links.note(self.clock(), self.machine.peers)
                 self._handle(ev.Tick())
             if not isinstance(event, ev.Tick):
                 self._handle(event)
@@ -175,21 +191,21 @@ class IslandSync:
                 case ev.Forget():
                     self._forget(command)
                 case ev.BuildGenesis():
-                    self._work(self._make_genesis)
+                    self.threads.do(self._make_genesis)
                 case ev.FetchPieces():
-                    self._work(lambda c=command: self.jobs.fetch_pieces(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.fetch_pieces(c))  # type: ignore[misc]
                 case ev.Reduce():
-                    self._work(lambda c=command: self.jobs.reduce(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.reduce(c))  # type: ignore[misc]
                 case ev.FetchResults():
-                    self._work(lambda c=command: self.jobs.fetch_results(c), waits=True)  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.fetch_results(c), waits=True)  # type: ignore[misc]
                 case ev.ComputeNext():
-                    self._work(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
                 case ev.VerifyAnchor():
-                    self._work(lambda c=command: self.jobs.verify_anchor(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.verify_anchor(c))  # type: ignore[misc]
                 case ev.LoadState():
-                    self._work(lambda c=command: self.jobs.load_state(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.load_state(c))  # type: ignore[misc]
                 case ev.FetchState():
-                    self._work(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
         self._flush()
 
     def _wake(self) -> None:
@@ -207,27 +223,6 @@ class IslandSync:
             bodies, self.bodies = tuple(self.bodies), []
             self.post(self.machine.envelope(*bodies))
 
-    def _work(self, job: Callable[[], ev.Event | None], *, waits: bool = False) -> None:
-        """Do a job, on a thread if there are any. `waits`: it waits for what other members do meanwhile.
-
-        Those have threads of their own: with as many waiting jobs as threads nobody would reduce what all wait for.
-        """
-        pool = self.waiters if waits else self.executor
-        if pool is not None:
-            pool.submit(job).add_done_callback(self._finished)
-        elif (event := job()) is not None:
-            self.events.put(event)
-
-    def _finished(self, done: Future[ev.Event | None]) -> None:
-        """A job ended on its thread; a bug in it must reach the training thread."""
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is not None:
-            self.abort(error)
-        elif (event := done.result()) is not None:
-            self.events.put(event)
-
     def _forget(self, command: ev.Forget) -> None:
         freed = sum(self.store.discard(prefix) for prefix in command.prefixes)
         contents = [content_key(command.fragment, digest_hex) for digest_hex in command.digests]
@@ -237,29 +232,39 @@ class IslandSync:
 
     # ------------------------------------------------------------ the step boundary (training thread)
 
+    @property
+    def total_steps(self) -> int:
+        """Inner steps of this process."""
+        return self.schedule.total_steps
+
     def progress(self) -> float:
-        """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet."""
+        """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet's."""
         open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
-        num_live = max(len(self.machine.log.live), 1)
-        return min((self.base_samples + open_ * num_live) / self.settings.total_samples, 1.0)
+        planned = self.machine.fleet_samples()
+        return min((self.base_samples + open_ * planned) / self.settings.total_samples, 1.0)
 
     def boundary(self) -> Action:
         """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
         with self.changed:
-            if self.failure is not None:
-                raise self.failure
-            self._news_seen = self._news
-            self._reset_if_wanted()
-            self._take_states()
-            self._apply_due()
-            order = self._next_order()
-            if order is not None:
-                return order
-            if not self.machine.holds_all() or self.machine.reset_wanted:
-                return self._wait("state")
-            if not self.machine.drop_asked:
-                self._send_due()
-            return self._wait("drop") if self.machine.drop_asked else self._next_batch()
+            action = self._decide()
+            self.machine.pace.begin(DOING[type(action)], self.clock())
+            return action
+
+    def _decide(self) -> Action:
+        if self.failure is not None:
+            raise self.failure
+        self._news_seen = self._news
+        self._reset_if_wanted()
+        self._take_states()
+        self._apply_due()
+        order = next_order(self.orders, self.machine, base_samples=self.base_samples)
+        if order is not None:
+            return order
+        if not self.machine.holds_all() or self.machine.reset_wanted:
+            return self._wait("state")
+        if not self.machine.drop_asked:
+            self._send_due()
+        return self._wait("drop") if self.machine.drop_asked else self._next_batch()
 
     def behind(self) -> bool:
         """Whether a newer version is committed than the one that is applied here."""
@@ -287,7 +292,7 @@ class IslandSync:
             self.steps_done.clear()
             self.store.discard("piece")
             self._carry_out(self.machine.was_reset(self.clock()))
-            self.marks = [self.total_steps for _ in self.marks]
+            self.schedule.restart()
 
     def _take_states(self) -> None:
         for key in list(self.jobs.staged):
@@ -304,12 +309,14 @@ class IslandSync:
                 fragment, self.jobs.staged.pop((fragment, state.staged.chain)), included=included, fresh=fresh
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
-            self.marks[fragment] = self.total_steps
             self._count_again()
+            self.schedule.moved(fragment, self._anchor_progress())
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
             while (due := self.machine.due(fragment)) is not None:
+                if due.included and self._held_back(fragment):
+                    break
                 payloads = self.jobs.payloads(fragment, due.record.chunk_digests)
                 assert payloads is not None, "a due result is not in the store"
                 try:
@@ -326,9 +333,16 @@ class IslandSync:
                     self._torn(fragment, due.record, str(error))
                     return
                 self._carry_out(self.machine.applied(fragment, due.record, self.clock()))
-                self.marks[fragment] = self.total_steps
                 self._moved(due.record)
+                self.schedule.moved(fragment, self._anchor_progress(), included=due.included)
                 self._trim()
+
+    def _held_back(self, fragment: int) -> bool:
+        """Whether a result that is here waits for the step at which it is due."""
+        return not self.schedule.is_due(fragment) and self._can_train() and not self._waited_out()
+
+    def _waited_out(self) -> bool:
+        return self.schedule.waited_out(self.clock(), self.settings.wait_s)
 
     def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
         """The state is not what everybody else has: say so, and fetch it whole."""
@@ -348,22 +362,18 @@ class IslandSync:
             self._moved(self.machine.log.commit(fragment, state.n))
 
     def _trim(self) -> None:
-        lowest = min(state.watermark for state in self.machine.fragments)
-        while self.steps_done and self.steps_done[0][0] <= lowest:
-            self.steps_done.popleft()
+        self.steps_done.committed(min(state.watermark for state in self.machine.fragments))
 
     def open_steps(self, fragment: int) -> int:
         """Inner steps that this fragment has not committed."""
-        watermark = self.machine.fragments[fragment].watermark
-        return sum(1 for end, _ in self.steps_done if end > watermark)
+        return self.steps_done.beyond(self.machine.fragments[fragment].watermark)
 
-    def _round(self, fragment: int) -> int:
-        strategy = self.replica.variants(fragment, self.machine.fragments[fragment].n)
-        return max(strategy.inner_steps(min(self.base_samples / self.settings.total_samples, 1.0)), 1)
+    def _strategy_of(self, fragment: int) -> Strategy:
+        """The strategy of a fragment's next transition: settings change with versions."""
+        return self.replica.variants(fragment, self.machine.fragments[fragment].n)
 
-    def _bound(self) -> int:
-        longest = max(self._round(fragment) for fragment in range(len(self.machine.fragments)))
-        return max(int(self.settings.bound_rounds * longest), 1)
+    def _anchor_progress(self) -> float:
+        return min(self.base_samples / self.settings.total_samples, 1.0)
 
     def _send_due(self) -> None:
         standstill = self._at_standstill()
@@ -373,25 +383,32 @@ class IslandSync:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue  # a newer version is known: this base can't be offered for any more
-            on_time = self.total_steps - self.marks[fragment] >= self._round(fragment)
+            on_time = self.schedule.on_time(fragment, self._anchor_progress())
             if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
 
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
+        # Inline nobody trains on: what was not offered yet may be what the others wait for.
+        stuck_inline = self.machine.waiting == "exchange" and self.executor is None and self._waited_out()
+        return stuck_inline or not self._can_train()
+
+    def _can_train(self) -> bool:
+        """Whether a step can be made without anything being committed before."""
         machine = self.machine
-        if machine.leaving:
-            return True
-        if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
-            return True
-        if machine.waiting == "exchange" and self.executor is None:
-            return True
-        return max(self.open_steps(f) for f in range(len(machine.fragments))) >= self._bound()
+        used_up = machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases")
+        return not (machine.leaving or used_up or self._at_bound())
+
+    def _at_bound(self) -> bool:
+        bound = max(int(self.settings.bound_rounds * self.schedule.longest_round(self._anchor_progress())), 1)
+        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= bound
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
         try:
-            encoded = self.replica.encode(fragment)
+            encoded = self.replica.encode(
+                fragment, share=self.machine.share(fragment), progress=self._anchor_progress()
+            )
         except NonFiniteError as error:
             self.bodies.append(msg.FaultSeen(fault="non_finite", detail=str(error)))
             self._carry_out(self.machine.request_drop(f"its update is not finite: {error}", self.clock()))
@@ -401,7 +418,7 @@ class IslandSync:
         for chunk, payload in enumerate(encoded.payloads):
             self.store.put(piece_key(fragment, offer_id, chunk), as_bytes(payload), digest_hex=encoded.digests[chunk])
         since, upto = state.watermark, self.machine.consumed
-        born = next(versions[fragment] for end, versions in self.steps_done if end > since)
+        born = self.steps_done.born(fragment, since)
         offer = msg.Offer(
             fragment=fragment,
             base=state.version,
@@ -416,59 +433,41 @@ class IslandSync:
             sumsq=encoded.sumsq,
             num_bytes=encoded.num_bytes,
         )
-        self.waiting_since = self.clock()
+        self.schedule.sent(fragment, self._anchor_progress())
         self._carry_out(self.machine.offered(offer, self.clock()))
-
-    def _next_order(self) -> Action | None:
-        order = next((order for order in self.orders if self._can_obey(order)), None)
-        if order is None:
-            return None
-        self.orders.remove(order)
-        if isinstance(order, msg.Evaluate):
-            here = tuple(state.n for state in self.machine.fragments)
-            return EvaluateNow(samples=order.samples if here == order.versions else self.base_samples)
-        return SaveNow(order=order) if isinstance(order, msg.Save) else Finished(save=order.save)
-
-    def _can_obey(self, order: msg.Evaluate | msg.Save | msg.Stop) -> bool:
-        """One that cannot be obeyed yet (or any more: its version was revoked) does not hold up the others."""
-        here = [state.n for state in self.machine.fragments]
-        if isinstance(order, msg.Evaluate):
-            known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
-            return known and self.machine.holds_all()
-        if isinstance(order, msg.Stop) or order.local:
-            return True
-        return min(here) >= 0 and self.machine.log.genesis is not None  # the last act of a fenced one, too
 
     def _next_batch(self) -> Action:
         if self.machine.leaving:
             return self._wait("leaving")
         if self.machine.log.paused:
             return self._wait("paused")
-        pending = [state for state in self.machine.fragments if state.pending is not None]
-        if pending and self.replica.strategy.overlap_steps == 0:
-            waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())
-            if waited < self.settings.wait_s or self.executor is None:
-                return self._wait("exchange")
-        if max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound():
+        pending = [f for f, state in enumerate(self.machine.fragments) if state.pending is not None]
+        overdue = [fragment for fragment in pending if self.schedule.is_due(fragment)]
+        for fragment in overdue:
+            self.schedule.wait_begins(fragment, self.clock())
+        if overdue and (self.executor is None or not self._waited_out()):
+            return self._wait("exchange")
+        if self._at_bound():
             return self._wait("bound")
         todo = self.machine.next_ranges(self.settings.batch_size)
         if not todo:
             return self._wait("leases")
         self.machine.waiting = ""
         if pending:
-            self.replica.hold_displacement()
+            self.replica.hold_displacement(past_due=overdue)
         return TrainOn(ranges=todo, progress=self.progress())
 
     # ------------------------------------------------------------ facts from the training thread
 
-    def stepped(self, num_samples: int) -> None:
-        """One inner step on `num_samples` samples is done."""
+    def stepped(self, num_samples: int, seconds: float = 0.0) -> None:
+        """One inner step on `num_samples` samples is done, and took that long."""
         with self.changed:
-            self.total_steps += 1
+            self.schedule.total_steps += 1
+            self.machine.pace.stepped(self.clock())
             end = self.machine.consumed + num_samples
-            self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
+            self.steps_done.add(end, [state.n for state in self.machine.fragments])
             first = self.machine.consumed == 0
-            self.machine.consumed_to(end, self.total_steps)
+            self.machine.consumed_to(end, self.total_steps, seconds)
             if first:
                 self.events.put(ev.Tick())
 

@@ -1,4 +1,4 @@
-"""Settings of one member's synchronisation."""
+"""What a member's shell is told of `[train]` and `[exchange]`."""
 
 from __future__ import annotations
 

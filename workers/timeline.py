@@ -1,10 +1,12 @@
-"""What an island spends its time on, as spans: computing, synchronising, evaluating, starting."""
+"""What an island spends its time on, as spans: computing, synchronising, evaluating, starting, waiting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 MAX_SPAN_S = 2.0
+WAITING_IN = {"exchange": "sync", "state": "start"}
+"""The phase in which an island waits, by what it waits for; otherwise it waits for leave to go on: `wait`."""
 
 
 class Timeline:

@@ -5,19 +5,23 @@
         lab.run("eu-1", ["python", "client.py", "us-1"], check=True, timeout=60)
         lab.cut("eu")
 
-Needs root. At the end of the `with` everything that runs on a node is killed and everything that was made is removed;
-after a SIGKILL of this process the next lab, or `atoll lab down`, does it.
+Needs root. At the end of the `with`, also by SIGTERM, everything that runs on a node is killed and everything that was
+made is removed; after a SIGKILL of this process the next lab, or `atoll lab down`, does it. `faults.lab.cluster` makes
+a Ray cluster of the nodes.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 import secrets
 import select
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,9 +40,13 @@ from faults.lab.targets import NAME, parse_target, routes_of
 from faults.lab.topology import LabPlan, Topology, link_changes, plan_lab
 
 PREFIX = "atoll-"
+# The folder of what the nodes write: short, as Ray's sockets lie below it and their paths are limited.
+SCRATCH = "/tmp/alab-"
 HOSTS = "hosts"
 SWITCH_LOG = "switch.log"
 READY_TIMEOUT_S = 60.0
+# On every node: the directory of its lab.
+LAB_VARIABLE = "ATOLL_LAB"
 FREE_NETWORKS = ipaddress.IPv4Network("10.201.0.0/16")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +71,7 @@ class Lab:
         self._plan: LabPlan | None = None
         self._switch: subprocess.Popen[str] | None = None
         self._started: list[subprocess.Popen[Any]] = []
+        self._signal_before: Any = None
         if not re.fullmatch(NAME, self.name):
             raise LabError(f"{self.name!r} is no name for a lab", remedy="small letters, digits and dashes")
 
@@ -78,12 +87,38 @@ class Lab:
         lab._record, lab._plan = record, plan_lab(lab.topology, record.network)
         return lab
 
+    @classmethod
+    def around(cls) -> Self:
+        """The lab that this process runs in, on one of its nodes; elsewhere the only lab of the machine.
+
+        Raises:
+            LabError: there is none, or there are several.
+        """
+        own = os.environ.get(LAB_VARIABLE)
+        return cls.attach() if own is None else cls.attach(Path(own).name, root=Path(own).parent)
+
     def __enter__(self) -> Self:
-        self.start()
+        # The block is what SIGTERM ends: as with Ctrl-C, nothing is left behind.
+        on_main = threading.current_thread() is threading.main_thread()
+        if on_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._signal_before = signal.signal(signal.SIGTERM, _leave)
+        try:
+            self.start()
+        except BaseException:
+            self._restore_signal()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        try:
+            self.stop()
+        finally:
+            self._restore_signal()
+
+    def _restore_signal(self) -> None:
+        if self._signal_before is not None:
+            signal.signal(signal.SIGTERM, self._signal_before)
+            self._signal_before = None
 
     def start(self) -> None:
         """Make the nodes and their links, after removing what dead labs left behind.
@@ -135,6 +170,20 @@ class Lab:
         """The name of a node's network namespace, for `ip -n`."""
         return self._running().namespaces[self._known(node)]
 
+    @property
+    def folder(self) -> Path:
+        """Where its state is kept; gone with the lab."""
+        return self._states.path(self._running().name)
+
+    def environment(self, node: str) -> dict[str, str]:
+        """What a command on a node has in its environment beside the caller's: its own place for state and files.
+
+        Both are removed with the lab. Their paths are short, as Ray's sockets lie below them.
+        """
+        own = Path(self._running().scratch) / str(self.nodes.index(self._known(node)))
+        own.mkdir(mode=0o700, exist_ok=True)
+        return {"ATOLL_STATE_DIR": str(own / "state"), "TMPDIR": str(own), LAB_VARIABLE: str(self.folder)}
+
     def command(self, node: str, argv: Sequence[str]) -> list[str]:
         """What to execute on this machine so that `argv` runs on a node."""
         namespace = NETNS_DIR / self.namespace(node)
@@ -144,12 +193,14 @@ class Lab:
 
     def popen(self, node: str, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command on a node; options as for `subprocess.Popen`. The process id is that of the command."""
+        options.setdefault("env", os.environ | self.environment(node))
         process = subprocess.Popen(self.command(node, argv), **options)
         self._started = [one for one in self._started if one.poll() is None] + [process]
         return process
 
     def run(self, node: str, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
         """Run a command on a node to its end; options as for `subprocess.run`."""
+        options.setdefault("env", os.environ | self.environment(node))
         return subprocess.run(self.command(node, argv), **options)
 
     def processes(self, node: str) -> list[ProcessId]:
@@ -210,9 +261,10 @@ class Lab:
 
     def detach(self) -> None:
         """Leave the lab running after this process; `Lab.attach` finds it, `atoll lab down` removes it."""
-        self._record = replace(self._running(), owner=None)
-        self._states.write(self._record)
+        record = replace(self._running(), owner=None)
+        self._states.write(record)
         self._control.detach()
+        self._record = None
 
     def _running(self) -> LabRecord:
         if self._record is None:
@@ -244,6 +296,7 @@ class Lab:
             topology=self.topology.model_dump(mode="json", exclude_unset=True),
             owner=myself(),
             switch=None,
+            scratch=f"{SCRATCH}{tag}",
         )
         self._states.write(record)
         self._record = record
@@ -268,6 +321,7 @@ class Lab:
         record, plan = self._running(), self._planned()
         names = [record.namespaces[node.name] for node in plan.nodes]
         state_dir = self._states.path(self.name)
+        Path(record.scratch).mkdir(mode=0o700)
         (state_dir / HOSTS).write_text(_hosts(plan), encoding="utf-8")
         (state_dir / PLAN).write_text(json.dumps(_switch_plan(plan, record, self.seed)), encoding="utf-8")
         namespaces.create(names)
@@ -297,6 +351,10 @@ class Lab:
             raise LabError(f"the switch did not start: {answer or (details or ['it ended'])[-1]}")
         switch.stdout.close()
         switch.stdout = None
+
+
+def _leave(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _hosts(plan: LabPlan) -> str:

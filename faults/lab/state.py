@@ -36,6 +36,7 @@ class LabRecord:
         topology: as `Topology` dumps it.
         owner: the process that ends it, or None.
         switch: the process that is its wires, or None before there is one.
+        scratch: the folder of what its nodes write.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LabRecord:
     topology: dict[str, Any]
     owner: ProcessId | None
     switch: ProcessId | None
+    scratch: str
 
     @property
     def is_stale(self) -> bool:
@@ -141,6 +143,7 @@ class LabStates:
             switch = [record.switch] if record.switch else []
             end_all(lambda: [p for p in switch if p.is_alive], what=f"the switch of {name!r}", timeout_s=END_TIMEOUT_S)
             namespaces.delete(record.namespaces.values())
+            shutil.rmtree(record.scratch, ignore_errors=True)
         shutil.rmtree(self.path(name), ignore_errors=True)
 
     def only(self, name: str | None) -> LabRecord:

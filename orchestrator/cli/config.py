@@ -15,7 +15,7 @@ from orchestrator.cli.options import json_option, set_option
 def config() -> None:
     """Show and check configurations.
 
-    RUN is the name of a preset (debug, demo, diloco, ddp), the path of a TOML file, or a run directory.
+    RUN is the name of a preset (debug, demo, diloco, ddp, storm), the path of a TOML file, or a run directory.
     """
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +17,7 @@ from orchestrator.cli.options import json_option
 
 if TYPE_CHECKING:
     from faults.lab.lab import Lab
+    from faults.lab.schedule import LinkChange
 
 NONE = "none"
 
@@ -22,7 +26,7 @@ lab_option = click.option("--lab", "name", metavar="NAME", help="Which lab, wher
 
 @click.group(cls=HelpfulGroup)
 def lab() -> None:
-    """Several hosts on this machine, joined by emulated links (needs root).
+    """Several hosts on this machine, joined by emulated links, with a Ray cluster across them (needs root).
 
     TARGET is a node or a region (eu), both directions between two of them (us:eu), or one of them ('us>eu', in quotes).
     """
@@ -32,27 +36,88 @@ def lab() -> None:
 @click.argument("topology")
 @click.option("--name", metavar="NAME", help="What to call the lab [the name of the topology].")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of loss and jitter.")
+@click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(min=0), help="Islands that each host may hold."
+)
+@click.option("--lan", is_flag=True, help="Ray as in one building: it gives a silent machine up after a minute.")
+@click.option("--links-only", is_flag=True, help="No Ray cluster, only hosts and links.")
 @json_option
-def up(topology: str, name: str | None, seed: int, as_json: bool) -> int:
-    """Make the hosts and links of TOPOLOGY and leave them running.
+def up(topology: str, name: str | None, seed: int, workers: int, lan: bool, links_only: bool, as_json: bool) -> int:
+    """Make the hosts and links of TOPOLOGY, start a Ray cluster across them, and leave it running.
+
+    The first host runs atoll up, the others atoll join; each has a host name and a state directory of its own.
 
     TOPOLOGY is the name of one that comes with Atoll (two-regions, slow-pair, three-continents, home-uplinks, starved,
     satellite) or the path of a TOML file. What dead labs left behind is removed first.
     """
+    from faults.lab.cluster import LabCluster
     from faults.lab.lab import Lab
     from orchestrator.topology import find_topology, load_topology
 
     made = Lab(load_topology(topology), name=name or find_topology(topology).stem.lower(), seed=seed)
-    made.start()
-    addresses = {node: made.address(node) for node in made.nodes}
-    made.detach()
+    address = None
+    with made:  # whatever ends this command before the last line ends the lab
+        if not links_only:
+            click.echo(f"starting Ray on {', '.join(made.nodes)} ...", err=True)
+            cluster = LabCluster(made, workers=workers, wan=not lan)
+            cluster.start()
+            address = cluster.address
+        addresses = {node: made.address(node) for node in made.nodes}
+        made.detach()
     if as_json:
-        click.echo(json.dumps({"lab": made.name, "nodes": addresses}))
+        click.echo(json.dumps({"lab": made.name, "nodes": addresses, "cluster": address}))
         return 0
-    click.echo(f"lab {made.name}")
+    click.echo(f"lab {made.name}" + (f", Ray at {address}" if address else ""))
     for node, address in addresses.items():
         click.echo(f"  {node:<16} {address:<16} region {made.topology.region_of(node)}")
-    click.echo(f"atoll lab exec {made.nodes[0]} COMMAND runs a command on a host, atoll lab down removes all")
+    click.echo(
+        "atoll lab run RUN trains on it, " * (not links_only) + "atoll lab exec HOST COMMAND runs anything there"
+    )
+    click.echo("atoll lab down removes all")
+    return 0
+
+
+@lab.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@lab_option
+@click.option(
+    "--schedule",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Link changes (TOML), timed from the start of the command.",
+)
+@click.argument("run")
+@click.argument("arguments", metavar="[OPTIONS OF ATOLL TRAIN]...", nargs=-1, type=click.UNPROCESSED)
+def run(name: str | None, schedule: Path | None, run: str, arguments: Sequence[str]) -> int:
+    """Train RUN, a preset or a TOML file, on the cluster of a lab and return the exit code of atoll train.
+
+    It runs on the first host, with run.address=auto. Options of this command go before RUN, those of atoll train after
+    it: atoll lab run diloco --set train.tokens=100000.
+    """
+    from faults.lab.cluster import LabCluster
+
+    attached = _attach(name)
+    cluster = LabCluster.attach(attached)
+    changes = _load_schedule(schedule, attached) if schedule is not None else ()
+    process = cluster.atoll(cluster.head, ["train", run, "--set", "run.address=auto", *arguments])
+    if changes:
+        threading.Thread(target=attached.play, args=(changes,), daemon=True).start()
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it has heard of it too, and ends in its own time
+            continue
+
+
+@lab.command()
+@click.argument("schedule", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@lab_option
+def play(schedule: Path, name: str | None) -> int:
+    """Change links as the TOML file SCHEDULE says, at its times from now on; returns after the last change.
+
+    [[links]] tables with at_s, action (cut, heal, set), target, and for set the table values.
+    """
+    attached = _attach(name)
+    attached.play(_load_schedule(schedule, attached))
     return 0
 
 
@@ -62,7 +127,8 @@ def up(topology: str, name: str | None, seed: int, as_json: bool) -> int:
 @lab_option
 def exec_command(node: str, command: Sequence[str], name: str | None) -> int:
     """Run COMMAND on the host NODE and return its exit code (--lab goes before NODE)."""
-    return subprocess.call(_attach(name).command(node, command))
+    attached = _attach(name)
+    return subprocess.call(attached.command(node, command), env=os.environ | attached.environment(node))
 
 
 @lab.command(name="set")
@@ -131,6 +197,15 @@ def down(name: str | None, every: bool) -> int:
     for gone in [*removed, *(record.name for record in records)]:
         click.echo(f"lab {gone} removed")
     return 0
+
+
+def _load_schedule(path: Path, lab: Lab) -> Sequence[LinkChange]:
+    from faults.lab.schedule import check_changes
+    from orchestrator.topology import load_schedule
+
+    changes = load_schedule(path)
+    check_changes(changes, lab.topology)
+    return changes
 
 
 def _attach(name: str | None) -> Lab:

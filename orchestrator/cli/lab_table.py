@@ -11,7 +11,7 @@ COLUMNS = ("link", "Mbit/s", "delay ms", "jitter ms", "loss", "MB", "packets", "
 
 def format_status(name: str, now: LabStatus) -> str:
     """Every direction of every link in a row, then what is cut and how punctual the emulation is."""
-    lines = [f"lab {name}", *_align([COLUMNS, *map(_row, now.links)])]
+    lines = [f"lab {name}", *align([COLUMNS, *map(_row, now.links)])]
     if now.cut:
         lines.append("cut: " + ", ".join(f"{source}>{target}" for source, target in now.cut))
     lines.append(
@@ -40,7 +40,8 @@ def _row(link: LinkStatus) -> tuple[str, ...]:
     )
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equal columns: the first to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

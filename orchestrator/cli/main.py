@@ -25,6 +25,7 @@ COMMANDS = {
         target="orchestrator.cli.train:demo", help="Train three islands, kill one of them, and show what happened."
     ),
     "train": LazyCommand(target="orchestrator.cli.train:train", help="Train a model."),
+    "plan": LazyCommand(target="orchestrator.cli.plan:plan", help="Say what each preset costs on given links."),
     "status": LazyCommand(target="orchestrator.cli.inspect:status", help="Show where a run is."),
     "pause": LazyCommand(target="orchestrator.cli.operate:pause", help="Let a run rest."),
     "resume": LazyCommand(target="orchestrator.cli.operate:resume", help="Let a paused run go on."),
@@ -36,6 +37,7 @@ COMMANDS = {
     "stack": LazyCommand(target="orchestrator.cli.operate:stack", help="Show what an island does at this moment."),
     "submit": LazyCommand(target="orchestrator.cli.submit:submit", help="Start a run as a job of a Ray cluster."),
     "bundle": LazyCommand(target="orchestrator.cli.inspect:bundle", help="Put what a run wrote into one archive."),
+    "dashboard": LazyCommand(target="orchestrator.cli.dashboard:dashboard", help="Show a run in the browser."),
     "report": LazyCommand(target="orchestrator.cli.report:report", help="Write the report of a run, or compare two."),
     "ledger": LazyCommand(
         target="orchestrator.cli.inspect:ledger", help="Recompute from the journal that every sample was counted once."
@@ -55,6 +57,11 @@ COMMANDS = {
     "doctor": LazyCommand(
         target="orchestrator.cli.cluster:doctor", help="Check whether this machine can be part of a cluster."
     ),
+    "chaos": LazyCommand(target="orchestrator.cli.chaos:chaos", help="Make something go wrong in a run that goes on."),
+    "storm": LazyCommand(
+        target="orchestrator.cli.storm:storm", help="Measure what random faults cost: a run without them, and one with."
+    ),
+    "why": LazyCommand(target="orchestrator.cli.why:why", help="Tell from the journal why something was decided."),
     "lab": LazyCommand(
         target="orchestrator.cli.lab:lab", help="Several hosts on this machine, joined by emulated links."
     ),

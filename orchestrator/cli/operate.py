@@ -117,16 +117,17 @@ def save(target: str | None, token_file: Path | None, run: str | None, as_json: 
 def set_(values: Sequence[str], target: str | None, token_file: Path | None, run: str | None, as_json: bool) -> int:
     """Change settings of a run that goes on: journalled, and for all islands from the same version on.
 
-    These can change: strategy.inner_steps, strategy.outer_lr, codec.name, exchange.grace_s, exchange.min_members.
+    These can change: strategy.inner_steps, strategy.outer_lr, codec.name, and, for the exchange that is open already,
+    exchange.quorum, exchange.min_members and exchange.grace_s. KEY= unsets one.
     """
     from orchestrator.config import parse_value
 
     wanted = {}
     for text in values:
         key, separator, value = text.partition("=")
-        if not separator or not value:
+        if not separator:
             raise click.UsageError(f"{text!r} is not of the form section.key=value")
-        wanted[key.strip()] = parse_value(value)
+        wanted[key.strip()] = parse_value(value) if value.strip() else None
     answer = _ask(target, token_file, run, "set", values=wanted)
     told = ", ".join(f"{key} = {value}" for key, value in answer["set"].items())
     return _show("SettingsSet", answer, as_json, f"{answer['run']}: {told} from version {min(answer['since'])} on")

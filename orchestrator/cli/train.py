@@ -22,6 +22,7 @@ RESUME_KEYS = (
     "run.start_timeout_s",
     "run.snapshot_every_s",
     "run.replace",
+    "run.fault_plan",
     "run.max_refusals",
     "run.max_restarts",
     "run.keep_anchors",
@@ -31,6 +32,12 @@ RESUME_KEYS = (
     "notify.below_quorum_s",
     "notify.loss_spike",
     "train.pace_s",
+    "metrics.port",
+    "metrics.host",
+    "metrics.ray",
+    "metrics.tensorboard",
+    "metrics.tracker",
+    "metrics.project",
 )
 
 
@@ -40,6 +47,9 @@ RESUME_KEYS = (
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Directory of the run [runs/<name>-<date>-<4 hex>].")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the run in this directory.")
 @click.option("--fault", "faults", metavar="SPEC", multiple=True, help="Cause a failure: kill:island-1@round=15.")
+@click.option(
+    "--faults", "plan", type=click.Path(path_type=Path), metavar="FILE", help="Cause the failures of this TOML file."
+)
 @json_option
 def train(
     run: str | None,
@@ -47,12 +57,15 @@ def train(
     run_dir: Path | None,
     resume: Path | None,
     faults: Sequence[str],
+    plan: Path | None,
     as_json: bool,
 ) -> int:
     """Train a model.
 
-    RUN is the name of a preset (debug, demo, diloco, ddp) or the path of a TOML file.
+    RUN is the name of a preset (debug, demo, diloco, ddp, storm) or the path of a TOML file.
     """
+    if plan is not None:
+        overrides = [*overrides, f"run.fault_plan={plan.expanduser().resolve()}"]
     if resume is not None:
         if run is not None or run_dir is not None:
             raise click.UsageError("--resume goes on with its own configuration and directory: no RUN, no --run-dir")

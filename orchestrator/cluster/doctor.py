@@ -11,6 +11,7 @@ from orchestrator.cluster.join_string import JoinString
 from orchestrator.cluster.preflight import check_gcs, check_way_back
 from orchestrator.cluster.versions import disagreements, my_versions
 from orchestrator.errors import ClusterUnreachable, UserError
+from strategies.codecs.backends import REMEDY, resolve_backend
 
 TRANSFER_BYTES = 64 * 1024 * 1024
 CLOCK_S = 5.0
@@ -47,6 +48,7 @@ def examine(place: JoinString) -> Iterator[Check]:
     yield _versions(info)
     yield _attempt("Ray", lambda: check_gcs(place, info), info.gcs_address)
     yield _attempt("way back", lambda: check_way_back(place, info), f"to {info.my_address}")
+    yield check_codecs()
     yield _clock(info)
     yield _speed(place)
 
@@ -66,6 +68,14 @@ def _attempt(name: str, check: Callable[[], None], found: str) -> Check:
         message, remedy = getattr(error, "message", str(error)), getattr(error, "remedy", None)
         return Check(name=name, ok=False, found=message, remedy=remedy or "")
     return Check(name=name, ok=True, found=found)
+
+
+def check_codecs() -> Check:
+    """Which form of the codecs runs here; the torch form does the same, several times slower, and fails nothing."""
+    backend, warning = resolve_backend("auto")
+    if warning is None:
+        return Check(name="codecs", ok=True, found=f"compiled ({backend})")
+    return Check(name="codecs", ok=True, found=f"{backend} form, several times slower", remedy=REMEDY)
 
 
 def _clock(info: ClusterInfo) -> Check:

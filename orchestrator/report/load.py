@@ -185,7 +185,7 @@ def _load_metrics(run_dir: Path, notes: list[str]) -> dict[str, Any]:
         for row in read_rows(run_dir / "metrics.jsonl", problems):
             if isinstance(row, StepRow):
                 steps.setdefault((row.member, row.incarnation), StepColumns()).add(row)
-            else:
+            elif type(row) in by_kind:
                 by_kind[type(row)].append(row)
             if isinstance(row, (StepRow, SpanRow)):
                 members.add(row.member)

@@ -21,8 +21,9 @@ WORDS = {
     "dead": "dead",
     "start": "starting",
     "away": "away",
+    "wait": "waiting",
 }
-_DRAW_ORDER = ("compute", "start", "sync", "evaluate", "dead")
+_DRAW_ORDER = ("compute", "start", "wait", "sync", "evaluate", "dead")
 _MOST_COMMITS = 400
 
 

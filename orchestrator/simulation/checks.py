@@ -197,7 +197,8 @@ class Checks:
             if any(s.n < 0 for s in machine.fragments):
                 continue
             open_ = bits_of(ranges.cut(machine.leases, state.watermark, machine.consumed))
-            must(part.d == open_, 6, f"{who}: displacement {part.d:b}, uncommitted steps {open_:b}")
+            must(part.open() == open_, 6, f"{who}: displacement {part.open():b}, uncommitted steps {open_:b}")
+            must(not part.d & (part.aside or 0), 6, f"{who}: work under way is in the live parameters as well")
             floor = island.floors[fragment]
             if state.watermark < floor:
                 continue

@@ -30,6 +30,8 @@ class Chaos:
             ("kill_all", rates.kill_all, self._kill_all),
             ("false_verdict", rates.false_verdict, self._false_verdict),
             ("hang", rates.hang, self._hang),
+            ("stick", rates.stick, self._stick),
+            ("slow", rates.slow, self._slow),
             ("cut", rates.cut, self._cut),
             ("cut_pair", rates.cut_pair, self._cut_pair),
             ("controller_crash", rates.controller_crash, self._controller_crash),
@@ -78,7 +80,7 @@ class Chaos:
         cluster.network.heal()
         cluster.disk.full = False
         for island in list(cluster.processes()):
-            island.poison, island.replica.wrong_once = 0, 0
+            island.poison, island.replica.wrong_once, island.slowdown = 0, 0, 1.0
             if island.frozen:
                 island.thaw()
         if not cluster.controllers:
@@ -157,6 +159,29 @@ class Chaos:
         if island.alive and island.frozen:
             self.cluster.note(f"thaw {island.first_nonce}")
             island.thaw()
+
+    def _stick(self) -> bool:
+        """A training thread never comes back from a step, while its process goes on with everything else."""
+        island = self._pick()
+        if island is None or island.stuck or not self.cluster.may_kill(island):
+            return False
+        island.stuck = island.doomed = True  # it will be ended: what it holds does not count
+        self.cluster.note(f"FAULT {island.first_nonce} is stuck in a step")
+        if self.cluster.rng.random() < 0.5:  # some come back, before the verdict or after it
+            self.cluster.time.after(8.0 * self.cluster.rng.random(), island.unstick)
+        return True
+
+    def _slow(self) -> bool:
+        island = self._pick()
+        if island is None or island.slowdown != 1.0:
+            return False
+        island.slowdown = self.cluster.rng.choice((3.0, 10.0))
+        self.cluster.note(f"FAULT {island.first_nonce} takes {island.slowdown:g} times as long for a step")
+        self.cluster.time.after(self._span_s(), self._quick, island)
+        return True
+
+    def _quick(self, island: Island) -> None:
+        island.slowdown = 1.0
 
     def _kill_all(self) -> bool:
         """Every process dies at once; only if a sound snapshot is on the journal's path."""

@@ -26,8 +26,9 @@ from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
-from workers.live_settings import with_changes
 from workers.member import MemberMachine
+from workers.open_steps import OpenSteps
+from workers.orders import can_obey
 from workers.records import CommitRecord, OfferId
 
 if TYPE_CHECKING:
@@ -52,26 +53,29 @@ class Island:
         self.machine = MemberMachine(
             run_id=scenario.plan.run_id, name=name, nonce=nonce, info=info, num_chunks=scenario.num_chunks
         )
+        self.machine.pace.tick_s = scenario.heartbeat_s
         self.replica = Replica(
             names=cluster.names,
             num_chunks=scenario.num_chunks,
             feedback=scenario.feedback,
-            settings_at=lambda fragment, n: self.machine.log.settings.at(fragment, n),
+            settings_at=lambda fragment, n: self.machine.log.settings.of_members(fragment, n),
+            sets_aside=scenario.plan.strategy.delay > 0,
         )
         self.store = Store()
         self.offset_s = cluster.rng.uniform(0, 1000.0)
         self.rate = 1.0 + cluster.rng.uniform(-1, 1) * scenario.clock_skew
         self.bodies: list[msg.MemberBody] = []
         self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
-        self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
-        self.marks = [0 for _ in scenario.num_chunks]
-        self.total_steps = 0
-        self.waiting_since: float | None = None
+        self.steps_done = OpenSteps()
+        self.schedule = scenario.schedule(self.machine.round_steps, self.machine.changes_of)
         self.staged_chunks: dict[tuple[int, str], list[StateChunk]] = {}
         self.base_samples = 0
         self.deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self.parked: list[tuple[Island, Job, Fetch, float]] = []
         self.poison = 0
+        self.slowdown = 1.0
+        self.stuck = False  # its training thread never comes back from a step, everything else goes on
+        self.stuck_step: tuple[int, tuple[ranges.Range, ...]] | None = None
         self.lies = False
         self.corrupt = False
         self.floors = [0 for _ in scenario.num_chunks]
@@ -100,6 +104,12 @@ class Island:
         while self.deferred and not self.frozen and self.alive:
             action, args = self.deferred.popleft()
             action(*args)
+
+    def unstick(self) -> None:
+        """The training thread goes on with the step that it hung in."""
+        step, self.stuck, self.stuck_step = self.stuck_step, False, None
+        if step is not None:
+            self.run(self._stepped, *step)
 
     def run(self, action: Callable[..., None], *args: Any) -> None:
         """Run something in this process: now, after a freeze, or never if it is dead."""
@@ -220,6 +230,7 @@ class Island:
             self._next_batch()
 
     def _wait(self, reason: str) -> None:
+        self.machine.pace.begin("waiting", self.clock())
         if self.machine.waiting != reason:
             self.machine.waiting = reason
             self.cluster.time.after(0.0, self.run, self._handle, ev.Tick())
@@ -237,7 +248,7 @@ class Island:
         else:
             self.floors = [0 for _ in self.floors]
         self._carry_out(self.machine.was_reset(self.clock()))
-        self.marks = [self.total_steps for _ in self.marks]
+        self.schedule.restart()
 
     def _take_states(self) -> None:
         for key in list(self.staged_chunks):
@@ -254,12 +265,15 @@ class Island:
                 fragment, self.staged_chunks.pop((fragment, state.staged.chain)), included=included, fresh=fresh
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
-            self.marks[fragment] = self.total_steps
             self._count_again()
+            self.schedule.moved(fragment, self._anchor_progress())
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
             while (due := self.machine.due(fragment)) is not None:
+                if due.included and self._held_back(fragment):
+                    self.cluster.counts["results held back"] += 1
+                    break
                 record = due.record
                 payloads = jobs.stored_results(self, fragment, record.chunk_digests)
                 assert payloads is not None, "a due result is not in the store"
@@ -271,9 +285,15 @@ class Island:
                     self._torn(fragment, record, str(error))
                     return
                 self._carry_out(self.machine.applied(fragment, record, self.clock()))
-                self.marks[fragment] = self.total_steps
                 self._moved(record)
+                self.schedule.moved(fragment, self._anchor_progress(), included=due.included)
                 self._trim()
+
+    def _held_back(self, fragment: int) -> bool:
+        return not self.schedule.is_due(fragment) and self._can_train() and not self._waited_out()
+
+    def _waited_out(self) -> bool:
+        return self.schedule.waited_out(self.clock(), self.cluster.scenario.wait_s)
 
     def _torn(self, fragment: int, record: CommitRecord, why: str) -> None:
         self._carry_out(self.machine.applied(fragment, record, self.clock()))
@@ -290,23 +310,14 @@ class Island:
             self._moved(self.machine.log.commit(fragment, state.n))
 
     def _trim(self) -> None:
-        lowest = min(state.watermark for state in self.machine.fragments)
-        while self.steps_done and self.steps_done[0][0] <= lowest:
-            self.steps_done.popleft()
+        self.steps_done.committed(min(state.watermark for state in self.machine.fragments))
 
     def open_steps(self, fragment: int) -> int:
         """Inner steps that this fragment has not committed."""
-        watermark = self.machine.fragments[fragment].watermark
-        return sum(1 for end, _ in self.steps_done if end > watermark)
+        return self.steps_done.beyond(self.machine.fragments[fragment].watermark)
 
-    def _round(self, fragment: int) -> int:
-        plan, n = self.cluster.scenario.plan, self.machine.fragments[fragment].n
-        strategy = with_changes(plan.strategy, "strategy", self.machine.log.settings.at(fragment, n))
-        return max(strategy.inner_steps_at(min(self.base_samples / plan.total_samples, 1.0)), 1)
-
-    def _bound(self) -> int:
-        longest = max(self._round(fragment) for fragment in range(len(self.machine.fragments)))
-        return max(int(self.cluster.scenario.plan.exchange.bound_rounds * longest), 1)
+    def _anchor_progress(self) -> float:
+        return min(self.base_samples / self.cluster.scenario.plan.total_samples, 1.0)
 
     def _send_due(self) -> None:
         standstill = self._at_standstill()
@@ -316,20 +327,24 @@ class Island:
                 continue
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue
-            on_time = self.total_steps - self.marks[fragment] >= self._round(fragment)
+            on_time = self.schedule.on_time(fragment, self._anchor_progress())
             if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
                 self._send(fragment, steps)
 
     def _at_standstill(self) -> bool:
         """No step can be made until something is committed: what there is is offered, lest members wait in a circle."""
+        stuck_inline = self.machine.waiting == "exchange" and self.cluster.scenario.inline and self._waited_out()
+        return stuck_inline or not self._can_train()
+
+    def _can_train(self) -> bool:
         machine = self.machine
-        if machine.leaving:
-            return True
-        if machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases"):
-            return True
-        if machine.waiting == "exchange" and self.cluster.scenario.inline:
-            return True
-        return max(self.open_steps(f) for f in range(len(machine.fragments))) >= self._bound()
+        used_up = machine.consumed >= machine.num_leased() and (machine.tail or machine.waiting == "leases")
+        return not (machine.leaving or used_up or self._at_bound())
+
+    def _at_bound(self) -> bool:
+        longest = self.schedule.longest_round(self._anchor_progress())
+        bound = max(int(self.cluster.scenario.plan.exchange.bound_rounds * longest), 1)
+        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= bound
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
@@ -344,18 +359,18 @@ class Island:
         for chunk, payload in enumerate(encoded):
             self.store.put(f"piece/{fragment}/{offer_id}", chunk, payload)
         since, upto = state.watermark, self.machine.consumed
-        born = next(versions[fragment] for end, versions in self.steps_done if end > since)
+        born = self.steps_done.born(fragment, since)
         offer = msg.Offer(
             fragment=fragment, base=state.version, seq=seq, born=born, since=since, upto=upto,
             ranges=ranges.cut(self.machine.leases, since, upto), num_steps=steps, weight=self.machine.info.weight,
             chunk_digests=tuple(p.digest for p in encoded), sumsq=tuple(1.0 for _ in encoded), num_bytes=len(encoded),
         )  # fmt: skip
-        self.waiting_since = self.clock()
+        self.schedule.sent(fragment, self._anchor_progress())
         self.cluster.checks.offer(self, offer)
         self._carry_out(self.machine.offered(offer, self.clock()))
 
     def _obey_order(self) -> bool:
-        order = next((order for order in self.orders if self._can_obey(order)), None)
+        order = next((order for order in self.orders if can_obey(order, self.machine)), None)
         if order is None:
             return False
         if isinstance(order, msg.Evaluate):
@@ -367,18 +382,10 @@ class Island:
         else:
             self.cluster.stopped(self)
         self.orders.remove(order)
+        self.machine.pace.begin("evaluating", self.clock())
         self._turn += 1
         self._asleep = False
         return True
-
-    def _can_obey(self, order: msg.Evaluate | msg.Save | msg.Stop) -> bool:
-        here = [state.n for state in self.machine.fragments]
-        if isinstance(order, msg.Evaluate):
-            known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
-            return known and self.machine.holds_all()
-        if isinstance(order, msg.Stop) or order.local:
-            return True
-        return min(here) >= 0 and self.machine.log.genesis is not None  # the last act of a fenced one, too
 
     def _say_and_go(self, what: str, order: Any) -> None:
         versions = tuple(state.n for state in self.machine.fragments)
@@ -399,15 +406,19 @@ class Island:
         if self.machine.log.paused:
             self._wait("paused")
             return
-        pending = any(state.pending is not None for state in self.machine.fragments)
-        if pending and not self.cluster.scenario.overlap:
-            waited = self.clock() - (self.waiting_since if self.waiting_since is not None else self.clock())
-            if waited < self.cluster.scenario.wait_s or self.cluster.scenario.inline:
-                self._wait("exchange")
-                return
-        if max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound():
+        scenario = self.cluster.scenario
+        pending = [f for f, state in enumerate(self.machine.fragments) if state.pending is not None]
+        overdue = [f for f in pending if self.schedule.is_due(f) and not scenario.overlap]
+        for fragment in overdue:
+            self.schedule.wait_begins(fragment, self.clock())
+        if overdue and (scenario.inline or not self._waited_out()):
+            self._wait("exchange")
+            return
+        if self._at_bound():
             self._wait("bound")
             return
+        if len(pending) > 1 and not overdue:
+            self.cluster.counts["steps with several exchanges under way"] += 1
         todo = self.machine.next_ranges(self.batch_size)
         if not todo:
             self._wait("leases")
@@ -417,17 +428,22 @@ class Island:
             self.replica.hold_displacement()
         self._turn += 1
         self._asleep = False
-        self.cluster.time.after(self.step_s, self.run, self._stepped, self._turn, todo)
+        self.machine.pace.begin("step", self.clock())
+        self.cluster.time.after(self.step_s * self.slowdown, self.run, self._stepped, self._turn, todo)
 
     def _stepped(self, turn: int, todo: tuple[ranges.Range, ...]) -> None:
+        if self.stuck:
+            self.stuck_step = (turn, todo)
+            return
+        self.machine.pace.stepped(self.clock())
         bad = self.poison > 0
         self.poison = max(self.poison - 1, 0)
         self.replica.step(samples=bits_of(todo), bad=bad)
-        self.total_steps += 1
+        self.schedule.total_steps += 1
         end = self.machine.consumed + ranges.count(todo)
-        self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
+        self.steps_done.add(end, [state.n for state in self.machine.fragments])
         first = self.machine.consumed == 0
-        self.machine.consumed_to(end, self.total_steps)
+        self.machine.consumed_to(end, self.schedule.total_steps, self.step_s * self.rate)
         self.cluster.steps += 1
         if first:
             self._handle(ev.Tick())

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from faults.virtual import LinkQuality
 from orchestrator.coordinator import RunPlan
 from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
+from strategies.schedule import overlap_steps_at
+from workers.live_settings import with_changes
+from workers.records import Scalar
+from workers.send_schedule import SendSchedule
+
+Changes = tuple[tuple[str, Scalar], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +29,8 @@ class FaultRates:
     kill_all: float = 0.3
     false_verdict: float = 1.0
     hang: float = 1.5
+    stick: float = 0.7
+    slow: float = 0.7
     cut: float = 2.0
     cut_pair: float = 2.0
     controller_crash: float = 1.5
@@ -66,6 +76,44 @@ class Scenario:
     clock_skew: float = 0.1
     check_every: int = 100
 
+    def schedule(self, own_steps: Callable[[int], int], values_of: Callable[[int], Changes]) -> SendSchedule:
+        """When a process of this run sends what.
+
+        Args:
+            own_steps: its share of a round of so many steps.
+            values_of: what was changed of the settings and holds for a fragment's next transition.
+        """
+        plan, strategy = self.plan, self.plan.strategy
+
+        def overlap_at(fragment: int, progress: float) -> int:
+            now = with_changes(strategy, "strategy", values_of(fragment))
+            overlap = now.inner_steps if now.delay else now.overlap_steps
+            return overlap_steps_at(overlap, plan.inner_steps_at(progress, now), whole_round=now.delay > 0)
+
+        return SendSchedule(
+            num_fragments=len(self.num_chunks),
+            staggered=strategy.name != "diloco",
+            inner_steps=lambda fragment, progress: own_steps(
+                plan.inner_steps_at(progress, with_changes(strategy, "strategy", values_of(fragment)))
+            ),
+            overlap_at=overlap_at,
+        )
+
+
+def draw_strategy(seed: int, *, fragments: int, steps: int) -> StrategyConfig:
+    """DiLoCo, or one of those that train while fragments are under way, with offsets (a draw of its own)."""
+    rng = random.Random(f"strategy 0 {seed}")
+    if rng.random() < 0.5:
+        return StrategyConfig(inner_steps=steps, num_fragments=fragments)
+    even = max(steps // fragments, 1) * fragments  # a period that divides
+    name = rng.choice(("streaming", "streaming", "delayed", "eager"))
+    if name == "streaming":
+        return StrategyConfig(
+            name="streaming", inner_steps=even, num_fragments=fragments, overlap_steps=rng.randrange(even),
+            merge_alpha=rng.choice((0.0, 0.5)),
+        )  # fmt: skip
+    return StrategyConfig(name="eager" if name == "eager" else "delayed", inner_steps=even, num_fragments=fragments)
+
 
 def draw(seed: int, *, members: int | None = None, faults: bool = True, samples: int | None = None) -> Scenario:
     """The scenario of a seed; what is given is not drawn."""
@@ -78,7 +126,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
     step_s = rng.choice((0.02, 0.05, 0.1))
     exchange = ExchangeConfig(
         quorum=rng.choice((0.3, 0.5, 0.5, 0.7, 1.0)),
-        min_members=1,
+        min_members=None,
         grace_s=rng.choice((0.0, 0.1, 0.5)),
         progress_timeout_s=rng.choice((0.8, 1.5, 3.0)),
         copies=rng.choice((1, 2, 2, 2, 3)),
@@ -91,10 +139,10 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
     )
     plan = RunPlan(
         run_id="sim", islands=tuple(f"island-{i}" for i in range(num)), total_samples=total, seq_len=8,
-        exchange=exchange, strategy=StrategyConfig(inner_steps=steps, num_fragments=fragments),
+        exchange=exchange, strategy=draw_strategy(seed, fragments=fragments, steps=steps),
         eval_every=rng.choice((0.2, 0.5, 2.0)), start_timeout_s=rng.choice((1.0, 4.0)),
         snapshot_every_s=rng.choice((1.0, 5.0, 1e9)), replace_dead=True, max_restarts=1_000_000,
-        max_refusals=1_000_000,
+        max_refusals=1_000_000, max_early_deaths=None, backoff_s=0.0,
     )  # fmt: skip
     lossy = faults and rng.random() < 0.7
     link = LinkQuality(
@@ -103,7 +151,7 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         straggle=rng.choice((0.0, 0.02, 0.05)) if lossy else 0.0, straggle_s=rng.choice((0.3, 2.0)),
     )  # fmt: skip
     rates = FaultRates(mean_gap_s=rng.choice((0.15, 0.3, 0.6))) if faults else None
-    return Scenario(
+    drawn = Scenario(
         seed=seed, num_members=num, num_nodes=rng.choice((1, 2, num)),
         num_chunks=tuple(rng.choice((1, 2, 3)) for _ in range(fragments)), plan=plan, batch_sizes=batch_sizes,
         step_s=tuple(step_s * rng.choice((1.0, 1.0, 1.0, 1.5, 3.0)) for _ in range(num)),
@@ -112,3 +160,5 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         fault_s=rng.choice((3.0, 6.0)), rates=rates, drain_s=90.0, wait_s=exchange.wait_s,
         timeout_s=rng.choice((0.5, 1.5)), clock_skew=0.1 if faults else 0.0,
     )  # fmt: skip
+    load: Literal["equal", "by_speed"] = rng.choice(("equal", "by_speed"))
+    return replace(drawn, plan=replace(plan, load=load if plan.strategy.name == "diloco" else "equal"))

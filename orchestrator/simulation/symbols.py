@@ -109,17 +109,27 @@ class Part:
     next_e: int = 0
     sent_d: int = 0
     held: int | None = None
+    aside: int | None = None
     bad: int = 0
+
+    def open(self) -> int:
+        """The whole displacement, wherever it is."""
+        return self.d | (self.aside or 0)
 
 
 @dataclass(kw_only=True, slots=True)
 class Replica:
-    """All fragments of one process. `feedback`: whether the codec loses something and keeps it as a residual."""
+    """All fragments of one process.
+
+    `feedback`: whether the codec loses something and keeps it as a residual. `sets_aside`: what is under way is no
+    part of the live parameters (`d`) any more, but kept beside them.
+    """
 
     names: Names
     num_chunks: tuple[int, ...]
     feedback: bool
     settings_at: Callable[[int, int], tuple[tuple[str, Scalar], ...]] = lambda fragment, n: ()
+    sets_aside: bool = False
     parts: list[Part] = field(default_factory=list)
     wrong_once: int = 0
 
@@ -143,7 +153,7 @@ class Replica:
     def step(self, *, samples: int, bad: bool) -> None:
         """One inner step on a bit set of samples; `bad`: it made something that is not finite, or not what is said."""
         for part in self.parts:
-            must(not part.d & samples, 6, "a member trained on a sample twice")
+            must(not part.open() & samples, 6, "a member trained on a sample twice")
             part.d |= samples
             if bad:
                 part.bad |= samples
@@ -153,21 +163,25 @@ class Replica:
     def encode(self, fragment: int, *, lies: bool) -> tuple[Payload, ...]:
         """Encode displacement and residual. Raises `NonFinite`; with `lies` a bad one is sent instead."""
         part = self.parts[fragment]
-        bad = bool(part.bad & part.d)
+        whole = part.open()
+        bad = bool(part.bad & whole)
         if bad and not lies:
             raise NonFinite("its displacement holds a step that was not finite")
-        part.next_e = part.d if self.feedback else 0
-        part.sent_d, part.held = part.d, None
+        part.next_e = whole if self.feedback else 0
+        part.sent_d, part.held = whole, None
+        if self.sets_aside:
+            must(not part.d & (part.aside or 0), 6, "a displacement is in two places")
+            part.aside, part.d = whole, 0
         lo = part.e if self.feedback else 0
         return tuple(
-            Payload(part.d, lo, bad, self.names.of(("piece", fragment, c, part.d, lo, bad)))
+            Payload(whole, lo, bad, self.names.of(("piece", fragment, c, whole, lo, bad)))
             for c in range(len(part.trail))
         )
 
     def hold_displacement(self) -> None:
         """Before the first step after an offer: keep what was offered."""
         for part in self.parts:
-            if part.sent_d and part.held is None:
+            if part.sent_d and part.held is None and not self.sets_aside:
                 part.held = part.d
 
     def reduce(
@@ -212,7 +226,7 @@ class Replica:
                 self.names, part.hi[chunk], part.lo[chunk], part.trail[chunk], payload, settings
             )
         part.n, part.chain = n, chain
-        if included:
+        if included and not self.sets_aside:
             part.d = 0 if part.held is None else part.d & ~part.held
         self._conclude(part, included=included)
         if self.digest(fragment) != sealed:
@@ -220,8 +234,9 @@ class Replica:
 
     def _conclude(self, part: Part, *, included: bool) -> None:
         part.e = rules.residual_after(part.e, part.next_e, included=included)
+        part.aside = rules.aside_after(part.aside, included=included)
         part.next_e, part.sent_d, part.held = 0, 0, None
-        part.bad &= part.d
+        part.bad &= part.open()
 
     # ------------------------------------------------------------ states of others
 
@@ -250,11 +265,11 @@ class Replica:
         part.hi, part.lo = [c.hi for c in chunks], [c.lo for c in chunks]
         part.trail = [c.trail for c in chunks]
         part.n, part.chain = chunks[0].n, chunks[0].chain
-        if included:
+        if included and not self.sets_aside:
             part.d &= ~(part.held if part.held is not None else part.d)
         self._conclude(part, included=included)
         if fresh:
-            part.d = 0
+            part.d, part.aside = 0, None
 
     def reset(self) -> None:
         """Drop everything that is not committed."""
@@ -265,7 +280,7 @@ class Replica:
     @staticmethod
     def _clear(part: Part) -> None:
         part.d = part.e = part.next_e = part.sent_d = part.bad = 0
-        part.held = None
+        part.held = part.aside = None
 
 
 def stepped(trail: str, digest: str, settings: Hashable) -> Hashable:

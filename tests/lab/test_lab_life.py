@@ -138,6 +138,42 @@ def test_nothing_stays_behind_after_sigkill_of_the_lab(lab_root: Path) -> None:
             other.run("a", ["true"], check=True, timeout=20)
 
 
+def test_sigterm_ends_a_lab_and_leaves_nothing(lab_root: Path) -> None:
+    with holder(lab_root) as (owner, record, inside):
+        scratch = Path(record.scratch)
+        assert scratch.is_dir()
+        owner.terminate()
+        assert owner.wait(timeout=20) == 128 + signal.SIGTERM
+        assert [process for process in inside if process.is_alive] == []
+        assert [path for path in namespaces_of(record) if path.exists()] == []
+        assert LabStates(lab_root).names() == [] and not scratch.exists()
+
+
+def test_each_node_has_a_place_for_files_that_goes_with_the_lab(lab_root: Path) -> None:
+    code = "import os, tempfile; print(os.environ['ATOLL_STATE_DIR'], tempfile.mkdtemp(), os.environ['ATOLL_LAB'])"
+    with Lab(pair(), root=lab_root) as lab:
+        said = [
+            lab.run(node, python(code), capture_output=True, text=True, check=True, timeout=20).stdout.split()
+            for node in lab.nodes
+        ]
+        assert len({state for state, _, _ in said}) == 2 and all(Path(made).is_dir() for _, made, _ in said)
+        [around] = {around for _, _, around in said}
+        assert around == str(lab.folder)
+    assert not any(Path(made).exists() for _, made, _ in said)
+
+
+def test_a_process_on_a_node_changes_the_links_of_its_lab(lab_root: Path) -> None:
+    """As a controller does that carries out a fault plan; another lab on the machine is not meant."""
+    code = """
+from faults.lab.lab import Lab
+from faults.lab.schedule import LinkChange
+Lab.around().apply(LinkChange(at_s=0, action="cut", target="a>b"))
+"""
+    with Lab(pair(), root=lab_root) as other, Lab(pair(), root=lab_root) as lab:
+        lab.run("b", python(code), cwd=ROOT, check=True, timeout=30)
+        assert (lab.status().cut, other.status().cut) == ((("a", "b"),), ())
+
+
 def test_a_lab_whose_switch_was_killed_says_so_and_goes(lab_root: Path) -> None:
     with Lab(pair(), root=lab_root) as lab:
         record = LabStates(lab_root).read(lab.name)
@@ -202,7 +238,7 @@ def test_a_switch_that_does_not_start_leaves_nothing(lab_root: Path, monkeypatch
         Lab(pair(), root=lab_root).start()
 
 
-def test_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """In the place where all labs of the machine are, under a name of its own."""
     name = f"test-{secrets.token_hex(4)}"
 
@@ -212,7 +248,18 @@ def test_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
         return code, *capfd.readouterr()
 
     # A process of its own, as the lab is to outlive it.
-    command = [sys.executable, "-m", "orchestrator.cli.main", "lab", "up", "slow-pair", "--name", name, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cli.main",
+        "lab",
+        "up",
+        "slow-pair",
+        "--links-only",
+        "--name",
+        name,
+        "--json",
+    ]
     up = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     try:
         assert up.returncode == 0, up.stderr
@@ -228,6 +275,17 @@ def test_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
         assert "cut: a>b" in table
         assert any(line.split()[:5] == ["a>b", "10", "0", "0", "0.5"] for line in table.splitlines())
         assert atoll("heal", "--lab", name)[0] == 0
+        schedule = tmp_path / "changes.toml"
+        schedule.write_text('[[links]]\nat_s = 0.02\naction = "cut"\ntarget = "b>a"\n')
+        assert atoll("play", str(schedule), "--lab", name) == (0, "", "")
+        assert json.loads(atoll("status", "--lab", name, "--json")[1])["cut"] == [["b", "a"]]
+        schedule.write_text('[[links]]\nat_s = 0\naction = "cut"\ntarget = "z"\n')
+        assert "no node or region is called 'z'" in atoll("play", str(schedule), "--lab", name)[2]
+        schedule.write_text('[[links]]\nat_s = 1\naction = "snip"\ntarget = "a"\n')
+        code, _, error = atoll("play", str(schedule), "--lab", name)
+        assert code == 2 and 'error: action = "snip" is not allowed: it takes one of cut, heal, set' in error
+        assert f"{schedule}, links[0], action" in error
+        assert f"error: lab '{name}' has no cluster" in atoll("run", "--lab", name, "debug")[2]
         message = "error: no node or region is called 'c' in 'a:c'\n  try:   one of pair, a, b\n"
         assert atoll("cut", "a:c", "--lab", name) == (2, "", message)
         assert atoll("up", "slow-pair", "--name", name)[2].startswith(f"error: lab '{name}' is running already")

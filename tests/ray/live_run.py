@@ -15,6 +15,7 @@ import ray
 from faults.inject import Injection, Point, arm, hurry, read_marks
 from orchestrator.build import resolve
 from orchestrator.config import RunConfig
+from orchestrator.island_actor import ContextWrapper
 from orchestrator.launch import RaySession
 from orchestrator.metrics import FaultEvent, StepRow, latest_faults, read_rows
 from orchestrator.run_state import RunState
@@ -46,15 +47,14 @@ class LiveRun:
         """Nothing is started before `start`."""
         self.config, self.pack, self.run_dir, self.pace_s = resolve(config), pack, run_dir, pace_s
         self.session = RaySession(self.config)
+        self.wrap: ContextWrapper = Injection(pace_s=pace_s)
 
     def start(self, *, resume: bool = False) -> None:
         """Start the controller, which starts the islands."""
         self.run_dir.mkdir(exist_ok=True)
         (self.run_dir / "config.toml").write_text(self.config.to_toml())
         self.session.__enter__()
-        self.controller = self.session.start(
-            self.run_dir, self.pack, [], resume=resume, wrap=Injection(pace_s=self.pace_s)
-        )
+        self.controller = self.session.start(self.run_dir, self.pack, [], resume=resume, wrap=self.wrap)
 
     def stop(self) -> None:
         """End every process of the run."""

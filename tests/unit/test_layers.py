@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "atoll": {"faults", "orchestrator", "strategies", "workers"},
 }
 # The tools that cause failures wrap what the workers use; the judgement of failures does not.
-FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.virtual", "faults.lab"}
+FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.process", "faults.virtual", "faults.lab"}
 
 HEAVY = {"torch", "ray"}
 # Imported by the controller and the command line, which answer without torch and Ray.
@@ -32,8 +32,11 @@ LIGHT_STRATEGIES = {"strategies.config", "strategies.fragments"}
 RAY_IN_WORKERS: set[str] = set()
 # The shells: the controller's and the islands' actors need Ray (never torch), a run in one process trains in it.
 SHELLS = {
+    "orchestrator.actor_tools": {"ray"},
     "orchestrator.actors": {"ray"},
     "orchestrator.keeper": {"ray"},
+    "orchestrator.hands": {"ray"},
+    "orchestrator.dashboard.actor": {"ray"},
     "orchestrator.island_actor": {"ray"},
     "orchestrator.local": {"torch"},
 }
@@ -215,9 +218,10 @@ def test_exceptions_are_caught_by_name() -> None:
 def test_only_config_reads_toml() -> None:
     readers = {m.name for m in all_modules().values() if any(i.module.startswith("tomllib") for i in m.imports)}
     # Two take single values from what they find in a run directory, also one that an older version wrote; a topology
-    # of the lab is no part of a run.
+    # of the lab is no part of a run, and a plan of faults is a file of its own.
     assert readers <= {
         "orchestrator.config",
+        "orchestrator.fault_plan",
         "orchestrator.topology",
         "orchestrator.ledger_view",
         "orchestrator.report.load",

@@ -27,6 +27,7 @@ from workers.transport.errors import (
     TransportTimeout,
     Unauthorized,
 )
+from workers.transport.link_meter import LinkReport
 
 __all__ = [
     "MAX_KEYS",
@@ -192,11 +193,14 @@ class Transport(Protocol):
         wait_s: float = 0.0,
         max_bytes: int,
         cancel: CancelToken | None = None,
+        background: int = 0,
     ) -> list[Blob]:
         """Fetch the blobs under ``keys`` from the peer at ``address``, in that order, all or nothing.
 
         ``timeout_s`` bounds the whole call. ``wait_s`` is how long the peer may wait for keys that it does not have yet
         (peers bound it too). ``max_bytes`` bounds the sum of all blobs: nothing beyond it is received or allocated.
+        ``background`` above 0: no exchange waits for this, and so many such fetches run at once: together they use a
+        share of the link only (`workers.transport.pacing`).
         Every blob is checked against the digest sent with it; whether that is the digest the caller expects is for the
         caller to compare. Raises a `TransportError`; `ValueError` for arguments that can never work (`check_fetch`).
         """
@@ -204,6 +208,10 @@ class Transport(Protocol):
 
     def forget(self, address: str) -> None:
         """Drop the connections to a peer that is gone; a later fetch connects anew."""
+        ...
+
+    def take_links(self) -> tuple[LinkReport, ...]:
+        """What was measured of the links to peers since the last call."""
         ...
 
 

@@ -23,6 +23,8 @@ from workers.transport.connections import ConnectionPool, channel_options
 from workers.transport.errors import BadMessage, PeerUnreachable, TransportError, TransportTimeout
 from workers.transport.flight_server import TOKEN_HEADER, WAITING_EVERY_S, BlobServer, TlsConfig, start_server
 from workers.transport.flight_stream import StreamReader, Streams, explain
+from workers.transport.link_meter import LinkMeter, LinkReport
+from workers.transport.pacing import LinkShare, SpeedMeter
 from workers.transport.wire import Ticket, streams_for
 
 __all__ = ["FlightTransport", "TlsConfig"]
@@ -37,7 +39,8 @@ class FlightTransport:
     takes any free one. ``token`` is the secret of the run. A dead host or cut link is noticed ``keepalive_time_s`` +
     ``keepalive_timeout_s`` after the last sign of life, a killed process at once, a frozen one after
     ``ping_timeout_s`` more than ``keepalive_time_s`` (long, as a slow link may delay a ping by that much). ``stop``
-    waits up to ``stop_timeout_s`` for streams to end.
+    waits up to ``stop_timeout_s`` for streams to end. Background transfers use ``link_share`` of the line, which
+    carries ``link_bytes_per_s``, or what was measured.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class FlightTransport:
         keepalive_timeout_s: float = 3.0,
         ping_timeout_s: float = 20.0,
         stop_timeout_s: float = 5.0,
+        link_share: float = 0.5,
+        link_bytes_per_s: float | None = None,
     ) -> None:
         if not token or not token.isascii() or not token.isprintable():
             raise ValueError("the token of a run must be printable ASCII and not empty, e.g. secrets.token_hex(16)")
@@ -78,7 +83,11 @@ class FlightTransport:
             keepalive_time_s=keepalive_time_s, keepalive_timeout_s=keepalive_timeout_s, ping_timeout_s=ping_timeout_s
         )
         self._pool = ConnectionPool(options=options, tls=tls)
+        self._uplink = LinkShare(share=link_share, bytes_per_s=link_bytes_per_s)
+        self._downlink = LinkShare(share=link_share, bytes_per_s=link_bytes_per_s)
+        self._seen: dict[str, SpeedMeter] = {}
         self._calls = CallSet()
+        self._links = LinkMeter()
         self._lock = threading.Lock()
         self._server: BlobServer | None = None
         self._threads: set[threading.Thread] = set()
@@ -107,8 +116,9 @@ class FlightTransport:
         """Open the port and serve; raises ``OSError`` if it cannot be opened. May be called again after `stop`."""
         assert self._server is None, "start() was called twice"
         self._server = start_server(
-            self._store, host=self._host, port=self._port, token=self._token, tls=self._tls, on_sent=self._count_sent
-        )
+            self._store, host=self._host, port=self._port, token=self._token, tls=self._tls, on_sent=self._count_sent,
+            uplink=self._uplink,
+        )  # fmt: skip
         self._calls.open()
 
     def stop(self) -> None:
@@ -135,6 +145,7 @@ class FlightTransport:
         wait_s: float = 0.0,
         max_bytes: int,
         cancel: CancelToken | None = None,
+        background: int = 0,
     ) -> list[Blob]:
         """See `workers.transport.base.Transport.fetch`."""
         check_fetch(keys, timeout_s=timeout_s, wait_s=wait_s, max_bytes=max_bytes)
@@ -143,13 +154,25 @@ class FlightTransport:
         num_streams = streams_for(max_bytes, num_connections=self._num_connections)
         assembly = Assembly(peer=address, keys=keys, num_streams=num_streams, max_bytes=max_bytes)
         options = self._call_options(timeout_s)
+        limit = self._downlink.limit() / (background * num_streams) if background else 0.0
+        meter = self._seen.setdefault(address, SpeedMeter())
+        seen = meter.bytes_per_s
+        began_s = time.monotonic()
         with self._calls.call(address, cancel) as call:
             readers = [
                 StreamReader(
                     peer=address,
                     client=self._pool.client(address, stream),
                     options=options,
-                    ticket=Ticket(keys=tuple(keys), stream=stream, num_streams=num_streams, wait_s=wait_s),
+                    ticket=Ticket(
+                        keys=tuple(keys),
+                        stream=stream,
+                        num_streams=num_streams,
+                        wait_s=wait_s,
+                        background=background > 0,
+                        limit_bytes_per_s=limit,
+                        seen_bytes_per_s=seen if stream == 0 else 0,
+                    ),
                     assembly=assembly,
                     on_received=self._count_received,
                 )
@@ -162,7 +185,25 @@ class FlightTransport:
             except TransportError:
                 self._drop_broken(address, readers, streams)
                 raise
-        return assembly.blobs()
+        blobs = assembly.blobs()
+        num_bytes = sum(blob.data.nbytes for blob in blobs)
+        if wait_s == 0:
+            self._measure(address, readers, num_bytes, began_s)
+        if not background and not wait_s:  # what was paced, or not there at first, says nothing of the line
+            seconds = time.monotonic() - began_s
+            for known in (meter, self._downlink.meter):
+                known.add(num_bytes, seconds)
+        return blobs
+
+    def _measure(self, address: str, readers: Sequence[StreamReader], num_bytes: int, began_s: float) -> None:
+        first_s = min((reader.first_s for reader in readers if reader.first_s is not None), default=None)
+        if first_s is not None:
+            receive_s = time.monotonic() - first_s
+            self._links.note(address, num_bytes=num_bytes, answer_s=first_s - began_s, receive_s=receive_s)
+
+    def take_links(self) -> tuple[LinkReport, ...]:
+        """See `workers.transport.base.Transport.take_links`."""
+        return self._links.take()
 
     def warm(self, address: str, *, timeout_s: float) -> None:
         """Open all connections to a peer now, so that the first exchange need not; raises as `fetch` does."""
@@ -177,7 +218,9 @@ class FlightTransport:
 
     def forget(self, address: str) -> None:
         """Drop the connections to a peer that is gone; a later fetch connects anew."""
+        self._seen.pop(address, None)
         self._pool.forget(address)
+        self._links.forget(address)
 
     def _call_options(self, timeout_s: float) -> fl.FlightCallOptions:
         return fl.FlightCallOptions(timeout=timeout_s, headers=[(TOKEN_HEADER.encode(), self._token.encode())])

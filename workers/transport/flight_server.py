@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import pyarrow.flight as fl
 
 from workers.store import BlobSource, StoredBlob
 from workers.transport.base import MAX_WAIT_S
+from workers.transport.pacing import LinkShare, Pacer, batch_bytes_at
 from workers.transport.wire import (
     BATCH_BYTES,
     Missing,
@@ -84,8 +85,11 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
         tls: TlsConfig | None,
         batch_bytes: int,
         on_sent: Callable[[int], None],
+        uplink: LinkShare,
     ) -> None:
         self._store = store
+        self._uplink = uplink
+        self._pacer = Pacer(uplink.limit, time.monotonic)
         self._batch_bytes = batch_bytes
         self._on_sent = on_sent
         self._ending = threading.Event()
@@ -99,6 +103,7 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
             wanted = decode_ticket(ticket.ticket)
         except WireError as error:
             raise pa.ArrowInvalid(f"not understood: {error}") from None
+        self._uplink.meter.heard(wanted.seen_bytes_per_s)
         return fl.GeneratorStream(SCHEMA, self._answer(wanted))
 
     def do_action(self, context: Any, action: Any) -> list[fl.Result]:
@@ -122,13 +127,14 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
     def _answer(self, ticket: Ticket) -> Iterator[Message]:
         """Send what is there, then each blob as it appears; the order of the keys gives way to availability."""
         wait_until = time.monotonic() + min(ticket.wait_s, MAX_WAIT_S)
+        pacers = (self._pacer, Pacer(lambda: ticket.limit_bytes_per_s, time.monotonic)) if ticket.background else ()
         pending = dict(enumerate(ticket.keys))
         while True:
             for number in list(pending):
                 blob = self._store.find(pending[number])
                 if blob is not None:
                     del pending[number]
-                    yield from self._pieces(number, blob, ticket)
+                    yield from self._pieces(number, blob, ticket, pacers)
             if not pending:
                 return
             if time.monotonic() >= wait_until:
@@ -154,7 +160,8 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
             self._waiting_slots.release()
         return ""
 
-    def _pieces(self, number: int, blob: StoredBlob, ticket: Ticket) -> Iterator[Message]:
+    def _pieces(self, number: int, blob: StoredBlob, ticket: Ticket, pacers: Sequence[Pacer]) -> Iterator[Message]:
+        limits = (self._uplink.limit(), ticket.limit_bytes_per_s) if pacers else ()
         length = blob.data.nbytes
         place = {"key": number, "stream": ticket.stream, "num_streams": ticket.num_streams}
         if not announces(length, **place):
@@ -165,9 +172,12 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
             yield _empty(header)
             return
         buffer = pa.py_buffer(blob.data)  # keeps the memory alive while it is sent, even if it is discarded meanwhile
-        for start in range(offset, offset + size, self._batch_bytes):
+        batch_bytes = batch_bytes_at(min(filter(None, limits), default=0.0), self._batch_bytes)
+        for start in range(offset, offset + size, batch_bytes):
+            num_bytes = min(batch_bytes, offset + size - start)
+            if pacers:
+                self._ending.wait(max(pacer.delay(num_bytes) for pacer in pacers))
             self._check_ending()
-            num_bytes = min(self._batch_bytes, offset + size - start)
             yield _batch(buffer.slice(start, num_bytes)), encode_message(header) if start == offset else None
             self._on_sent(num_bytes)
 
@@ -184,12 +194,14 @@ def start_server(
     token: str,
     tls: TlsConfig | None,
     on_sent: Callable[[int], None],
+    uplink: LinkShare,
     batch_bytes: int = BATCH_BYTES,
 ) -> BlobServer:
     """Open a port of ``host`` (0 = any free one, see ``.port``) and serve on it; ``OSError`` if it is taken."""
     scheme = "grpc+tcp" if tls is None else "grpc+tls"
     try:
-        return BlobServer(f"{scheme}://{host}:{port}", store, token, tls=tls, batch_bytes=batch_bytes, on_sent=on_sent)
+        place = f"{scheme}://{host}:{port}"
+        return BlobServer(place, store, token, tls=tls, batch_bytes=batch_bytes, on_sent=on_sent, uplink=uplink)
     except (pa.ArrowException, OSError) as error:
         raise OSError(
             f"cannot serve on {host}:{port}: {str(error).splitlines()[0]}. Is the address one of this machine, and the "

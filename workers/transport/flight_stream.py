@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -49,6 +50,7 @@ class StreamReader:
         self._lock = threading.Lock()
         self._flight: fl.FlightStreamReader | None = None
         self._abandoned = False
+        self.first_s: float | None = None  # when the peer's first message came
 
     @property
     def client(self) -> fl.FlightClient:
@@ -85,6 +87,8 @@ class StreamReader:
                 chunk = flight.read_chunk()
             except StopIteration:
                 return
+            if self.first_s is None:
+                self.first_s = time.monotonic()
             if chunk.app_metadata is not None:
                 piece = self._begin(chunk.app_metadata.to_pybytes())
             if chunk.data is not None and chunk.data.num_rows:

@@ -16,6 +16,7 @@ from workers.store import BlobSource, StoredBlob
 from workers.transport.assembly import Assembly
 from workers.transport.base import MAX_WAIT_S, Blob, CallSet, CancelToken, check_fetch
 from workers.transport.errors import BlobMissing, Cancelled, PeerUnreachable, TransportTimeout
+from workers.transport.link_meter import LinkReport
 from workers.transport.wire import PieceHeader
 
 
@@ -94,8 +95,10 @@ class LoopbackTransport:
         wait_s: float = 0.0,
         max_bytes: int,
         cancel: CancelToken | None = None,
+        background: int = 0,
     ) -> list[Blob]:
-        """See `workers.transport.base.Transport.fetch`."""
+        """See `workers.transport.base.Transport.fetch`; there is no link here that could be filled."""
+        del background
         check_fetch(keys, timeout_s=timeout_s, wait_s=wait_s, max_bytes=max_bytes)
         started = time.monotonic()
         with self._calls.call(address, cancel) as call:
@@ -114,6 +117,10 @@ class LoopbackTransport:
 
     def forget(self, address: str) -> None:
         """Nothing to drop here: there are no connections."""
+
+    def take_links(self) -> tuple[LinkReport, ...]:
+        """Nothing is measured inside one process."""
+        return ()
 
     def await_keys(self, keys: Sequence[str], call: CancelToken, *, wait_until: float, deadline: float) -> None:
         """Called by a fetching peer: return once all keys are in this member's store, or raise why not."""

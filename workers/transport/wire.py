@@ -42,12 +42,19 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """What one stream of a fetch asks for; ``wait_s`` is how long the server may wait for keys not there yet."""
+    """What one stream of a fetch asks for; ``wait_s`` is how long the server may wait for keys not there yet.
+
+    ``background`` streams are paced: to ``limit_bytes_per_s``, if that is above 0, and to the server's own share.
+    ``seen_bytes_per_s`` tells the server how quickly it served this reader before; 0 = not measured.
+    """
 
     keys: tuple[str, ...]
     stream: int
     num_streams: int
     wait_s: float
+    background: bool = False
+    limit_bytes_per_s: float = 0.0
+    seen_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +119,9 @@ def encode_ticket(ticket: Ticket) -> bytes:
             "stream": ticket.stream,
             "num_streams": ticket.num_streams,
             "wait_s": ticket.wait_s,
+            "background": ticket.background,
+            "limit_bytes_per_s": ticket.limit_bytes_per_s,
+            "seen_bytes_per_s": ticket.seen_bytes_per_s,
         }
     ).encode()
 
@@ -128,14 +138,17 @@ def decode_ticket(raw: bytes) -> Ticket:
     if not all(isinstance(key, str) and is_key(key) for key in keys):
         raise WireError(f"ticket with a key that is not 1 to {MAX_KEY_CHARS} printable ASCII characters")
     num_streams = _int(fields, "num_streams", 1, MAX_STREAMS)
-    wait_s = fields.get("wait_s")
-    if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not math.isfinite(wait_s) or wait_s < 0:
-        raise WireError(f"ticket with wait_s={wait_s!r}")
+    background = fields.get("background", False)
+    if not isinstance(background, bool):
+        raise WireError(f"ticket with background={str(background)[:40]}")
     return Ticket(
         keys=tuple(keys),
         stream=_int(fields, "stream", 0, num_streams - 1),
         num_streams=num_streams,
-        wait_s=float(wait_s),
+        wait_s=_number(fields, "wait_s", None),
+        background=background,
+        limit_bytes_per_s=_number(fields, "limit_bytes_per_s", 0.0),
+        seen_bytes_per_s=_number(fields, "seen_bytes_per_s", 0.0),
     )
 
 
@@ -194,6 +207,13 @@ def _object(raw: bytes, *, limit_bytes: int, what: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise WireError(f"{what} that is no JSON object")
     return fields
+
+
+def _number(fields: dict[str, Any], name: str, default: float | None) -> float:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise WireError(f"ticket with {name}={str(value)[:40]}")
+    return float(value)
 
 
 def _int(fields: dict[str, Any], name: str, low: int, high: int) -> int:

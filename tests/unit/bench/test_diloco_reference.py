@@ -48,6 +48,7 @@ class Trained:
     config: RunConfig
     anchor: dict[str, Tensor]
     positions: dict[int, list[int]]
+    live: dict[str, Tensor]
 
 
 def train(overrides: list[str], pack_dir: Path, folder: Path) -> Trained:
@@ -58,11 +59,12 @@ def train(overrides: list[str], pack_dir: Path, folder: Path) -> Trained:
     assert finish is not None and finish.reason == "done"
     sync = run.islands["island-0"].loop.island.sync
     assert sync is not None
+    live = {name: value.detach().clone() for name, value in sync.replica.tensors.items()}
     anchor = {name: value.clone() for name, value in sync.replica.anchor_tensors().items()}
     members = run.host.coordinator.state.members.values()
     positions = {int(m.id.name.split("-")[1]): [p for a, b in m.leases for p in range(a, b)] for m in members}
     run.close()
-    return Trained(config=run.config, anchor=anchor, positions=positions)
+    return Trained(config=run.config, anchor=anchor, positions=positions, live=live)
 
 
 class Reference:

@@ -55,6 +55,13 @@ def test_a_sound_cluster(place: JoinString) -> None:
     assert check_join(place, node_ip="10.0.0.7", wan=False).node_ip == "10.0.0.7"
 
 
+def test_the_form_of_the_codecs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_codecs().found == "compiled (numba)"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check = doctor.check_codecs()
+    assert check.ok and "torch" in check.found and "atoll[fast]" in check.remedy
+
+
 def test_no_door() -> None:
     assert failed(JoinString(host=HOST, port=closed_port(), token=new_token())) == ["door"]
 

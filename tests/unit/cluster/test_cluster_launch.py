@@ -52,7 +52,7 @@ def known(tmp_path: Path, address: str) -> ClusterState:
 
 def test_auto_without_a_cluster_says_how_to_start_one() -> None:
     with pytest.raises(ClusterUnreachable, match="in no cluster") as caught:
-        launch._enter_cluster("auto")
+        launch.enter_cluster("auto")
     assert caught.value.exit_code == 4
     assert caught.value.remedy == "atoll up"
 
@@ -60,7 +60,7 @@ def test_auto_without_a_cluster_says_how_to_start_one() -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_the_cluster_of_this_machine_brings_its_token(tmp_path: Path, address: str, named: bool) -> None:
     state = known(tmp_path, address)
-    assert launch._enter_cluster(address if named else "auto") == state
+    assert launch.enter_cluster(address if named else "auto") == state
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(state.token_file)
     assert os.environ["RAY_health_check_failure_threshold"] == "12"
@@ -69,12 +69,12 @@ def test_the_cluster_of_this_machine_brings_its_token(tmp_path: Path, address: s
 
 def test_another_cluster_takes_the_token_that_is_given(address: str) -> None:
     os.environ["ATOLL_TOKEN"] = TOKEN
-    assert launch._enter_cluster(address) is None
+    assert launch.enter_cluster(address) is None
     assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("token", TOKEN)
 
 
 def test_another_cluster_without_a_token_is_open(address: str) -> None:
-    assert launch._enter_cluster(address) is None
+    assert launch.enter_cluster(address) is None
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
@@ -83,4 +83,4 @@ def test_a_cluster_that_does_not_answer(tmp_path: Path) -> None:
         closed = f"127.0.0.1:{server.getsockname()[1]}"
     known(tmp_path, closed)
     with pytest.raises(ClusterUnreachable, match="no Ray cluster answers"):
-        launch._enter_cluster("auto")
+        launch.enter_cluster("auto")

@@ -42,7 +42,7 @@ def test_progress_tells_of_deaths_and_who_takes_the_place(capsys: pytest.Capture
         progress.show(status_of(["island-0.1", "island-1.2"], seconds=3.0, evaluations=1, val_loss=5.5))
         progress.show(status_of([], seconds=4.0, evaluations=1, val_loss=5.5))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 islands, 40,960 tokens, strategy diloco, synchronising every 10 steps as int8"
+    assert lines[0] == "2 islands, 40,960 tokens, strategy diloco, synchronising 35.2 kB every 10 steps as int8"
     assert lines[1:3] == ["    1.0 s  island-0.1 joined", "    1.0 s  island-1.1 joined"]
     assert lines[3] == "    2.0 s  island-1.1 is gone; the others train on"
     assert lines[4].endswith("validation loss 5.5000")
@@ -62,6 +62,16 @@ def test_the_live_line_says_how_long_it_will_take(
     assert "1.0 s  0 of 2 islands are there" in lines
     assert "10.0 s   20.0 %  round 4  2 islands" in lines
     assert "20.0 s   40.0 %  round 8  1 island  30 s left" in lines
+
+
+def test_progress_says_once_what_link_the_run_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    members = ["island-0.1", "island-1.1"]
+    config = load_config("debug", overrides=["run.islands=2", "strategy.inner_steps=10"]).config
+    with Progress(config, quiet=False) as progress:
+        for rounds in range(8):
+            progress.show(status_of(members, seconds=10.0 + 2 * rounds, rounds=rounds))
+    told = [line for line in capsys.readouterr().out.splitlines() if "needs" in line]
+    assert told == ["   18.0 s  synchronising 35.2 kB every 2 s: needs 141 kbit/s at each island"]
 
 
 def test_progress_counts_one_as_one_and_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from orchestrator.topology import list_topologies
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYERS = ("faults", "orchestrator", "strategies", "workers")
-DATA_SUFFIXES = {".html", ".css", ".js", ".json", ".toml", ".txt", ".svg"}
+DATA_SUFFIXES = {".LICENSE", ".html", ".css", ".js", ".json", ".toml", ".txt", ".svg"}
 
 LOOK_INSIDE = """
 import json
@@ -103,7 +103,7 @@ def test_constraints_pin_everything_that_is_required_and_allow_it() -> None:
 
 
 def test_core_dependencies_are_those_that_were_agreed() -> None:
-    agreed = "ray torch numpy pyarrow click pydantic rich safetensors tokenizers blake3".split()
+    agreed = "ray torch numpy pyarrow click pydantic rich safetensors tokenizers blake3 aiohttp".split()
     assert requirement_names(project()["project"]["dependencies"]) == set(agreed)
     adr = (ROOT / "docs" / "adr" / "0001-dependencies.md").read_text(encoding="utf-8")
     named = requirement_names([r for extra in project()["project"]["optional-dependencies"].values() for r in extra])

@@ -141,7 +141,7 @@ def test_settings_exist(document: Path) -> None:
     sections = "|".join(RunConfig.model_fields)
     for span in spans(document):
         match = re.match(rf"(?:--set )?((?:{sections})\.[a-z_0-9.]*[a-z_0-9])(?![\w(])", span)
-        if match is None or re.search(r"\.(py|toml|json)$", match[1]):
+        if match is None or re.search(r"\.(py|toml|jsonl?)$", match[1]):
             continue
         if re.match(r"model\.(layers\.\d|embed_tokens|norm)", match[1]):  # names of tensors
             continue

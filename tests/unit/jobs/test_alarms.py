@@ -14,6 +14,7 @@ import pytest
 
 from orchestrator.alarms import Alarm, Alarms, NotifyConfig
 from orchestrator.notify import MAX_WAITING, Notifier
+from orchestrator.settings import ExchangeConfig
 from workers.records import FaultRecord, FenceRecord, StopRecord
 
 
@@ -30,7 +31,7 @@ def fault(name: str, *, injected: bool = False) -> FaultRecord:
 
 
 def test_a_death_is_told_and_the_announcement_of_one_is_not() -> None:
-    alarms = Alarms(NotifyConfig(), num_needed=1)
+    alarms = Alarms(NotifyConfig(), num_islands=2)
     assert kinds(alarms.on_record(fault("kill", injected=True), 1.0)) == []
     [alarm] = alarms.on_record(fault("died"), 2.0)
     assert (alarm.kind, alarm.member, alarm.detail, alarm.t_s) == ("member_dead", "island-1", "died: why", 2.0)
@@ -39,7 +40,7 @@ def test_a_death_is_told_and_the_announcement_of_one_is_not() -> None:
 
 
 def test_divergence_and_the_end() -> None:
-    alarms = Alarms(NotifyConfig(), num_needed=1)
+    alarms = Alarms(NotifyConfig(), num_islands=2)
     assert kinds(alarms.on_record(fault("digest_mismatch"), 1.0)) == ["diverged"]
     assert kinds(alarms.on_record(fault("digest_mismatch"), 2.0)) == [], "not again and again"
     assert kinds(alarms.on_record(fault("digest_mismatch"), 400.0)) == ["diverged"]
@@ -49,7 +50,7 @@ def test_divergence_and_the_end() -> None:
 
 
 def test_a_loss_that_is_no_number_and_one_that_jumps() -> None:
-    alarms = Alarms(NotifyConfig(loss_spike=2.0), num_needed=1)
+    alarms = Alarms(NotifyConfig(loss_spike=2.0), num_islands=2)
     for n in range(10):
         assert alarms.on_metric(step(3.0 - 0.1 * n), float(n)) == []
     assert alarms.on_metric(step(4.0), 10.0) == []
@@ -63,20 +64,20 @@ def test_a_loss_that_is_no_number_and_one_that_jumps() -> None:
 
 
 def test_the_beginning_of_a_run_is_no_spike() -> None:
-    alarms = Alarms(NotifyConfig(), num_needed=1)
+    alarms = Alarms(NotifyConfig(), num_islands=2)
     assert [alarms.on_metric(step(loss), 0.0) for loss in (1.0, 9.0, 1.0)] == [[], [], []]
 
 
 def test_too_few_members_for_too_long() -> None:
-    alarms = Alarms(NotifyConfig(below_quorum_s=10.0), num_needed=2)
-    assert alarms.on_time(0, 0.0, started=False) == []
-    assert alarms.on_time(1, 1.0, started=True) == []
-    assert alarms.on_time(1, 10.5, started=True) == []
-    assert kinds(alarms.on_time(1, 11.0, started=True)) == ["below_quorum"]
-    assert alarms.on_time(1, 30.0, started=True) == []
-    assert alarms.on_time(2, 31.0, started=True) == []
-    assert alarms.on_time(1, 32.0, started=True) == []
-    assert kinds(alarms.on_time(1, 42.0, started=True)) == ["below_quorum"]
+    alarms = Alarms(NotifyConfig(below_quorum_s=10.0), num_islands=4)
+    assert alarms.on_time(0, 0.0, started=False, exchange=ExchangeConfig()) == []
+    assert alarms.on_time(1, 1.0, started=True, exchange=ExchangeConfig()) == []
+    assert alarms.on_time(1, 10.5, started=True, exchange=ExchangeConfig()) == []
+    assert kinds(alarms.on_time(1, 11.0, started=True, exchange=ExchangeConfig())) == ["below_quorum"]
+    assert alarms.on_time(1, 30.0, started=True, exchange=ExchangeConfig()) == []
+    assert alarms.on_time(2, 31.0, started=True, exchange=ExchangeConfig()) == []
+    assert alarms.on_time(1, 32.0, started=True, exchange=ExchangeConfig()) == []
+    assert kinds(alarms.on_time(1, 42.0, started=True, exchange=ExchangeConfig())) == ["below_quorum"]
 
 
 def alarm(detail: str = "x") -> Alarm:

@@ -24,7 +24,7 @@ from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.log_shipping import LogCopy, read_piece
 from orchestrator.places import without_others
 from orchestrator.rundir import RunDir
-from orchestrator.stacks import dump_stack, save_stack
+from workers.stack import add_stack, dump_stack
 
 
 def copy_of(far: Path, near: Path, **limits: int) -> LogCopy:
@@ -64,7 +64,7 @@ def test_the_end_of_a_log_by_member_and_incarnation(tmp_path: Path) -> None:
     logs.mkdir()
     for name in ("controller", "island-1-1", "island-1-2", "island-11-1"):
         (logs / f"{name}.log").write_text(f"first of {name}\nlast of {name}\n")
-    save_stack(logs, "island-1.2", "a stack")
+    add_stack(logs, "island-1.2", "a stack")
     assert tail_of(tmp_path, None)["text"].endswith("last of controller\n")
     assert tail_of(tmp_path, "island-1")["name"] == "island-1.2"
     assert tail_of(tmp_path, "island-1.1")["text"].startswith("first of island-1-1")
@@ -77,7 +77,7 @@ def test_the_end_of_a_log_by_member_and_incarnation(tmp_path: Path) -> None:
 def test_the_stack_of_a_process_is_kept_beside_its_log(tmp_path: Path) -> None:
     text = dump_stack(os.getpid())
     assert "test_the_stack_of_a_process" in text or text.startswith("no stack: "), text
-    path = save_stack(tmp_path, "island-0.1", text)
+    path = add_stack(tmp_path, "island-0.1", text)
     assert path.name == "island-0.1.stack.txt" and path.read_text().startswith(text[:10])
     assert dump_stack(2**22 + 1).startswith("no stack: ")
 

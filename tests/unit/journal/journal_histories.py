@@ -24,6 +24,7 @@ from workers.records import (
     Row,
     SettingRecord,
     SettleRecord,
+    SharesRecord,
     SnapshotRecord,
     TermRecord,
     make_row,
@@ -333,10 +334,16 @@ class Story:
     def life(self, entry: RosterEntry) -> Life:
         return next(x for x in self.lives if (x.name, x.incarnation) == (entry.member, entry.incarnation))
 
+    def shares(self) -> SharesRecord:
+        names = tuple(f"{life.name}.{life.incarnation}" for life in self.lives)
+        ones = (1,) * len(names)
+        return SharesRecord(inner_steps=3, members=names, steps=ones, batch_sizes=ones, why="measured")
+
     def observe(self) -> None:
         versions = tuple(self.highest)
         self.records += [
             EvaluationRecord(member="island-0.1", versions=versions, samples=self.most_full, val_loss=1.5),
             SnapshotRecord(name=f"v{len(self.records)}", versions=versions),
             FaultRecord(fault="suspect", member="island-0", injected=False, t_s=1.25),
+            self.shares(),
         ]

@@ -19,6 +19,7 @@ from workers.records import (
     KINDS,
     CommitRecord,
     LeaseRecord,
+    OperatorRecord,
     Record,
     RollbackRecord,
     Row,
@@ -35,7 +36,9 @@ Lines = list[bytes]
 def history() -> list[Row]:
     """Two fragments, three members, several controllers; every kind of row is in it."""
     for seed in range(1000):
-        rows = chain_rows([*Story(seed, num_fragments=2, operations=True).run(90).records, StopRecord(reason="done")])
+        asked = OperatorRecord(action="drain", member="island-1", by="dashboard", outcome="asked", t_s=12.5)
+        story = Story(seed, num_fragments=2, operations=True).run(90).records
+        rows = chain_rows([*story, asked, StopRecord(reason="done")])
         if {row.record.kind for row in rows} == set(KINDS) and len({type(r.record) for r in rows[-6:]}) > 3:
             return rows
     raise AssertionError("no seed gives every kind of row")
@@ -96,6 +99,8 @@ def edited(line: bytes) -> bytes:
     number = next((name for name, value in body.items() if name != "seq" and type(value) is int), None)
     if number is not None:
         body[number] += 1
+    elif "values" in body:
+        body["values"]["exchange.copies"] = 1
     else:
         text = next(name for name, value in body.items() if name not in ("prev", "kind") and isinstance(value, str))
         body[text] += "1"

@@ -19,6 +19,7 @@ from workers.records import (
     FenceRecord,
     MemberId,
     OfferId,
+    OperatorRecord,
     Record,
     RecordError,
     StopRecord,
@@ -33,10 +34,12 @@ from workers.records import (
     version_chain,
 )
 
+OPERATOR = OperatorRecord(action="drain", member="island-1", by="dashboard, 127.0.0.1", outcome="asked", t_s=12.5)
 ROWS = [
     *chain_rows(
         [
             *Story(1, num_fragments=2, operations=True).run(150).records,
+            OPERATOR,
             StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode'),
         ]
     )

@@ -29,7 +29,9 @@ GONE = ProcessId(pid=os.getpid(), started=1)
 
 
 def record(name: str = "one", **values: Any) -> LabRecord:
-    plain = LabRecord(name=name, namespaces={}, network="10.201.0.0/24", topology={}, owner=myself(), switch=None)
+    plain = LabRecord(
+        name=name, namespaces={}, network="10.201.0.0/24", topology={}, owner=myself(), switch=None, scratch=""
+    )
     return replace(plain, **values)
 
 

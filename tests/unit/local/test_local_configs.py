@@ -35,6 +35,15 @@ CASES = {
     "accumulation": ("train.accumulation=2",),
     "unequal islands": ("train.per_island.island-1.batch_size=8",),
     "one island": ("run.islands=1",),
+    "streaming": (
+        *("strategy.name=streaming", "strategy.num_fragments=2", "strategy.overlap_steps=3"),
+        *("strategy.merge_alpha=0.5", "codec.name=e3m0", "codec.block=256", "codec.error_feedback=true"),
+    ),
+    "fragments of your own": ("strategy.name=streaming", 'strategy.fragments=[["*embed*", "*.1.*"], ["*"]]'),
+    "eager": ("strategy.name=eager", "strategy.outer_lr=0.5"),
+    "delayed, two fragments": ("strategy.name=delayed", "strategy.outer_lr=0.5", "strategy.num_fragments=2"),
+    "quadratic rule": ("strategy.qsr_alpha=0.006", "strategy.qsr_max_steps=16"),
+    "outer adam": ("strategy.outer=adam", "strategy.outer_lr=0.1"),
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from orchestrator import events as ev
 from orchestrator.coordinator import Coordinator, RunPlan
@@ -45,6 +46,8 @@ class Control:
     samples: int = 400
     steps: int = 4
     exchange: dict[str, object] = field(default_factory=dict)
+    load: Literal["equal", "by_speed"] = "equal"
+    step_s: dict[str, float] = field(default_factory=dict)  # what members measured
 
     def __post_init__(self) -> None:
         self.plan = run_plan(
@@ -54,6 +57,7 @@ class Control:
             steps=self.steps,
             exchange=self.exchange,
         )
+        self.plan = replace(self.plan, load=self.load)
         self.now = 0.0
         self.hold = False  # rows are written but not flushed
         self.rows: list[Row] = []
@@ -209,6 +213,7 @@ class Control:
                 bytes_sent=0,
                 fragments=reports,
                 waiting=waiting,
+                median_step_s=self.step_s.get(name, 0.0),
             ),
         )
 

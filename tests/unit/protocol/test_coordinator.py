@@ -382,6 +382,8 @@ def test_death_is_replaced_until_the_budget_is_spent() -> None:
     for life in range(100):
         control.die("island-1")
         control.join("island-1", nonce=f"life-{life}")
+        control.consumed["island-1"] = BATCH
+        control.hello("island-1")
     assert len(control.spawned) == 100
     control.die("island-1")
     assert len(control.spawned) == 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from control import BATCH, Control
 
+from orchestrator.exchange import PARTED_S
 from workers import messages as msg
 from workers.records import CommitRecord, DropRecord, FenceRecord, RevokeRecord, SettleRecord
 
@@ -121,6 +122,53 @@ def test_suspects_are_not_waited_for_after_quorum() -> None:
     assert control.open().state == "reducing", "everybody who can has offered"
     assert all(owner.name != "island-2" for owner in control.open().owners)
     assert control.entry("island-2").num_leased > 0 and control.entry("island-2").live
+
+
+def test_who_is_heard_after_a_cut_and_does_not_hear_yet_stops_nobody() -> None:
+    """It was cut off for three versions. Healed, its messages arrive many seconds before it gets any."""
+    control = Control()
+    control.start()
+    control.consumed["island-2"] = 4
+    control.hello("island-2")
+    for _ in range(3):
+        control.tick(4.0, quiet=["island-2"])
+        control.commit("island-0", "island-1")
+        control.versions["island-2"] = [0]
+    control.hello("island-2")
+    assert control.coordinator.roll.processes[control.id("island-2")].status == "healthy"
+    control.offer("island-0")
+    control.offer("island-1")
+    assert control.open().state == "reducing", "it cannot offer before it has caught up, and is not waited for"
+    assert {owner.name for owner in control.open().owners} == {"island-0", "island-1"}
+
+
+def test_two_that_cannot_reach_each_other_own_nothing_while_a_third_reaches_both() -> None:
+    """A cut between two members only: the first exchange finds out, the next ones need not."""
+    control = Control(chunks=6)
+    control.start()
+    offers = {name: control.offer(name) for name in ("island-0", "island-1", "island-2")}
+    control.missing("island-1", offers["island-2"])
+    control.missing("island-2", offers["island-1"])
+    assert {owner.name for owner in control.open().owners} == {"island-0"}
+    assert names(control) == {"island-0", "island-1", "island-2"}, "both keep contributing"
+    control.reduce()
+    for name in ("island-0", "island-1"):
+        control.have(name)
+    for name in offers:
+        control.ready(name)
+    for name in offers:
+        control.offer(name)
+    assert {owner.name for owner in control.open().owners} == {"island-0"}
+    assert control.open().attempt == 1
+    control.reduce()
+    for name in ("island-0", "island-1"):
+        control.have(name)
+    control.tick(PARTED_S + 1)
+    for name in offers:
+        control.ready(name)
+    for name in offers:
+        control.offer(name)
+    assert {owner.name for owner in control.open().owners} == set(offers), "in the end they are tried again"
 
 
 def test_member_blocked_by_another_fragment_is_not_waited_for() -> None:

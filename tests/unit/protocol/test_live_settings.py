@@ -19,7 +19,7 @@ from workers.records import CommitRecord, RollbackRecord, SettingRecord
 from workers.saved import newest, read_manifest
 
 
-def change(key: str, value: float | str, *since: int) -> SettingRecord:
+def change(key: str, value: float | str | None, *since: int) -> SettingRecord:
     return SettingRecord(key=key, value=value, since=since)
 
 
@@ -33,6 +33,14 @@ def test_a_change_holds_from_its_version_on() -> None:
     assert settings.at(0, 6) == (("strategy.outer_lr", 0.9),)
 
 
+def test_members_compute_with_nothing_that_only_the_controller_decides_by() -> None:
+    settings = LiveSettings()
+    settings.add(change("strategy.outer_lr", 0.5, 1))
+    settings.add(change("exchange.min_members", 2, 1))
+    assert settings.of_members(0, 1) == (("strategy.outer_lr", 0.5),)
+    assert settings.at(0, 1) == (("exchange.min_members", 2), ("strategy.outer_lr", 0.5))
+
+
 def test_after_a_rollback_what_was_set_holds_at_once() -> None:
     settings = LiveSettings()
     settings.add(change("strategy.outer_lr", 0.5, 5))
@@ -43,7 +51,8 @@ def test_after_a_rollback_what_was_set_holds_at_once() -> None:
 
 def test_only_marked_settings_change(tmp_path: Path) -> None:
     assert live_keys() == (
-        "strategy.inner_steps", "strategy.outer_lr", "codec.name", "exchange.min_members", "exchange.grace_s",
+        "strategy.inner_steps", "strategy.outer_lr", "codec.name",
+        "exchange.quorum", "exchange.min_members", "exchange.grace_s",
     )  # fmt: skip
     config = small_config(tmp_path)
     assert check_changes(config, {}, {"strategy.outer_lr": 1}) == (("strategy.outer_lr", 1.0),)
@@ -52,12 +61,37 @@ def test_only_marked_settings_change(tmp_path: Path) -> None:
         ("strategy.inner_stepz", 1, "inner_steps"),
         ("strategy.outer_lr", "much", "outer_lr"),
         ("exchange.min_members", 9, "min_members"),
+        ("exchange.min_members", 0, "exchange.min_members = 0"),
+        ("exchange.grace_s", -1.0, "exchange.grace_s = -1.0"),
+        ("exchange.copies", 1, "exchange.copies cannot change"),
+        ("strategy.outer_lr", 9.0, "unstable"),
     ):
         with pytest.raises(UserError) as raised:
             check_changes(config, {}, {key: value})
         assert told in f"{raised.value} {raised.value.remedy}"
     with pytest.raises(UserError, match="no effect"):
         check_changes(config.with_values({"strategy.outer": "average"}), {}, {"strategy.outer_lr": 0.5})
+
+
+def test_a_minimum_is_unset_again(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    assert check_changes(config, {"exchange.min_members": 2}, {"exchange.min_members": None}) == (
+        ("exchange.min_members", None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(5, "no multiple of the 2 fragments"), (2, "strategy.overlap_steps = 2 is longer")]
+)
+def test_a_period_that_fragments_at_even_distances_cannot_have_is_refused(
+    tmp_path: Path, value: int, told: str
+) -> None:
+    streaming = ("strategy.name=streaming", "strategy.inner_steps=8", "strategy.num_fragments=2")
+    config = small_config(tmp_path, *streaming, "strategy.overlap_steps=2")
+    assert check_changes(config, {}, {"strategy.inner_steps": 4}) == (("strategy.inner_steps", 4),)
+    with pytest.raises(UserError) as raised:
+        check_changes(config, {}, {"strategy.inner_steps": value})
+    assert told in str(raised.value)
 
 
 def digests(run: LocalRun) -> list[str]:

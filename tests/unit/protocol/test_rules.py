@@ -30,6 +30,8 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.exchange_rules.eligible_weight": lambda fleet, roster: float(sum(offer.weight for offer in roster)),
     "orchestrator.exchange_rules.coefficients": lambda offers, fleet: [1 / len(offers)] * len(offers),
     "orchestrator.exchange_rules.able_owners": lambda fleet: [m.id for m in fleet.members.values()],
+    "orchestrator.exchange_rules.far_behind": lambda member: False,
+    "orchestrator.exchange_rules.reaching_owners": lambda able, roster, cut: list(able),
     "orchestrator.exchange_rules.deal_chunks": lambda num_chunks, owners: (min(owners),) * num_chunks,
     "orchestrator.exchange_rules.redeal_chunks": lambda owners, lost, left: (min(left),) * len(owners),
     "orchestrator.exchange_rules.copies_needed": lambda config, fleet: (1, 1),
@@ -54,7 +56,8 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.desk.may_tell": lambda decided, flushed: True,
     "orchestrator.run_state.first_returned": lambda watermarks: min(watermarks, default=0),
 }
-ELSEWHERE = {"workers.member_rules.residual_after"}  # acts on tensors: C8 in tests/sim/
+# They act on tensors: C2 and C8 in tests/sim/.
+ELSEWHERE = {"workers.member_rules.residual_after", "workers.member_rules.aside_after"}
 
 
 def traces() -> Iterator[Callable[[], None]]:

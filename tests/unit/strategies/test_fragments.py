@@ -155,3 +155,19 @@ def test_planning_does_not_import_torch() -> None:
     code = "import sys, strategies.fragments, strategies.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_fragments_of_your_own_take_the_first_pattern_that_fits() -> None:
+    groups = [["*embed*", "*.1.*"], ["*.0.*"], ["*"]]
+    fragments = plan_fragments(llama_specs(3), num_fragments=1, pattern="strided", groups=groups)
+    names = [[tensor.name for tensor in fragment.tensors] for fragment in fragments]
+    assert all("embed" in name or ".1." in name for name in names[0]) and names[0]
+    assert all(".0." in name for name in names[1]) and names[1]
+    assert sum(len(group) for group in names) == len(llama_specs(3))
+
+
+def test_fragments_of_your_own_must_hold_everything_and_not_be_empty() -> None:
+    with pytest.raises(ValueError, match=r"strategy\.fragments: parameter '.*' fits no pattern"):
+        plan_fragments(llama_specs(2), num_fragments=1, pattern="strided", groups=[["*.0.*"]])
+    with pytest.raises(ValueError, match=r"no parameter is left for fragment 1, \['\*embed\*'\]"):
+        plan_fragments(llama_specs(2), num_fragments=1, pattern="strided", groups=[["*"], ["*embed*"]])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from strategies.codecs.int8 import Int8, Int8Stochastic
 from strategies.codecs.none import Bf16, Fp32
 from strategies.codecs.sign import Sign
 from strategies.codecs.topk import TopK
-from strategies.config import CodecConfig, StrategyConfig
+from strategies.config import CodecConfig, StrategyConfig, StrategyName
 from strategies.outer import Average, Nesterov, OuterAdamW
 from strategies.registry import STRATEGIES, build_strategy
 from strategies.strategy import Strategy, result_codec_of
@@ -144,10 +144,15 @@ def test_ddp_refuses_what_it_cannot_do() -> None:
 
 
 def test_every_strategy_of_the_configuration_is_registered() -> None:
-    for name in ("diloco", "ddp"):
-        assert build(name=name).name == name
-    assert set(STRATEGIES) == {"diloco", "ddp"}
-    with pytest.raises(ValueError, match=r"strategy\.name = 'fedavg' is not known; known are ddp, diloco"):
+    names = {"diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco"}
+    assert set(STRATEGIES) == names == set(get_args(StrategyName))
+    sparse = CodecConfig(name="topk", error_feedback=True)
+    for name in names:
+        train = train_settings(optimizer="muon") if name == "muloco" else train_settings()
+        assert build(sparse if name == "sparseloco" else None, train, name=name).name == name
+    with pytest.raises(
+        ValueError, match=r"strategy\.name = 'fedavg' is not known; known are ddp, delayed, diloco, eager"
+    ):
         build_strategy(
             StrategyConfig.model_construct(name="fedavg"), CodecConfig(), lr_at=lambda p: 0.0, train=train_settings()
         )

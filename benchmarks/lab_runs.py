@@ -1,0 +1,111 @@
+"""Training on the lab's clusters: a region that is cut off for a minute, and exchanges against plain Flight.
+
+Called by `benchmarks.lab`. Both start real Ray clusters across emulated links (`faults.lab.cluster`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plain_flight import both_ways
+from faults.lab.cluster import LabCluster
+from faults.lab.lab import Lab
+from orchestrator.metrics import ExchangeRow, read_rows
+from orchestrator.topology import load_topology
+from tests.lab.chain import make_chain_pack
+from tests.lab.live import LabRun
+from tests.small_run import small_config
+
+Row = dict[str, Any]
+EVERYBODY = {"island-0", "island-1", "island-2"}
+CONNECTIONS = 8
+CUT_SETTINGS = [
+    "run.islands=3",
+    "exchange.quorum=0.5",
+    "exchange.staleness_limit=128",
+    "strategy.inner_steps=10",
+    "train.tokens=144000",
+    "train.pace_s=0.15",
+    "train.lr=2e-2",
+    "eval.windows=256",
+]
+EXCHANGE_SETTINGS = [
+    "run.islands=2",
+    "model.layers=4",
+    "model.dim=256",
+    "model.heads=8",
+    "strategy.inner_steps=4",
+    "train.batch_size=1",
+    "train.tokens=1536",
+    "exchange.chunk_values=65536",
+    f"exchange.connections={CONNECTIONS}",
+]
+
+
+def cut(seconds: float, congestion: str) -> Row:
+    """The same run twice on three continents, once with Europe cut off for a time."""
+    topology = load_topology("three-continents").model_copy(update={"congestion": congestion})
+    with tempfile.TemporaryDirectory() as scratch, Lab(topology) as lab:
+        cluster = LabCluster(lab)
+        cluster.start()
+        config = small_config(make_chain_pack(Path(scratch)), *CUT_SETTINGS)
+        losses, row = [], {}
+        for name in ("uncut", "cut"):
+            folder = Path(scratch) / name
+            folder.mkdir()
+            with LabRun(cluster, folder, config) as run:
+                run.until(lambda run=run: run.last_commit_of(EVERYBODY), "a commit of all three")
+                if name == "cut":
+                    row = _cut(lab, run, seconds)
+                losses.append(run.finish().final_val_loss)
+    difference = abs(losses[1] / losses[0] - 1)
+    row |= {"loss_uncut": losses[0], "loss_cut": losses[1], "loss_difference_percent": 100 * difference}
+    good = row["same_processes"] and row["steps_counted"] > 10 and difference < 0.02
+    return {"congestion": congestion, "cut_s": seconds, **row, "ok": bool(good)}
+
+
+def _cut(lab: Lab, run: LabRun, seconds: float) -> Row:
+    before, pids, lost = len(run.commits()), run.pids(), run.island_on("eu-1")
+    lab.cut("eu")
+    time.sleep(seconds)
+    known = len(run.commits())
+    lab.heal("eu")
+    healed_s = time.monotonic()
+    commit = run.until(lambda: run.last_commit_of({lost}, after=known), f"{lost} in a commit again")
+    [entry] = [entry for entry in commit.roster if entry.member == lost]
+    return {
+        "commits_meanwhile": known - before,
+        "contributed_after_s": round(time.monotonic() - healed_s, 1),
+        "steps_counted": entry.num_steps,
+        "same_processes": run.pids() == pids,
+    }
+
+
+def exchange(name: str, congestion: str) -> Row:
+    """Exchanges of two islands against plain Flight with as many connections and as many bytes each way."""
+    topology = load_topology(name).model_copy(update={"congestion": congestion})
+    with tempfile.TemporaryDirectory() as scratch, Lab(topology) as lab:
+        cluster = LabCluster(lab)
+        cluster.start()
+        config = small_config(make_chain_pack(Path(scratch)), *EXCHANGE_SETTINGS)
+        with LabRun(cluster, Path(scratch), config) as run:
+            run.finish()
+            found = [row for row in read_rows(run.run_dir / "metrics.jsonl") if isinstance(row, ExchangeRow)]
+        rows = found[1:]  # the first one opens connections
+        num_bytes = int(statistics.median(row.bytes for row in rows)) // 2
+        a, b = lab.nodes
+        plain = both_ways(lab, a, b, num_bytes=num_bytes, connections=CONNECTIONS, repeats=len(rows))
+    ours, theirs = statistics.median(row.seconds for row in rows), statistics.median(plain[1:])
+    return {
+        "topology": name,
+        "congestion": congestion,
+        "mb_each_way": round(num_bytes / 1e6, 1),
+        "exchange_s": round(ours, 3),
+        "plain_flight_s": round(theirs, 3),
+        "ratio": round(theirs / ours, 3),
+        "exchanges": len(rows),
+    }

@@ -1,0 +1,280 @@
+"""What can be made to go wrong in one island's process while it runs.
+
+`Chaos` is put around the context that an island is given (`Chaos.context`): what it posts, hears and fetches passes
+here, and so do its clock and the ends of its steps. Without a fault everything passes at once; the code of the island
+knows nothing of it. `Chaos.apply` begins a fault from any thread, and ends it after its time.
+
+A link that is cut carries nothing and says nothing, like a cable that was pulled: a fetch hangs until a keepalive would
+have noticed, then its peer is unreachable; control messages arrive late, in their order, once the link is healed.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, Generic, TypeVar, cast
+
+from faults.plan import PlannedFault
+from faults.process import FullDisk, JumpClock, die, pause, run_out_of_memory
+from workers.context import IslandContext
+from workers.messages import Batch, Envelope, Offer, Peers
+from workers.transport.base import Blob, Transport
+from workers.transport.errors import PeerUnreachable
+
+log = logging.getLogger("atoll.chaos")
+
+NOTICED_S = 4.0
+"""Seconds after which a fetch over a cut link fails: keepalive time and time-out of the real transport."""
+RECENT_STEPS = 16
+Message = TypeVar("Message")
+
+
+class Line(Generic[Message]):
+    """Messages in one direction, in order: at once, late, or not before the line is healed."""
+
+    def __init__(self, send: Callable[[Message], None], *, name: str) -> None:
+        """`send` takes the messages that get through."""
+        self._send, self._name = send, name
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[float, Message]] = deque()
+        self._cut = self._busy = False
+        self._delay_s = 0.0
+
+    def put(self, message: Message) -> None:
+        """Send a message; never blocks longer than `send`, unless messages are waiting."""
+        with self._changed:
+            at_once = not (self._cut or self._delay_s or self._busy)
+            if not at_once:
+                self._queue.append((time.monotonic() + self._delay_s, message))
+                if not self._busy:
+                    self._busy = True
+                    threading.Thread(target=self._run, name=f"line-{self._name}", daemon=True).start()
+        if at_once:
+            self._send(message)
+
+    def set(self, *, cut: bool, delay_s: float) -> None:
+        """Cut it or heal it, and delay what is put from now on."""
+        with self._changed:
+            self._cut, self._delay_s = cut, delay_s
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._queue and (self._cut or self._queue[0][0] > time.monotonic()):
+                    self._changed.wait(None if self._cut else max(self._queue[0][0] - time.monotonic(), 0.0))
+                if not self._queue:
+                    self._busy = False
+                    return
+                _, message = self._queue.popleft()
+            self._send(message)
+
+
+class Chaos:
+    """The faults of one island's process."""
+
+    def __init__(self, context: IslandContext) -> None:
+        """`context`: what the island would be given; `self.context` is what it is given instead."""
+        self.name = context.spec.name
+        self.clock = JumpClock(context.clock)
+        self.disk = FullDisk()
+        self._inner = context
+        self._changed = threading.Condition()
+        self._addresses: dict[str, str] = {}  # transport address -> member
+        self._cut_off = False
+        self._cut_peers: set[str] = set()
+        self._delay_s, self._factor = 0.0, 1.0
+        self._hung = self._nan = self._corrupt = False
+        self._serial: dict[str, int] = {}  # of the newest fault of a kind: an older one's end does not end it
+        self._stepped_s: float | None = None
+        self._gaps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.out: Line[Envelope] = Line(context.post, name="out")
+        self.into: Line[Batch] = Line(self._deliver, name="in")
+        self.context: IslandContext = _ChaosContext(self, context)
+
+    # ------------------------------------------------------------ faults begin and end
+
+    def apply(self, fault: PlannedFault) -> None:
+        """Begin a fault of this member, or a cut of a link to it. Raises ValueError for one that is not for members."""
+        log.warning("injected: %s", fault)
+        match fault.kind:
+            case "kill":
+                die()
+            case "oom":
+                run_out_of_memory()
+            case "stop":
+                assert fault.for_s is not None
+                pause(fault.for_s)
+            case "clock_jump":
+                assert fault.by_s is not None
+                self.clock.jump(fault.by_s)
+            case "nan":
+                self._nan = True
+            case "corrupt":
+                self._corrupt = True
+            case "heal":
+                self._set(fault, on=False)
+            case "hang" | "slow" | "cut" | "delay" | "disk_full":
+                self._set(fault, on=True)
+            case _:
+                raise ValueError(f"{fault.kind} is no fault of a member")
+
+    def _set(self, fault: PlannedFault, *, on: bool) -> None:
+        """Begin or end what lasts; what has a length ends by itself."""
+        peers = [name for name in fault.targets if name != self.name]
+        what = f"cut:{'+'.join(peers)}" if fault.kind in ("cut", "heal") else fault.kind
+        with self._changed:
+            serial = self._serial[what] = self._serial.get(what, 0) + 1
+            self._change(fault, peers, on=on)
+        if on and fault.for_s is not None:
+            timer = threading.Timer(fault.for_s, self._end, (fault, peers, what, serial))
+            timer.daemon = True
+            timer.start()
+
+    def _end(self, fault: PlannedFault, peers: Sequence[str], what: str, serial: int) -> None:
+        with self._changed:
+            if self._serial[what] == serial:
+                log.warning("over: %s", fault)
+                self._change(fault, peers, on=False)
+
+    def _change(self, fault: PlannedFault, peers: Sequence[str], *, on: bool) -> None:
+        match fault.kind:
+            case "hang":
+                self._hung = on
+            case "slow":
+                self._factor = (fault.factor or 1.0) if on else 1.0
+            case "delay":
+                self._delay_s = (fault.by_s or 0.0) if on else 0.0
+            case "disk_full":
+                self.disk.fill() if on else self.disk.free()
+            case "cut" | "heal" if self.name not in fault.targets or peers:
+                (self._cut_peers.update if on else self._cut_peers.difference_update)(peers)
+            case _:
+                self._cut_off = on
+                if fault.kind == "heal":
+                    self._cut_peers.clear()
+        for line in (self.out, self.into):
+            line.set(cut=self._cut_off, delay_s=self._delay_s)
+        self._changed.notify_all()
+
+    # ------------------------------------------------------------ what passes
+
+    def listen(self, deliver: Callable[[Batch], None] | None) -> None:
+        """The island says by what it hears."""
+        self._inner.deliver = deliver
+
+    def _deliver(self, batch: Batch) -> None:
+        for body in batch.bodies:
+            if isinstance(body, Peers):
+                self._addresses.update({address: who.rpartition(".")[0] for who, address, _ in body.peers})
+        if self._inner.deliver is not None:
+            self._inner.deliver(batch)
+
+    def say(self, envelope: Envelope) -> None:
+        """The island says something to the controller."""
+        if self._corrupt:
+            for body in envelope.bodies:
+                if isinstance(body, Offer):
+                    self._corrupt = False
+                    _flip_a_byte(self._inner, body, envelope)
+        self.out.put(envelope)
+
+    def pass_link(self, address: str, timeout_s: float) -> None:
+        """A fetch comes by: it waits while the link is cut, and fails as it would. Raises PeerUnreachable."""
+        deadline_s = time.monotonic() + min(timeout_s, NOTICED_S)
+        with self._changed:
+            while self._cut_off or self._addresses.get(address) in self._cut_peers:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise PeerUnreachable(peer=address, cause="no answer on a link that is cut on purpose")
+                self._changed.wait(left_s)
+
+    def late(self, address: str) -> None:
+        """A fetch waits for its delay."""
+        if self._delay_s:
+            time.sleep(self._delay_s)
+
+    def stepped(self) -> None:
+        """The training thread has made a step: it is slowed down, hangs, or loses its numbers here."""
+        now = time.monotonic()
+        if self._stepped_s is not None:
+            self._gaps.append(now - self._stepped_s)
+        if self._factor > 1.0 and self._gaps:
+            time.sleep((self._factor - 1.0) * statistics.median(self._gaps))
+        with self._changed:
+            while self._hung:
+                self._changed.wait()
+        if self._nan:
+            self._nan = False
+            _lose_numbers(self._inner)
+        self._stepped_s = time.monotonic()
+        if self._inner.on_step is not None:
+            self._inner.on_step()
+
+
+def _lose_numbers(context: IslandContext) -> None:
+    """One parameter is not a number any more."""
+    replica = getattr(context.store, "replica", None)
+    assert replica is not None, "an island that makes steps has a replica"
+    with replica.lock:
+        tensor = next(iter(replica.tensors.values()))
+        tensor.view(-1)[0] = float("nan")
+
+
+def _flip_a_byte(context: IslandContext, offer: Offer, envelope: Envelope) -> None:
+    """One byte of what it publishes is another one than it announces."""
+    from workers.digest import digest
+    from workers.jobs import piece_key
+    from workers.records import MemberId, OfferId
+
+    assert envelope.incarnation is not None
+    member = MemberId(name=envelope.name, incarnation=envelope.incarnation)
+    for chunk in range(len(offer.chunk_digests)):
+        key = piece_key(offer.fragment, OfferId(member=member, seq=offer.seq), chunk)
+        data = context.store.get(key)
+        if data is not None:
+            damaged = bytearray(data)
+            damaged[len(damaged) // 2] ^= 0x40
+            context.store.put(key, damaged, digest_hex=digest(damaged))
+
+
+class _ChaosTransport:
+    """A transport whose fetches pass `Chaos`."""
+
+    def __init__(self, inner: Transport, chaos: Chaos) -> None:
+        self._inner, self._chaos = inner, chaos
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def fetch(self, address: str, keys: Sequence[str], *, timeout_s: float, **how: Any) -> list[Blob]:
+        """As the transport does."""
+        self._chaos.late(address)
+        self._chaos.pass_link(address, timeout_s)
+        blobs = self._inner.fetch(address, keys, timeout_s=timeout_s, **how)
+        self._chaos.pass_link(address, timeout_s)  # what was under way when the link was cut does not arrive
+        return blobs
+
+
+class _ChaosContext(IslandContext):
+    """A context whose calls in all directions pass `Chaos`."""
+
+    def __init__(self, chaos: Chaos, inner: IslandContext) -> None:
+        self._chaos = chaos
+        values = {field.name: getattr(inner, field.name) for field in fields(inner) if field.name != "deliver"}
+        values["transport"] = cast(Transport, _ChaosTransport(inner.transport, chaos))
+        super().__init__(**{**values, "post": chaos.say, "clock": chaos.clock, "on_step": chaos.stepped})
+
+    @property
+    def deliver(self) -> Callable[[Batch], None] | None:
+        """What the island hears by, behind the faults; None before it has begun."""
+        return self._chaos.into.put if self._chaos._inner.deliver is not None else None
+
+    @deliver.setter
+    def deliver(self, deliver: Callable[[Batch], None] | None) -> None:
+        self._chaos.listen(deliver)

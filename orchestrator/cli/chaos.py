@@ -1,0 +1,54 @@
+"""`atoll chaos`: make something go wrong in a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orchestrator.cli.options import json_option
+
+ANSWER_S = 30.0
+
+
+@click.command()
+@click.argument("faults", metavar="KIND:TARGET...", nargs=-1, required=True)
+@click.option("--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Which run [the newest].")
+@click.option("--address", metavar="ADDRESS", help="Of the cluster where it runs [as its directory says].")
+@json_option
+def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_json: bool) -> int:
+    """Make something go wrong in a run that goes on, at once.
+
+    kill:island-1, oom:, stop:, hang:, slow:, cut: (also island-0+island-1), heal:, delay:, corrupt:, nan:, disk_full,
+    clock_jump:, controller_kill, head_kill, storm; with options: hang:island-1,for=6s slow:island-0,factor=4. All are
+    checked before the first is caused, and each is in the journal.
+    """
+    from orchestrator.errors import ClusterUnreachable, UserError
+    from orchestrator.rundir import open_run_dir
+
+    directory = open_run_dir(run_dir)
+    from orchestrator.attach import attach
+
+    controller = attach(directory.path.resolve(), address)
+    import ray
+
+    try:
+        answer: dict[str, Any] = ray.get(controller.chaos.remote(list(faults)), timeout=ANSWER_S)  # type: ignore[assignment]
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        if any(fault.startswith("controller_kill") for fault in faults):
+            answer = {"done": list(faults), "error": None}  # it could not say it any more
+        else:
+            raise ClusterUnreachable(f"the controller does not answer: {error}", place=str(directory.path)) from error
+    finally:
+        ray.shutdown()
+    if answer["error"]:
+        raise UserError(answer["error"], place=str(directory.path))
+    if as_json:
+        click.echo(json.dumps({"injected": answer["done"]}))
+    else:
+        for text in answer["done"]:
+            click.echo(f"injected {text}")
+    return 0

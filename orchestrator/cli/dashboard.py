@@ -1,0 +1,61 @@
+"""`atoll dashboard`: a run in the browser, from its files or from its controller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.options import latest_run_dir_argument, shown
+
+
+@click.command()
+@latest_run_dir_argument
+@click.option("--address", metavar="HOST:PORT|auto", help="Read a running run from its controller in this cluster.")
+@click.option("--run", "run_name", metavar="NAME", help="Which run, where several go on at --address.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8577, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--background", is_flag=True, help="With --address: serve from an actor of the cluster, and return.")
+@click.option("--chaos", is_flag=True, help="With --address: members may be killed from the page.")
+def dashboard(
+    run_dir: Path | None,
+    address: str | None,
+    run_name: str | None,
+    host: str,
+    port: int,
+    background: bool,
+    chaos: bool,
+) -> int:
+    """Show a run in the browser.
+
+    From its directory, finished or going on (without RUN_DIR the newest, runs/latest): a slider replays it. With
+    --address from the controller of a run that goes on, without any file of it here; there the page has buttons to
+    pause, save, stop and drain. Prints a link that opens the page for whoever has it. Ctrl-C ends it; the run does not
+    notice.
+    """
+    if address is None and (run_name is not None or chaos or background):
+        raise click.UsageError("--run, --chaos and --background need --address")
+    if address is not None and run_dir is not None:
+        raise click.UsageError("RUN_DIR or --address, not both")
+    from orchestrator.dashboard.serve import serve
+    from orchestrator.dashboard.server import Dashboard
+    from orchestrator.dashboard.sources import FileSource, Source
+
+    source: Source
+    if address is not None:
+        from orchestrator.dashboard.ray_source import RaySource, connect
+
+        what = connect(address, run_name)
+        if background:
+            from orchestrator.dashboard.actor import start_in_cluster
+
+            click.echo(f"{what}: {start_in_cluster(what, host=host, port=port, chaos=chaos)}")
+            return 0
+        source = RaySource(what, chaos=chaos)
+    else:
+        from orchestrator.rundir import open_run_dir
+
+        directory = open_run_dir(run_dir).path
+        source, what = FileSource(directory), str(shown(directory))
+    serve(Dashboard(source, host=host, port=port), lambda link: click.echo(f"{what}: {link}"))
+    return 0

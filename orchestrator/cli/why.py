@@ -1,0 +1,50 @@
+"""`atoll why`: the chain of decisions behind what a run did."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.options import json_option
+
+
+@click.command()
+@click.argument("what", metavar="[MEMBER|EXCHANGE]", required=False)
+@click.option("--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Which run [the newest].")
+@json_option
+def why(what: str | None, run_dir: Path | None, as_json: bool) -> int:
+    """Tell from the journal why something was decided.
+
+    MEMBER is island-1, or island-1.2 for one incarnation. EXCHANGE is the number of a version, or FRAGMENT.NUMBER.
+    Without either it is the whole run.
+    """
+    from orchestrator.errors import UserError
+    from orchestrator.metrics import ExchangeRow, newest_rows
+    from orchestrator.rundir import open_run_dir
+    from orchestrator.segments import read_run
+    from orchestrator.why import NothingKnown, commit_times, why_exchange, why_member, why_run
+
+    directory = open_run_dir(run_dir)
+    rows = read_run(directory.path).rows
+    measured = newest_rows(directory.metrics) if directory.metrics.exists() else iter(())
+    times = commit_times([row for row in measured if isinstance(row, ExchangeRow)])
+    try:
+        if what is None:
+            lines = why_run(rows, times)
+        elif number := re.fullmatch(r"(?:([0-9]+)\.)?([0-9]+)", what):
+            lines = why_exchange(rows, times, int(number[1] or 0), int(number[2]))
+        else:
+            lines = why_member(rows, times, what)
+    except NothingKnown as error:
+        raise UserError(str(error), place=str(directory.path)) from error
+    if as_json:
+        click.echo(json.dumps([asdict(line) for line in lines]))
+        return 0
+    for line in lines:
+        at = f"{line.at_s:9.1f} s" if line.at_s is not None else " " * 11
+        click.echo(f"{at}  row {line.seq:>5}  {line.text}")
+    return 0

@@ -1,0 +1,86 @@
+"""The controller's side of a dashboard: what it hands over, and what it does when asked.
+
+`ControllerActor` calls both with itself; `guard` ends its process if the brain fails inside, as everywhere in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from orchestrator.dashboard.feed import ACTIONS, MOST_ROWS, NEEDED, OF_A_MEMBER, FeedPart, read_part
+from orchestrator.dashboard.live import live_view
+from orchestrator.errors import UserError
+from orchestrator.events import FaultInjected, Operated
+
+Guard = Callable[[], AbstractContextManager[None]]
+
+log = logging.getLogger("atoll.controller")
+
+
+async def feed_part(controller: Any, metrics_at: int, journal_at: int, guard: Guard) -> FeedPart:
+    """What a dashboard lacks: metrics from a byte on, journal rows from a number on, and the present state.
+
+    The file is read on a thread: one that asks for the whole history keeps nobody waiting.
+    """
+    if controller.failure:
+        raise UserError(controller.failure)
+    host = controller.host
+    data = await asyncio.get_running_loop().run_in_executor(None, read_part, host.run_dir.metrics, metrics_at)
+    with guard():
+        return FeedPart(
+            run_id=controller.run_id,
+            config=controller.config.to_tables(),
+            metrics=data,
+            rows=tuple(host.journal.rows[journal_at : journal_at + MOST_ROWS]),
+            view=None if controller.over.is_set() else live_view(host.coordinator, host.clock()),
+            able=tuple(name for name in ACTIONS if name == "kill" or hasattr(controller, NEEDED.get(name, name))),
+            ended=host.finished.reason if host.finished is not None else "",
+        )
+
+
+async def carry_out(controller: Any, action: str, member: str, by: str, guard: Guard) -> str:
+    """What somebody asked for at a dashboard; it is journalled with what came of it, which is returned.
+
+    `pause`, `resume`, `save` and `stop` are of the run, `drain` and `kill` of one member.
+    """
+    if controller.failure or controller.host.finished is not None or controller.host.died is not None:
+        return "refused: the run is over"
+    try:
+        outcome = await _act(controller, action, member, guard)
+    except UserError as error:  # of this moment: nothing to save yet, for example
+        outcome = f"refused: {error.message}"
+    with guard():
+        if controller.host.finished is None and controller.host.died is None:
+            controller.host.handle(Operated(action=action, member=member, by=by, outcome=outcome))
+    return outcome
+
+
+async def _act(controller: Any, action: str, member: str, guard: Guard) -> str:
+    if action in OF_A_MEMBER and member not in controller.nonce_of:
+        return f"refused: no process of {member} is there"
+    if action == "kill":
+        with guard():
+            return _kill(controller, member)
+    method = getattr(controller, NEEDED.get(action, action), None) if action in ACTIONS else None
+    if method is None:
+        return f"refused: {action} is not available in this run"
+    if action == "drain":
+        await method([member], None, False)
+    elif action == "stop":
+        await method(True)
+    else:
+        await method()
+    return "asked"
+
+
+def _kill(controller: Any, member: str) -> str:
+    """Injected fault: the process of `member` ends by SIGKILL."""
+    log.warning("injecting kill:%s", member)
+    controller.host.handle(FaultInjected(fault="kill", member=member))
+    controller.handles[controller.nonce_of[member]].die.remote(int(signal.SIGKILL))
+    return "done"

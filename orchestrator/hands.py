@@ -1,0 +1,200 @@
+"""What the controller's actor does with processes: it starts them, lets them wait, and ends those that hang.
+
+The hands of `ControllerActor`, in a file of their own; which process takes which place is decided by `StandbyPool`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator import places
+from orchestrator.build import island_index, island_spec
+from orchestrator.config import RunConfig
+from orchestrator.host import Host
+from orchestrator.island_actor import ContextWrapper, IslandActor
+from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, island_actor_name
+from orchestrator.standby import StandbyPool, is_standby
+from workers.context import IslandSpec
+from workers.messages import News
+from workers.records import HUNG, FenceRecord, JoinRecord
+
+WATCH_S = 60.0
+STACK_TIMEOUT_S = 12.0
+STANDBY_AGAIN_S = 5.0
+
+log = logging.getLogger("atoll.controller")
+
+
+class Hands:
+    """Processes of one run: those of islands and those that wait."""
+
+    config: RunConfig
+    run_dir: Path
+    run_id: str
+    token: str
+    pack: Path | None
+    resumes: bool
+    wrap: ContextWrapper | None
+    host: Host
+    pool: StandbyPool
+    handles: dict[str, ActorHandle]
+    place_of: dict[str, str]
+    log_of: dict[str, Path]
+    unplaced: list[str]
+    leaving_nodes: set[str]
+    watches: dict[str, asyncio.Task[None]]
+    started_as: dict[str, str]
+    concluding: bool
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        raise NotImplementedError
+
+    def _adopt(self, name: str, nonce: str, handle: ActorHandle) -> None:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ processes
+
+    def _spec(self, name: str) -> tuple[IslandSpec, str]:
+        """What the next process of an island is told, and where it writes its log."""
+        spec = island_spec(
+            self.config,
+            island_index(name),
+            run_id=self.run_id,
+            run_dir=self.run_dir,
+            pack=self.pack,
+            resume=self.resumes,
+        )
+        life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
+        return spec, str(self.run_dir / "logs" / f"{name}-{life}.log")
+
+    def _start(self, name: str, nonce: str, spec: IslandSpec, log_file: str, strategy: Any) -> ActorHandle:
+        return IslandActor.options(
+            name=island_actor_name(self.run_id, name, nonce),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            resources={WORKER_RESOURCE: 1},
+            scheduling_strategy=strategy,
+            label_selector=dict(self.config.run.labels) if strategy is None else None,
+        ).remote(spec, nonce, self.token, log_file, self.wrap)
+
+    def _process(self, started_as: str, nonce: str) -> ActorHandle:
+        return ray.get_actor(island_actor_name(self.run_id, started_as, nonce), namespace=NAMESPACE)
+
+    def _name_of(self, started_as: str, nonce: str) -> str | None:
+        """Whose process it is; None for one that is to be ended: who waits for a place (others are started), or hung.
+
+        A process that hung was fenced for it, and a controller died before it could be ended.
+        """
+        records = [row.record for row in self.host.journal.rows]
+        mine = [r for r in records if isinstance(r, JoinRecord) and r.nonce.split("+")[0] == nonce]
+        if not mine:
+            return None if is_standby(started_as) else started_as
+        last = (mine[-1].member, mine[-1].incarnation)
+        fences = [r for r in records if isinstance(r, FenceRecord) and (r.member, r.incarnation) == last]
+        return None if any(fence.why.startswith(HUNG) for fence in fences) else mine[-1].member
+
+    async def _end_after_stack(self, name: str, handle: ActorHandle) -> None:
+        """A process that hangs: what it hangs in is kept, then it is ended."""
+        path = self.run_dir / "logs" / f"{name}.stack.txt"
+        try:
+            await asyncio.wait_for(handle.save_stack.remote(str(path)), STACK_TIMEOUT_S)
+            log.info("where the threads of %s were is in %s", name, path)
+        except (TimeoutError, RayActorError, RayTaskError) as error:
+            log.warning("the stack of %s could not be saved: %s", name, error or "no answer")
+        ray.kill(handle)
+
+    # ------------------------------------------------------------ standbys
+
+    def _start_standbys(self, node: str | None = None) -> None:
+        """Processes that wait, as many as are lacking; once the islands have the start behind them."""
+        if not self.host.coordinator.started or self.concluding or self.host.coordinator.stopping is not None:
+            return
+        for _ in range(self.pool.lacking() if node is None else 1):
+            nonce = new_nonce()
+            name = self.pool.start(nonce)
+            spec = replace(self._spec("island-0")[0], name=name, resume=False)
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False) if node is not None else None
+            handle = self._start(name, nonce, spec, str(self.run_dir / "logs" / f"{name}.log"), strategy)
+            self.handles[nonce] = handle
+            self.started_as[nonce] = name
+            if node is not None:
+                self.place_of[name] = node
+            self.watches[nonce] = self._task(self._watch_standby(name, nonce, handle))
+
+    def _place_standbys(self, nodes: dict[str, int]) -> None:
+        """In an elastic run a standby takes a place like an island; the first place is an island's."""
+        for _ in range(self.pool.lacking()):
+            node = places.choose(places.free_places(nodes, self.place_of, self.leaving_nodes))
+            if node is None or not any(not is_standby(name) for name in self.place_of):
+                return
+            self._start_standbys(node)
+
+    async def _watch_standby(self, name: str, nonce: str, handle: ActorHandle) -> None:
+        """One that waits has died, or failed: another one is started in its stead, not at once."""
+        try:
+            self.pool.here(name, await handle.stand_by.remote())
+            why = None
+            while why is None and name in self.pool.nonces:
+                why = await handle.wait.remote(WATCH_S)
+        except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
+            why = reason_of(error)
+        if name not in self.pool.nonces or self.host.finished is not None:
+            return
+        log.warning("%s is gone: %s", name, why)
+        ray.kill(handle)
+        self.handles.pop(nonce, None)
+        await asyncio.sleep(STANDBY_AGAIN_S)
+        self.pool.gone(name)
+        self.place_of.pop(name, None)
+
+    def _let_standby(self, name: str, why: str, node: str | None) -> bool:
+        """Whether a process that waits takes the island's place."""
+        taken = self.pool.take(node or self.place_of.get(name)) if node is None else None
+        if taken is None or taken[1] not in self.handles:
+            return False
+        waited_as, nonce, where = taken
+        log.info("%s becomes %s (%s)", waited_as, name, why)
+        self.place_of.pop(waited_as, None)
+        if where is not None:
+            self.place_of[name] = where
+        if name in self.unplaced:
+            self.unplaced.remove(name)
+        handle = self.handles[nonce]
+        spec, log_file = self._spec(name)
+        self.log_of[nonce] = Path(log_file)
+        handle.take_place.remote(spec, log_file)
+        self._adopt(name, nonce, handle)
+        return True
+
+    def news_for(self, nonce: str, held: int, ready: bool) -> News:
+        """A process that waits asks for what it lacks of the journal, and who holds which versions."""
+        if ready:
+            self.pool.holds(nonce)
+        coordinator = self.host.coordinator
+        held = min(held, coordinator.flushed + 1)
+        rows = tuple(coordinator.rows[held : coordinator.flushed + 1])
+        return News(rows_from=held, rows=rows, peers=coordinator.peers())
+
+
+def new_nonce() -> str:
+    """Names a process; in order of their starts."""
+    return f"{time.time_ns():016x}{uuid.uuid4().hex[:16]}"
+
+
+def reason_of(error: RayActorError | RayTaskError | ActorUnschedulableError) -> str:
+    """What happened to an island, in one line: the exception that was raised there, or how its process ended."""
+    raised = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    text = str(raised).strip().splitlines()
+    return f"{type(raised).__name__}: {text[0] if text else ''}"

@@ -1,0 +1,210 @@
+"""Injects the faults of a run's plan, and those that are asked for while it runs: the controller's side.
+
+Each fault is journalled before it happens. What concerns a member is handed to its actor (`faults.chaos`), what
+concerns the controller or the head is done here. A cut link outlives the processes at its ends: new ones are told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from faults.plan import CONTROLLER, PlannedFault, parse_fault
+from faults.process import FullDisk, JumpClock, die
+from faults.schedule import Past, Schedule
+from orchestrator.cluster.state import ClusterState, known_clusters
+from orchestrator.errors import UserError
+from orchestrator.events import FaultInjected, FaultNoticed
+from workers.records import FaultRecord
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from orchestrator.host import Host
+
+HEAD_BACK = "head_restarted"
+LOOK_S = 0.5
+PAUSE_S = 2.0  # between two faults of a storm at the same member
+
+log = logging.getLogger("atoll.controller")
+
+
+class Injector:
+    """The faults of one controller's life.
+
+    Args:
+        clock: that of the host, which can be made to jump. actors: by member, those that have begun.
+        gcs_address: of the Ray cluster, to find its head.
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[PlannedFault],
+        host: Host,
+        clock: JumpClock,
+        actors: Callable[[], Mapping[str, ActorHandle[Any]]],
+        gcs_address: Callable[[], str],
+    ) -> None:
+        self._plan, self._host, self._clock = plan, host, clock
+        self._actors, self._gcs_address = actors, gcs_address
+        self._disk = FullDisk()
+        self._links: list[tuple[PlannedFault, float]] = []  # cut, and until when on this process's clock
+        self._dead_head: tuple[str, float] | None = None  # its node, and when it was killed
+        self._looked_s = float("-inf")
+        self._struck: dict[str, float] = {}  # until when a member has a fault that lasts
+        self.schedule = Schedule(plan)
+
+    def resume(self) -> None:
+        """What earlier controllers have injected is not injected again."""
+        records = [row.record for row in self._host.journal.rows]
+        injected = [record for record in records if isinstance(record, FaultRecord) and record.injected]
+        past = [Past(text=record.detail, t_s=record.t_s) for record in injected]
+        # A storm that was asked for while the run went on is in no plan.
+        members, planned = self._members(), set(map(str, self._plan))
+        storms = [r.detail for r in injected if r.fault == "storm" and r.detail not in planned]
+        heads = [r.fault for r in records if isinstance(r, FaultRecord) and r.fault in ("head_kill", HEAD_BACK)]
+        if heads[-1:] == ["head_kill"]:  # it died with its head, which has started it again
+            self._say_head_is_back("it has started this controller again")
+        plan = [*self._plan, *(parse_fault(text, members, place=repr(text)) for text in storms)]
+        self.schedule = Schedule(plan, past)
+
+    def _members(self) -> set[str]:
+        return {*self._host.plan.islands, *self._host.coordinator.state.last_incarnation}
+
+    def tick(self) -> None:
+        """Inject what is due."""
+        coordinator = self._host.coordinator
+        heads = coordinator.state.heads
+        if not heads or self._host.blocked:
+            return  # with a full journal nothing can be written down before it happens
+        if self._dead_head is not None and time.monotonic() - self._looked_s >= LOOK_S:
+            self._look_for_head(*self._dead_head)
+        here = {*self._actors(), CONTROLLER}
+        for fault, text in self.schedule.due(heads[0].version.n, coordinator.seconds(), here, self._fit()):
+            self._inject(fault, text)
+
+    def now(self, texts: Sequence[str]) -> list[str]:
+        """Inject these at once; returns them as they are journalled.
+
+        Raises:
+            FaultPlanError: one that cannot be understood or names nobody. UserError: its member has no process now.
+        """
+        if self._host.blocked:
+            raise UserError("the journal's disk is full", remedy="again once there is space")
+        members = self._members()
+        faults = [parse_fault(text, members, place=repr(text)) for text in texts]
+        for fault in faults:
+            if fault.round is not None or fault.at_s is not None:
+                raise UserError(f"{fault} has a time", remedy=f"atoll chaos {fault.what}, which means at once")
+            gone = [name for name in fault.targets if name not in {*self._actors(), CONTROLLER}]
+            if gone:
+                raise UserError(f"{fault}: {gone[0]} has no process now", remedy="again once it is back")
+            if fault.kind == "head_kill":
+                self._head()
+        for fault in faults:
+            if fault.kind == "storm":
+                began = replace(fault, at_s=round(self._host.coordinator.seconds(), 3))
+                self.schedule.waiting.append(began)
+            else:
+                self._inject(fault, str(fault))
+        return [str(fault) for fault in faults]
+
+    def greet(self, name: str) -> None:
+        """A process has begun: it is told of the links that are cut."""
+        now = time.monotonic()
+        self._links = [(fault, until_s) for fault, until_s in self._links if until_s > now]
+        for fault, until_s in self._links:
+            left_s = None if fault.for_s is None else until_s - now
+            self._afflict(name, replace(fault, for_s=left_s))
+
+    def _fit(self) -> list[str]:
+        """Whom a storm may hit: those that train and are well; one fault at a time."""
+        processes, now = self._host.coordinator.roll.processes, time.monotonic()
+        here = {name for name in self._actors() if self._struck.get(name, now) <= now}
+        return [m.name for m, p in processes.items() if p.status == "healthy" and p.stepped and m.name in here]
+
+    def _inject(self, fault: PlannedFault, text: str) -> None:
+        log.warning("injecting %s", text)
+        self._host.handle(FaultInjected(fault=fault.kind, member=fault.target, detail=text))
+        self._struck |= dict.fromkeys(fault.targets, time.monotonic() + (fault.for_s or 0.0) + PAUSE_S)
+        match fault.kind:
+            case "storm":
+                pass
+            case "controller_kill":
+                logging.shutdown()
+                die()
+            case "head_kill":
+                self._kill_head()
+            case _ if fault.targets == (CONTROLLER,):
+                self._afflict_controller(fault)
+            case "cut" | "heal":
+                self._cut(fault)
+            case _:
+                self._afflict(fault.targets[0], fault)
+
+    def _cut(self, fault: PlannedFault) -> None:
+        """A link has two ends: of one member, all others are the other end."""
+        if fault.kind == "cut":
+            until_s = time.monotonic() + (float("inf") if fault.for_s is None else fault.for_s)
+            self._links.append((fault, until_s))
+        else:
+            healed = set(fault.targets)
+            self._links = [(cut, until_s) for cut, until_s in self._links if not healed <= set(cut.targets)]
+        for name in self._actors() if len(fault.targets) == 1 else fault.targets:
+            self._afflict(name, fault)
+
+    def _afflict(self, name: str, fault: PlannedFault) -> None:
+        actor = self._actors().get(name)
+        if actor is not None:
+            actor.afflict.remote(fault)
+
+    def _afflict_controller(self, fault: PlannedFault) -> None:
+        if fault.kind == "clock_jump":
+            assert fault.by_s is not None
+            self._clock.jump(fault.by_s)
+        else:
+            assert fault.kind == "disk_full" and fault.for_s is not None
+            self._disk.fill()
+            asyncio.get_running_loop().call_later(fault.for_s, self._disk.free)
+
+    # ------------------------------------------------------------ the head
+
+    def _head(self) -> ClusterState:
+        """What this machine knows of the head, whose Ray runs. Raises UserError where it does not run here."""
+        address = self._gcs_address()
+        for state in known_clusters():
+            if state.role == "head" and state.gcs_address == address and state.ray is not None and state.node_id:
+                return state
+        raise UserError(
+            f"head_kill: the controller's machine does not run the head of {address}",
+            remedy="a cluster that was started with atoll up, with the controller on its first machine",
+        )
+
+    def _kill_head(self) -> None:
+        """All of its processes at once; its supervisor starts it again."""
+        try:
+            head = self._head()
+            assert head.ray is not None
+            self._dead_head = (head.node_id, time.monotonic())
+            os.killpg(head.ray.pid, signal.SIGKILL)
+        except (UserError, ProcessLookupError) as error:
+            self._dead_head = None
+            log.error("%s", error)
+
+    def _look_for_head(self, node: str, killed_s: float) -> None:
+        self._looked_s = time.monotonic()
+        with suppress(UserError):
+            now = self._head().node_id
+            if now != node:
+                self._dead_head = None
+                self._say_head_is_back(f"it runs again as node {now[:8]} after {self._looked_s - killed_s:.1f} s")
+
+    def _say_head_is_back(self, detail: str) -> None:
+        self._host.handle(FaultNoticed(fault=HEAD_BACK, member="head", detail=detail))

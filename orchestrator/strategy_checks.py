@@ -1,0 +1,154 @@
+"""Checks of `[strategy]` with what belongs to it: what a strategy could not do is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from orchestrator.config_problem import Problem
+from strategies.config import StrategyConfig
+from strategies.schedule import periods_that_divide
+from strategies.stability import largest_lr, nearest_lr
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
+
+
+def check_strategy(config: RunConfig) -> Iterator[Problem]:
+    """Contradictions between `[strategy]`, `[train]` and `[codec]`."""
+    if config.strategy.name == "ddp":
+        yield from check_ddp(config)
+        return
+    yield from check_fragments(config.strategy)
+    yield from check_overlap(config.strategy)
+    yield from check_outer(config.strategy)
+    yield from check_quadratic_rule(config)
+    yield from check_parts(config)
+    yield from check_load(config)
+
+
+def check_ddp(config: RunConfig) -> Iterator[Problem]:
+    """Data parallel training exchanges gradients after every step and has its optimizer outside."""
+    strategy = config.strategy
+    if config.run.load != "equal":
+        message = f"run.load = {config.run.load!r} shares out local steps, and strategy.name = 'ddp' makes one a round"
+        yield Problem(key="run.load", message=message, remedy="run.load = 'equal', and train.per_island batch sizes")
+    if strategy.inner_steps != 1:
+        message = f"strategy.inner_steps = {strategy.inner_steps}, but strategy.name = 'ddp' exchanges every step"
+        yield Problem(key="strategy.inner_steps", message=message, remedy="strategy.inner_steps = 1")
+    if strategy.warmup_sync:
+        message = f"strategy.warmup_sync = {strategy.warmup_sync} has no meaning with strategy.name = 'ddp'"
+        yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
+    if config.train.optimizer != "adamw":
+        message = f"train.optimizer = {config.train.optimizer!r} is not available with strategy.name = 'ddp'"
+        yield Problem(key="train.optimizer", message=message, remedy="train.optimizer = 'adamw'")
+    yield from _only_with(strategy, "qsr_alpha", 0.0, "strategies with local steps")
+    yield from check_overlap(strategy)
+
+
+def check_fragments(strategy: StrategyConfig) -> Iterator[Problem]:
+    """Fragments are told in one way, and all of them can have the same period."""
+    if strategy.fragments and strategy.num_fragments not in (1, len(strategy.fragments)):
+        message = (
+            f"strategy.num_fragments = {strategy.num_fragments}, but strategy.fragments names "
+            f"{len(strategy.fragments)} of them"
+        )
+        yield Problem(key="strategy.num_fragments", message=message, remedy="remove it")
+    steps, parts = strategy.inner_steps, strategy.total_fragments
+    if steps > 1 and steps % parts:
+        message = f"strategy.inner_steps = {steps} is no multiple of the {parts} fragments, which share it evenly"
+        yield Problem(key="strategy.inner_steps", message=message, remedy=periods_that_divide(steps, parts))
+
+
+def check_overlap(strategy: StrategyConfig) -> Iterator[Problem]:
+    """A result is due before its fragment is sent again."""
+    if strategy.name != "streaming":
+        for key, default in (("overlap_steps", 0), ("merge_alpha", 0.0), ("merge_kappa", 1.0)):
+            yield from _only_with(strategy, key, default, "strategy.name = 'streaming'")
+        return
+    last = strategy.inner_steps - 1
+    if strategy.overlap_steps > last:
+        message = (
+            f"strategy.overlap_steps = {strategy.overlap_steps} is longer than a fragment's slot: it is sent again "
+            f"after strategy.inner_steps = {strategy.inner_steps}"
+        )
+        yield Problem(key="strategy.overlap_steps", message=message, remedy=f"{last} or less")
+
+
+def check_outer(strategy: StrategyConfig) -> Iterator[Problem]:
+    """The outer step is stable where a round comes to an optimum, and keeps what the strategy needs of it."""
+    outer, momentum = strategy.outer, strategy.outer_momentum
+    bound = largest_lr(outer, momentum, delay=strategy.delay, eps=strategy.outer_eps)
+    if strategy.outer_lr >= bound:
+        with_momentum = f" with strategy.outer_momentum = {momentum:g}" if outer != "sgd" else ""
+        late = " applied a round late" if strategy.delay else ""
+        message = (
+            f"strategy.outer_lr = {strategy.outer_lr:g}{with_momentum} is unstable: strategy.outer = {outer!r}{late} "
+            f"diverges near an optimum from {bound:.3g} on"
+        )
+        yield Problem(key="strategy.outer_lr", message=message, remedy=f"{nearest_lr(bound):g} or less")
+    if outer == "adam" and strategy.name == "eager":
+        message = "strategy.outer = 'adam' is not linear, strategy.name = 'eager' takes contributions back again"
+        yield Problem(key="strategy.outer", message=message, remedy="'nesterov' or 'heavy-ball'")
+    if outer == "adam" and strategy.warmup_sync:
+        message = "strategy.outer = 'adam' would correct its bias for the steps of strategy.warmup_sync, which it lacks"
+        yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
+    if strategy.delay and strategy.warmup_sync:
+        message = (
+            f"strategy.warmup_sync = {strategy.warmup_sync:g} has rounds of one step, which strategy.name = "
+            f"{strategy.name!r} would apply a step late"
+        )
+        yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
+
+
+def check_quadratic_rule(config: RunConfig) -> Iterator[Problem]:
+    """Rounds that grow as the learning rate falls need one that falls, and one fragment."""
+    strategy, train = config.strategy, config.train
+    if strategy.qsr_alpha == 0:
+        return
+    if train.schedule == "constant":
+        message = "strategy.qsr_alpha makes rounds longer as the learning rate falls, train.schedule = 'constant'"
+        yield Problem(key="strategy.qsr_alpha", message=message, remedy="0, or train.schedule = 'cosine'")
+    if strategy.total_fragments > 1:
+        message = (
+            f"strategy.qsr_alpha changes the period, which {strategy.total_fragments} fragments could not share evenly"
+        )
+        yield Problem(key="strategy.qsr_alpha", message=message, remedy="0, or strategy.num_fragments = 1")
+    if strategy.qsr_max_steps < strategy.inner_steps:
+        message = (
+            f"strategy.qsr_max_steps = {strategy.qsr_max_steps} is less than strategy.inner_steps = "
+            f"{strategy.inner_steps}"
+        )
+        yield Problem(key="strategy.qsr_max_steps", message=message, remedy=f"{strategy.inner_steps} or more")
+
+
+def check_load(config: RunConfig) -> Iterator[Problem]:
+    """Rounds of unequal length need results that are due when a round ends, not after so many steps of it."""
+    name = config.strategy.name
+    if config.run.load != "equal" and name in ("streaming", "eager", "delayed"):
+        message = (
+            f"run.load = {config.run.load!r} gives each island its own number of steps, strategy.name = {name!r} "
+            "counts steps until a result is due, the same for all"
+        )
+        yield Problem(key="run.load", message=message, remedy="run.load = 'equal', or strategy.name = 'diloco'")
+
+
+def check_parts(config: RunConfig) -> Iterator[Problem]:
+    """Strategies that are named after a part have it."""
+    name, codec = config.strategy.name, config.codec
+    if name == "muloco" and config.train.optimizer != "muon":
+        message = f"train.optimizer = {config.train.optimizer!r}, but strategy.name = 'muloco' trains with Muon"
+        yield Problem(key="train.optimizer", message=message, remedy="train.optimizer = 'muon'")
+    if name == "sparseloco" and codec.name != "topk":
+        message = f"codec.name = {codec.name!r}, but strategy.name = 'sparseloco' sends the largest values"
+        yield Problem(key="codec.name", message=message, remedy="codec.name = 'topk'")
+    elif name == "sparseloco" and not codec.error_feedback:
+        message = "codec.error_feedback = false: strategy.name = 'sparseloco' sends one of 64 values, the others later"
+        yield Problem(key="codec.error_feedback", message=message, remedy="codec.error_feedback = true")
+
+
+def _only_with(strategy: StrategyConfig, key: str, default: float, what: str) -> Iterator[Problem]:
+    value = getattr(strategy, key)
+    if value != default:
+        message = f"strategy.{key} = {value:g} has no meaning with strategy.name = {strategy.name!r}"
+        yield Problem(key=f"strategy.{key}", message=message, remedy=f"{default:g}: it belongs to {what}")

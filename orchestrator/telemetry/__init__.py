@@ -1,0 +1,1 @@
+"""What a run tells monitoring systems: Prometheus, Ray's metrics, TensorBoard and trackers. By the controller only."""
