@@ -33,7 +33,12 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "atoll doctor --json": answers.Checks,
 }
 # Commands whose --json has no model: what they print is for their own tests and benchmarks, or is another schema.
-OTHERS = frozenset({"config show", "data pack", "data info", "simulate", "lab up", "lab status", "up", "report"})
+OTHERS = frozenset(
+    {
+        "config show", "data pack", "data info", "simulate", "lab up", "lab status", "up", "report", "chaos", "storm",
+        "why", "plan",
+    }
+)  # fmt: skip
 
 HEAD = """# JSON
 

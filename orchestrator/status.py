@@ -61,9 +61,7 @@ class Status(BaseModel):
     run_dir: str
     state: str = Field(description="running, interrupted, done, stopped or failed.")
     paused: bool = Field(False, description="Whether the run is paused: members take no samples.")
-    settings: dict[str, Scalar] = Field(
-        default_factory=dict, description="What `atoll set` changed since the start."
-    )
+    settings: dict[str, Scalar] = Field(default_factory=dict, description="What `atoll set` changed since the start.")
     rollbacks: int = Field(0, description="How often the run went back to an older version.")
     seconds: float = Field(description="Run time of the newest row, seconds.")
     progress: float = Field(description="Committed share of train.tokens, 0 to 1.")
