@@ -2,6 +2,8 @@
 
     atoll.Island(model, optimizer, config)  your own training loop, in a script or as an island of a run
     atoll.train(config)                     a run on Ray, to its end
+    atoll.start(config)                     the same as an object: watch its events, change it, stop it
+    atoll.attach("runs/latest")             a run that goes on already, here or in a cluster
     atoll.load_config(name, overrides)      a preset or a file, with other values
     atoll.load_anchor(run_dir)              the trained parameters of a run
 
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
     from orchestrator.config import RunConfig
     from orchestrator.errors import RunFailed, UserError
+    from orchestrator.handle import Run
     from orchestrator.inline import InlineRun
+    from orchestrator.status import Status
     from orchestrator.summary import Summary
     from workers.context import IslandContext
     from workers.data.reader import PackReader
@@ -43,14 +47,18 @@ __all__ = [
     "Island",
     "LoopError",
     "PackReader",
+    "Run",
     "RunConfig",
     "RunFailed",
+    "Status",
     "Summary",
     "UserError",
     "__version__",
+    "attach",
     "device",
     "load_anchor",
     "load_config",
+    "start",
     "train",
 ]
 
@@ -60,7 +68,9 @@ Config: TypeAlias = "str | Path | Mapping[str, Any] | RunConfig"
 _LAZY = {
     "LoopError": "workers.loop_checks",
     "PackReader": "workers.data.reader",
+    "Run": "orchestrator.handle",
     "RunConfig": "orchestrator.config",
+    "Status": "orchestrator.status",
     "RunFailed": "orchestrator.errors",
     "Summary": "orchestrator.summary",
     "UserError": "orchestrator.errors",
@@ -143,6 +153,58 @@ def train(
     if summary.exit_reason == "failed":
         raise RunFailed(f"the run failed: {summary.error}", place=str(directory.path))
     return summary
+
+
+def start(config: Config, run_dir: str | Path | None = None, faults: Sequence[str] = ()) -> Run:
+    """Start a run on Ray and return at once with a `Run`, whose `wait` gives the summary.
+
+        with atoll.start("debug") as run:
+            for row in run.events():
+                print(row.record)
+
+    An open connection to Ray is used, `run.address`, or a cluster that is started on this machine and ends with it.
+    Arguments as of `train`. Raises UserError, ClusterUnreachable.
+    """
+    from orchestrator.client import RayRuns
+    from orchestrator.handle import Run
+    from orchestrator.launch import RaySession
+    from orchestrator.prepare import prepare
+    from orchestrator.rundir import create_run_dir
+
+    checked = load_config(config)
+    prepared = prepare(checked, faults)
+    directory = create_run_dir(checked.run.name, path=None if run_dir is None else Path(run_dir))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(directory.lock())
+        directory.record(prepared.config.to_toml())
+        session = stack.enter_context(RaySession(prepared.config))
+        session.start(directory.path.resolve(), prepared.pack, prepared.faults, resume=False)
+        name = directory.path.resolve().name
+        return Run(RayRuns(name), name, stack=stack.pop_all(), run_dir=directory.path, owned=True)
+
+
+def attach(target: str | Path | None = None, run: str | None = None) -> Run:
+    """Return a run that goes on already; it goes on when the object is closed.
+
+    Args:
+        target: a run directory, an address of Ray, or the join string of a cluster; default: the newest run here.
+        run: its name, where several go on there.
+
+    Raises:
+        UserError: no such run goes on.
+        ClusterUnreachable: nobody answers there.
+    """
+    from orchestrator.client import connect, directory_of
+    from orchestrator.handle import Run
+
+    place = None if target is None else str(target)
+    with contextlib.ExitStack() as stack:
+        runs = stack.enter_context(connect(place))
+        standing = runs.ask("standing", run)
+        directory = directory_of(place)
+        path = directory.path if directory is not None else Path(standing["run_dir"])
+        here = path if (path / "config.toml").is_file() else None
+        return Run(runs, standing["run"], stack=stack.pop_all(), run_dir=here, owned=False)
 
 
 def device() -> torch.device:

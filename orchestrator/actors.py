@@ -14,6 +14,7 @@ import platform
 import time
 import uuid
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,20 +32,15 @@ from orchestrator.config import RunConfig
 from orchestrator.dashboard.controls import carry_out, feed_part
 from orchestrator.dashboard.feed import FeedPart
 from orchestrator.errors import UserError
-from orchestrator.events import FaultNoticed, LeaveRequested, ProcessDied, StopRequested
+from orchestrator.events import Event, FaultNoticed, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.hands import WATCH_S, Hands, new_nonce, reason_of
 from orchestrator.host import Host
 from orchestrator.injector import Injector
 from orchestrator.island_actor import ContextWrapper, log_to
+from orchestrator.keeper import Keeper
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
-from orchestrator.processes import (
-    NAMESPACE,
-    answering,
-    find_islands,
-    island_actor_name,
-    worker_nodes,
-)
+from orchestrator.processes import NAMESPACE, answering, find_islands, island_actor_name, worker_nodes
 from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
 from orchestrator.standby import StandbyPool, status_of
@@ -63,7 +59,7 @@ log = logging.getLogger("atoll.controller")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
-class ControllerActor(Hands):
+class ControllerActor(Hands, Keeper):
     """One run's controller: an event loop around a `Host`."""
 
     def __init__(
@@ -84,7 +80,7 @@ class ControllerActor(Hands):
         log.info("the controller of %s is process %d on %s", run_id, os.getpid(), platform.node())
         self.config = RunConfig.model_validate(config_tables)
         self.clock = JumpClock(time.monotonic)
-        self.resume, self.wrap = resume, wrap
+        self.resumes, self.wrap = resume, wrap
         self.handles: dict[str, ActorHandle] = {}
         self.nonce_of: dict[str, str] = {}
         self.started_as: dict[str, str] = {}  # nonce -> name of the process with Ray, where it is not its island's
@@ -93,6 +89,7 @@ class ControllerActor(Hands):
         self.leaving_nodes: set[str] = set()
         self.begun: set[str] = set()
         self.sent_away: set[str] = set()  # islands that were asked to leave by name: nobody takes their places
+        self.log_of, self.pids = {}, {}
         self.looked_s = float("-inf")
         self.tasks: set[asyncio.Task[None]] = set()
         self.watches: dict[str, asyncio.Task[None]] = {}
@@ -115,6 +112,7 @@ class ControllerActor(Hands):
         )
         self.telemetry = Telemetry(self.config, self.run_dir)
         self.began = self.lost_journal = False
+        self.own = ExitStack()
 
     async def begin(self) -> None:
         """Open the journal and start the islands; idempotent. A restarted controller finds them already there.
@@ -131,6 +129,7 @@ class ControllerActor(Hands):
             return
         outage_s = self._outage_s() if reborn else 0.0
         try:
+            self._own_directory()
             self.host.open(outage_s=outage_s)
         except (ValueError, OSError) as error:
             log.error("the journal cannot be taken over: %s", error)
@@ -204,7 +203,8 @@ class ControllerActor(Hands):
     async def _look(self) -> None:
         """Islands for machines that have come; those whose machine is gone wait for another one."""
         in_thread = asyncio.get_running_loop().run_in_executor
-        nodes = await in_thread(None, worker_nodes)
+        total, available = await in_thread(None, worker_nodes, self.config.run.labels)
+        nodes = places.without_others(total, available, self.place_of)
         free = places.free_places(nodes, self.place_of, self.leaving_nodes)
         silent = set(free) - await in_thread(None, answering, set(free)) if free else set()
         with must_not_fail():
@@ -212,7 +212,7 @@ class ControllerActor(Hands):
                 return
             if any(name not in self.place_of for name in self.nonce_of):
                 return  # processes found after a restart have not said yet where they are
-            for name in places.displaced(self.place_of, nodes):
+            for name in places.displaced(self.place_of, total):
                 if name not in self.nonce_of:  # given up: its place is not needed any more
                     del self.place_of[name]
                 elif self.nonce_of[name] not in self.begun:  # of those that have begun Ray tells when they die
@@ -235,7 +235,12 @@ class ControllerActor(Hands):
                 self.host.receive(envelope)
                 self._conclude_if_over()
 
-    async def stop(self, save: bool) -> None:
+    def _do(self, event: Event) -> None:
+        with must_not_fail():
+            self.host.handle(event)
+            self._conclude_if_over()
+
+    async def stop(self, save: bool = True) -> None:
         """The user wants the run to stop."""
         await self.begin()
         with must_not_fail():
@@ -243,13 +248,16 @@ class ControllerActor(Hands):
                 self.host.handle(StopRequested(save=save))
                 self._conclude_if_over()
 
-    async def leave(self, members: list[str], node: str | None, at_once: bool) -> dict[str, list[str]]:
+    async def leave(
+        self, members: list[str] | str, node: str | None = None, at_once: bool = False
+    ) -> dict[str, list[str]]:
         """Let islands go: `members` by name, and all of a node, which gets no new ones. Call until `leaving` is empty.
 
         They finish their step and hand over what they have; `at_once`: they are killed. Returns `leaving`, the names
         that are still there, and `unknown`, names that this run never had.
         """
         await self.begin()
+        members = [members] if isinstance(members, str) else members
         if self.lost_journal:
             return {"leaving": [], "unknown": []}
         with must_not_fail():
@@ -295,6 +303,7 @@ class ControllerActor(Hands):
         journal = await asyncio.get_running_loop().run_in_executor(None, rebuild)
         with must_not_fail():
             RunDir(self.run_dir).record(self.config.to_toml())
+            self._own_directory()
             self.host.go_on(journal)
             self.lost_journal = False
             log.warning("the journal was rebuilt from the members' copies: %d rows", len(journal.rows))
@@ -362,6 +371,10 @@ class ControllerActor(Hands):
             "quorum": coordinator.short_of,
             "standbys": dict(status_of(self.pool)),
             "left": sorted(coordinator.away_since),
+            "run": self.run_id,
+            "run_dir": str(self.run_dir),
+            "paused": coordinator.state.paused,
+            "settings": coordinator.state.settings.newest(),
             "unfired": self.injector.schedule.unfired(),
             "metrics": self.telemetry.told,
         }
@@ -403,6 +416,7 @@ class ControllerActor(Hands):
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         spec, log_file = self._spec(name)
         nonce = new_nonce()
+        self.log_of[nonce] = Path(log_file)
         log.info("starting %s (%s)", name, why)
         self._adopt(name, nonce, self._start(name, nonce, spec, log_file, strategy))
 
@@ -416,6 +430,7 @@ class ControllerActor(Hands):
         try:
             node = await through_cuts(handle.begin.remote, None, name)
             self.begun.add(nonce)
+            await self._look_after(name, nonce, handle, node)
             if self.nonce_of.get(name) == nonce:
                 self.place_of[name] = node
             self.injector.greet(name)
@@ -474,6 +489,8 @@ class ControllerActor(Hands):
             self.host.close()
             for handle in self.handles.values():
                 ray.kill(handle)
+            # What is left to be told is told by then: whoever watches ends this process.
+            await asyncio.get_running_loop().run_in_executor(None, self.own.close)
             self.over.set()
         await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
         ray.kill(ray.get_runtime_context().current_actor)

@@ -120,4 +120,5 @@ def island_spec(
         link_share=config.exchange.link_share,
         link_bytes_per_s=config.exchange.link_bytes_per_s,
         resume=resume,
+        keep_anchors=config.run.keep_anchors,
     )

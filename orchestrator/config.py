@@ -16,6 +16,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from orchestrator.alarms import NotifyConfig
 from orchestrator.config_checks import find_problems
 from orchestrator.config_errors import CROSS_CHECK, Locate, dotted_keys, explain
 from orchestrator.errors import UserError
@@ -44,6 +45,7 @@ class RunConfig(Section):
     codec: CodecConfig = Field(default_factory=CodecConfig, description="How values become bytes on the wire.")
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig, description="How a synchronisation is agreed on.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Validation of the anchor.")
+    notify: NotifyConfig = Field(default_factory=NotifyConfig, description="A command to run when something happens.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What leaves for monitoring systems.")
 
     @model_validator(mode="after")
@@ -254,7 +256,7 @@ def _apply_override(tables: dict[str, Any], origins: dict[str, str], override: s
             _unset(tables, other.split("."))
             origins[other] = f"unset by {place}"
     if text:
-        _set(tables, parts, _parse_value(text), place)
+        _set(tables, parts, parse_value(text), place)
     else:
         _unset(tables, parts)
     origins[key] = place
@@ -280,7 +282,7 @@ def _unset(tables: dict[str, Any], parts: Sequence[str]) -> None:
         table.pop(parts[-1], None)
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A TOML value, or the text itself where it is none (so that a path needs no quotes)."""
     try:
         parsed = tomllib.loads(f"value = {text}")

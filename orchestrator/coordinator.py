@@ -15,8 +15,8 @@ from orchestrator import exchange as ex
 from orchestrator import shares
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet, MemberView
-from orchestrator.judgement import Judgement
 from orchestrator.membership import MemberClock, Process
+from orchestrator.operations import Operations
 from orchestrator.revocation import Revocations
 from orchestrator.run_state import Head
 from workers import messages as msg
@@ -24,6 +24,7 @@ from workers.records import (
     CommitRecord,
     FenceRecord,
     MemberId,
+    RollbackRecord,
     Row,
     StopRecord,
     Term,
@@ -32,7 +33,7 @@ from workers.records import (
 __all__ = ["Coordinator", "RunPlan"]
 
 
-class Coordinator(Judgement):
+class Coordinator(Operations):
     """All decisions of one run in one controller life."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -66,12 +67,18 @@ class Coordinator(Judgement):
                     self._fault(fault, member, detail, injected=False)
                 case ev.LeaveRequested(name=name, why=why):
                     self._leave_requested(name, why)
-                case ev.SetSettings():
-                    self._set_settings(event)
                 case ev.Operated():
                     self._operated(event)
                 case ev.StopRequested():
                     self._stop_requested(event)
+                case ev.SettingsRequested():
+                    self._settings_requested(event)
+                case ev.PauseRequested():
+                    self._pause_requested(event)
+                case ev.SaveRequested():
+                    self._save_requested()
+                case ev.RollbackRequested():
+                    self._rollback_requested(event)
                 case ev.Recovered():
                     for incarnation in self.state.live():
                         self._fence(incarnation, "the journal was rebuilt from the members' copies", refused=False)
@@ -104,6 +111,8 @@ class Coordinator(Judgement):
                 self._after_commit(record)
             elif isinstance(record, FenceRecord):
                 self._fence_flushed(MemberId(name=record.member, incarnation=record.incarnation), record.why)
+            elif isinstance(record, RollbackRecord):
+                self.commands.append(ev.RolledBack(versions=record.versions))
             elif isinstance(record, StopRecord):
                 self.ended = True
                 for name in [*self.missing_since, *self.away_since]:
@@ -231,7 +240,7 @@ class Coordinator(Judgement):
         """Local steps by measured speed: journalled, so that every member and every replay have the same."""
         if self.plan.load != "by_speed" or self.stopping is not None:
             return
-        steps = self.plan.strategy.inner_steps_at(self.progress())
+        steps = self.longest_round()
         record = shares.new_shares(self.state.shares, shares.speeds_of(self.roll.processes), steps)
         if record is not None:
             self._log(record)
@@ -288,7 +297,7 @@ class Coordinator(Judgement):
             )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
-            inner_steps=self.plan.inner_steps_at(self.progress()),
+            inner_steps=self.inner_steps_of(fragment),
         )  # fmt: skip
 
     def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:
@@ -324,6 +333,7 @@ class Coordinator(Judgement):
 
     def _committed(self, exchange: ex.FragmentExchange, record: CommitRecord) -> None:
         done = exchange.committed()
+        exchange.config = self.exchange_at(exchange.fragment)
         if done is None:
             return
         self._metric(

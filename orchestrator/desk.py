@@ -7,17 +7,17 @@ at once, a message only when `Flushed` has covered all that was decided before i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from faults.recovery import OWN_FAULTS, Budgets
 from orchestrator import events as ev
-from orchestrator.live_settings import changed_exchange
 from orchestrator.membership import Roll
 from orchestrator.run_state import RunState
 from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
 from workers import messages as msg
+from workers.live_settings import with_changes
 from workers.records import FaultRecord, MemberId, OperatorRecord, Record, Row, Term, make_row
 
 
@@ -55,9 +55,12 @@ class RunPlan:
             backoff_s=self.backoff_s,
         )
 
-    def inner_steps_at(self, progress: float) -> int:
-        """Local steps of a round that starts at `progress`; `rate` is the inner learning rate there."""
-        return self.strategy.inner_steps_at(progress, self.rate, self.warmup)
+    def inner_steps_at(self, progress: float, strategy: StrategyConfig | None = None) -> int:
+        """Local steps of a round that starts at `progress`; `rate` is the inner learning rate there.
+
+        `strategy`: `[strategy]` as it was changed since the run began.
+        """
+        return (strategy or self.strategy).inner_steps_at(progress, self.rate, self.warmup)
 
 
 def may_tell(decided: int, flushed: int) -> bool:
@@ -75,8 +78,8 @@ class Desk:
         self.state = RunState()
         for row in rows:
             self._replay(row)
-        self.plan = replace(plan, exchange=changed_exchange(plan.exchange, self.state.settings))
-        exchange = self.plan.exchange
+        self.plan = plan
+        exchange = plan.exchange
         self.flushed = len(self.rows) - 1
         self.zero_s = now - started_s
         self.now = now
@@ -100,6 +103,24 @@ class Desk:
     def progress(self) -> float:
         """Committed share of the run's samples."""
         return min(self.state.samples_committed() / self.plan.total_samples, 1.0)
+
+    def strategy_at(self, fragment: int) -> StrategyConfig:
+        """`[strategy]` as it holds for a fragment's next transition."""
+        values = self.state.settings.at(fragment, self.state.heads[fragment].version.n) if self.state.heads else ()
+        return with_changes(self.plan.strategy, "strategy", values)
+
+    def exchange_at(self, fragment: int) -> ExchangeConfig:
+        """`[exchange]` as it holds for a fragment's next transition."""
+        values = self.state.settings.at(fragment, self.state.heads[fragment].version.n) if self.state.heads else ()
+        return with_changes(self.plan.exchange, "exchange", values)
+
+    def inner_steps_of(self, fragment: int) -> int:
+        """Local steps of a fragment's round that begins now."""
+        return self.plan.inner_steps_at(self.progress(), self.strategy_at(fragment))
+
+    def longest_round(self) -> int:
+        """Local steps of a round of the fragment that has the longest."""
+        return max(self.inner_steps_of(fragment) for fragment in range(max(self.state.num_fragments, 1)))
 
     # ------------------------------------------------------------ journal
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workers.messages import Batch, Envelope
-from workers.records import MemberId, Row
+from workers.records import MemberId, Row, Scalar
 
 # ---------------------------------------------------------------- events
 
@@ -74,13 +73,6 @@ class LeaveRequested:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SetSettings:
-    """Settings shall change while the run goes on: "section.key" -> value; checked before (`live_settings`)."""
-
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Operated:
     """Somebody asked for something (a dashboard's button): it is on the record, with what came of it."""
 
@@ -95,6 +87,36 @@ class StopRequested:
     """The user wants the run to stop, resumable; `save` = let members save their local state first."""
 
     save: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingsRequested:
+    """The user changes settings, checked before: `(key, value)` each."""
+
+    values: tuple[tuple[str, Scalar], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseRequested:
+    """The user wants that no samples are trained on for now, or that training goes on."""
+
+    paused: bool
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveRequested:
+    """The user wants a snapshot of the anchor now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackRequested:
+    """The user wants to go on from an older snapshot: its name, and version and chain of each fragment."""
+
+    name: str
+    versions: tuple[int, ...]
+    chains: tuple[str, ...]
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,9 +137,12 @@ Event = (
     | FaultInjected
     | FaultNoticed
     | LeaveRequested
-    | SetSettings
     | Operated
     | StopRequested
+    | SettingsRequested
+    | PauseRequested
+    | SaveRequested
+    | RollbackRequested
     | Recovered
     | Tick
 )
@@ -185,13 +210,20 @@ class Finish:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RolledBack:
+    """A rollback to these versions is durable: snapshots of later ones are no part of the history any more."""
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Die:
     """A higher term exists: this controller must end without another word."""
 
     why: str
 
 
-Command = Append | Send | Spawn | End | Metric | Say | Finish | Die
+Command = Append | Send | Spawn | End | Metric | Say | Finish | RolledBack | Die
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

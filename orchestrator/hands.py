@@ -45,12 +45,13 @@ class Hands:
     run_id: str
     token: str
     pack: Path | None
-    resume: bool
+    resumes: bool
     wrap: ContextWrapper | None
     host: Host
     pool: StandbyPool
     handles: dict[str, ActorHandle]
     place_of: dict[str, str]
+    log_of: dict[str, Path]
     unplaced: list[str]
     leaving_nodes: set[str]
     watches: dict[str, asyncio.Task[None]]
@@ -73,7 +74,7 @@ class Hands:
             run_id=self.run_id,
             run_dir=self.run_dir,
             pack=self.pack,
-            resume=self.resume,
+            resume=self.resumes,
         )
         life = self.host.coordinator.state.last_incarnation.get(name, 0) + 1
         return spec, str(self.run_dir / "logs" / f"{name}-{life}.log")
@@ -85,6 +86,7 @@ class Hands:
             lifetime="detached",
             resources={WORKER_RESOURCE: 1},
             scheduling_strategy=strategy,
+            label_selector=dict(self.config.run.labels) if strategy is None else None,
         ).remote(spec, nonce, self.token, log_file, self.wrap)
 
     def _process(self, started_as: str, nonce: str) -> ActorHandle:
@@ -170,7 +172,9 @@ class Hands:
         if name in self.unplaced:
             self.unplaced.remove(name)
         handle = self.handles[nonce]
-        handle.take_place.remote(*self._spec(name))
+        spec, log_file = self._spec(name)
+        self.log_of[nonce] = Path(log_file)
+        handle.take_place.remote(spec, log_file)
         self._adopt(name, nonce, handle)
         return True
 

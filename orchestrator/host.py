@@ -10,16 +10,18 @@ import logging
 import pickle
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator import events as ev
+from orchestrator.alarms import Alarm, Alarms
 from orchestrator.coordinator import Coordinator, RunPlan
 from orchestrator.finish import set_aside
 from orchestrator.journal import FileJournal, JournalFull, claim_segment, open_segment
 from orchestrator.journal_recovery import recover as recover_rows
 from orchestrator.metrics import FaultEvent, MetricsWriteError, MetricsWriter, RowError, row_from_dict
 from orchestrator.metrics import Row as MetricsRow
+from orchestrator.rollback import set_aside_later
 from orchestrator.rundir import RunDir
 from workers.messages import Batch, Envelope
 from workers.records import Row, Term
@@ -56,6 +58,8 @@ class Host:
         self.blocked_since = 0.0
         self.fault_rows_written: dict[tuple[str, float], FaultEvent] = {}
         self.started_s = 0.0
+        self.alarms: Alarms | None = None
+        self.tell: Callable[[Alarm], None] = lambda alarm: None
         self.watchers: list[Callable[[MetricsRow], None]] = []  # of the rows that go into metrics.jsonl
 
     def open(self, *, outage_s: float = 0.0) -> None:
@@ -126,6 +130,10 @@ class Host:
             self._retry()
         self.handle(ev.Tick())
         self._write_faults()
+        if self.alarms is not None:
+            brain = self.coordinator
+            num_live, exchange = len(brain.roll.processes), brain.exchange_at(0)
+            self._alarm(self.alarms.on_time(num_live, brain.seconds(), started=brain.started, exchange=exchange))
 
     def handle(self, event: ev.Event) -> None:
         """One event, and everything that follows from it."""
@@ -139,6 +147,9 @@ class Host:
     def _carry_out(self, command: ev.Command) -> ev.Event | None:
         match command:
             case ev.Append():
+                if self.alarms is not None:
+                    for row in command.rows:
+                        self._alarm(self.alarms.on_record(row.record, self.coordinator.seconds()))
                 return self._append(command)
             case ev.Send(batch=batch):
                 self.counts["control_bytes"] += len(pickle.dumps(batch, protocol=5))
@@ -149,14 +160,22 @@ class Host:
                 self._end(name, nonce, save_stack)
             case ev.Metric(row=row):
                 self._metric(row)
+                if self.alarms is not None:
+                    self._alarm(self.alarms.on_metric(row, self.coordinator.seconds()))
             case ev.Say(text=text, member=member, level=level):
                 log.log(getattr(logging, level.upper()), text, extra={"member": member})
             case ev.Finish():
                 self._write_faults()
                 self.finished = command
+            case ev.RolledBack(versions=versions):
+                set_aside_later(self.run_dir.snapshots, versions)
             case ev.Die():
                 self.died = command
         return None
+
+    def _alarm(self, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            self.tell(alarm)
 
     def _append(self, command: ev.Append) -> ev.Event | None:
         """Write and flush; only then may anybody hear of it. A journal that fails otherwise ends this controller."""

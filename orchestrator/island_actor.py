@@ -22,11 +22,12 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from faults.chaos import Chaos
 from faults.plan import PlannedFault
 from orchestrator.host import Handed
+from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name
 from workers.context import IslandContext, IslandSpec, enter
 from workers.messages import Batch, Envelope, News
 from workers.records import Term
-from workers.stack import write_stack
+from workers.stack import allow_dumps, write_stack
 
 if TYPE_CHECKING:
     from workers.standby import Standby
@@ -55,6 +56,7 @@ class IslandActor:
         self.standby: Standby | None = None
         self.place: tuple[IslandSpec, str] | None = None
         self.waits = False
+        self.chaos: Chaos | None = None
 
     @ray.method(concurrency_group="control")
     def stand_by(self) -> str:
@@ -62,6 +64,7 @@ class IslandActor:
         self.waits = True
         node = str(ray.get_runtime_context().get_node_id())
         log_to(Path(self.log_file))
+        allow_dumps()
         island_log.info("%s is process %d, and waits", self.spec.name, os.getpid())
         with _logged("the standby did not start"):
             context = self._make_context(node)
@@ -101,7 +104,6 @@ class IslandActor:
     def save_stack(self, path: str) -> None:
         """Write down where the threads of this process are: it hangs in something, and is going to be ended."""
         write_stack(Path(path))
-        self.chaos: Chaos | None = None
 
     @ray.method(concurrency_group="control")
     def begin(self) -> str:
@@ -110,6 +112,7 @@ class IslandActor:
         if self.context is not None or self.place is not None:
             return node
         log_to(Path(self.log_file))
+        allow_dumps()
         island_log.info("%s is process %d on %s", self.spec.name, os.getpid(), platform.node())
         with _logged("the island did not start"):
             self._start(node)
@@ -195,6 +198,26 @@ class IslandActor:
         return "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
 
     @ray.method(concurrency_group="watch")
+    def pid(self) -> int:
+        """Of this process, for who wants to look at its stack when it does not answer any more."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="watch")
+    def has_log_at(self, probe: str) -> bool:
+        """Leave a mark beside this process's log: who finds it shares the directory."""
+        Path(probe).touch()
+        return True
+
+    @ray.method(concurrency_group="watch")
+    def read_log(self, offset: int, num_bytes: int) -> bytes:
+        """What this process's log has at an offset."""
+        return read_piece(Path(self.log_file), offset, num_bytes)
+
+    @ray.method(concurrency_group="watch")
+    def die(self, signal_number: int) -> None:
+        """Injected fault: this process sends itself a signal."""
+        os.kill(os.getpid(), signal_number)
+
     def afflict(self, fault: PlannedFault) -> None:
         """Injected fault: it begins now, and ends by itself if it has a length."""
         if self.chaos is not None:

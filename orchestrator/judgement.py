@@ -7,7 +7,6 @@ Verdicts come from `Roll` (`faults/detector.py`, `faults/stragglers.py`), what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from faults.recovery import KINDS, GiveUp, Kind, RecoveryPolicy
 from orchestrator import events as ev
@@ -15,9 +14,8 @@ from orchestrator import leaving, quorum
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet
 from orchestrator.lifecycle import GIVEN_UP, Lifecycle
-from orchestrator.live_settings import changed_exchange
 from orchestrator.membership import Process, Verdict
-from workers.records import HUNG, FaultRecord, MemberId, Row, SettingsRecord, StopRecord, Term
+from workers.records import HUNG, FaultRecord, MemberId, Row, StopRecord, Term
 
 EARLY_DEATHS = 3
 SILENT_S = 1.0  # a suspect heard more recently hangs, or is far behind
@@ -187,7 +185,7 @@ class Judgement(Lifecycle):
         absent = {**self.given_up, **dict.fromkeys(self.away_since, "it left")}
         reasons = {member: f"{process.status}: {process.reason}" for member, process in self.roll.processes.items()}
         opened = self.exchanges[0].open
-        short = quorum.shortfall(self.plan.exchange, opened, fleet, self.plan.islands, reasons, absent)
+        short = quorum.shortfall(self.exchange_at(0), opened, fleet, self.plan.islands, reasons, absent)
         if not short:
             self.short_since = None
         elif self.short_since is None:
@@ -201,13 +199,3 @@ class Judgement(Lifecycle):
         if told and self.now - self.short_said_s >= SAY_AGAIN_S:
             self.short_said_s = self.now
             self._say(told, level="warning")
-
-    def _set_settings(self, event: ev.SetSettings) -> None:
-        """Checked by whoever asked (`check_changes`)."""
-        exchange = changed_exchange(self.plan.exchange, event.values)
-        self._log(SettingsRecord(values=dict(event.values)))
-        self.plan = replace(self.plan, exchange=exchange)
-        for each in self.exchanges:
-            each.config = exchange
-        told = ", ".join(f"{key} = {value}" for key, value in sorted(event.values.items()))
-        self._say(f"settings changed: {told}")

@@ -102,6 +102,7 @@ class RaySession:
         self.connected_before = False
         self.controller: ActorHandle[Any] | None = None
         self.run_id = ""
+        self.run_dir: Path | None = None
 
     def __enter__(self) -> RaySession:
         """Start or join the cluster; raises `ClusterUnreachable`."""
@@ -162,7 +163,7 @@ class RaySession:
         try:
             ray.init(**options)
         except ConnectionError as error:
-            raise _no_answer(self.config.run.address, str(error)) from error
+            raise no_answer(self.config.run.address, str(error)) from error
 
     def find_again(self) -> ActorHandle[Any] | None:
         """The controller, by a new connection: the old one was by way of a node that is gone, perhaps the head.
@@ -193,6 +194,8 @@ class RaySession:
                 from orchestrator.processes import end_processes
 
                 end_processes(self.run_id)
+                if self.run_dir is not None:
+                    RunDir(self.run_dir).cluster_file.unlink(missing_ok=True)
         finally:
             if not self.connected_before:
                 ray.shutdown()
@@ -215,12 +218,14 @@ class RaySession:
         from orchestrator.actors import ControllerActor
         from orchestrator.processes import NAMESPACE, controller_name, this_machine
 
-        run_id = self.run_id = run_dir.name
+        run_id, self.run_dir = run_dir.name, run_dir
+        self.run_id = run_id
         if resume and (alive := _find_controller(run_id)) is not None:
             self.controller = alive
             return alive
         if resume:
             check_resumable(RunDir(run_dir))
+        self._say_where(run_dir)
         self.controller = ControllerActor.options(  # type: ignore[attr-defined]
             name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached", resources=this_machine()
         ).remote(
@@ -236,6 +241,17 @@ class RaySession:
         note_address(run_dir)
         ray.get(self.controller.begin.remote(), timeout=60)
         return self.controller
+
+    def _say_where(self, run_dir: Path) -> None:
+        """Leave in the run's directory where its Ray is."""
+        import ray
+
+        from orchestrator.controls import write_cluster_file
+
+        context = ray.get_runtime_context()
+        node = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())  # type: ignore[no-untyped-call]
+        values = {"address": context.gcs_address, "node_ip": node["NodeManagerAddress"], "run": run_dir.name}
+        write_cluster_file(RunDir(run_dir).cluster_file, {**values, "local": self.config.run.address is None})
 
     def run(
         self, run_dir: Path, pack: Path | None, faults: Sequence[PlannedFault], *, resume: bool, quiet: bool
@@ -260,25 +276,34 @@ def _find_controller(run_id: str) -> ActorHandle[Any] | None:
         return None
 
 
-def enter_cluster(address: str) -> ClusterState | None:
-    """Set the environment for a cluster: one that this machine is part of, one whose token is given, or an open one."""
+def enter_cluster(address: str, *, known: bool = True) -> ClusterState | None:
+    """Set the environment for a cluster: one that this machine is part of, one whose token is given, or an open one.
+
+    Without `known` it is a Ray that a run of this machine started for itself: only whether it listens is looked at.
+
+    Raises:
+        ClusterUnreachable: nobody answers there.
+    """
+    if not known:
+        _knock(address)
+        return None
     from orchestrator.cluster.ray_node import DROPPED, cluster_environment
     from orchestrator.cluster.state import AUTO, find_cluster
     from orchestrator.cluster.tokens import TOKEN_VARIABLE
 
-    known = find_cluster(address)
-    if known is None and address == AUTO:
+    state = find_cluster(address)
+    if state is None and address == AUTO:
         raise ClusterUnreachable("this machine is in no cluster", place="run.address = 'auto'", remedy="atoll up")
-    _knock(known.gcs_address if known is not None else address)
-    if known is not None:
+    _knock(state.gcs_address if state is not None else address)
+    if state is not None:
         for key in DROPPED:
             os.environ.pop(key, None)
-        os.environ.update(cluster_environment(known.token_file, wan=known.wan))
+        os.environ.update(cluster_environment(state.token_file, wan=state.wan))
     elif token := os.environ.get(TOKEN_VARIABLE):
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
     if "ray" in sys.modules:
         _reread_environment()
-    return known
+    return state
 
 
 def _reread_environment() -> None:
@@ -299,10 +324,11 @@ def _knock(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
     except OSError as error:
-        raise _no_answer(address, str(error)) from error
+        raise no_answer(address, str(error)) from error
 
 
-def _no_answer(address: str | None, why: str) -> ClusterUnreachable:
+def no_answer(address: str | None, why: str) -> ClusterUnreachable:
+    """The error for a Ray that does not answer."""
     return ClusterUnreachable(
         f"no Ray cluster answers at {address!r}: {why}",
         place="run.address",

@@ -60,7 +60,8 @@ class Ledger:
         committed: per fragment, the samples in a commit of the present history.
         partial: `(k, samples)` for each k with any: committed in k of the fragments and final.
         heads: version number of each fragment's head.
-        num_revoked: commits that were taken back. num_reissued: samples that were leased again, counted each time.
+        num_revoked: commits that were taken back; num_rolled_back: by a rollback.
+        num_reissued: samples that were leased again, counted each time.
         num_lost: samples that were trained on for nothing (of a process that died: as far as the controller knew).
         digests: of each fragment's newest version; empty before the genesis. num_params: by the genesis.
         initial_val_loss: of the first evaluation.
@@ -81,6 +82,7 @@ class Ledger:
     in_progress: tuple[Range, ...]
     heads: tuple[int, ...]
     num_revoked: int
+    num_rolled_back: int
     num_reissued: int
     num_lost: int
     digests: tuple[str, ...]
@@ -154,6 +156,7 @@ def recompute(rows: Sequence[Row], *, place: Callable[[int], str] | None = None)
         in_progress=tuple(in_progress),
         heads=tuple(head.n for head in replay.heads),
         num_revoked=replay.num_revoked,
+        num_rolled_back=replay.num_rolled_back,
         num_reissued=replay.num_reissued,
         num_lost=replay.num_lost,
         digests=tuple(head.digest for head in replay.heads),

@@ -11,7 +11,7 @@ from workers import ranges as spans
 from workers.ranges import Range
 from workers.records import CommitRecord, MemberId, version_chain
 
-DeviationKind = Literal["partial", "dropped", "returned", "reissued", "revoked"]
+DeviationKind = Literal["partial", "dropped", "returned", "reissued", "revoked", "rolled back"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

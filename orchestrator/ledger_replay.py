@@ -14,6 +14,7 @@ from orchestrator.intervals import IntervalSet
 from orchestrator.ledger_model import Deviation, DeviationKind, Finding, Head, Incarnation, chain_of
 from orchestrator.segments import link_problem
 from workers import ranges as spans
+from workers.live_settings import holds_at_once
 from workers.ranges import Range
 from workers.records import (
     CommitRecord,
@@ -26,8 +27,10 @@ from workers.records import (
     MemberId,
     Record,
     RevokeRecord,
+    RollbackRecord,
     RosterEntry,
     Row,
+    SettingRecord,
     SettleRecord,
     SharesRecord,
     SnapshotRecord,
@@ -57,10 +60,11 @@ class Replay:
         self.incarnations: dict[MemberId, Incarnation] = {}
         self.num_full = 0
         self.num_revoked = 0
+        self.num_rolled_back = 0
         self.num_reissued = 0
         self.num_lost = 0
         self.num_params = 0
-        self.val_losses: list[float | None] = []
+        self._evaluations: list[tuple[tuple[int, ...], float | None]] = []
         self._most_full = 0
         self._cursor = 0
         self._place = place
@@ -79,10 +83,17 @@ class Replay:
             SettleRecord: self._settle,
             DropRecord: self._drop,
             RevokeRecord: self._revoke,
+            RollbackRecord: self._rollback,
+            SettingRecord: self._setting,
             EvaluationRecord: self._evaluation,
             SnapshotRecord: self._snapshot,
             SharesRecord: self._shares,
         }
+
+    @property
+    def val_losses(self) -> list[float | None]:
+        """Of the versions that were not rolled back, in order."""
+        return [loss for _, loss in self._evaluations]
 
     @property
     def num_fragments(self) -> int:
@@ -341,17 +352,51 @@ class Replay:
         if head is None or not head.commits or (r.n, r.chain) != (head.n, head.chain):
             self.fail("revoke", f"version {r.n} of fragment {r.fragment} is not the head")
             return
+        self._undo(r.fragment, "revoked")
+
+    def _rollback(self, r: RollbackRecord) -> None:
+        """Every commit after the snapshot is taken back; all that had it was settled before, and is free again."""
+        open_ = [str(inc.id) for inc in self.incarnations.values() if not inc.settled]
+        if open_:
+            self.fail("rollback", f"{open_[0]} has samples without a fate")
+        if not len(r.versions) == len(r.chains) == self.num_fragments:
+            self.fail("rollback", f"it names {len(r.versions)} fragments of {self.num_fragments}")
+            return
+        for fragment, (n, chain) in enumerate(zip(r.versions, r.chains, strict=True)):
+            head = self.heads[fragment]
+            while head.n > n and head.commits:
+                self._undo(fragment, "rolled back")
+            if (head.n, head.chain) != (n, chain):
+                self.fail("rollback", f"version {n} of fragment {fragment} is not in the history")
+        self._evaluations = [
+            (versions, loss)
+            for versions, loss in self._evaluations
+            if all(n <= to for n, to in zip(versions, r.versions, strict=False))
+        ]
+
+    def _undo(self, fragment: int, why: DeviationKind) -> None:
+        head = self.heads[fragment]
         commit = head.commits.pop()
         head.n, head.chain = commit.n - 1, commit.prev_chain
-        self.num_revoked += 1
+        if why == "revoked":
+            self.num_revoked += 1
+        else:
+            self.num_rolled_back += 1
         for entry in commit.roster:
             inc = self.incarnations.get(entry.offer.member)
             if inc is not None:
-                self._take_back(r.fragment, entry, inc)
+                self._take_back(fragment, entry, inc, why)
 
-    def _take_back(self, fragment: int, entry: RosterEntry, inc: Incarnation) -> None:
+    def _setting(self, r: SettingRecord) -> None:
+        least = 0 if holds_at_once(r.key) else 1
+        if len(r.since) != self.num_fragments or any(
+            since < head.n + least for since, head in zip(r.since, self.heads, strict=False)
+        ):
+            self.fail("setting", f"{r.key} is to hold from versions {list(r.since)} on, which are there already")
+
+    def _take_back(self, fragment: int, entry: RosterEntry, inc: Incarnation, why: DeviationKind) -> None:
         name = str(inc.id)
-        self._deviate("revoked", name, entry.ranges, f"fragment {fragment}")
+        self._deviate(why, name, entry.ranges, f"fragment {fragment}")
         full: Sequence[Range] = entry.ranges
         for samples in self.committed:
             full = samples.common(full)
@@ -367,18 +412,18 @@ class Replay:
         for samples in self.committed:
             left = samples.missing(left)
         self.num_lost += spans.count(left)
-        if entry.since < inc.floor:
+        if entry.since < inc.floor and why == "revoked":
             self.dropped.add(left)
             self._deviate("dropped", name, left, "revoked after its process had dropped it")
         else:
             self.free.add(left)
-            self._deviate("returned", name, left, "revoked")
+            self._deviate("returned", name, left, why)
         self._note_partial(name, entry.ranges)
 
     # ------------------------------------------------------------ observations
 
     def _evaluation(self, r: EvaluationRecord) -> None:
-        self.val_losses.append(r.val_loss)
+        self._evaluations.append((r.versions, r.val_loss))
         self._check_versions("evaluation", r.versions)
         if not 0 <= r.samples <= self._most_full:
             self.fail("evaluation", f"samples {r.samples}, but at most {self._most_full} were ever committed")

@@ -204,6 +204,7 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
             "heads": list(ledger.heads),
             "exchanges_committed": ledger.exchanges_committed,
             "exchanges_revoked": ledger.num_revoked,
+            "exchanges_rolled_back": ledger.num_rolled_back,
             "seq_len": verdict.seq_len,
             "samples": ledger.samples(),
             "tokens": ledger.tokens(verdict.seq_len) if verdict.seq_len is not None else None,

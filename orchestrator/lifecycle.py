@@ -213,7 +213,7 @@ class Lifecycle(FaultBook):
     def _open_exchanges(self) -> None:
         if self.state.num_fragments and not self.exchanges:
             self.exchanges = [
-                ex.FragmentExchange(fragment=f, num_chunks=n, config=self.plan.exchange, term=self.term)
+                ex.FragmentExchange(fragment=f, num_chunks=n, config=self.exchange_at(f), term=self.term)
                 for f, n in enumerate(self.state.num_chunks)
             ]
 
@@ -260,7 +260,7 @@ class Lifecycle(FaultBook):
     def _lease_plan(self) -> leases.Plan:
         return leases.Plan(
             total_samples=self.plan.total_samples,
-            inner_steps=self.plan.inner_steps_at(self.progress()),
+            inner_steps=self.longest_round(),
             bound_rounds=self.plan.exchange.bound_rounds,
         )
 
@@ -336,6 +336,10 @@ class Lifecycle(FaultBook):
 
     def _gone(self, member: MemberId) -> None:
         """An incarnation was fenced or its work dropped: the open exchanges hear of it."""
+        raise NotImplementedError
+
+    def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:
+        """Carry out what an exchange asks for."""
         raise NotImplementedError
 
     def _settle_all(self) -> None:

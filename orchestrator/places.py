@@ -13,6 +13,18 @@ from itertools import count
 from orchestrator.build import island_name
 
 
+def without_others(
+    total: Mapping[str, int], available: Mapping[str, int], place_of: Mapping[str, str]
+) -> dict[str, int]:
+    """Places of each node that are left for this run: those that other runs use are not.
+
+    Ray's figures are a moment old. An island of ours that was just placed is not in them yet: that is why its place is
+    not taken for another run's, whatever they say.
+    """
+    own = Counter(place_of.values())
+    return {node: num - max(num - available.get(node, num) - own[node], 0) for node, num in total.items()}
+
+
 def free_places(nodes: Mapping[str, int], place_of: Mapping[str, str], leaving: Collection[str]) -> Counter[str]:
     """How many islands each node can take; `nodes`: places of each node that is there; none where a node leaves."""
     used = Counter(place_of.values())

@@ -65,12 +65,19 @@ def this_machine() -> dict[str, float]:
     return {HEAD if HEAD in names else names[0]: 0.001} if names else {}
 
 
-def worker_nodes() -> dict[str, int]:
-    """Places of each node that is there."""
+def worker_nodes(labels: Mapping[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Places of each node that is there and has these labels: all of them, and those that nobody uses now."""
     import ray
+    from ray._private.state import available_resources_per_node
 
-    nodes = ((node["NodeID"], node["Resources"].get(WORKER_RESOURCE, 0)) for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
-    return {node: int(num) for node, num in nodes if num}
+    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    total: dict[str, int] = {}
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        own = node.get("Labels") or {}
+        num = int(node["Resources"].get(WORKER_RESOURCE, 0))
+        if node["Alive"] and num and all(own.get(key) == value for key, value in labels.items()):
+            total[node["NodeID"]] = num
+    return total, {node: int(free.get(node, {}).get(WORKER_RESOURCE, 0)) for node in total}
 
 
 def answering(nodes: Collection[str]) -> set[str]:

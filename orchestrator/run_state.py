@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from workers import ranges
+from workers.live_settings import LiveSettings, holds_at_once
 from workers.messages import Version
 from workers.ranges import Range
 from workers.records import (
@@ -23,9 +24,11 @@ from workers.records import (
     JoinRecord,
     LeaseRecord,
     MemberId,
+    PauseRecord,
     Record,
     RevokeRecord,
-    SettingsRecord,
+    RollbackRecord,
+    SettingRecord,
     SettleRecord,
     SharesRecord,
     StopRecord,
@@ -103,8 +106,10 @@ class RunState:
         self.reissued = 0
         self.lost = 0
         self.evaluations: list[EvaluationRecord] = []
-        self.settings: dict[str, Any] = {}
         self.stopped: StopRecord | None = None
+        self.settings = LiveSettings()
+        self.paused = False
+        self.rollbacks: list[RollbackRecord] = []
         self.shares: SharesRecord | None = None
 
     # ------------------------------------------------------------ questions
@@ -127,6 +132,12 @@ class RunState:
     def samples_accounted(self) -> int:
         """Samples with a final fate: full, partial or dropped."""
         return self.samples_committed() + ranges.count(self.partial) + ranges.count(self.dropped)
+
+    def chain(self, fragment: int, n: int) -> str | None:
+        """Chain id of version `n`; None if the history has none."""
+        if n == 0:
+            return GENESIS_CHAIN if self.heads else None
+        return self.history[fragment][n - 1].chain if 0 < n <= len(self.history[fragment]) else None
 
     def offered_ranges(self, member: MemberId, since: int, upto: int) -> tuple[Range, ...]:
         """What `member` was leased between two consumption counts."""
@@ -240,19 +251,34 @@ class RunState:
         member.watermarks = [r.upto] * self.num_fragments
 
     def _revoke(self, r: RevokeRecord) -> None:
-        commit = self.history[r.fragment].pop()
         head = self.heads[r.fragment].version
-        _must(
-            (head.n, head.chain) == (r.n, r.chain) == (commit.n, commit.chain), "revoke of something else than the head"
-        )
-        del self.digests[r.fragment][r.n]
-        previous = Version(n=r.n - 1, chain=commit.prev_chain)
-        self.heads[r.fragment] = Head(version=previous, digest=self.digests[r.fragment][r.n - 1])
-        for entry in commit.roster:
-            self.committed[r.fragment] -= entry.upto - entry.since
-            self._take_back(self.members[entry.offer.member], r.fragment, entry.since, entry.upto)
+        _must((head.n, head.chain) == (r.n, r.chain), "revoke of something else than the head")
+        self._undo(r.fragment, again=False)
 
-    def _take_back(self, member: Membership, fragment: int, since: int, upto: int) -> None:
+    def _rollback(self, r: RollbackRecord) -> None:
+        _must(not self.current and not self.unsettled, "a rollback while samples of members have no fate")
+        _must(len(r.versions) == len(r.chains) == self.num_fragments, "a rollback of another number of fragments")
+        for fragment, (n, chain) in enumerate(zip(r.versions, r.chains, strict=True)):
+            _must(self.chain(fragment, n) == chain, f"version {n} of fragment {fragment} is not in the history")
+            while self.heads[fragment].version.n > n:
+                self._undo(fragment, again=True)
+        self.evaluations = [
+            e for e in self.evaluations if all(n <= to for n, to in zip(e.versions, r.versions, strict=True))
+        ]
+        self.settings.roll_back(r.versions)
+        self.rollbacks.append(r)
+
+    def _undo(self, fragment: int, *, again: bool) -> None:
+        """Take the newest commit back; `again`: what dropped work had in it is free again as well."""
+        commit = self.history[fragment].pop()
+        del self.digests[fragment][commit.n]
+        previous = Version(n=commit.n - 1, chain=commit.prev_chain)
+        self.heads[fragment] = Head(version=previous, digest=self.digests[fragment][commit.n - 1])
+        for entry in commit.roster:
+            self.committed[fragment] -= entry.upto - entry.since
+            self._take_back(self.members[entry.offer.member], fragment, entry.since, entry.upto, again=again)
+
+    def _take_back(self, member: Membership, fragment: int, since: int, upto: int, *, again: bool) -> None:
         """A fragment lost what it had of positions `since` to `upto`. If those were final, their fates change."""
         drop = next((drop for drop in member.drops if drop.since <= since < drop.upto), None)
         marks = drop.watermarks if drop is not None else member.watermarks
@@ -266,7 +292,7 @@ class RunState:
         self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, before_low))
         left = ranges.cut(member.leases, high, before_high)
         self.partial = ranges.subtract(self.partial, left)
-        if drop is not None:  # its process kept nothing of that work: it cannot be offered again
+        if drop is not None and not again:  # its process kept nothing of that work: it cannot be offered again
             self.dropped = ranges.union(self.dropped, left)
         else:
             self.free = ranges.union(self.free, left)
@@ -275,14 +301,22 @@ class RunState:
     def _evaluation(self, r: EvaluationRecord) -> None:
         self.evaluations.append(r)
 
-    def _settings(self, r: SettingsRecord) -> None:
-        self.settings |= r.values
-
     def _shares(self, r: SharesRecord) -> None:
         self.shares = r
 
     def _stop(self, r: StopRecord) -> None:
-        self.stopped = r
+        self.stopped, self.paused = r, False
+
+    def _setting(self, r: SettingRecord) -> None:
+        least = 0 if holds_at_once(r.key) else 1
+        ahead = len(r.since) == self.num_fragments > 0 and all(
+            since >= head.version.n + least for since, head in zip(r.since, self.heads, strict=True)
+        )
+        _must(ahead, f"{r.key} is to hold from version {r.since} on, which may have been computed already")
+        self.settings.add(r)
+
+    def _pause(self, r: PauseRecord) -> None:
+        self.paused = r.paused
 
     _HANDLERS: ClassVar[dict[type[Record], Callable[[RunState, Any], None]]] = {
         TermRecord: _term,
@@ -294,8 +328,10 @@ class RunState:
         SettleRecord: _settle,
         DropRecord: _drop,
         RevokeRecord: _revoke,
+        RollbackRecord: _rollback,
+        SettingRecord: _setting,
+        PauseRecord: _pause,
         EvaluationRecord: _evaluation,
-        SettingsRecord: _settings,
         SharesRecord: _shares,
         StopRecord: _stop,
     }

@@ -100,6 +100,16 @@ class RunDir:
         return self.logs / f"{member}-{incarnation}.log"
 
     @property
+    def cluster_file(self) -> Path:
+        """Where the Ray cluster is that the run is on, while it is: for `atoll pause`, `stop` and so on."""
+        return self.path / "cluster.json"
+
+    @property
+    def controller_lock(self) -> Path:
+        """The file that the run's controller keeps locked: the run goes on, though who started it may be gone."""
+        return self.path / "LOCK.controller"
+
+    @property
     def lock_file(self) -> Path:
         """The file that the writer keeps locked; it stays when the lock is released."""
         return self.path / "LOCK"
@@ -118,33 +128,35 @@ class RunDir:
         write_atomically(self.versions, json.dumps(versions, indent=2) + "\n")
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the lock of the directory, which ends with the process whatever happens to it.
+    def lock(self, file: Path | None = None) -> Iterator[None]:
+        """Hold the lock of the directory (or another `file`), which ends with the process whatever happens to it.
 
         Raises:
             RunDirInUse: another process (or another caller in this one) holds it.
         """
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = file or self.lock_file
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if not _take(descriptor):
-                raise self._in_use(_read_holder(self.lock_file))
+                raise self._in_use(_read_holder(file))
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
             yield
         finally:
             os.close(descriptor)
 
-    def holder(self) -> LockHolder | None:
-        """Who holds the lock now, or None."""
+    def holder(self, file: Path | None = None) -> LockHolder | None:
+        """Who holds the lock (or that of another `file`) now, or None."""
+        file = file or self.lock_file
         try:
-            descriptor = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
             # Shared, so that two who look at the same time do not see each other.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _read_holder(self.lock_file)
+            return _read_holder(file)
         else:
             return None
         finally:
@@ -162,7 +174,7 @@ class RunDir:
 
     def state(self) -> str:
         """ "running", "interrupted" (not running, no summary), or the reason of its end in the summary."""
-        if self.holder() is not None:
+        if self.holder() is not None or self.holder(self.controller_lock) is not None:
             return "running"
         reason = read_json(self.summary).get("exit_reason")
         return str(reason) if reason is not None else "interrupted"

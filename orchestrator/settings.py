@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from strategies.config import Section
+from strategies.config import LIVE, Section
 
 
 class RunSection(Section):
@@ -32,6 +32,13 @@ class RunSection(Section):
         120.0, gt=0, description="How long to wait for all islands before starting with those that are there."
     )
     snapshot_every_s: float = Field(60.0, gt=0, description="Seconds between durable snapshots of the anchor.")
+    keep_anchors: int = Field(
+        8, ge=1, le=10_000, description="Numbered snapshots that are kept; `atoll rollback` goes back to one of them."
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Islands only on machines with these labels (atoll join --label); for a cluster.",
+    )
     replace: bool = Field(True, description="Replace an island whose process died.")
     fault_plan: str | None = Field(
         None, min_length=1, description="TOML file of faults to cause in this run ([[fault]] tables); none = no faults."
@@ -80,15 +87,21 @@ class ExchangeConfig(Section):
     )
 
     quorum: float = Field(
-        0.5, gt=0, le=1, description="Share of the live members that must have offered (more than this share, or all)."
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the live members that must have offered (more than this share, or all).",
+        json_schema_extra=LIVE,
     )
     min_members: int | None = Field(
         None,
         ge=1,
-        description="Members that are enough for a commit, in the place of the share; with fewer there is none. It can "
-        "be changed while the run goes on.",
+        description="Members that are enough for a commit, in the place of the share; with fewer there is none.",
+        json_schema_extra=LIVE,
     )
-    grace_s: float = Field(2.0, ge=0, description="Seconds to wait for the others after the quorum-th offer.")
+    grace_s: float = Field(
+        2.0, ge=0, description="Seconds to wait for the others after the quorum-th offer.", json_schema_extra=LIVE
+    )
     progress_timeout_s: float = Field(
         10.0, gt=0, description="Seconds without progress after which an owner loses its parts."
     )

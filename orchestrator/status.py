@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from orchestrator.metrics import (
 from orchestrator.run_state import RunState
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
+from workers.records import Scalar
 
 REFRESH_S = 1.0
 
@@ -59,6 +60,9 @@ class Status(BaseModel):
     schema_version: int = 1
     run_dir: str
     state: str = Field(description="running, interrupted, done, stopped or failed.")
+    paused: bool = Field(False, description="Whether the run is paused: members take no samples.")
+    settings: dict[str, Scalar] = Field(default_factory=dict, description="What `atoll set` changed since the start.")
+    rollbacks: int = Field(0, description="How often the run went back to an older version.")
     seconds: float = Field(description="Run time of the newest row, seconds.")
     progress: float = Field(description="Committed share of train.tokens, 0 to 1.")
     tokens_committed: int
@@ -96,6 +100,9 @@ def read_status(run_dir: Path) -> Status:
     return Status(
         run_dir=str(run_dir),
         state=standing,
+        paused=state.paused,
+        settings=state.settings.newest(),
+        rollbacks=len(state.rollbacks),
         seconds=now,
         progress=min(tokens / config.train.tokens, 1.0),
         tokens_committed=tokens,
@@ -157,7 +164,7 @@ def _newest(directory: RunDir) -> _Newest:
 
 def _seq_len(exchanges: list[ExchangeRow], state: RunState) -> int:
     """Tokens of one sample: the metrics count tokens, the journal counts samples."""
-    for row in exchanges:
+    for row in reversed(exchanges):  # after a rollback older ones are of versions that are no more
         # The metrics were read after the journal: they may know of more.
         history = state.history[row.fragment] if row.fragment < state.num_fragments else []
         record = history[row.version - 1] if len(history) >= row.version else None
@@ -197,11 +204,11 @@ def _members(state: RunState, newest: _Newest, now: float, *, running: bool) -> 
     return out
 
 
-def status_command(run_dir: Path, as_json: bool, watch: bool) -> int:
-    """Print the status once, or (`watch`) again and again until the run is over; returns the exit code."""
+def status_command(read: Callable[[], Status], as_json: bool, watch: bool) -> int:
+    """Print what `read` gives once, or (`watch`) again and again until the run is over; returns the exit code."""
     if as_json:
         while True:
-            status = read_status(run_dir)
+            status = read()
             print(status.model_dump_json(), flush=True)
             if not watch or status.state != "running":
                 return 0
@@ -210,14 +217,14 @@ def status_command(run_dir: Path, as_json: bool, watch: bool) -> int:
     from rich.live import Live
 
     console = Console()
-    status = read_status(run_dir)
+    status = read()
     if not watch:
         console.print(render(status))
         return 0
     with Live(render(status), console=console, auto_refresh=False) as live:
         while status.state == "running":
             time.sleep(REFRESH_S)
-            status = read_status(run_dir)
+            status = read()
             live.update(render(status), refresh=True)
     return 0
 
@@ -229,7 +236,7 @@ def render(status: Status) -> Any:
     from rich.text import Text
 
     running, path = status.state == "running", _as_typed(status.run_dir)
-    head = f"{path}: {status.state}"
+    head = f"{path}: {status.state}" + (", paused" if status.paused else "")
     where = f"{100 * status.progress:.1f} % of the tokens, round {status.rounds}, {status.seconds:.0f} s"
     loss = "not evaluated yet" if status.val_loss is None else f"{status.val_loss:.4f} nats per token"
     speed = "" if status.tokens_per_s is None else f", {status.tokens_per_s:,.0f} tokens/s"
@@ -246,6 +253,8 @@ def render(status: Status) -> Any:
             *([_figure(member.seen_before_s, ".1f", " s ago")] if running else []),
         )
     parts: list[Any] = [Text(head), Text(where), Text(f"validation loss {loss}{speed}{eta}"), table]
+    if status.settings:
+        parts.append(Text("set since: " + ", ".join(f"{key} = {value}" for key, value in status.settings.items())))
     for name, member in status.members.items():
         if member.status in ("slow", "suspect", "draining"):
             parts.append(Text(f"{name}.{member.incarnation} is {member.status}: {member.reason}"))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from strategies.qsr import quadratic_steps
+
+# Marks a field that `atoll set` changes while a run goes on.
+LIVE: dict[str, JsonValue] = {"live": True}
 
 
 class Section(BaseModel):
@@ -27,11 +30,17 @@ class StrategyConfig(Section):
     """`[strategy]`: when members synchronise and what the outer step does with the result."""
 
     name: StrategyName = Field("diloco", description="Synchronisation algorithm.")
-    inner_steps: int = Field(100, ge=1, le=1_000_000, description="Local optimizer steps between synchronisations (H).")
+    inner_steps: int = Field(
+        100,
+        ge=1,
+        le=1_000_000,
+        description="Local optimizer steps between synchronisations (H).",
+        json_schema_extra=LIVE,
+    )
     outer: Literal["nesterov", "average", "sgd", "heavy-ball", "adam"] = Field(
         "nesterov", description="Outer optimizer; 'average' is plain parameter averaging."
     )
-    outer_lr: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer step.")
+    outer_lr: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer step.", json_schema_extra=LIVE)
     outer_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the outer step; of Adam, beta 1.")
     outer_beta2: float = Field(0.95, ge=0, lt=1, description="Outer Adam: decay of the second moment.")
     outer_eps: float = Field(0.1, gt=0, le=1, description="Outer Adam: added to the denominator.")
@@ -109,7 +118,11 @@ class CodecConfig(Section):
 
     name: Literal[
         "fp32", "bf16", "int8", "int8-stochastic", "int4", "int4-stochastic", "fp4", "e3m0", "sign", "topk"
-    ] = Field("int8", description="Encoding of contributions, and of results unless it is sign or topk (then int8).")
+    ] = Field(
+        "int8",
+        description="Encoding of contributions, and of results unless it is sign or topk (then int8).",
+        json_schema_extra=LIVE,
+    )
     block: int | None = Field(
         None, ge=32, le=1 << 20, description="Values that share one scale; unset: 256 with 4 bits a value, else 4096."
     )

@@ -48,6 +48,7 @@ class IslandSpec:
     link_share: float = 0.5
     link_bytes_per_s: float | None = None
     resume: bool = False
+    keep_anchors: int = 8
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,7 +16,8 @@ applies commits, sends contributions, evaluates, saves, waits, and ends when the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,7 @@ from workers.data.reader import PackReader
 from workers.device import peak_memory_bytes
 from workers.inner_loop import StepStats, evaluate
 from workers.jobs import MemberStore
+from workers.live_settings import with_changes
 from workers.local_state import load_local, save_local
 from workers.loop_checks import BufferWatch, ChangeWatch, LoopError, ParameterGuard, synchronised
 from workers.member import MemberMachine
@@ -45,7 +47,7 @@ from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer
 from workers.pace import Pace
 from workers.record_log import RecordLog
-from workers.records import StopRecord
+from workers.records import Scalar, StopRecord
 from workers.replica import Replica, StateChunk
 from workers.samples import (
     Collate,
@@ -211,6 +213,7 @@ class Island:
             bound_rounds=spec.bound_rounds,
             total_samples=self.total_samples,
         )
+        follow_settings(replica, spec, lambda: machine.log)
         assert isinstance(context.store, MemberStore)
         return sy.IslandSync(
             machine=machine,
@@ -301,7 +304,9 @@ class Island:
                     self.sync.say(self._evaluate(action.samples))
                 case SaveNow(order=order):
                     named = None if order.name.startswith("v") else order.name  # by what is in it
-                    name, versions = write_snapshot(self.spec.run_dir / "snapshots", named, self.sync.replica)
+                    name, versions = write_snapshot(
+                        self.spec.run_dir / "snapshots", named, self.sync.replica, keep=self.spec.keep_anchors
+                    )
                     self.sync.say(msg.Saved(name=name, versions=versions, local=False))
                 case Finished(save=save):
                     self._finish(save, blocking=blocking)
@@ -445,14 +450,39 @@ def evaluate_anchor(bundle: ModelBundle, replica: Replica, source: SampleSource,
     return evaluate(bundle, params, batches, precision=spec.train.precision, sizes=sizes)
 
 
-def strategy_of(spec: IslandSpec) -> Strategy:
-    """The strategy that an island's settings describe."""
+class Variants:
+    """The strategies of a run whose settings were changed while it went on; each is built once. Any thread."""
+
+    def __init__(self, spec: IslandSpec, configured: Strategy) -> None:
+        """`configured`: the strategy without any change."""
+        self._spec, self._lock = spec, threading.Lock()
+        self._known: dict[tuple[tuple[str, Scalar], ...], Strategy] = {(): configured}
+
+    def of(self, values: tuple[tuple[str, Scalar], ...]) -> Strategy:
+        """The strategy with these values."""
+        with self._lock:
+            if values not in self._known:
+                strategy = strategy_of(self._spec, values)
+                for codec in (strategy.codec, strategy.result_codec):
+                    warm_up(codec)
+                self._known[values] = strategy
+            return self._known[values]
+
+
+def follow_settings(replica: Replica, spec: IslandSpec, log: Callable[[], RecordLog]) -> None:
+    """From now on a replica computes each transition with the settings that the journal has for its version."""
+    variants = Variants(spec, replica.strategy)
+    replica.variants = lambda fragment, n: variants.of(log().settings.of_members(fragment, n))
+
+
+def strategy_of(spec: IslandSpec, changes: tuple[tuple[str, Scalar], ...] = ()) -> Strategy:
+    """The strategy that an island's settings describe, with what was changed since."""
     train = spec.train
     # Members that round at random must not do it alike: averaging is to cancel it.
     key = mix(train.seed, spec.index)
-    return build_strategy(
-        spec.strategy, spec.codec, lr_at=partial(agreed_rate, train=train), train=train, codec_key=key
-    )
+    config = with_changes(spec.strategy, "strategy", changes)
+    codec = with_changes(spec.codec, "codec", changes)
+    return build_strategy(config, codec, lr_at=partial(agreed_rate, train=train), train=train, codec_key=key)
 
 
 def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpec) -> tuple[FragmentSpec, ...]:

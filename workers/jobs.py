@@ -145,7 +145,7 @@ class Jobs:
                 sumsq = offers[entry.offer.member, entry.seq].sumsq[chunk]
                 pieces.append((_tensor(data), entry.coefficient, sumsq))
             try:
-                payload = self.replica.reduce(c.assign.fragment, chunk, pieces)
+                payload = self.replica.reduce(c.assign.fragment, chunk, pieces, n=c.assign.base.n)
             except BadPiece as error:
                 offer = c.assign.roster[error.args[1]].offer
                 return ev.PieceRejected(fragment=c.assign.fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from strategies.eager import Correction
 from workers.member import FragmentState, MemberMachine, Pending
 from workers.messages import Offer, Version
+from workers.open_steps import OpenSteps
 from workers.optim import InnerOptimizer, export_state, import_state
 from workers.records import OfferId
 from workers.replica import Replica
@@ -134,7 +134,7 @@ def load_local(
     _restore_machine(sync.machine, meta)
     for name in SCHEDULE:
         setattr(sync.schedule, name, meta["schedule"][name])
-    sync.steps_done = deque((end, tuple(versions)) for end, versions in meta["steps_done"])
+    sync.steps_done = OpenSteps(meta["steps_done"])
     sync.base_samples = meta["base_samples"]
     (folder / LOCAL_META).unlink()
 

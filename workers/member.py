@@ -18,7 +18,18 @@ from workers.member_exchange import ExchangeSide
 from workers.messages import Offer, Version
 from workers.ranges import Range
 from workers.record_log import GENESIS_CHAIN, RecordLog
-from workers.records import LEFT, CommitRecord, DropRecord, FenceRecord, MemberId, OfferId, Row, Term
+from workers.records import (
+    LEFT,
+    CommitRecord,
+    DropRecord,
+    FenceRecord,
+    MemberId,
+    OfferId,
+    RollbackRecord,
+    Row,
+    Scalar,
+    Term,
+)
 
 __all__ = ["KEEP_RESULTS", "FragmentState", "MemberMachine", "Pending"]
 
@@ -212,6 +223,10 @@ class MemberMachine(ExchangeSide):
         self.consumed, self.steps = consumed, steps
         self.step_times.add(seconds)
 
+    def changes_of(self, fragment: int) -> tuple[tuple[str, Scalar], ...]:
+        """`(key, value)` of the settings that were changed and hold for a fragment's next transition."""
+        return self.log.settings.of_members(fragment, self.fragments[fragment].n)
+
     def round_steps(self, inner_steps: int) -> int:
         """Local steps of this member in a round of `inner_steps`: all, or its share by speed."""
         return shares.round_steps(self.log.shares, self._own_name(), inner_steps)
@@ -299,6 +314,8 @@ class MemberMachine(ExchangeSide):
     def _rows(self, rows: Sequence[Row]) -> None:
         for row in rows:
             record = row.record
+            if isinstance(record, RollbackRecord):
+                self._forget_states()
             if isinstance(record, DropRecord) and self.incarnation is not None:
                 if (record.member, record.incarnation) == (self.name, self.incarnation):
                     self.dropped_to, self.reset_wanted, self.drop_asked = record.upto, record.why, ""
@@ -311,6 +328,17 @@ class MemberMachine(ExchangeSide):
         for fragment, state in enumerate(self.fragments):
             if state.n >= 0 and self.log.genesis is not None and not self.log.on_path(fragment, state.chain):
                 self._want_reset(f"version {state.n} of fragment {fragment} is not in the journal's history")
+
+    def _forget_states(self) -> None:
+        """The run went back: nobody goes on from what it holds, all begin from the snapshot that the journal names.
+
+        The incarnation that trained was fenced before; this one has not taken a sample yet.
+        """
+        if self.consumed:
+            self._want_reset("the run went back to an older version")
+        self.fragments = [FragmentState() for _ in self.fragments]
+        self.peers = {}  # what was known of them was before
+        self.out.append(ev.Wake())
 
     def _confirm_genesis(self) -> None:
         """Version 0 is what the journal says it is (H3); one that was made here and not journalled is nothing."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from workers.live_settings import LiveSettings
 from workers.records import (
     GENESIS_HASH,
     CommitRecord,
     FenceRecord,
     GenesisRecord,
     JoinRecord,
+    PauseRecord,
     RevokeRecord,
+    RollbackRecord,
     Row,
+    SettingRecord,
     SharesRecord,
+    StopRecord,
 )
 
 GENESIS_CHAIN = "genesis"
@@ -35,6 +40,8 @@ class RecordLog:
         self._commits: list[dict[int, CommitRecord]] = []
         self.fenced: set[tuple[str, int]] = set()
         self.live: set[tuple[str, int]] = set()
+        self.settings = LiveSettings()
+        self.paused = False
 
     def __len__(self) -> int:
         """Rows held."""
@@ -79,9 +86,18 @@ class RecordLog:
                 self._on_path[commit.fragment, commit.chain] = commit.n
                 self._commits[commit.fragment][commit.n] = commit
             case RevokeRecord() as revoke:
-                commit = self._commits[revoke.fragment].pop(revoke.n)
-                del self._by_prev[revoke.fragment, commit.prev_chain]
-                del self._on_path[revoke.fragment, revoke.chain]
+                self._undo(revoke.fragment, revoke.n)
+            case RollbackRecord() as rollback:
+                for fragment, n in enumerate(rollback.versions):
+                    while self.head(fragment) > n:
+                        self._undo(fragment, self.head(fragment))
+                self.settings.roll_back(rollback.versions)
+            case SettingRecord() as setting:
+                self.settings.add(setting)
+            case PauseRecord(paused=paused):
+                self.paused = paused
+            case StopRecord():
+                self.paused = False
             case FenceRecord() as fence:
                 self.fenced.add((fence.member, fence.incarnation))
                 self.live.discard((fence.member, fence.incarnation))
@@ -91,6 +107,11 @@ class RecordLog:
                 self.shares = shares
             case _:
                 pass
+
+    def _undo(self, fragment: int, n: int) -> None:
+        commit = self._commits[fragment].pop(n)
+        del self._by_prev[fragment, commit.prev_chain]
+        del self._on_path[fragment, commit.chain]
 
     def next(self, fragment: int, chain: str) -> CommitRecord | None:
         """The commit that extends version `chain` of a fragment."""

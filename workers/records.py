@@ -250,12 +250,41 @@ class SnapshotRecord(Record):
     versions: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SettingsRecord(Record):
-    """Settings that were changed while the run went on: "section.key" -> value, from this row on."""
+Scalar = int | float | str | None
+"""What a setting that changes while the run goes on can be."""
 
-    kind: ClassVar[str] = "settings"
-    values: dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingRecord(Record):
+    """A setting was changed: in fragment f it holds for transitions from version `since[f]` on, for every member."""
+
+    kind: ClassVar[str] = "setting"
+    key: str
+    value: Scalar
+    since: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseRecord(Record):
+    """Members take no further samples (`paused`), or take them again."""
+
+    kind: ClassVar[str] = "pause"
+    paused: bool
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackRecord(Record):
+    """All fragments went back to the versions of snapshot `name`; every member was fenced and settled before.
+
+    What later versions had committed is free again.
+    """
+
+    kind: ClassVar[str] = "rollback"
+    name: str
+    versions: tuple[int, ...]
+    chains: tuple[str, ...]
+    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,8 +312,8 @@ KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
-        RevokeRecord, FaultRecord, EvaluationRecord, SharesRecord, SnapshotRecord, SettingsRecord, StopRecord,
-        OperatorRecord,
+        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord,
+        RollbackRecord, SharesRecord, StopRecord, OperatorRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
@@ -345,6 +374,8 @@ def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
         if value is None:
             return None
         hint = float
+    if hint == Scalar and (isinstance(value, bool) or not isinstance(value, int | float | str)):
+        raise RecordError(f"record {kind!r}: field {name} is {value!r}, expected a number or text")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +63,11 @@ class Replica:
     def __init__(
         self, *, specs: Sequence[FragmentSpec], strategy: Strategy, tensors: Mapping[str, Tensor], total_samples: int
     ) -> None:
-        """`tensors`: the live parameters by name, fp32; they are read and written in place."""
+        """`tensors`: the live parameters by name, fp32; they are read and written in place.
+
+        `variants` may be replaced: `(fragment, n)` -> the strategy of its transition from version `n`, which is the
+        given one but for settings that were changed since.
+        """
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise ValueError(
@@ -72,6 +76,7 @@ class Replica:
                 )
         self.specs, self.strategy, self.tensors = tuple(specs), strategy, tensors
         self.total_samples = total_samples
+        self.variants: Callable[[int, int], Strategy] = lambda fragment, n: strategy
         self.lock = threading.RLock()
         device = next(iter(tensors.values())).device
         self.parts = [
@@ -128,7 +133,8 @@ class Replica:
         `share` (of this member in the sum) and `progress` are for strategies that go on from elsewhere meanwhile.
         Raises `NonFiniteError` if it is not finite. The residual it leaves counts only once the record lists it (C8).
         """
-        part, spec, strategy = self.parts[fragment], self.specs[fragment], self.strategy
+        part, spec = self.parts[fragment], self.specs[fragment]
+        strategy = self.variants(fragment, part.n)
         feedback = strategy.error_feedback and not lossless
         payloads: list[Tensor] = []
         next_residual = torch.empty_like(part.anchor) if feedback else None
@@ -143,6 +149,8 @@ class Replica:
                 payload = done.payload
                 next_residual[where] = done.next_residual_N
             else:
+                if part.residual is not None and not lossless:  # of a codec that was changed for one that keeps all
+                    values_C = values_C + strategy.feedback_decay * part.residual[where]
                 payload = codec.encode(values_C)
             sent_C = codec.decode(payload, num_values=values_C.numel()) if codec.lossy else values_C
             sums.append(float(sum_of_squares(sent_C)))
@@ -183,8 +191,8 @@ class Replica:
 
     # ------------------------------------------------------------ reducing
 
-    def reduce(self, fragment: int, chunk: int, pieces: Sequence[tuple[Tensor, float, float]]) -> Tensor:
-        """Result payload of one chunk from `(payload, coefficient, sum of squares)` in roster order.
+    def reduce(self, fragment: int, chunk: int, pieces: Sequence[tuple[Tensor, float, float]], *, n: int) -> Tensor:
+        """Result payload of one chunk from `(payload, coefficient, sum of squares)` in roster order, for version `n`.
 
         Raises `BadPiece`, whose second argument is the place in `pieces`, for a piece that must not count.
         """
@@ -206,7 +214,7 @@ class Replica:
             if found != sumsq:
                 raise BadPiece(f"its sum of squares is {found!r}, announced was {sumsq!r}", place)
         assert acc is not None, "a roster without contributions"
-        return self.strategy.result_codec.encode(acc).cpu()
+        return self.variants(fragment, n).result_codec.encode(acc).cpu()
 
     # ------------------------------------------------------------ the next version
 
@@ -214,7 +222,7 @@ class Replica:
         """Digest of the next version under a result, computed chunk by chunk and not stored."""
         spec, part = self.specs[fragment], self.parts[fragment]
         with self.lock:
-            scale = self._scale(fragment, payloads, base_samples)
+            scale = self._scale(fragment, payloads, part.n, base_samples)
             out: list[str] = []
             for chunk, payload in enumerate(payloads):
                 where = spec.chunk_slice(chunk)
@@ -225,8 +233,8 @@ class Replica:
     def _progress(self, base_samples: int) -> float:
         return min(base_samples / self.total_samples, 1.0)
 
-    def _scale(self, fragment: int, payloads: Sequence[Tensor], base_samples: int) -> Tensor | None:
-        outer, spec = self.strategy.outer_at(self._progress(base_samples)), self.specs[fragment]
+    def _scale(self, fragment: int, payloads: Sequence[Tensor], n: int, base_samples: int) -> Tensor | None:
+        outer, spec = self.variants(fragment, n).outer_at(self._progress(base_samples)), self.specs[fragment]
         return outer.prepare(
             self._decode(payload, spec.chunk_slice(chunk), fragment) for chunk, payload in enumerate(payloads)
         )
@@ -249,15 +257,19 @@ class Replica:
         part = self.parts[fragment]
         anchor, states = base or (part.anchor[where], tuple(s[where] for s in part.states))
         progress = self._progress(base_samples)
-        return self.strategy.outer_at(progress).step(
-            anchor,
-            states,
-            self._decode(payload, where, fragment),
-            scale=scale,
-            version=n,
-            progress=progress,
-            spec=self.specs[fragment],
-            start=where.start,
+        return (
+            self.variants(fragment, n)
+            .outer_at(progress)
+            .step(
+                anchor,
+                states,
+                self._decode(payload, where, fragment),
+                scale=scale,
+                version=n,
+                progress=progress,
+                spec=self.specs[fragment],
+                start=where.start,
+            )
         )
 
     def apply(
@@ -278,7 +290,7 @@ class Replica:
         spec, part = self.specs[fragment], self.parts[fragment]
         digests: list[str] = []
         with self.lock:
-            scale = self._scale(fragment, payloads, base_samples)
+            scale = self._scale(fragment, payloads, part.n, base_samples)
             for chunk, payload in enumerate(payloads):
                 where = spec.chunk_slice(chunk)
                 anchor_C, states = self._step(fragment, where, payload, scale, part.n, base_samples)
@@ -363,7 +375,7 @@ class Replica:
         where = self.specs[fragment].chunk_slice(chunk)
         device = self.parts[fragment].anchor.device
         base = (state.values[0].to(device), tuple(v.to(device) for v in state.values[1:]))
-        scale = self._scale(fragment, payloads, base_samples)
+        scale = self._scale(fragment, payloads, n - 1, base_samples)
         anchor, states = self._step(fragment, where, payloads[chunk], scale, n - 1, base_samples, base)
         return StateChunk(n=n, chain=chain, values=(anchor.cpu(), *(s.cpu() for s in states)))
 

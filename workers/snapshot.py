@@ -21,13 +21,16 @@ from workers.replica import Replica, StateChunk
 from workers.saved import MANIFEST, SNAPSHOT_FILES, complete_snapshots, read_manifest, snapshot_file
 from workers.tensor_file import save_tensors
 
-KEEP = 3
+KEEP = 8
 
 
-def write_snapshot(folder: Path, name: str | None, replica: Replica) -> tuple[str, tuple[int, ...]]:
+def write_snapshot(
+    folder: Path, name: str | None, replica: Replica, *, keep: int = KEEP
+) -> tuple[str, tuple[int, ...]]:
     """Write the present anchor as `folder/name`, None: `v<n>`; returns the name and the versions that are in it.
 
-    Older numbered snapshots beyond `KEEP` go. A kill at any moment leaves the old folder of that name or the new one.
+    Of the numbered snapshots the `keep` that were written last stay.
+    A kill at any moment leaves the old folder of that name or the new one.
     """
     with replica.lock:  # the training thread writes, and it alone moves anchors: nothing needs to be copied
         tensors = {f"anchor/{key}": value for key, value in replica.anchor_tensors().items()}
@@ -63,13 +66,15 @@ def write_snapshot(folder: Path, name: str | None, replica: Replica) -> tuple[st
         target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-    _retain(folder)
+    _retain(folder, keep)
     return name, versions
 
 
-def _retain(folder: Path) -> None:
-    numbered = sorted((p for p in folder.glob("v*") if p.name[1:].isdigit()), key=lambda p: int(p.name[1:]))
-    for old in numbered[:-KEEP]:
+def _retain(folder: Path, keep: int) -> None:
+    """By the time of writing: after a rollback newer snapshots have lower numbers."""
+    numbered = [path for path in folder.glob("v*") if path.name[1:].isdigit() and (path / MANIFEST).is_file()]
+    numbered.sort(key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, int(path.name[1:])))
+    for old in numbered[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from workers.context import IslandContext
+from workers.island import follow_settings
 from workers.jobs import Jobs, MemberStore
 from workers.loops import BuiltinLoop, load_loop, run_user_loop
 from workers.messages import News
@@ -52,6 +53,7 @@ class Standby:
             return
         self.loop = BuiltinLoop(context)
         replica = self.loop.island.build_replica()
+        follow_settings(replica, context.spec, lambda: self.log)
         assert isinstance(context.store, MemberStore)
         self.jobs = Jobs(
             replica=replica, store=context.store, transport=context.transport, log=lambda: self.log,

@@ -13,19 +13,22 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 
 from strategies.codecs.base import NonFiniteError
+from strategies.strategy import Strategy
 from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
 from workers.actions import DOING, Action, TrainOn, WaitFor
+from workers.job_threads import JobThreads
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.link_rows import LinkRows
 from workers.member import MemberMachine
 from workers.memory import give_back
+from workers.open_steps import OpenSteps
 from workers.orders import next_order
 from workers.record_log import GENESIS_CHAIN, RecordLog
 from workers.records import CommitRecord, OfferId, Row, Term
@@ -34,7 +37,7 @@ from workers.send_schedule import SendSchedule
 from workers.sync_settings import SyncSettings
 from workers.transport.base import Transport
 
-MAX_WAITERS = 1024  # one for each other owner of parts; a thread begins when it is needed
+__all__ = ["IslandSync", "SyncSettings"]
 
 
 class IslandSync:
@@ -61,20 +64,19 @@ class IslandSync:
         self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
         self.post, self.clock, self.settings, self.executor = post, clock, settings, executor
         self.on_reset = on_reset
-        self.waiters = ThreadPoolExecutor(MAX_WAITERS, thread_name_prefix="results") if executor is not None else None
         store.replica = replica
         self.changed = threading.Condition(threading.RLock())
         self.events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
+        self.threads = JobThreads(executor, self.events, self.abort)
         self.bodies: list[msg.MemberBody] = []
         self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
         self.rows: list[tuple[float, dict[str, object]]] = []
-        self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
-        strategy = replica.strategy
+        self.steps_done = OpenSteps()
         self.schedule = SendSchedule(
             num_fragments=len(machine.fragments),
-            staggered=strategy.staggered,
-            inner_steps=lambda progress: machine.round_steps(strategy.inner_steps(progress)),
-            overlap_at=strategy.overlap_at,
+            staggered=replica.strategy.staggered,
+            inner_steps=lambda f, progress: machine.round_steps(self._strategy_of(f).inner_steps(progress)),
+            overlap_at=lambda f, progress: self._strategy_of(f).overlap_at(progress),
         )
         self.base_samples = 0
         self.stopped = False
@@ -118,8 +120,7 @@ class IslandSync:
         self.events.put(None)
         if self._thread is not None:
             self._thread.join(timeout=10)
-        if self.waiters is not None:
-            self.waiters.shutdown(wait=False, cancel_futures=True)
+        self.threads.close()
 
     def deliver(self, batch: msg.Batch) -> None:
         """A batch from the controller arrived (any thread)."""
@@ -190,21 +191,21 @@ class IslandSync:
                 case ev.Forget():
                     self._forget(command)
                 case ev.BuildGenesis():
-                    self._work(self._make_genesis)
+                    self.threads.do(self._make_genesis)
                 case ev.FetchPieces():
-                    self._work(lambda c=command: self.jobs.fetch_pieces(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.fetch_pieces(c))  # type: ignore[misc]
                 case ev.Reduce():
-                    self._work(lambda c=command: self.jobs.reduce(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.reduce(c))  # type: ignore[misc]
                 case ev.FetchResults():
-                    self._work(lambda c=command: self.jobs.fetch_results(c), waits=True)  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.fetch_results(c), waits=True)  # type: ignore[misc]
                 case ev.ComputeNext():
-                    self._work(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
                 case ev.VerifyAnchor():
-                    self._work(lambda c=command: self.jobs.verify_anchor(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.verify_anchor(c))  # type: ignore[misc]
                 case ev.LoadState():
-                    self._work(lambda c=command: self.jobs.load_state(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.load_state(c))  # type: ignore[misc]
                 case ev.FetchState():
-                    self._work(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
+                    self.threads.do(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
         self._flush()
 
     def _wake(self) -> None:
@@ -221,27 +222,6 @@ class IslandSync:
         if self.bodies:
             bodies, self.bodies = tuple(self.bodies), []
             self.post(self.machine.envelope(*bodies))
-
-    def _work(self, job: Callable[[], ev.Event | None], *, waits: bool = False) -> None:
-        """Do a job, on a thread if there are any. `waits`: it waits for what other members do meanwhile.
-
-        Those have threads of their own: with as many waiting jobs as threads nobody would reduce what all wait for.
-        """
-        pool = self.waiters if waits else self.executor
-        if pool is not None:
-            pool.submit(job).add_done_callback(self._finished)
-        elif (event := job()) is not None:
-            self.events.put(event)
-
-    def _finished(self, done: Future[ev.Event | None]) -> None:
-        """A job ended on its thread; a bug in it must reach the training thread."""
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is not None:
-            self.abort(error)
-        elif (event := done.result()) is not None:
-            self.events.put(event)
 
     def _forget(self, command: ev.Forget) -> None:
         freed = sum(self.store.discard(prefix) for prefix in command.prefixes)
@@ -329,8 +309,8 @@ class IslandSync:
                 fragment, self.jobs.staged.pop((fragment, state.staged.chain)), included=included, fresh=fresh
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
+            self._count_again()
             self.schedule.moved(fragment, self._anchor_progress())
-            self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
@@ -375,15 +355,22 @@ class IslandSync:
             added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
             self.base_samples = max(self.base_samples, record.base_samples + added)
 
+    def _count_again(self) -> None:
+        """Progress of the versions that are held now: a fetched state may be older than what was held before."""
+        self.base_samples = 0
+        for fragment, state in enumerate(self.machine.fragments):
+            self._moved(self.machine.log.commit(fragment, state.n))
+
     def _trim(self) -> None:
-        lowest = min(state.watermark for state in self.machine.fragments)
-        while self.steps_done and self.steps_done[0][0] <= lowest:
-            self.steps_done.popleft()
+        self.steps_done.committed(min(state.watermark for state in self.machine.fragments))
 
     def open_steps(self, fragment: int) -> int:
         """Inner steps that this fragment has not committed."""
-        watermark = self.machine.fragments[fragment].watermark
-        return sum(1 for end, _ in self.steps_done if end > watermark)
+        return self.steps_done.beyond(self.machine.fragments[fragment].watermark)
+
+    def _strategy_of(self, fragment: int) -> Strategy:
+        """The strategy of a fragment's next transition: settings change with versions."""
+        return self.replica.variants(fragment, self.machine.fragments[fragment].n)
 
     def _anchor_progress(self) -> float:
         return min(self.base_samples / self.settings.total_samples, 1.0)
@@ -413,7 +400,7 @@ class IslandSync:
         return not (machine.leaving or used_up or self._at_bound())
 
     def _at_bound(self) -> bool:
-        bound = max(int(self.settings.bound_rounds * self.schedule.round_steps(self._anchor_progress())), 1)
+        bound = max(int(self.settings.bound_rounds * self.schedule.longest_round(self._anchor_progress())), 1)
         return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= bound
 
     def _send(self, fragment: int, steps: int) -> None:
@@ -431,7 +418,7 @@ class IslandSync:
         for chunk, payload in enumerate(encoded.payloads):
             self.store.put(piece_key(fragment, offer_id, chunk), as_bytes(payload), digest_hex=encoded.digests[chunk])
         since, upto = state.watermark, self.machine.consumed
-        born = next(versions[fragment] for end, versions in self.steps_done if end > since)
+        born = self.steps_done.born(fragment, since)
         offer = msg.Offer(
             fragment=fragment,
             base=state.version,
@@ -452,6 +439,8 @@ class IslandSync:
     def _next_batch(self) -> Action:
         if self.machine.leaving:
             return self._wait("leaving")
+        if self.machine.log.paused:
+            return self._wait("paused")
         pending = [f for f, state in enumerate(self.machine.fragments) if state.pending is not None]
         overdue = [fragment for fragment in pending if self.schedule.is_due(fragment)]
         for fragment in overdue:
@@ -476,7 +465,7 @@ class IslandSync:
             self.schedule.total_steps += 1
             self.machine.pace.stepped(self.clock())
             end = self.machine.consumed + num_samples
-            self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
+            self.steps_done.add(end, [state.n for state in self.machine.fragments])
             first = self.machine.consumed == 0
             self.machine.consumed_to(end, self.total_steps, seconds)
             if first:

@@ -125,7 +125,7 @@ def join(
     STRING is what atoll up printed there. It does not stay in the list of processes; to keep it out of the history of
     the shell too, give HOST:PORT and --token-file, or set ATOLL_TOKEN.
     """
-    _hide_token(place)
+    hide_token(place)
     if background:
         return _start_in_background(_show_node)
     from orchestrator.cluster.preflight import check_join
@@ -185,7 +185,7 @@ def doctor(place: str, token_file: Path | None, as_json: bool) -> int:
     STRING is what atoll up printed; ADDRESS is that of a door (with --token-file or ATOLL_TOKEN), or of a cluster that
     this machine is in. Exit code 1 if a check failed.
     """
-    _hide_token(place)
+    hide_token(place)
     from dataclasses import asdict
 
     from orchestrator.cluster.doctor import examine
@@ -216,7 +216,7 @@ def _place_of(text: str, token_file: Path | None) -> JoinString:
     return read_place(text, token_file, os.environ)
 
 
-def _hide_token(place: str) -> None:
+def hide_token(place: str) -> None:
     """Where the token is in the command line, this process becomes one that has it in a file instead."""
     from orchestrator.cluster.join_string import SCHEME, parse
     from orchestrator.cluster.state import state_root

@@ -9,24 +9,41 @@ from typing import Any
 
 import click
 
+from orchestrator.cli.cluster import token_file_option
 from orchestrator.cli.options import json_option, latest_run_dir_argument
 
 
 @click.command()
-@latest_run_dir_argument
+@click.argument("target", required=False, metavar="[RUN_DIR|ADDRESS|JOIN_STRING]")
+@token_file_option
+@click.option("--run", metavar="NAME", help="Which one, where several go on.")
 @json_option
 @click.option("--watch", is_flag=True, help="Stay, and show it again as it changes.")
-def status(run_dir: Path | None, as_json: bool, watch: bool) -> int:
+def status(target: str | None, token_file: Path | None, run: str | None, as_json: bool, watch: bool) -> int:
     """Show where a run is.
 
-    Without RUN_DIR it is the newest one, runs/latest.
+    Without a target it is the newest one, runs/latest. A run elsewhere is asked for by an address of Ray or by the
+    join string of its cluster.
     """
+    from functools import partial
+
     from orchestrator.rundir import open_run_dir
+    from orchestrator.status import Status, read_status, status_command
 
-    directory = open_run_dir(run_dir)
-    from orchestrator.status import status_command
+    if token_file is None and not _is_place(target):
+        directory = open_run_dir(None if target is None else Path(target))
+        return status_command(partial(read_status, directory.path), as_json, watch)
+    from orchestrator.cli.cluster import hide_token
+    from orchestrator.client import connect
 
-    return status_command(directory.path, as_json, watch)
+    hide_token(target or "")
+    with connect(target, token_file) as runs:
+        return status_command(lambda: Status.model_validate(runs.ask("status", run)), as_json, watch)
+
+
+def _is_place(target: str | None) -> bool:
+    """Whether a target is a join string or an address, and no directory."""
+    return target is not None and not Path(target).exists() and (":" in target or target == "auto")
 
 
 @click.command()
@@ -50,9 +67,13 @@ def ledger(run_dir: Path | None, as_json: bool) -> int:
 @click.option(
     "--base", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder with the runs."
 )
+@click.option("--at", "target", metavar="ADDRESS|JOIN_STRING", help="Those that go on in a cluster, instead.")
+@token_file_option
 @json_option
-def runs(base: Path, as_json: bool) -> int:
+def runs(base: Path, target: str | None, token_file: Path | None, as_json: bool) -> int:
     """List the runs."""
+    if target is not None:
+        return _runs_at(target, token_file, as_json)
     from orchestrator.rundir import list_runs, read_json
 
     found = list_runs(base)
@@ -65,6 +86,46 @@ def runs(base: Path, as_json: bool) -> int:
     width = max((len(path) for path, _ in rows), default=0)
     for run, (path, state) in zip(found, rows, strict=True):
         click.echo(f"{path:<{width}}  {state:<11}  {_came_to(read_json(run.summary))}".rstrip())
+    return 0
+
+
+def _runs_at(target: str, token_file: Path | None, as_json: bool) -> int:
+    from orchestrator.cli.cluster import hide_token
+    from orchestrator.client import connect
+
+    hide_token(target)
+    with connect(target, token_file) as there:
+        found = there.ask("runs")
+    if as_json:
+        click.echo(json.dumps(found))
+        return 0
+    for run in found:
+        done = "" if run["progress"] is None else f"{100 * run['progress']:.1f} %"
+        click.echo(f"{run['run']}  {run['state']:<8}  {done:>7}  {len(run['members'])} islands  {run['run_dir']}")
+    if not found:
+        click.echo("no run goes on there", err=True)
+    return 0
+
+
+@click.command()
+@latest_run_dir_argument
+@click.option("--out", type=click.Path(path_type=Path), help="The archive to write [<run>.bundle.tar.gz].")
+@json_option
+def bundle(run_dir: Path | None, out: Path | None, as_json: bool) -> int:
+    """Put what a run wrote into one archive: journal, metrics, logs, configuration, versions, summary.
+
+    For a report of a problem. Parameters, tokens and anything that looks like a password are left out; logs and paths
+    are not, have a look before you hand it on.
+    """
+    from orchestrator.bundle import write_bundle
+    from orchestrator.rundir import open_run_dir
+
+    directory = open_run_dir(run_dir)
+    path, names = write_bundle(directory, out)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(path), "files": names, "size_bytes": path.stat().st_size}))
+    else:
+        click.echo(f"{path}: {len(names)} files, {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -25,6 +25,12 @@ RESUME_KEYS = (
     "run.fault_plan",
     "run.max_refusals",
     "run.max_restarts",
+    "run.keep_anchors",
+    "run.labels",
+    "notify.command",
+    "notify.timeout_s",
+    "notify.below_quorum_s",
+    "notify.loss_spike",
     "train.pace_s",
     "metrics.port",
     "metrics.host",
@@ -69,8 +75,11 @@ def train(
     from orchestrator.config import load_config
     from orchestrator.prepare import prepare
     from orchestrator.rundir import create_run_dir
+    from orchestrator.submit import job_address
 
     config = load_config(run, overrides=overrides).config
+    if config.run.address is None and (address := job_address()) is not None:
+        config = config.with_values({"run.address": address})  # `ray job submit -- atoll train`: on that cluster
     prepared = prepare(config, faults)
     directory = create_run_dir(config.run.name, path=run_dir)
     return _launch(prepared, directory, resume=False, as_json=as_json)

@@ -2,7 +2,8 @@
 
 1. `GET /hello?nonce=N` (anybody): the door's nonce, its protocol, and its proof.
 2. Any other request carries both nonces and the visitor's proof: `/info` (versions, Ray's address), `/reach?port=N`
-   (the door dials the visitor back), `/bytes?num=N` (for the speed of the link). The token is never sent.
+   (the door dials the visitor back), `/bytes?num=N` (for the speed of the link), `/runs?request=JSON` (what
+   `orchestrator.operate` answers about the runs of the cluster). The token is never sent.
 
 Bounded in everything that a stranger can ask for: threads, size and time of a request, remembered nonces.
 """
@@ -33,6 +34,7 @@ MAX_NONCES = 4096
 NONCE_LIFE_S = 30.0
 REQUEST_S = 10.0
 TRANSFER_S = 120.0
+OPERATE_S = 90.0
 DIAL_S = 3.0
 POLL_S = 0.25
 CHUNK = os.urandom(64 * 1024)
@@ -68,10 +70,20 @@ class Door:
     Args:
         info: what `/info` says; asked each time.
         port: 0 for any.
+        operate: answers a line of JSON about the runs with another one.
     """
 
-    def __init__(self, *, token: str, info: Callable[[], Mapping[str, object]], host: str, port: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        token: str,
+        info: Callable[[], Mapping[str, object]],
+        host: str,
+        port: int = 0,
+        operate: Callable[[str], str] | None = None,
+    ) -> None:
         self.token, self.info, self.host, self.port = token, info, host, port
+        self.operate = operate
         self.nonces = Nonces()
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -217,6 +229,9 @@ class _Visit(BaseHTTPRequestHandler):
             body: dict[str, object] = {**door.info(), "time_s": time.time()}
         elif path == "/reach":
             body = dial(self.client_address[0], _number(values, "port", 65535))
+        elif path == "/runs" and door.operate is not None:
+            self.server.allow(self.connection, OPERATE_S)
+            body = json.loads(door.operate(values.get("request", "")))
         elif path == "/bytes":
             return self._transfer(_number(values, "num", MAX_TRANSFER_BYTES))
         else:

@@ -7,8 +7,10 @@ import json
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from orchestrator.cluster import proof
 from orchestrator.cluster.join_string import JoinString
@@ -17,6 +19,7 @@ from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.version import PROTOCOL_VERSION
 
 TIMEOUT_S = 8.0
+CALL_S = 60.0
 WARM_S, LIMIT_S = 1.0, 4.0
 MAX_ANSWER_BYTES = 64 * 1024
 CHUNK_BYTES = 256 * 1024
@@ -76,6 +79,11 @@ def visit(place: JoinString, timeout_s: float = TIMEOUT_S) -> ClusterInfo:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _another_protocol(place, f"its answer has no proper {error}") from error
+
+
+def call(place: JoinString, request: Mapping[str, Any], timeout_s: float = CALL_S) -> dict[str, Any]:
+    """Ask about the runs of the cluster, see `orchestrator.operate`; raises as `visit` does."""
+    return _ask(place, f"/runs?request={quote(json.dumps(request), safe='')}", timeout_s).values
 
 
 def reach(place: JoinString, port: int, timeout_s: float = TIMEOUT_S) -> Reach:

@@ -25,6 +25,7 @@ from orchestrator.cluster import state as states
 from orchestrator.cluster.control import Control
 from orchestrator.cluster.door import Door, dial
 from orchestrator.cluster.join_string import JoinString, parse_address
+from orchestrator.cluster.operator import Operator
 from orchestrator.cluster.ray_node import (
     Devices,
     NodeArguments,
@@ -131,7 +132,9 @@ class Supervisor:
         place = self.plan.place
         if self.plan.role == "node":
             return place
-        door = Door(token=place.token, info=self._info, host=place.host, port=place.port)
+        self.operator = Operator(self._operator_command)
+        stack.callback(self.operator.close)
+        door = Door(token=place.token, info=self._info, host=place.host, port=place.port, operate=self.operator.answer)
         try:
             door.start()
         except OSError as error:
@@ -140,6 +143,13 @@ class Supervisor:
             ) from error
         stack.callback(door.close)
         return replace(place, port=door.port)
+
+    def _operator_command(self) -> tuple[list[str], dict[str, str]] | None:
+        """What answers about the runs of this cluster, and its environment; None while Ray does not run."""
+        if not self.state.gcs_address:
+            return None
+        arguments = ["--address", self.state.gcs_address, "--node-ip", self.state.node_ip]
+        return [sys.executable, "-m", "orchestrator.operate", *arguments], self._drain_environment()
 
     def _info(self) -> dict[str, object]:
         return {"versions": asdict(my_versions()), "gcs_address": self.gcs_address, "wan": self.plan.wan}

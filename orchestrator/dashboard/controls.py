@@ -47,7 +47,10 @@ async def carry_out(controller: Any, action: str, member: str, by: str, guard: G
     """
     if controller.failure or controller.host.finished is not None or controller.host.died is not None:
         return "refused: the run is over"
-    outcome = await _act(controller, action, member, guard)
+    try:
+        outcome = await _act(controller, action, member, guard)
+    except UserError as error:  # of this moment: nothing to save yet, for example
+        outcome = f"refused: {error.message}"
     with guard():
         if controller.host.finished is None and controller.host.died is None:
             controller.host.handle(Operated(action=action, member=member, by=by, outcome=outcome))

@@ -20,6 +20,7 @@ from workers.records import (
     LeaseRecord,
     MemberId,
     RevokeRecord,
+    RollbackRecord,
     Row,
     SettleRecord,
     StopRecord,
@@ -109,6 +110,8 @@ class Bookkeeping:
                 self._drop(r)
             case RevokeRecord() as r:
                 self._revoke(r)
+            case RollbackRecord() as r:
+                self._rollback(r)
             case _:
                 pass
 
@@ -180,6 +183,18 @@ class Bookkeeping:
                 life.marks[r.fragment] = entry.since
                 if life.settled:
                     self.free |= left
+
+    def _rollback(self, r: RollbackRecord) -> None:
+        """Whatever a fragment counted after the snapshot it never counted; who had it is gone, so it is free."""
+        must(all(life.settled for life in self.lives.values()), 8, "a rollback under members that live")
+        before = self.some()
+        for fragment, (n, chain) in enumerate(zip(r.versions, r.chains, strict=True)):
+            must(self.chains[fragment][n] == chain, 2, f"a rollback to {chain}, which is not on the path")
+            for commit in self.commits[fragment][n:]:
+                for entry in commit.roster:
+                    self.committed[fragment] &= ~bits_of(entry.ranges)
+            del self.chains[fragment][n + 1 :], self.commits[fragment][n:]
+        self.free |= before & ~self.some()
 
     # ------------------------------------------------------------ sums
 

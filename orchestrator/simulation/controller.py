@@ -168,6 +168,8 @@ class Controller:
                     cluster.metric(row)
                 case ev.Finish(reason=reason, detail=detail):
                     cluster.finish(self, reason, detail)
+                case ev.RolledBack(versions=versions):
+                    cluster.snapshots.set_aside(versions)
                 case ev.Die(why=why):
                     cluster.lost(self, why)
                     return

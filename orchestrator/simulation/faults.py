@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from orchestrator import events as ev
 from orchestrator.simulation.scenario import FaultRates
 from workers.records import MemberId
 
 if TYPE_CHECKING:
     from orchestrator.simulation.cluster import Cluster
     from orchestrator.simulation.island import Island
+    from orchestrator.simulation.symbols import StateChunk
 
 HEAD = "head"
 NOBODY = MemberId(name="", incarnation=0)
@@ -42,6 +44,9 @@ class Chaos:
             ("corrupt_anchor", rates.corrupt_anchor, self._corrupt_anchor),
             ("wrong_digest", rates.wrong_digest, self._wrong_digest),
             ("leave", rates.leave, self._leave),
+            ("change_settings", rates.change_settings, self._change_settings),
+            ("pause", rates.pause, self._pause),
+            ("rollback", rates.rollback, self._rollback),
         ]
         self._names = [name for name, _, _ in kinds]
         self._weights = [weight for _, weight, _ in kinds]
@@ -80,6 +85,8 @@ class Chaos:
                 island.thaw()
         if not cluster.controllers:
             cluster.start_controller()
+        if self.rates.pause:
+            self._go_on()
 
     # ------------------------------------------------------------ helpers
 
@@ -262,6 +269,61 @@ class Chaos:
             return False
         self.cluster.note(f"{island.name} shall leave")
         self.cluster.leave(island.name, self._span_s())
+        return True
+
+    # ------------------------------------------------------------ what the user asks for
+
+    def _change_settings(self) -> bool:
+        rng = self.cluster.rng
+        value = rng.choice(
+            (
+                ("strategy.outer_lr", rng.choice((0.3, 0.7, 1.0))),
+                ("strategy.inner_steps", rng.choice((1, 2, 3, 4))),
+                ("exchange.grace_s", rng.choice((0.0, 0.1, 0.5))),
+                ("codec.name", rng.choice(("int4", "int8"))),
+            )
+        )
+        return self._ask(ev.SettingsRequested(values=(value,)), f"set {value[0]} = {value[1]}")
+
+    def _pause(self) -> bool:
+        """A pause, and the order to go on a while later, unless a controller loses it: then `heal_all` gives it."""
+        self.cluster.time.after(self._span_s(), self._go_on)
+        return self._ask(ev.PauseRequested(paused=True, why="the simulator asks for it"), "pause")
+
+    def _go_on(self) -> None:
+        self._ask(ev.PauseRequested(paused=False, why="the simulator asks for it"), "resume")
+        if not self.active and not self.cluster.finished:
+            self.cluster.time.after(1.0, self._go_on)
+
+    def _rollback(self) -> bool:
+        """Back to a sound snapshot, if one is on the path."""
+        cluster, book = self.cluster, self.cluster.checks.book
+        kept = [s for s in cluster.snapshots.kept if all(self._is_sound(f, chunks) for f, chunks in enumerate(s))]
+        if not kept or cluster.disk.full:
+            return False
+        snapshot = cluster.rng.choice(kept)
+        versions, chains = tuple(c[0].n for c in snapshot), tuple(c[0].chain for c in snapshot)
+        if all(n == len(commits) for n, commits in zip(versions, book.commits, strict=True)):
+            return False
+        cluster.snapshots.pin(snapshot)
+        event = ev.RollbackRequested(name=f"v{max(versions)}", versions=versions, chains=chains, why="simulated")
+        return self._ask(event, f"roll back to {versions}")
+
+    def _is_sound(self, fragment: int, chunks: list[StateChunk]) -> bool:
+        cluster = self.cluster
+        digest = cluster.names.of(("anchor", fragment, tuple(chunk.trail for chunk in chunks)))
+        return (
+            cluster.checks.on_path(fragment, chunks[0].chain)
+            and digest == (cluster.checks.book.digests[fragment][chunks[0].chain])
+        )
+
+    def _ask(self, event: ev.Event, what: str) -> bool:
+        cluster = self.cluster
+        if not cluster.controllers:
+            return False
+        cluster.note(f"the user asks: {what}")
+        for controller in cluster.controllers:
+            controller.handle(event)
         return True
 
     def _journal_full(self) -> bool:

@@ -27,6 +27,7 @@ from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
 from workers.member import MemberMachine
+from workers.open_steps import OpenSteps
 from workers.orders import can_obey
 from workers.records import CommitRecord, OfferId
 
@@ -57,6 +58,7 @@ class Island:
             names=cluster.names,
             num_chunks=scenario.num_chunks,
             feedback=scenario.feedback,
+            settings_at=lambda fragment, n: self.machine.log.settings.of_members(fragment, n),
             sets_aside=scenario.plan.strategy.delay > 0,
         )
         self.store = Store()
@@ -64,8 +66,8 @@ class Island:
         self.rate = 1.0 + cluster.rng.uniform(-1, 1) * scenario.clock_skew
         self.bodies: list[msg.MemberBody] = []
         self.orders: deque[msg.Evaluate | msg.Save | msg.Stop] = deque()
-        self.steps_done: deque[tuple[int, tuple[int, ...]]] = deque()
-        self.schedule = scenario.schedule(self.machine.round_steps)
+        self.steps_done = OpenSteps()
+        self.schedule = scenario.schedule(self.machine.round_steps, self.machine.changes_of)
         self.staged_chunks: dict[tuple[int, str], list[StateChunk]] = {}
         self.base_samples = 0
         self.deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -263,8 +265,8 @@ class Island:
                 fragment, self.staged_chunks.pop((fragment, state.staged.chain)), included=included, fresh=fresh
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
+            self._count_again()
             self.schedule.moved(fragment, self._anchor_progress())
-            self._moved(self.machine.log.commit(fragment, self.machine.fragments[fragment].n))
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
@@ -302,24 +304,20 @@ class Island:
             added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
             self.base_samples = max(self.base_samples, record.base_samples + added)
 
+    def _count_again(self) -> None:
+        self.base_samples = 0
+        for fragment, state in enumerate(self.machine.fragments):
+            self._moved(self.machine.log.commit(fragment, state.n))
+
     def _trim(self) -> None:
-        lowest = min(state.watermark for state in self.machine.fragments)
-        while self.steps_done and self.steps_done[0][0] <= lowest:
-            self.steps_done.popleft()
+        self.steps_done.committed(min(state.watermark for state in self.machine.fragments))
 
     def open_steps(self, fragment: int) -> int:
         """Inner steps that this fragment has not committed."""
-        watermark = self.machine.fragments[fragment].watermark
-        return sum(1 for end, _ in self.steps_done if end > watermark)
-
-    def _round(self) -> int:
-        return self.schedule.round_steps(self._anchor_progress())
+        return self.steps_done.beyond(self.machine.fragments[fragment].watermark)
 
     def _anchor_progress(self) -> float:
         return min(self.base_samples / self.cluster.scenario.plan.total_samples, 1.0)
-
-    def _bound(self) -> int:
-        return max(int(self.cluster.scenario.plan.exchange.bound_rounds * self._round()), 1)
 
     def _send_due(self) -> None:
         standstill = self._at_standstill()
@@ -344,7 +342,9 @@ class Island:
         return not (machine.leaving or used_up or self._at_bound())
 
     def _at_bound(self) -> bool:
-        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= self._bound()
+        longest = self.schedule.longest_round(self._anchor_progress())
+        bound = max(int(self.cluster.scenario.plan.exchange.bound_rounds * longest), 1)
+        return max(self.open_steps(f) for f in range(len(self.machine.fragments))) >= bound
 
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
@@ -359,7 +359,7 @@ class Island:
         for chunk, payload in enumerate(encoded):
             self.store.put(f"piece/{fragment}/{offer_id}", chunk, payload)
         since, upto = state.watermark, self.machine.consumed
-        born = next(versions[fragment] for end, versions in self.steps_done if end > since)
+        born = self.steps_done.born(fragment, since)
         offer = msg.Offer(
             fragment=fragment, base=state.version, seq=seq, born=born, since=since, upto=upto,
             ranges=ranges.cut(self.machine.leases, since, upto), num_steps=steps, weight=self.machine.info.weight,
@@ -403,6 +403,9 @@ class Island:
         if self.machine.leaving:
             self._wait("leaving")
             return
+        if self.machine.log.paused:
+            self._wait("paused")
+            return
         scenario = self.cluster.scenario
         pending = [f for f, state in enumerate(self.machine.fragments) if state.pending is not None]
         overdue = [f for f in pending if self.schedule.is_due(f) and not scenario.overlap]
@@ -438,7 +441,7 @@ class Island:
         self.replica.step(samples=bits_of(todo), bad=bad)
         self.schedule.total_steps += 1
         end = self.machine.consumed + ranges.count(todo)
-        self.steps_done.append((end, tuple(state.n for state in self.machine.fragments)))
+        self.steps_done.add(end, [state.n for state in self.machine.fragments])
         first = self.machine.consumed == 0
         self.machine.consumed_to(end, self.schedule.total_steps, self.step_s * self.rate)
         self.cluster.steps += 1

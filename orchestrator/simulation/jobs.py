@@ -58,7 +58,7 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
                 return None
             pieces.append((payload, entry.coefficient))
         try:
-            result = island.replica.reduce(fragment, chunk, pieces, island.device)
+            result = island.replica.reduce(fragment, chunk, pieces, island.device, c.assign.base.n)
         except BadPiece as error:
             offer = c.assign.roster[error.args[1]].offer
             return ev.PieceRejected(fragment=fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")

@@ -12,7 +12,11 @@ from orchestrator.coordinator import RunPlan
 from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
 from strategies.schedule import overlap_steps_at
+from workers.live_settings import with_changes
+from workers.records import Scalar
 from workers.send_schedule import SendSchedule
+
+Changes = tuple[tuple[str, Scalar], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,9 @@ class FaultRates:
     corrupt_anchor: float = 0.4
     wrong_digest: float = 0.6
     leave: float = 0.0  # not a fault: members that are asked to leave, and come back
+    change_settings: float = 0.0  # nor are these: what the user asks of a run
+    pause: float = 0.0
+    rollback: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,17 +76,27 @@ class Scenario:
     clock_skew: float = 0.1
     check_every: int = 100
 
-    def schedule(self, own_steps: Callable[[int], int]) -> SendSchedule:
-        """When a process of this run sends what; `own_steps`: its share of a round of so many steps."""
+    def schedule(self, own_steps: Callable[[int], int], values_of: Callable[[int], Changes]) -> SendSchedule:
+        """When a process of this run sends what.
+
+        Args:
+            own_steps: its share of a round of so many steps.
+            values_of: what was changed of the settings and holds for a fragment's next transition.
+        """
         plan, strategy = self.plan, self.plan.strategy
-        overlap = strategy.inner_steps if strategy.delay else strategy.overlap_steps
+
+        def overlap_at(fragment: int, progress: float) -> int:
+            now = with_changes(strategy, "strategy", values_of(fragment))
+            overlap = now.inner_steps if now.delay else now.overlap_steps
+            return overlap_steps_at(overlap, plan.inner_steps_at(progress, now), whole_round=now.delay > 0)
+
         return SendSchedule(
             num_fragments=len(self.num_chunks),
             staggered=strategy.name != "diloco",
-            inner_steps=lambda progress: own_steps(plan.inner_steps_at(progress)),
-            overlap_at=lambda progress: overlap_steps_at(
-                overlap, plan.inner_steps_at(progress), whole_round=strategy.delay > 0
+            inner_steps=lambda fragment, progress: own_steps(
+                plan.inner_steps_at(progress, with_changes(strategy, "strategy", values_of(fragment)))
             ),
+            overlap_at=overlap_at,
         )
 
 

@@ -95,7 +95,7 @@ def _bring_forward(
         payloads = yield from _results(island, fragment, record.chunk_digests, donors)
         if payloads is None:
             return None
-        state = island.replica.step_chunk(chunk, state, payloads, n=record.n, chain=record.chain)
+        state = island.replica.step_chunk(fragment, chunk, state, payloads, n=record.n, chain=record.chain)
     return state
 
 

@@ -8,12 +8,13 @@ algebra. Sets are integers used as bit sets; digests are short names, equal exac
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers import member_rules as rules
 from workers.ranges import Range
+from workers.records import Scalar
 
 
 class Violation(AssertionError):
@@ -127,6 +128,7 @@ class Replica:
     names: Names
     num_chunks: tuple[int, ...]
     feedback: bool
+    settings_at: Callable[[int, int], tuple[tuple[str, Scalar], ...]] = lambda fragment, n: ()
     sets_aside: bool = False
     parts: list[Part] = field(default_factory=list)
     wrong_once: int = 0
@@ -182,7 +184,9 @@ class Replica:
             if part.sent_d and part.held is None and not self.sets_aside:
                 part.held = part.d
 
-    def reduce(self, fragment: int, chunk: int, pieces: Sequence[tuple[Payload, float]], device: int) -> Payload:
+    def reduce(
+        self, fragment: int, chunk: int, pieces: Sequence[tuple[Payload, float]], device: int, n: int
+    ) -> Payload:
         """Result of one chunk from `(payload, coefficient)` in roster order; devices give different bits."""
         hi = lo = 0
         for place, (payload, _) in enumerate(pieces):
@@ -192,7 +196,9 @@ class Replica:
             must(not lo & payload.lo, 3, "two residuals of one roster overlap")
             hi |= payload.hi
             lo |= payload.lo
-        made_of = tuple((payload.digest, coefficient) for payload, coefficient in pieces)
+        made_of: tuple[Hashable, ...] = tuple((payload.digest, coefficient) for payload, coefficient in pieces)
+        if settings := self.settings_at(fragment, n):  # the codec of results
+            made_of = (*made_of, settings)
         return Payload(hi, lo, False, self.names.of(("result", fragment, chunk, made_of, device)))
 
     # ------------------------------------------------------------ the next version
@@ -200,7 +206,10 @@ class Replica:
     def next_digest(self, fragment: int, payloads: Sequence[Payload]) -> str:
         """Digest of the next version under a result; a device that computes wrongly once gives another."""
         part = self.parts[fragment]
-        trail = tuple(self.names.of((old, p.digest)) for old, p in zip(part.trail, payloads, strict=True))
+        settings = self.settings_at(fragment, part.n)
+        trail = tuple(
+            self.names.of(stepped(old, p.digest, settings)) for old, p in zip(part.trail, payloads, strict=True)
+        )
         if self.wrong_once:
             self.wrong_once -= 1
             return self.names.wrong(trail)
@@ -211,9 +220,10 @@ class Replica:
     ) -> None:
         """Move to version `n`; raises `StateTorn` if the new version is not the sealed one."""
         part = self.parts[fragment]
+        settings = self.settings_at(fragment, part.n)
         for chunk, payload in enumerate(payloads):
             part.hi[chunk], part.lo[chunk], part.trail[chunk] = absorb(
-                self.names, part.hi[chunk], part.lo[chunk], part.trail[chunk], payload
+                self.names, part.hi[chunk], part.lo[chunk], part.trail[chunk], payload, settings
             )
         part.n, part.chain = n, chain
         if included and not self.sets_aside:
@@ -238,10 +248,11 @@ class Replica:
         return StateChunk(part.n, part.chain, part.hi[chunk], part.lo[chunk], part.trail[chunk])
 
     def step_chunk(
-        self, chunk: int, state: StateChunk, payloads: Sequence[Payload], *, n: int, chain: str
+        self, fragment: int, chunk: int, state: StateChunk, payloads: Sequence[Payload], *, n: int, chain: str
     ) -> StateChunk:
         """Bring a fetched chunk from version n-1 to `n` with that version's result."""
-        hi, lo, trail = absorb(self.names, state.hi, state.lo, state.trail, payloads[chunk])
+        settings = self.settings_at(fragment, n - 1)
+        hi, lo, trail = absorb(self.names, state.hi, state.lo, state.trail, payloads[chunk], settings)
         return StateChunk(n, chain, hi, lo, trail)
 
     def digest_of_chunks(self, fragment: int, chunks: Sequence[StateChunk]) -> str:
@@ -272,12 +283,17 @@ class Replica:
         part.held = part.aside = None
 
 
-def absorb(names: Names, hi: int, lo: int, trail: str, payload: Payload) -> tuple[int, int, str]:
+def stepped(trail: str, digest: str, settings: Hashable) -> Hashable:
+    """What names a chunk of an anchor after a result, under the settings of the outer step."""
+    return (trail, digest, settings) if settings else (trail, digest)
+
+
+def absorb(names: Names, hi: int, lo: int, trail: str, payload: Payload, settings: Hashable) -> tuple[int, int, str]:
     """One chunk of an anchor after a result."""
     must(not hi & payload.hi, 4, "a sample is counted twice in an anchor")
     must(not lo & payload.lo, 6, "a residual is counted twice in an anchor")
     must(not payload.lo & ~hi, 6, "a residual of work that was never included arrives")
-    return hi | payload.hi, lo | payload.lo, names.of((trail, payload.digest))
+    return hi | payload.hi, lo | payload.lo, names.of(stepped(trail, payload.digest, settings))
 
 
 class Store:
@@ -324,6 +340,11 @@ class Snapshots:
 
     def __init__(self) -> None:
         self.kept: list[list[list[StateChunk]]] = []
+        self.pinned: list[list[list[StateChunk]]] = []
+
+    def pin(self, state: list[list[StateChunk]]) -> None:
+        """Keep what a rollback goes to, whatever is written meanwhile; the one before is kept no longer."""
+        self.pinned = [state]
 
     def write(self, replica: Replica) -> None:
         """One more, of a replica that holds every fragment."""
@@ -333,9 +354,15 @@ class Snapshots:
         ]
         self.kept = sorted([*self.kept, state], key=num_versions)[-self.KEPT :]
 
+    def set_aside(self, versions: Sequence[int]) -> None:
+        """The run went back to these versions: later ones are no part of its history."""
+        self.kept = [
+            state for state in self.kept if all(chunks[0].n <= n for chunks, n in zip(state, versions, strict=True))
+        ]
+
     def newest_on_path(self, log: Path) -> list[list[StateChunk]] | None:
         """The newest one whose versions all belong to a journal's history."""
-        for state in reversed(self.kept):
+        for state in sorted([*self.pinned, *self.kept], key=num_versions, reverse=True):
             if all(log.on_path(fragment, chunks[0].chain) for fragment, chunks in enumerate(state)):
                 return state
         return None

@@ -182,7 +182,7 @@ def test_actions_are_journalled_with_what_came_of_them(shown: Shown) -> None:
 
 
 def test_buttons_are_there_for_what_the_controller_can_do(shown: Shown) -> None:
-    assert {"drain", "kill", "stop"} <= set(shown.able)
+    assert {"drain", "kill", "stop", "pause", "resume", "save"} <= set(shown.able)
     assert shown.disabled == {name: name not in shown.able for name in ("pause", "resume", "save", "stop")}
 
 

@@ -34,6 +34,7 @@ RAY_IN_WORKERS: set[str] = set()
 SHELLS = {
     "orchestrator.actor_tools": {"ray"},
     "orchestrator.actors": {"ray"},
+    "orchestrator.keeper": {"ray"},
     "orchestrator.hands": {"ray"},
     "orchestrator.dashboard.actor": {"ray"},
     "orchestrator.island_actor": {"ray"},

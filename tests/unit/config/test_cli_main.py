@@ -230,9 +230,12 @@ def test_commands_hand_over_to_their_backends(backend: Callable[..., Calls], tmp
     ledger = backend("orchestrator.ledger", ledger_command=5)
     assert main(["ledger", str(path), "--json"]) == 5
     assert ledger == [("ledger_command", path, True)]
-    status = backend("orchestrator.status", status_command=0)
+    status = backend("orchestrator.status", status_command=0, read_status=None, Status=None)
     assert main(["status", str(path), "--watch"]) == 0
-    assert status == [("status_command", path, False, True)]
+    [(command, read, *options)] = status
+    assert (command, options) == ("status_command", [False, True])
+    read()
+    assert status[-1] == ("read_status", path)
     artifacts = backend("orchestrator.artifacts", export=None, sample="once upon")
     assert main(["export", str(path), "--out", "hf"]) == 0
     assert main(["sample", str(path), "--prompt", "def ", "--max-new-tokens", "5", "--seed", "2"]) == 0

@@ -16,11 +16,13 @@ from workers.records import (
     GenesisRecord,
     JoinRecord,
     LeaseRecord,
+    PauseRecord,
     Record,
     RevokeRecord,
+    RollbackRecord,
     RosterEntry,
     Row,
-    SettingsRecord,
+    SettingRecord,
     SettleRecord,
     SharesRecord,
     SnapshotRecord,
@@ -74,8 +76,20 @@ class Life:
 class Story:
     """Makes a legal journal by random steps; `records` is the journal, `fates()` the truth about every sample."""
 
-    def __init__(self, seed: int, *, num_fragments: int = 1, num_members: int = 3, revoke_dropped: bool = True) -> None:
-        """`revoke_dropped`: commits may be taken back although a member of the roster dropped that work since."""
+    def __init__(
+        self,
+        seed: int,
+        *,
+        num_fragments: int = 1,
+        num_members: int = 3,
+        revoke_dropped: bool = True,
+        operations: bool = False,
+    ) -> None:
+        """`revoke_dropped`: commits may be taken back although a member of the roster dropped that work since.
+
+        `operations`: there is a user who changes settings, pauses, and goes back to older versions.
+        """
+        self.operations = operations
         self.rng = random.Random(seed)
         self.num_fragments = num_fragments
         self.revoke_dropped = revoke_dropped
@@ -129,6 +143,8 @@ class Story:
         self.records.append(GenesisRecord(maker="island-0.1", digests=digests, num_params=100))
         steps = [self.lease] * 6 + [self.commit] * 8 + [self.fence, self.settle, self.settle, self.revoke, self.drop]
         steps += [self.come_back] * 2 + [self.observe, self.term]
+        if self.operations:
+            steps += [self.operate, self.roll_back]
         while len(self.records) < num_records:
             self.rng.choice(steps)()
         return self
@@ -291,6 +307,30 @@ class Story:
                 elif not left:
                     self.free.add(sample)
 
+    def operate(self) -> None:
+        since = tuple(len(past) + 1 for past in self.commits)
+        self.records.append(SettingRecord(key="strategy.outer_lr", value=self.rng.random(), since=since))
+        self.records.append(PauseRecord(paused=self.rng.random() < 0.5, why="somebody asked"))
+
+    def roll_back(self) -> None:
+        """Everybody is ended and settled, then every fragment goes back by some versions."""
+        if not any(self.commits):
+            return
+        for life in self.live():
+            self.end(life, refused=False)
+        while any(not life.settled for life in self.lives):
+            self.settle()
+        versions = tuple(self.rng.randint(max(len(past) - 3, 0), len(past)) for past in self.commits)
+        chains = tuple(past[n - 1].chain if n else "genesis" for past, n in zip(self.commits, versions, strict=True))
+        self.records.append(RollbackRecord(name=f"v{max(versions)}", versions=versions, chains=chains))
+        counted = set().union(*self.committed)
+        for fragment, n in enumerate(versions):
+            for commit in self.commits[fragment][n:]:
+                for entry in commit.roster:
+                    self.committed[fragment] -= set(self.life(entry).leases[entry.since : entry.upto])
+            del self.commits[fragment][n:]
+        self.free |= counted - set().union(*self.committed)
+
     def life(self, entry: RosterEntry) -> Life:
         return next(x for x in self.lives if (x.name, x.incarnation) == (entry.member, entry.incarnation))
 
@@ -305,6 +345,5 @@ class Story:
             EvaluationRecord(member="island-0.1", versions=versions, samples=self.most_full, val_loss=1.5),
             SnapshotRecord(name=f"v{len(self.records)}", versions=versions),
             FaultRecord(fault="suspect", member="island-0", injected=False, t_s=1.25),
-            SettingsRecord(values={"exchange.grace_s": 0.5, "exchange.min_members": 2}),
             self.shares(),
         ]

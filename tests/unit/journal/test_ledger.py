@@ -43,6 +43,20 @@ def test_a_legal_journal_has_no_findings_and_each_sample_its_true_fate(seed: int
     assert ledger.heads == tuple(len(commits) for commits in story.commits)
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), num_fragments=st.integers(1, 3))
+def test_a_rollback_leaves_every_sample_with_one_fate(seed: int, num_fragments: int) -> None:
+    story = Story(seed, num_fragments=num_fragments, revoke_dropped=num_fragments == 1, operations=True).run(120)
+    ledger, state = recompute(chain_rows(story.records)), RunState()
+    for record in story.records:
+        state.apply(record)
+    assert [str(finding) for finding in ledger.findings] == []
+    assert fates_of(ledger) == story.fates()
+    assert (state.samples_committed(), state.lost) == (ledger.samples()["full"], ledger.num_lost)
+    assert (ranges.union(state.free, ()), state.dropped) == (ledger.free, ledger.dropped)
+    assert state.partial == ranges.union((span for _, part in ledger.partial for span in part), ())
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32), num_fragments=st.integers(1, 3))
 def test_every_partial_and_dropped_sample_is_named(seed: int, num_fragments: int) -> None:

@@ -38,7 +38,7 @@ OPERATOR = OperatorRecord(action="drain", member="island-1", by="dashboard, 127.
 ROWS = [
     *chain_rows(
         [
-            *Story(1, num_fragments=2).run(150).records,
+            *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
             StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode'),
         ]

@@ -9,7 +9,7 @@ from mate import Mate, entry, member_id, offer_id
 from workers import member_events as ev
 from workers import messages as msg
 from workers.record_log import GENESIS_CHAIN
-from workers.records import DropRecord, FenceRecord, GenesisRecord, JoinRecord, RevokeRecord, Term
+from workers.records import DropRecord, FenceRecord, GenesisRecord, JoinRecord, RevokeRecord, RollbackRecord, Term
 
 # ---------------------------------------------------------------- what counts
 
@@ -435,3 +435,18 @@ def test_a_version_0_that_was_made_here_is_none_before_the_journal_has_it() -> N
     assert not mate.machine.holds_all()
     mate.happen(ev.Delivered(batch=late))
     assert mate.machine.holds_all()
+
+
+def test_after_a_rollback_no_state_counts_that_is_held_even_one_that_is_older() -> None:
+    mate = Mate().start()
+    mate.machine.consumed = 0
+    chain = mate.machine.fragments[0].chain
+    assert mate.machine.fragments[0].n == 0 and mate.machine.log.on_path(0, chain)
+    versions = tuple(0 for _ in mate.machine.fragments)
+    mate.record(RollbackRecord(name="v0", versions=versions, chains=tuple(GENESIS_CHAIN for _ in versions)))
+    mate.tell()
+    assert [state.n for state in mate.machine.fragments] == [-1 for _ in versions]
+    assert not mate.machine.holds_all() and not mate.machine.reset_wanted
+    mate.commands.clear()
+    mate.tell(msg.Restore())
+    assert any(isinstance(command, ev.LoadState) for command in mate.commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,12 @@ from workers.send_schedule import SendSchedule
 
 
 def make(num: int, steps: Callable[[float], int], overlap: int = 0, *, staggered: bool = True) -> SendSchedule:
-    return SendSchedule(num_fragments=num, staggered=staggered, inner_steps=steps, overlap_at=lambda progress: overlap)
+    return SendSchedule(
+        num_fragments=num,
+        staggered=staggered,
+        inner_steps=lambda fragment, progress: steps(progress),
+        overlap_at=lambda fragment, progress: overlap,
+    )
 
 
 def sends(schedule: SendSchedule, num_steps: int, overlap: int, progress: float = 0.0) -> list[tuple[int, int]]:
@@ -98,3 +104,36 @@ def test_a_reset_begins_everything_now(joined_at: int) -> None:
     schedule.total_steps = joined_at
     schedule.restart()
     assert schedule.marks == [joined_at, joined_at]
+
+
+@given(
+    num=st.integers(2, 5), before=st.integers(1, 4), after=st.integers(1, 6), moved=st.integers(0, 4), data=st.data()
+)
+def test_fragments_are_at_even_distances_again_after_the_period_was_changed(
+    num: int, before: int, after: int, moved: int, data: st.DataObject
+) -> None:
+    """It is set after some fragments of a round were sent: those change a round later, in the order of sends."""
+    old, new, moved = num * before, num * after, min(moved, num - 1)
+    overlap = data.draw(st.integers(0, min(old, new, before) - 1))
+    versions = [0] * num
+    since = [3 if fragment < moved else 2 for fragment in range(num)]
+
+    class Counting(SendSchedule):
+        def moved(self, fragment: int, progress: float, *, included: bool = False) -> None:
+            versions[fragment] += 1
+            super().moved(fragment, progress, included=included)
+
+    schedule = Counting(
+        num_fragments=num,
+        staggered=True,
+        inner_steps=lambda fragment, progress: new if versions[fragment] >= since[fragment] else old,
+        overlap_at=lambda fragment, progress: overlap,
+    )
+    found = sends(schedule, 4 * old + 4 * new, overlap)
+    last = found[-2 * num :]
+    assert [fragment for _, fragment in last[:num]] == [fragment for _, fragment in last[num:]]
+    assert {later[0] - earlier[0] for earlier, later in pairwise(last)} == {after}
+    for fragment in range(num):
+        steps = [step for step, sent in found if sent == fragment]
+        gaps = [later - earlier for earlier, later in pairwise(steps)]
+        assert all(min(old, new) <= gap <= max(old, new) for gap in gaps), gaps

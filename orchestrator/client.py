@@ -1,0 +1,149 @@
+"""Reaching the runs that go on somewhere: by a run directory, a Ray address, or the join string of a cluster.
+
+With a directory or an address this process becomes a driver of that Ray; with a join string it asks the cluster's door,
+and needs neither Ray nor a place in the cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from orchestrator.cluster.door_client import call
+from orchestrator.cluster.join_string import SCHEME, JoinString, parse
+from orchestrator.cluster.state import AUTO, find_cluster
+from orchestrator.cluster.tokens import read_place
+from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.rundir import LATEST, RUNS, RunDir, open_run_dir, read_json
+
+
+class Runs(Protocol):
+    """Where requests go; see `orchestrator.operate`."""
+
+    def ask(self, what: str, run: str | None = None, **args: Any) -> Any:
+        """The answer. Raises UserError, ClusterUnreachable."""
+        ...
+
+
+class DoorRuns:
+    """Through the door of a cluster."""
+
+    def __init__(self, place: JoinString) -> None:
+        self._place = place
+
+    def ask(self, what: str, run: str | None = None, **args: Any) -> Any:
+        """See `Runs.ask`."""
+        return unpack(call(self._place, {"do": what, "run": run, "args": args}))
+
+
+class RayRuns:
+    """Over the Ray that this process is connected to. `run`: the one that is meant where none is named."""
+
+    def __init__(self, run: str | None = None) -> None:
+        self._run = run
+
+    def ask(self, what: str, run: str | None = None, **args: Any) -> Any:
+        """See `Runs.ask`."""
+        from orchestrator.operate import answer
+
+        return answer({"do": what, "run": run or (None if what == "runs" else self._run), "args": args})
+
+
+def unpack(reply: Mapping[str, Any]) -> Any:
+    """What is in an answer; an error in it is raised."""
+    if "error" in reply:
+        error = reply["error"]
+        kind = ClusterUnreachable if error.get("code") == ClusterUnreachable.exit_code else UserError
+        raise kind(str(error["message"]), place=error.get("place"), remedy=error.get("remedy"))
+    return reply["ok"]
+
+
+@contextmanager
+def connect(target: str | None, token_file: Path | None = None) -> Iterator[Runs]:
+    """Reach the runs at a target; None: the newest run directory here if it is on a cluster, else this machine's.
+
+    Raises:
+        UserError: the target is none, or its run does not go on.
+        ClusterUnreachable: nobody answers there.
+    """
+    if target is not None and target.startswith(SCHEME):
+        yield DoorRuns(parse(target))
+        return
+    if token_file is not None and target is not None:
+        yield DoorRuns(read_place(target, token_file, os.environ))
+        return
+    directory = directory_of(target)
+    if target is None and directory is not None and directory.state() != "running":
+        directory = None  # the newest one here is over: what goes on is elsewhere
+    if directory is None:
+        with _driver(target or AUTO, None, local=False):
+            yield RayRuns()
+        return
+    where = read_json(directory.cluster_file)
+    if not where or directory.state() != "running":
+        raise UserError(
+            f"the run in {directory.path} does not go on: it is {directory.state()}",
+            remedy=f"atoll train --resume {directory.path}, or name a cluster",
+        )
+    with _driver(str(where["address"]), str(where["node_ip"]), local=bool(where["local"])):
+        yield RayRuns(str(where["run"]))
+
+
+def directory_of(target: str | None) -> RunDir | None:
+    """The run directory that is meant, if one is; without a target the newest one here, if there is any."""
+    if target is None:
+        return open_run_dir() if (RUNS / LATEST).exists() else None
+    if target.startswith(SCHEME):
+        return None
+    path = Path(target)
+    if path.is_dir() or (RUNS / target).is_dir():
+        return open_run_dir(path)
+    if target == AUTO or ":" in target:
+        return None
+    raise UserError(
+        f"{target!r} is no run directory, no address and no join string",
+        remedy="a folder in runs/, HOST:PORT of Ray, or what atoll up printed",
+    )
+
+
+@contextmanager
+def _driver(address: str, node_ip: str | None, *, local: bool) -> Iterator[None]:
+    """Connect to a Ray, unless this process is connected to one."""
+    from orchestrator.launch import LOOPBACK_ONLY, RAY_ENVIRONMENT, enter_cluster, no_answer
+
+    known = None
+    if local or (node_ip is not None and find_cluster(address) is None):
+        os.environ.update({**RAY_ENVIRONMENT, LOOPBACK_ONLY: "0"})
+        host, _, port = address.rpartition(":")
+        enter_cluster(f"{host}:{port}", known=False)
+    else:
+        known = enter_cluster(address)
+    import ray
+
+    from orchestrator.processes import NAMESPACE
+
+    if ray.is_initialized():
+        yield
+        return
+    if known is not None:
+        address, node_ip = known.gcs_address, known.node_ip
+    options: dict[str, Any] = {"_node_ip_address": node_ip} if node_ip else {}
+    try:
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=False,
+            **options,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise no_answer(address, str(error)) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

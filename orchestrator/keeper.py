@@ -1,0 +1,91 @@
+"""What the controller's actor keeps for people: the run's directory, its islands' logs and stacks, notifications."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.actor_tools import through_cuts
+from orchestrator.alarms import Alarms
+from orchestrator.controls import Controls
+from orchestrator.errors import UserError
+from orchestrator.log_shipping import EVERY_S, LogCopy
+from orchestrator.notify import Notifier
+from orchestrator.rundir import RunDirInUse
+from workers.stack import add_stack, dump_stack
+
+log = logging.getLogger("atoll.controller")
+
+
+class Keeper(Controls):
+    """Mixed into the controller's actor, whose processes it looks after."""
+
+    handles: dict[str, ActorHandle[Any]]
+    nonce_of: dict[str, str]
+    place_of: dict[str, str]
+    log_of: dict[str, Path]  # nonce -> log, of the processes that this life started
+    pids: dict[str, int]
+    own: ExitStack
+
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something beside the rest."""
+        raise NotImplementedError
+
+    async def _look_after(self, name: str, nonce: str, handle: ActorHandle[Any], node: str) -> None:
+        """A process has begun: its id is kept, for when it hangs, and its log is copied where that is needed."""
+        self.pids[nonce] = await through_cuts(handle.pid.remote, node, name)
+        if nonce in self.log_of:
+            self._task(self._collect_log(nonce, handle))
+
+    def _own_directory(self) -> None:
+        """From now on the directory says that the run goes on, whatever becomes of who started it."""
+        try:
+            self.own.enter_context(self.host.run_dir.lock(self.host.run_dir.controller_lock))
+        except RunDirInUse as error:  # the life before is not quite gone; the journal's segments decide who writes
+            log.warning("%s", error)
+        config = self.config.notify
+        if config.command is None:
+            return
+        notifier = Notifier(config, {"run": self.run_id, "run_dir": str(self.run_dir)})
+        num_islands = len(self.host.plan.islands) if not self.config.run.elastic else 0
+        self.host.alarms, self.host.tell = Alarms(config, num_islands=num_islands), notifier.tell
+        notifier.start()
+        self.own.callback(notifier.close, config.timeout_s)
+
+    async def _collect_log(self, nonce: str, handle: ActorHandle[Any]) -> None:
+        """Where an island's machine does not share the run's directory, its log is copied here as it grows."""
+        copy = LogCopy(path=self.log_of.pop(nonce), read=handle.read_log.remote)
+        probe = copy.path.with_name(f".probe-{nonce}")
+        with suppress(RayActorError, RayTaskError):
+            await handle.has_log_at.remote(str(probe))
+            if probe.exists():
+                probe.unlink()
+                return
+            log.info("the logs of %s are copied from its machine", copy.path.stem)
+            while nonce in self.handles:
+                await copy.grow()
+                await asyncio.sleep(EVERY_S)
+
+    async def stack(self, member: str) -> dict[str, Any]:
+        """What every thread of an island does at this moment; kept in the run's logs. Also of one that hangs."""
+        await self._ready()
+        name = member.partition(".")[0]
+        nonce = self.nonce_of.get(name)
+        if nonce is None or nonce not in self.pids or name not in self.place_of:
+            known = ", ".join(sorted(self.nonce_of)) or "none"
+            raise UserError(f"no process of {member!r} runs", remedy=f"one of these: {known}")
+        where = NodeAffinitySchedulingStrategy(self.place_of[name], soft=False)
+        dump = ray.remote(dump_stack).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+        text = str(await dump.remote(self.pids[nonce]))
+        current = self.host.coordinator.state.current.get(name)
+        file = add_stack(self.run_dir / "logs", str(current) if current is not None else name, text)
+        return {"run": self.run_id, "member": str(current or name), "text": text, "file": str(file)}
