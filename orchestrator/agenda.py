@@ -14,6 +14,7 @@ from workers.records import EvaluationRecord, MemberId, Row, SnapshotRecord, Sto
 class Agenda(Desk):
     """Things to do in rotation, and when the run is over."""
 
+    final_attempts = 3
     ask_again_s = 60.0  # a request that was not answered is made again
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -26,6 +27,7 @@ class Agenda(Desk):
         self.save_asked: tuple[MemberId, str, float] | None = None
         self.last_save_s = now
         self.final_saved = False
+        self.final_failures = 0
         self.saved_versions: tuple[int, ...] = ()
         self.stopping: ev.StopRequested | None = None
         self.begun_stop_s = now
@@ -89,6 +91,14 @@ class Agenda(Desk):
         if body.name == "final" and body.versions == tuple(h.version.n for h in self.state.heads):
             self.final_saved = True
         self._finish_if_done()
+
+    def _save_failed(self, member: MemberId, detail: str) -> None:
+        """It is asked again in a while; a run that is done and cannot keep what it made has failed."""
+        self._say(f"{member} could not write a snapshot: {detail}", member=member.name, level="warning")
+        if self.done():
+            self.final_failures += 1
+            if self.final_failures >= self.final_attempts:
+                self._end("failed", f"the last snapshot cannot be written: {detail}")
 
     # ------------------------------------------------------------ the end
 

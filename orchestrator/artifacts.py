@@ -26,15 +26,30 @@ def _load(run_dir: Path) -> RunConfig:
 def _snapshot(run_dir: Path, name: str | None) -> Path:
     from workers.saved import newest
 
-    folder = RunDir(run_dir).snapshots
-    found = folder / name if name is not None else newest(folder)
+    folder, uri = RunDir(run_dir).snapshots, _load(run_dir).run.snapshots
+    if uri is not None:
+        found = _from_store(uri, run_dir.resolve().name, name, folder)
+    else:
+        found = folder / name if name is not None else newest(folder)
     if found is None or not found.exists():
         raise UserError(
             f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of the model yet",
-            place=str(folder),
+            place=str(folder) if uri is None else uri,
             remedy="wait for the first one (run.snapshot_every_s), or for the end of the run",
         )
     return found
+
+
+def _from_store(uri: str, run_id: str, name: str | None, folder: Path) -> Path | None:
+    """A copy of a snapshot that is kept elsewhere."""
+    from workers.snapshot import FETCHED
+    from workers.snapshot_store import open_store
+
+    store = open_store(uri, run_id)
+    for found, manifest in store.complete():
+        if name in (None, found):
+            return store.fetch(found, manifest, folder / FETCHED)
+    return None
 
 
 def _reader(config: RunConfig, what: str) -> PackReader:

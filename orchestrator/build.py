@@ -121,4 +121,5 @@ def island_spec(
         link_bytes_per_s=config.exchange.link_bytes_per_s,
         resume=resume,
         keep_anchors=config.run.keep_anchors,
+        snapshots=config.run.snapshots,
     )

@@ -177,6 +177,8 @@ class Coordinator(Operations):
                 self._fault(body.fault, member.name, body.detail, injected=False)
                 if body.fault == "no_state":
                     self.without_snapshot[member.name] = body.detail
+                elif body.fault == msg.SNAPSHOT_FAILED:
+                    self._save_failed(member, body.detail)
                 elif body.fault == "unverified_state":
                     self._verify_all()
             case _:

@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from faults.chaos import Chaos
 from faults.plan import PlannedFault
+from orchestrator.cluster.state import state_root
 from orchestrator.host import Handed
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name
@@ -53,6 +54,7 @@ class IslandActor:
         self.ended = threading.Event()
         self.failure: BaseException | None = None
         self.context: IslandContext | None = None
+        self.chaos: Chaos | None = None
         self.standby: Standby | None = None
         self.place: tuple[IslandSpec, str] | None = None
         self.waits = False
@@ -63,7 +65,7 @@ class IslandActor:
         """Wait for a place (`workers/standby.py`); returns the id of this process's node."""
         self.waits = True
         node = str(ray.get_runtime_context().get_node_id())
-        log_to(Path(self.log_file))
+        self._settle_in()
         allow_dumps()
         island_log.info("%s is process %d, and waits", self.spec.name, os.getpid())
         with _logged("the standby did not start"):
@@ -82,7 +84,7 @@ class IslandActor:
                 self.standby.wait()
                 assert self.place is not None
                 self.spec, self.log_file = self.place
-                log_to(Path(self.log_file))
+                self._settle_in()
                 island_log.info("%s is process %d, which waited as %s", self.spec.name, os.getpid(), context.spec.name)
                 mine = replace(context, spec=self.spec)
                 self._take(mine)
@@ -103,7 +105,7 @@ class IslandActor:
     @ray.method(concurrency_group="watch")
     def save_stack(self, path: str) -> None:
         """Write down where the threads of this process are: it hangs in something, and is going to be ended."""
-        write_stack(Path(path))
+        write_stack(self.spec.run_dir / "logs" / Path(path).name)
 
     @ray.method(concurrency_group="control")
     def begin(self) -> str:
@@ -111,12 +113,18 @@ class IslandActor:
         node = str(ray.get_runtime_context().get_node_id())
         if self.context is not None or self.place is not None:
             return node
-        log_to(Path(self.log_file))
+        self._settle_in()
         allow_dumps()
         island_log.info("%s is process %d on %s", self.spec.name, os.getpid(), platform.node())
         with _logged("the island did not start"):
             self._start(node)
         return node
+
+    def _settle_in(self) -> None:
+        """Logs and local state go into the run directory where this machine sees it, else into a folder of its own."""
+        mine = own_run_dir(self.spec.run_dir)
+        self.spec = replace(self.spec, run_dir=mine)
+        log_to(mine / "logs" / Path(self.log_file).name)
 
     def _start(self, node: str) -> None:
         context = self._make_context(node)
@@ -242,6 +250,11 @@ def _islands_here(node: str, num_islands: int) -> int:
 
 def _post(controller: ActorHandle, envelope: Envelope) -> None:
     controller.receive.remote(envelope)
+
+
+def own_run_dir(run_dir: Path) -> Path:
+    """The run directory as this machine has it: the controller's where it is there, else one of this machine's own."""
+    return run_dir if run_dir.is_dir() else state_root() / "runs" / run_dir.name
 
 
 def log_to(path: Path) -> None:

@@ -68,12 +68,12 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     """Run to the end (or to Ctrl-C) and write the report; the caller holds the directory's lock."""
     config = prepared.config
     for note in prepared.notes:
-        print(f"note: {note}", file=sys.stderr)
+        _say(note)
     _, warning = resolve_backend(config.codec.backend)
     if warning is not None and config.codec.name not in ("fp32", "bf16"):
         print(f"warning: {warning}", file=sys.stderr)
     if resume and config.run.address is None:  # elsewhere the run may be going on, see `RaySession.start`
-        check_resumable(RunDir(run_dir))
+        _say(check_resumable(RunDir(run_dir), snapshots=config.run.snapshots))
     RunDir(run_dir).record(config.to_toml())
     with RaySession(config) as session:
         summary = session.run(run_dir.resolve(), prepared.pack, prepared.faults, resume=resume, quiet=quiet)
@@ -82,6 +82,11 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
 
         build_report(run_dir)
     return summary
+
+
+def _say(note: str) -> None:
+    if note:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def python_path() -> list[str]:
@@ -224,7 +229,10 @@ class RaySession:
             self.controller = alive
             return alive
         if resume:
-            check_resumable(RunDir(run_dir))
+            elsewhere = self.config.run.address is not None
+            found = check_resumable(RunDir(run_dir), snapshots=self.config.run.snapshots, elsewhere=elsewhere)
+            if elsewhere:  # else it was said before Ray was started
+                _say(found)
         self._say_where(run_dir)
         self.controller = ControllerActor.options(  # type: ignore[attr-defined]
             name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached", resources=this_machine()

@@ -61,6 +61,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
     _check_functions(config)
     _check_devices(config, names)
     check_installed(config.metrics)
+    _check_snapshots(config)
     pack = pack_path(config)
     if pack is not None:
         notes += _verify(pack)
@@ -78,6 +79,14 @@ def _verify(pack: Path) -> tuple[str, ...]:
         return (f"{pack} has {num_bytes / 1e9:.1f} GB and is not read whole now: `atoll data verify {pack}` does that",)
     reader.verify()
     return ()
+
+
+def _check_snapshots(config: RunConfig) -> None:
+    """Whether anybody answers where snapshots shall be kept; raises SnapshotError."""
+    if config.run.snapshots is not None:
+        from workers.snapshot_store import open_store
+
+        open_store(config.run.snapshots, config.run.name).complete()
 
 
 def _import_from_here() -> None:

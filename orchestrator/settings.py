@@ -39,6 +39,12 @@ class RunSection(Section):
         default_factory=dict,
         description="Islands only on machines with these labels (atoll join --label); for a cluster.",
     )
+    snapshots: str | None = Field(
+        None,
+        min_length=1,
+        description="Where snapshots are kept: a URI that pyarrow.fs knows (s3, gs, file, ...), below which each run "
+        "has a folder; none = the run directory.",
+    )
     replace: bool = Field(True, description="Replace an island whose process died.")
     fault_plan: str | None = Field(
         None, min_length=1, description="TOML file of faults to cause in this run ([[fault]] tables); none = no faults."

@@ -49,6 +49,7 @@ class IslandSpec:
     link_bytes_per_s: float | None = None
     resume: bool = False
     keep_anchors: int = 8
+    snapshots: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)

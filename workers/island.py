@@ -61,7 +61,9 @@ from workers.samples import (
 )
 from workers.saved import read_meta
 from workers.schedule import agreed_rate
-from workers.snapshot import write_snapshot
+from workers.snapshot import SnapshotPlace
+from workers.snapshot_store import open_store
+from workers.snapshot_writer import SnapshotWriter
 from workers.sync_settings import SyncSettings
 from workers.timeline import WAITING_IN, Timeline
 
@@ -69,6 +71,7 @@ log = logging.getLogger("atoll.island")
 
 ROW_EVERY_S = 0.2
 LAST_COMMIT_S = 10.0
+LAST_SNAPSHOT_S = 45.0  # less than what the controller waits for local states
 STEP_MISSING = "island.step(loss) must be called once for each batch, after optimizer.step(); it was not called"
 STEP_TWICE = "island.step(loss) was called without a new batch: call it once for each batch of island.batches()"
 
@@ -147,6 +150,13 @@ class Island:
             raise LoopError("a run's process makes one island: use one `with atoll.Island(...)` for the whole loop")
         self.guard.warn()
         self.sync = self._build_sync()
+        self.writer = SnapshotWriter(
+            self._place.outbox(self.spec.name),
+            say=self.sync.say,
+            keep=self.spec.keep_anchors,
+            store=self._place.store,
+            threaded=self.context.executor is not None,
+        )
         meta = read_meta(self._local_dir()) if self.spec.resume else None
         if meta is not None and meta["run_id"] == self.spec.run_id:
             load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer)
@@ -167,6 +177,7 @@ class Island:
         """Leave the run: the control thread ends; the transport goes on serving until the process ends it."""
         if self.sync is not None:
             self.sync.close()
+            self.writer.close()
 
     @cached_property
     def source(self) -> SampleSource:
@@ -224,7 +235,7 @@ class Island:
             clock=context.clock,
             settings=settings,
             executor=context.executor,
-            snapshots=spec.run_dir / "snapshots",
+            snapshots=self._place,
             on_reset=self._forget_moments,
         )
 
@@ -232,6 +243,13 @@ class Island:
         """After a reset the inner optimizer starts afresh: its moments belong to work that was dropped (H4)."""
         for part in getattr(self.optimizer, "optimizers", (self.optimizer,)):
             part.state.clear()
+
+    @cached_property
+    def _place(self) -> SnapshotPlace:
+        """Where snapshots are."""
+        uri = self.spec.snapshots
+        store = open_store(uri, self.spec.run_id) if uri is not None else None
+        return SnapshotPlace(folder=self.spec.run_dir / "snapshots", store=store)
 
     def _local_dir(self) -> Path:
         return self.spec.run_dir / "snapshots" / "local" / self.spec.name
@@ -303,11 +321,7 @@ class Island:
                     self.timeline.enter("evaluate")
                     self.sync.say(self._evaluate(action.samples))
                 case SaveNow(order=order):
-                    named = None if order.name.startswith("v") else order.name  # by what is in it
-                    name, versions = write_snapshot(
-                        self.spec.run_dir / "snapshots", named, self.sync.replica, keep=self.spec.keep_anchors
-                    )
-                    self.sync.say(msg.Saved(name=name, versions=versions, local=False))
+                    self.writer.order(order.name, self.sync.replica)
                 case Finished(save=save):
                     self._finish(save, blocking=blocking)
                     return None
@@ -322,6 +336,8 @@ class Island:
         for row in self.timeline.take():
             self.sync.observe(*row)
         if save:
+            if not self.writer.finish(LAST_SNAPSHOT_S):
+                log.warning("the last snapshot is not written after %g s", LAST_SNAPSHOT_S)
             save_local(self._local_dir(), self.sync, self.model, self.optimizer)
             versions = tuple(part.n for part in self.sync.replica.parts)
             self.sync.say(msg.Saved(name=self.spec.name, versions=versions, local=True))

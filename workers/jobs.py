@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -21,7 +20,7 @@ from workers.record_log import RecordLog
 from workers.records import OfferId
 from workers.replica import BadPiece, Replica, StateChunk, as_bytes
 from workers.saved import SnapshotError
-from workers.snapshot import load_chunks, newest_on_path
+from workers.snapshot import SnapshotPlace, load_chunks, newest_on_path
 from workers.state_fetch import UnverifiedState, fetch_state
 from workers.store import BlobStore, StoredBlob
 from workers.transport.base import Transport
@@ -93,12 +92,12 @@ class Jobs:
         lock: threading.RLock | threading.Condition,
         timeout_s: float,
         threaded: bool,
-        snapshots: Path | None = None,
+        snapshots: SnapshotPlace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`log`: the member's present copy of the journal, read under `lock`; `threaded`: whether a fetch may wait.
 
-        `snapshots`: the folder of the run's durable snapshots.
+        `snapshots`: where the run's durable snapshots are.
         """
         self.replica, self.store, self.transport = replica, store, transport
         self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
@@ -225,7 +224,7 @@ class Jobs:
 
     def _load_state(self, fragment: int) -> list[StateChunk]:
         if self.snapshots is None:
-            raise SnapshotError("this process has no folder of snapshots")
+            raise SnapshotError("this process knows no place of snapshots")
         with self.lock:
             log = self.log()
             path = newest_on_path(self.snapshots, log)

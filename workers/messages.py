@@ -220,6 +220,10 @@ class Observed:
     rows: tuple[tuple[float, dict[str, object]], ...]
 
 
+SNAPSHOT_FAILED = "snapshot_failed"
+"""A `FaultSeen`: a member could not write the snapshot that it was asked for."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultSeen:
     """A member noticed a fault (corrupt anchor, diverged state, unreachable peer)."""

@@ -7,6 +7,7 @@ written last and names the digests of the files beside it: a folder without it i
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,32 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         raise SnapshotError(f"{path} is no complete snapshot: it has no {MANIFEST}; use another one of the run")
+    return parse_manifest(file.read_bytes(), str(file))
+
+
+def parse_manifest(text: bytes, place: str) -> dict[str, Any]:
+    """The manifest that was read at `place`. Raises SnapshotError."""
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(text)
     except ValueError as error:
-        raise SnapshotError(f"{file} cannot be read ({error}); remove its folder to use the one before it") from error
+        raise SnapshotError(f"{place} cannot be read ({error}); remove its folder to use the one before it") from error
     if not isinstance(manifest, dict) or not {"versions", "chains", "digests", "files"} <= set(manifest):
-        raise SnapshotError(f"{file} is no manifest; remove its folder to use the snapshot before it")
+        raise SnapshotError(f"{place} is no manifest; remove its folder to use the snapshot before it")
     return manifest
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """The names of the form `v<n>`, oldest first: those that are kept for a while only."""
+    return sorted((name for name in names if name[:1] == "v" and name[1:].isdigit()), key=lambda name: int(name[1:]))
 
 
 def complete_snapshots(folder: Path) -> list[Path]:
     """The snapshots that have a manifest, newest first. Raises SnapshotError for one that cannot be read."""
-    found = [path for path in folder.iterdir() if (path / MANIFEST).is_file()] if folder.is_dir() else []
+    found = (
+        [path for path in folder.iterdir() if path.name[0] != "." and (path / MANIFEST).is_file()]
+        if folder.is_dir()
+        else []
+    )
     return sorted(found, key=lambda path: sum(read_manifest(path)["versions"]), reverse=True)
 
 

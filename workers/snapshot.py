@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +21,102 @@ from torch import Tensor
 from strategies.fragments import FragmentSpec, gather
 from workers.record_log import RecordLog
 from workers.replica import Replica, StateChunk
-from workers.saved import MANIFEST, SNAPSHOT_FILES, complete_snapshots, read_manifest, snapshot_file
+from workers.saved import MANIFEST, SNAPSHOT_FILES, complete_snapshots, numbered, read_manifest, snapshot_file
+from workers.snapshot_store import SnapshotStore
 from workers.tensor_file import save_tensors
 
 KEEP = 8
+FETCHED, OUTBOX, STAGED = ".fetched", ".outbox", ".staged"
 
 
-def write_snapshot(
-    folder: Path, name: str | None, replica: Replica, *, keep: int = KEEP
-) -> tuple[str, tuple[int, ...]]:
-    """Write the present anchor as `folder/name`, None: `v<n>`; returns the name and the versions that are in it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Staged:
+    """A copy of the anchor and its outer states at one moment, in files that are not flushed and have no name yet."""
 
-    Of the numbered snapshots the `keep` that were written last stay.
-    A kill at any moment leaves the old folder of that name or the new one.
+    folder: Path
+    files: Mapping[str, str]
+    versions: tuple[int, ...]
+    chains: tuple[str, ...]
+    digests: tuple[str, ...]
+
+
+def stage(replica: Replica, folder: Path) -> Staged:
+    """Copy what a snapshot is made of; on the training thread, which alone moves anchors.
+
+    Into the system's cache of the disk and not into memory of its own: an island has no room for a second anchor, and
+    the disk is not waited for.
     """
-    with replica.lock:  # the training thread writes, and it alone moves anchors: nothing needs to be copied
-        tensors = {f"anchor/{key}": value for key, value in replica.anchor_tensors().items()}
+    with replica.lock:
+        anchor = {f"anchor/{key}": value for key, value in replica.anchor_tensors().items()}
         states = {
             f"state/{f}/{place}": state
             for f, part in enumerate(replica.parts)
             for place, state in enumerate(part.states)
         }
         versions = tuple(part.n for part in replica.parts)
-        chains = [part.chain for part in replica.parts]
-        digests = [replica.digest(f) for f in range(len(replica.parts))]
-    name = name if name is not None else f"v{max(versions)}"
-    target, temporary, old = folder / name, folder / f".{name}.tmp", folder / f".{name}.old"
-    shutil.rmtree(temporary, ignore_errors=True)
+        chains = tuple(part.chain for part in replica.parts)
+        digests = tuple(replica.digest(f) for f in range(len(replica.parts)))
+    return stage_tensors(folder, anchor, states, versions=versions, chains=chains, digests=digests)
+
+
+def stage_tensors(
+    folder: Path,
+    anchor: Mapping[str, Tensor],
+    states: Mapping[str, Tensor],
+    *,
+    versions: tuple[int, ...],
+    chains: tuple[str, ...],
+    digests: tuple[str, ...],
+) -> Staged:
+    """Write these tensors into a new folder inside `folder`."""
+    temporary = folder / f".{secrets.token_hex(6)}{STAGED}"
     temporary.mkdir(parents=True)
-    files = {
-        file: save_tensors(temporary / file, content)
-        for file, content in zip(SNAPSHOT_FILES, (tensors, states), strict=True)
-    }
+    contents = zip(SNAPSHOT_FILES, (anchor, states), strict=True)
+    files = {file: save_tensors(temporary / file, content, flush=False) for file, content in contents}
+    return Staged(folder=temporary, files=files, versions=versions, chains=chains, digests=digests)
+
+
+def seal_snapshot(folder: Path, name: str | None, staged: Staged, *, keep: int = KEEP) -> str:
+    """Make a staged anchor durable as `folder/name`, None: `v<n>`; returns the name. On any thread.
+
+    Older numbered snapshots beyond the last `keep` go. A kill at any moment leaves the old folder of that name or the new one.
+    """
+    name = name if name is not None else f"v{max(staged.versions)}"
+    target, old = folder / name, folder / f".{name}.old"
+    for file in staged.files:
+        _flush(staged.folder / file)
     manifest = {
         "schema": 1,
-        "versions": versions,
-        "chains": chains,
-        "digests": digests,
-        "files": files,
+        "versions": staged.versions,
+        "chains": staged.chains,
+        "digests": staged.digests,
+        "files": staged.files,
     }
-    with (temporary / MANIFEST).open("w") as out:
+    with (staged.folder / MANIFEST).open("w") as out:
         json.dump(manifest, out)
         out.flush()
         os.fsync(out.fileno())
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    temporary.rename(target)
+    staged.folder.rename(target)
     shutil.rmtree(old, ignore_errors=True)
     _retain(folder, keep)
-    return name, versions
+    return name
 
 
 def _retain(folder: Path, keep: int) -> None:
     """By the time of writing: after a rollback newer snapshots have lower numbers."""
-    numbered = [path for path in folder.glob("v*") if path.name[1:].isdigit() and (path / MANIFEST).is_file()]
-    numbered.sort(key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, int(path.name[1:])))
-    for old in numbered[:-keep]:
+    found = [folder / name for name in numbered(path.name for path in folder.iterdir())]
+    found = [path for path in found if (path / MANIFEST).is_file()]
+    found.sort(key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, int(path.name[1:])))
+    for old in found[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as source:
+        os.fsync(source.fileno())
 
 
 def load_anchor(path: Path) -> dict[str, Tensor]:
@@ -93,9 +134,31 @@ def _load(path: Path, manifest: dict[str, Any], file: str) -> dict[str, Tensor]:
     return load_file(snapshot_file(path, manifest, file))
 
 
-def newest_on_path(folder: Path, log: RecordLog) -> Path | None:
-    """The newest complete snapshot whose versions are part of the journal's history, or None."""
-    return next((path for path in complete_snapshots(folder) if _is_on_path(read_manifest(path), log)), None)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotPlace:
+    """Where the snapshots of a run are: a folder, or a store, of which the folder then holds copies."""
+
+    folder: Path
+    store: SnapshotStore | None = None
+
+    def outbox(self, island: str) -> Path:
+        """Where an island writes its snapshots first."""
+        return self.folder if self.store is None else self.folder / OUTBOX / island
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.store is None else self.store.place
+
+
+def newest_on_path(place: SnapshotPlace, log: RecordLog) -> Path | None:
+    """The newest complete snapshot whose versions are part of the journal's history, or None.
+
+    One in a store is copied to this machine. Raises SnapshotError.
+    """
+    if place.store is None:
+        return next((path for path in complete_snapshots(place.folder) if _is_on_path(read_manifest(path), log)), None)
+    usable = ((name, manifest) for name, manifest in place.store.complete() if _is_on_path(manifest, log))
+    found = next(usable, None)
+    return None if found is None else place.store.fetch(*found, place.folder / FETCHED)
 
 
 def load_chunks(path: Path, fragment: int, spec: FragmentSpec) -> list[StateChunk]:

@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from pathlib import Path
 
 from strategies.codecs.base import NonFiniteError
 from strategies.strategy import Strategy
@@ -34,6 +33,7 @@ from workers.record_log import GENESIS_CHAIN, RecordLog
 from workers.records import CommitRecord, OfferId, Row, Term
 from workers.replica import Replica, StateChunk, StateTorn, as_bytes
 from workers.send_schedule import SendSchedule
+from workers.snapshot import SnapshotPlace
 from workers.sync_settings import SyncSettings
 from workers.transport.base import Transport
 
@@ -54,12 +54,12 @@ class IslandSync:
         clock: Callable[[], float],
         settings: SyncSettings,
         executor: Executor | None = None,
-        snapshots: Path | None = None,
+        snapshots: SnapshotPlace | None = None,
         on_reset: Callable[[], None] | None = None,
     ) -> None:
         """`post` hands an envelope to the controller and must not block; `executor` None = everything inline.
 
-        `snapshots`: the folder of the run's durable snapshots.
+        `snapshots`: where the run's durable snapshots are.
         """
         self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
         self.post, self.clock, self.settings, self.executor = post, clock, settings, executor

@@ -33,8 +33,10 @@ _NAMES = {
 _ALIGN = 8
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write `tensors` to `path`, flush it to disk, and return the file's digest. Raises ValueError for other dtypes.
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, flush: bool = True
+) -> str:
+    """Write `tensors` to `path`, flush it if `flush`, and return its digest. Raises ValueError for other dtypes.
 
     `metadata`: what the file says of itself; `transformers` wants {"format": "pt"}.
     """
@@ -62,5 +64,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             out.write(raw)
             hasher.update(raw)
         out.flush()
-        os.fsync(out.fileno())
+        if flush:
+            os.fsync(out.fileno())
     return hasher.hexdigest(length=DIGEST_BYTES)

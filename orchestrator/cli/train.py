@@ -21,6 +21,7 @@ RESUME_KEYS = (
     "run.address",
     "run.start_timeout_s",
     "run.snapshot_every_s",
+    "run.snapshots",
     "run.replace",
     "run.fault_plan",
     "run.max_refusals",
