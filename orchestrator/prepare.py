@@ -58,7 +58,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
             )
     plan = read_faults(config, faults, names)
     _import_from_here()
-    _check_functions(config)
+    config = _check_functions(config)
     _check_devices(config, names)
     check_installed(config.metrics)
     _check_snapshots(config)
@@ -104,15 +104,24 @@ def _num_gpus(config: RunConfig) -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _check_functions(config: RunConfig) -> None:
+def _check_functions(config: RunConfig) -> RunConfig:
+    """The user's functions can be called, and are those of the run; the configuration with what they are."""
+    from workers.source import check_source, source_digest
+
+    found: dict[str, object] = {}
     if config.model.factory is not None:
         from workers.model.factory import load_factory
 
         load_factory(config.model.factory)
+        check_source(config.model.factory, config.model.factory_digest, key="model.factory")
+        found["model.factory_digest"] = source_digest(config.model.factory)
     if config.train.loop is not None:
         from workers.loops import load_loop
 
         load_loop(config.train.loop)
+        check_source(config.train.loop, config.train.loop_digest, key="train.loop")
+        found["train.loop_digest"] = source_digest(config.train.loop)
+    return config.with_values(found) if found else config
 
 
 def _check_devices(config: RunConfig, names: Sequence[str]) -> None:

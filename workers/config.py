@@ -62,6 +62,11 @@ class TrainConfig(Section):
     loop: FunctionPath | None = Field(
         None, description="'package.module:function' that trains with its own loop; called without arguments."
     )
+    loop_digest: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{32}$",
+        description="Digest of the loop's sources: written into the resolved config, and checked on every machine.",
+    )
     device: Device = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'.")
     pace_s: float = Field(
         0.0, ge=0, le=3600, description="Seconds that an inner step takes at least: slow islands on a quick machine."
@@ -104,6 +109,11 @@ class ModelConfig(Section):
     factory: FunctionPath | None = Field(
         None,
         description="'package.module:function' that builds another model.",
+    )
+    factory_digest: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{32}$",
+        description="Digest of the factory's sources: written into the resolved config, and checked on every machine.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Handed to the factory.")
     init_from: str | None = Field(

@@ -19,6 +19,7 @@ from workers.island import Island, strategy_of
 from workers.loop_checks import LoopError
 from workers.model.factory import ModelBundle, build_model
 from workers.optim import build_optimizer
+from workers.source import SourceChanged, check_source
 
 log = logging.getLogger("atoll.island")
 
@@ -109,7 +110,12 @@ def run_user_loop(context: IslandContext) -> None:
     """
     spec = context.spec.train.loop
     assert spec is not None, "run_builtin_loop is for the other case"
-    load_loop(spec)()
+    function = load_loop(spec)
+    try:
+        check_source(spec, context.spec.train.loop_digest, key="train.loop")
+    except SourceChanged as error:
+        raise LoopError(str(error)) from error
+    function()
     if context.deliver is None:
         raise LoopError(f"train.loop = {spec!r} returned without an island: it must enter `with atoll.Island(...)`")
     if not context.ended:

@@ -32,6 +32,8 @@ RESUME_KEYS = (
     "notify.timeout_s",
     "notify.below_quorum_s",
     "notify.loss_spike",
+    "train.loop_digest",
+    "model.factory_digest",
     "train.pace_s",
     "metrics.port",
     "metrics.host",

@@ -18,6 +18,7 @@ from workers.model.flops import flops_per_token
 from workers.model.hf import load_hf_tensors
 from workers.model.llama import Llama
 from workers.model.shape import resolve_shape
+from workers.source import SourceChanged, check_source
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """`(model, batch) -> mean loss, a scalar`; the batch is int64 tokens (B, seq_len + 1), or what an own dataset gives."""
@@ -65,6 +66,10 @@ def build_model(
                 f"model.init_from = {config.init_from!r} works with the built-in decoder only, and model.factory = "
                 f"{config.factory!r} is set: load the weights inside the factory"
             )
+        try:
+            check_source(config.factory, config.factory_digest, key="model.factory")
+        except SourceChanged as error:
+            raise ModelError(str(error)) from error
         return _call_factory(config.factory, config.options, seed=seed)
     if config.options:
         raise ModelError(f"model.options = {config.options!r} is for model.factory, which is not set")
