@@ -37,7 +37,12 @@ def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
 
         values["data.digest"] = corpus_digest(config.data.corpus)
     if config.data.path is not None and config.data.samples is None:
-        values["data.seq_len"] = load_index(Path(config.data.path).expanduser()).seq_len
+        from workers.data.fetch import is_uri, local_pack
+
+        index = load_index(local_pack(config.data.path, digest=config.data.digest))
+        values["data.seq_len"] = index.seq_len
+        if is_uri(config.data.path):  # the other machines fetch it as well: it must be the same one
+            values["data.digest"] = index.digest
     if config.codec.backend == "auto":
         values["codec.backend"], _ = resolve_backend("auto")
     return config.with_values(values) if values else config
@@ -55,7 +60,9 @@ def pack_path(config: RunConfig) -> Path | None:
 
         return resolve_corpus(config.data.corpus, seq_len=config.data.seq_len)
     assert config.data.path is not None, "checked when the configuration was read"
-    return Path(config.data.path).expanduser().resolve()
+    from workers.data.fetch import local_pack
+
+    return local_pack(config.data.path, digest=config.data.digest)
 
 
 def num_islands(config: RunConfig) -> int:

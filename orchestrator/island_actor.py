@@ -26,6 +26,7 @@ from orchestrator.host import Handed
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name
 from workers.context import IslandContext, IslandSpec, enter
+from workers.data.fetch import is_uri, local_pack
 from workers.messages import Batch, Envelope, News
 from workers.records import Term
 from workers.stack import allow_dumps, write_stack
@@ -121,10 +122,17 @@ class IslandActor:
         return node
 
     def _settle_in(self) -> None:
-        """Logs and local state go into the run directory where this machine sees it, else into a folder of its own."""
+        """Logs and local state go into the run directory where this machine sees it, else into a folder of its own.
+
+        A pack behind a URI is copied into the cache of this machine. Raises DataError.
+        """
         mine = own_run_dir(self.spec.run_dir)
         self.spec = replace(self.spec, run_dir=mine)
         log_to(mine / "logs" / Path(self.log_file).name)
+        data = self.spec.data
+        if data.path is not None and self.spec.pack is not None and is_uri(data.path):
+            with _logged("the pack could not be fetched"):
+                self.spec = replace(self.spec, pack=local_pack(data.path, digest=data.digest))
 
     def _start(self, node: str) -> None:
         context = self._make_context(node)

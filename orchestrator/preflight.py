@@ -38,9 +38,10 @@ def check_pack(path: str | None, digest: str | None) -> PackIndex | None:
     """Check the folder that `data.path` names; as `check_files`."""
     if path is None:
         return None
+    from workers.data.fetch import local_pack
     from workers.data.index import check_sizes, load_index
 
-    folder = Path(path).expanduser()
+    folder = local_pack(path, digest=digest) if "://" in path else Path(path).expanduser()
     if not folder.exists():
         remedy = f"atoll data pack SOURCE --out {path}"
         raise UserError(f"there is no folder {path!r}", place="data.path", remedy=remedy)

@@ -86,7 +86,15 @@ class DataConfig(Section):
     """`[data]`: where the tokens come from."""
 
     corpus: Literal["stdlib"] | None = Field(None, description="The embedded corpus; needs no file.")
-    path: str | None = Field(None, min_length=1, description="Folder made by `atoll data pack`.")
+    path: str | None = Field(
+        None,
+        min_length=1,
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder made by `atoll data pack`, or a URI of one (pyarrow.fs), which each machine copies once.",
+    )
+    )
     samples: int | None = Field(
         None,
         ge=1,
