@@ -89,11 +89,7 @@ class DataConfig(Section):
     path: str | None = Field(
         None,
         min_length=1,
-    path: str | None = Field(
-        None,
-        min_length=1,
         description="Folder made by `atoll data pack`, or a URI of one (pyarrow.fs), which each machine copies once.",
-    )
     )
     samples: int | None = Field(
         None,

@@ -79,7 +79,8 @@ def stage_tensors(
 def seal_snapshot(folder: Path, name: str | None, staged: Staged, *, keep: int = KEEP) -> str:
     """Make a staged anchor durable as `folder/name`, None: `v<n>`; returns the name. On any thread.
 
-    Older numbered snapshots beyond the last `keep` go. A kill at any moment leaves the old folder of that name or the new one.
+    Of the numbered ones the `keep` that were written last stay. A kill at any moment leaves the old folder of that name
+    or the new one.
     """
     name = name if name is not None else f"v{max(staged.versions)}"
     target, old = folder / name, folder / f".{name}.old"
