@@ -61,9 +61,7 @@ from workers.samples import (
 )
 from workers.saved import read_meta
 from workers.schedule import agreed_rate
-from workers.snapshot import SnapshotPlace
-from workers.snapshot_store import open_store
-from workers.snapshot_writer import SnapshotWriter
+from workers.snapshot_writer import build_writer, snapshot_place
 from workers.sync_settings import SyncSettings
 from workers.timeline import WAITING_IN, Timeline
 
@@ -150,13 +148,7 @@ class Island:
             raise LoopError("a run's process makes one island: use one `with atoll.Island(...)` for the whole loop")
         self.guard.warn()
         self.sync = self._build_sync()
-        self.writer = SnapshotWriter(
-            self._place.outbox(self.spec.name),
-            say=self.sync.say,
-            keep=self.spec.keep_anchors,
-            store=self._place.store,
-            threaded=self.context.executor is not None,
-        )
+        self.writer = build_writer(self.spec, self.sync.say, threaded=self.context.executor is not None)
         meta = read_meta(self._local_dir()) if self.spec.resume else None
         if meta is not None and meta["run_id"] == self.spec.run_id:
             load_local(self._local_dir(), meta, self.sync, self.model, self.optimizer)
@@ -235,7 +227,7 @@ class Island:
             clock=context.clock,
             settings=settings,
             executor=context.executor,
-            snapshots=self._place,
+            snapshots=snapshot_place(spec),
             on_reset=self._forget_moments,
         )
 
@@ -243,13 +235,6 @@ class Island:
         """After a reset the inner optimizer starts afresh: its moments belong to work that was dropped (H4)."""
         for part in getattr(self.optimizer, "optimizers", (self.optimizer,)):
             part.state.clear()
-
-    @cached_property
-    def _place(self) -> SnapshotPlace:
-        """Where snapshots are."""
-        uri = self.spec.snapshots
-        store = open_store(uri, self.spec.run_id) if uri is not None else None
-        return SnapshotPlace(folder=self.spec.run_dir / "snapshots", store=store)
 
     def _local_dir(self) -> Path:
         return self.spec.run_dir / "snapshots" / "local" / self.spec.name

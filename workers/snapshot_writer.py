@@ -14,11 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from workers import messages as msg
+from workers.context import IslandSpec
 from workers.messages import SNAPSHOT_FAILED
 from workers.replica import Replica
 from workers.saved import SnapshotError
-from workers.snapshot import Staged, seal_snapshot, stage
-from workers.snapshot_store import SnapshotStore
+from workers.snapshot import SnapshotPlace, Staged, seal_snapshot, stage
+from workers.snapshot_store import SnapshotStore, open_store
 
 log = logging.getLogger("atoll.island")
 
@@ -96,3 +97,16 @@ class SnapshotWriter:
             self.say(msg.Saved(name=written, versions=staged.versions, local=False))
         finally:
             shutil.rmtree(staged.folder, ignore_errors=True)
+
+
+def snapshot_place(spec: IslandSpec) -> SnapshotPlace:
+    """Where the snapshots of a run are, as an island's settings say; raises SnapshotError."""
+    store = open_store(spec.snapshots, spec.run_id) if spec.snapshots is not None else None
+    return SnapshotPlace(folder=spec.run_dir / "snapshots", store=store)
+
+
+def build_writer(spec: IslandSpec, say: Callable[[msg.MemberBody], None], *, threaded: bool) -> SnapshotWriter:
+    """The writer of one island."""
+    place = snapshot_place(spec)
+    outbox = place.outbox(spec.name)
+    return SnapshotWriter(outbox, say=say, keep=spec.keep_anchors, store=place.store, threaded=threaded)
