@@ -192,7 +192,7 @@ def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
 
     assert json.loads(head.atoll("pause", str(job_run), "--json"))["paused"]
     until(lambda: {m.doing for m in Status.model_validate_json(
-        head.atoll("status", str(job_run), "--json")).members.values()} <= {"sync"}, "everybody to rest")  # fmt: skip
+        head.atoll("status", str(job_run), "--json")).members.values()} <= {"sync", "wait"}, "rest")  # fmt: skip
     still = commits(job_run)
     back = json.loads(head.atoll("rollback", "--to", str(version), "--at", str(job_run), "--json"))
     assert back["versions"] == [version] and back["samples_taken_back"] > 0
