@@ -13,6 +13,7 @@ from dataclasses import replace
 from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator import shares
+from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet, MemberView
 from orchestrator.membership import MemberClock, Process
@@ -296,10 +297,11 @@ class Coordinator(Operations):
                 blocked=process is not None and process.blocked(fragment, head.n, entry.watermarks[fragment]),
                 leaving=member.name in self.leaving,
                 behind=process.behind(fragment, head.n) if process is not None else 0,
+                step_s=process.hello.median_step_s if process is not None and process.hello is not None else 0.0,
             )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
-            inner_steps=self.inner_steps_of(fragment),
+            inner_steps=self.inner_steps_of(fragment), own_pace=self.plan.strategy.own_pace,
         )  # fmt: skip
 
     def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:
@@ -336,6 +338,7 @@ class Coordinator(Operations):
     def _committed(self, exchange: ex.FragmentExchange, record: CommitRecord) -> None:
         done = exchange.committed()
         exchange.config = self.exchange_at(exchange.fragment)
+        exchange.closing = closing_of(self.strategy_at(exchange.fragment))
         if done is None:
             return
         self._metric(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator import exchange_rules as rules
+from orchestrator.closing import Closing
 from orchestrator.exchange_rules import Fleet, OpenExchange
 from orchestrator.settings import ExchangeConfig
 from workers import messages as msg
@@ -90,16 +91,24 @@ Effect = ToAll | ToOne | Journal | Fence | Drop | Note
 class FragmentExchange:
     """Exchanges of one fragment, one after the other."""
 
-    def __init__(self, *, fragment: int, num_chunks: int, config: ExchangeConfig, term: Term) -> None:
-        """`num_chunks`: parts that owners reduce; `term`: the controller life that names the exchanges."""
+    def __init__(
+        self, *, fragment: int, num_chunks: int, config: ExchangeConfig, term: Term, closing: Closing | None = None
+    ) -> None:
+        """`num_chunks`: parts that owners reduce; `term`: the controller life that names the exchanges.
+
+        `closing`: when they close, by quorum and grace if nothing is said.
+        """
         self.fragment = fragment
         self.num_chunks = num_chunks
         self.config = config
         self.term = term
+        self.closing = closing or Closing()
         self.serial = 0
         self.open: OpenExchange | None = None
         self.discards = 0
         self.disagreements = 0
+        self.sync_s = 0.0  # from the last closing to its commit
+        self.turned_away: set[MemberId] = set()  # offered while an exchange was under way, and were in none since
         self.parted: dict[rules.Pair, float] = {}  # when an owner last could not reach a contributor
 
     # ------------------------------------------------------------ OPEN
@@ -111,16 +120,24 @@ class FragmentExchange:
         if problem is None and len(offer.chunk_digests) != self.num_chunks:
             problem = f"it has {len(offer.chunk_digests)} chunks, expected {self.num_chunks}"
         if problem is not None:
+            if offer.base != fleet.head:
+                self.turned_away.add(sender)
             return [ToOne(member=sender, body=None), Note(text=f"offer {sender}/{offer.seq} refused: {problem}")]
         staleness = fleet.head.n - offer.born
-        if staleness > self.config.staleness_limit:
-            limit = self.config.staleness_limit
-            why = f"its oldest step is {staleness} versions old, exchange.staleness_limit is {limit}"
+        limit = self.closing.staleness_limit(self.config, fleet)
+        if staleness > limit:
+            told = f"exchange.staleness_limit is {self.config.staleness_limit}"
+            of_all = f", for each member: {limit}" if limit > self.config.staleness_limit else ""
+            why = f"its oldest step is {staleness} versions old, {told}{of_all}"
             return [Drop(member=sender, upto=offer.upto, why=why)]
         if self.open is None:
             self.serial += 1
             self.open = OpenExchange(id=rules.make_exchange_id(self.term, self.serial), base=fleet.head, opened_s=now)
-        if self.open.state != "open" or sender in self.open.offers:
+        if self.open.state != "open":
+            if sender not in self.open.offers:
+                self.turned_away.add(sender)
+            return []
+        if sender in self.open.offers:
             return []
         self.open.offers[sender] = (member.address, offer)
         likely = self._reaching(fleet, [m.id for m in rules.expected_members(self.open, fleet)], now)
@@ -156,6 +173,7 @@ class FragmentExchange:
         )  # fmt: skip
         open_.state, open_.closed_s, open_.closed_because = "reducing", now, because
         open_.base_samples = fleet.samples_committed
+        self.turned_away = (self.turned_away - set(open_.offers)) & set(fleet.members)
         open_.candidates = frozenset(able)  # the set of owners only shrinks, so that attempts are bounded (H1)
         open_.owners = rules.deal_chunks(self.num_chunks, able)
         return [Note(text=f"exchange {open_.id} closes: {because}"), *self._assign(open_, fleet, now)]
@@ -274,7 +292,7 @@ class FragmentExchange:
             return self._disagree(open_, alive)
         if not rules.enough_copies(alive, self.config, fleet):
             return []
-        return [Journal(record=self._commit_record(open_, body.next_digest))]
+        return self._commit(open_, body.next_digest, now)
 
     def _results(self, open_: OpenExchange) -> str:
         return msg.results_digest(tuple(open_.reduced[chunk] for chunk in range(self.num_chunks)))
@@ -352,13 +370,15 @@ class FragmentExchange:
         if open_ is None:
             return []
         if open_.state == "open":
-            needed = rules.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
+            needed = self.closing.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
             if open_.quorum_s is None and len(open_.offers) >= needed:
                 open_.quorum_s = now
-            because = rules.close_reason(open_, fleet, self.config, now)
+            because = self.closing.reason(
+                open_, fleet, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
+            )
             return self._close(open_, fleet, now, because) if because else []
         if open_.state == "spread":
-            return self._try_commit(open_, fleet) or self._unstick(open_, fleet, now)
+            return self._try_commit(open_, fleet, now) or self._unstick(open_, fleet, now)
         for owner in sorted(set(open_.owners)):
             pending = any(o == owner and c not in open_.reduced for c, o in enumerate(open_.owners))
             view = fleet.members.get(owner)
@@ -371,11 +391,15 @@ class FragmentExchange:
                 ]
         return []
 
-    def _try_commit(self, open_: OpenExchange, fleet: Fleet) -> list[Effect]:
+    def _try_commit(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:
         alive = {m: d for m, d in open_.haves.items() if m in fleet.members}
         if alive and len(set(alive.values())) == 1 and rules.enough_copies(alive, self.config, fleet):
-            return [Journal(record=self._commit_record(open_, next(iter(alive.values()))))]
+            return self._commit(open_, next(iter(alive.values())), now)
         return []
+
+    def _commit(self, open_: OpenExchange, next_digest: str, now: float) -> list[Effect]:
+        self.sync_s = now - open_.closed_s
+        return [Journal(record=self._commit_record(open_, next_digest))]
 
     def _unstick(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:
         """Too few copies for too long: owners that are suspect lose their parts, at last the exchange is discarded."""

@@ -5,6 +5,7 @@ Each says what it decides and, where it is a judgement, why. The machine in `orc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,7 +23,10 @@ Pair = tuple[MemberId, MemberId]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemberView:
-    """What the exchange needs to know of one live member. `behind`: versions to the head, by its last heartbeat."""
+    """What the exchange needs to know of one live member.
+
+    `behind`: versions to the head, by its last heartbeat; `step_s`: of an inner step, 0 where that is not measured.
+    """
 
     id: MemberId
     node: str
@@ -36,16 +40,21 @@ class MemberView:
     blocked: bool = False
     leaving: bool = False
     behind: int = 0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fleet:
-    """Live members, the fragment's head, and the round's planned local steps, at one moment."""
+    """Live members, the fragment's head, and the round's planned local steps, at one moment.
+
+    `own_pace`: each version is a push of one member, or of a few.
+    """
 
     members: Mapping[MemberId, MemberView]
     head: Version
     inner_steps: int
     samples_committed: int
+    own_pace: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,6 +141,11 @@ def staleness_factor(staleness: int) -> float:
     return 1.0 if staleness <= 1 else float(staleness) ** -0.5
 
 
+def push_factor(staleness: int) -> float:
+    """Weight of a push: (1 + staleness) ** -1/2, the polynomial weight of Asynchronous Local-SGD (arXiv 2401.09135)."""
+    return 1.0 / math.sqrt(1 + staleness)
+
+
 def eligible_weight(fleet: Fleet, roster: Iterable[Offer]) -> float:
     """Divisor of the coefficients: tokens per step of **all** live members that have made a step (C9)."""
     return float(sum(m.weight for m in fleet.members.values() if m.stepped))
@@ -142,7 +156,8 @@ def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list
     divisor = eligible_weight(fleet, [offer for _, offer in offers])
     outside = sum(o.weight for m, o in offers if m not in fleet.members or not fleet.members[m].stepped)
     divisor += outside
-    raw = [o.weight * staleness_factor(o.base.n - o.born) / divisor for _, o in offers]
+    factor = push_factor if fleet.own_pace else staleness_factor
+    raw = [o.weight * factor(o.base.n - o.born) / divisor for _, o in offers]
     effective = sum(c * o.num_steps for c, (_, o) in zip(raw, offers, strict=True))
     limit = 2.0 * fleet.inner_steps
     if effective > limit:

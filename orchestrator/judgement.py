@@ -184,8 +184,10 @@ class Judgement(Lifecycle):
         """Whether enough members are there to commit; else who is missing and what to set, once a minute."""
         absent = {**self.given_up, **dict.fromkeys(self.away_since, "it left")}
         reasons = {member: f"{process.status}: {process.reason}" for member, process in self.roll.processes.items()}
-        opened = self.exchanges[0].open
-        short = quorum.shortfall(self.exchange_at(0), opened, fleet, self.plan.islands, reasons, absent)
+        first = self.exchanges[0]
+        short = quorum.shortfall(
+            self.exchange_at(0), first.open, fleet, self.plan.islands, reasons, absent, first.closing
+        )
         if not short:
             self.short_since = None
         elif self.short_since is None:

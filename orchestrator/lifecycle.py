@@ -9,6 +9,7 @@ from faults.recovery import Kind
 from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator import leases, leaving
+from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
 from orchestrator.fault_book import FaultBook
 from orchestrator.membership import Process, Roll, Verdict
@@ -213,7 +214,13 @@ class Lifecycle(FaultBook):
     def _open_exchanges(self) -> None:
         if self.state.num_fragments and not self.exchanges:
             self.exchanges = [
-                ex.FragmentExchange(fragment=f, num_chunks=n, config=self.exchange_at(f), term=self.term)
+                ex.FragmentExchange(
+                    fragment=f,
+                    num_chunks=n,
+                    config=self.exchange_at(f),
+                    term=self.term,
+                    closing=closing_of(self.strategy_at(f)),
+                )
                 for f, n in enumerate(self.state.num_chunks)
             ]
 

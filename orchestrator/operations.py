@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator import events as ev
+from orchestrator.closing import closing_of
 from orchestrator.judgement import Judgement
 from orchestrator.run_state import RunState
 from workers.live_settings import holds_at_once
@@ -44,6 +45,7 @@ class Operations(Judgement):
                 self._say(f"{key} = {value!r} from version {min(since)} on")
         for exchange in self.exchanges:
             exchange.config = self.exchange_at(exchange.fragment)
+            exchange.closing = closing_of(self.strategy_at(exchange.fragment))
         self._tell_all()
 
     def _pause_requested(self, event: ev.PauseRequested) -> None:
@@ -78,6 +80,7 @@ class Operations(Judgement):
         self._say(f"{why}: {event.why}", level="warning")
         for exchange in self.exchanges:
             exchange.config = self.exchange_at(exchange.fragment)
+            exchange.closing = closing_of(self.strategy_at(exchange.fragment))
         self.eval_asked = self.save_asked = None
         self.final_saved, self.saved_versions = False, ()
         self.next_eval = self._first_eval()

@@ -133,6 +133,26 @@ def all_reduce(case: Case, config: RunConfig) -> Traffic:
     )
 
 
+def pushes(case: Case, config: RunConfig) -> Traffic:
+    """A push of every member for each of its rounds: its displacement to owners, and each push's result to all.
+
+    A member sends (M - 1) / M of a contribution and, as an owner of an equal part of M pushes, M - 1 results. It waits
+    for its own push alone: on average half of the others' stand before it in the queue.
+    """
+    fragments = fragment_values(case, config)
+    contribution, result = codecs_of(config.codec)
+    sizes = [(payload_bytes(contribution, n, chunk), payload_bytes(result, n, chunk)) for n, chunk in fragments]
+    members = case.num_islands
+    return Traffic(
+        exchanges=tuple(-(-pieces * (members - 1) // members) + results * (members - 1) for pieces, results in sizes),
+        values=tuple(n for n, _ in fragments),
+        inner_steps=config.strategy.inner_steps_at(1.0),
+        overlap_steps=0,
+        memory_bytes=memory_bytes(case, config, payloads=PAYLOADS_HELD * max(map(sum, sizes)) // 2),
+        peers=members - 1,
+    )
+
+
 COSTS: Mapping[str, Entry] = {
     "ddp": Entry(traffic=all_reduce, departs=0, purpose="gradients averaged after every step: one machine's training"),
     "diloco": Entry(traffic=all_reduce, departs=1, purpose="one outer step for H local ones"),
@@ -140,6 +160,8 @@ COSTS: Mapping[str, Entry] = {
     "streaming": Entry(traffic=all_reduce, departs=2, purpose="DiLoCo in fragments, sent while training goes on"),
     "eager": Entry(traffic=all_reduce, departs=3, purpose="a whole round to send in, own work counted at once"),
     "delayed": Entry(traffic=all_reduce, departs=4, purpose="a whole round to send in, applied one round late"),
+    "decoupled": Entry(traffic=all_reduce, departs=3, purpose="streaming with whoever is there: nobody is waited for"),
+    "async-dn": Entry(traffic=pushes, departs=4, purpose="each island at its own pace, every push a version"),
     "sparseloco": Entry(traffic=all_reduce, departs=4, purpose="one value of 64 is sent, the rest is kept for later"),
 }
 # Their results are due when the next contribution is made, whatever `overlap_steps` says.
@@ -162,6 +184,7 @@ def memory_bytes(case: Case, config: RunConfig, *, payloads: int) -> int:
         vectors = 2 + 1 + 2  # parameters and gradients; the anchor; the moments are outer states
     else:
         vectors = 2 + moments + 1 + OUTER_STATES.get(config.strategy.outer, 1)
+        vectors += config.strategy.own_pace  # what came since the momentum was taken
         vectors += config.strategy.name in WHOLE_ROUND  # the contribution that is under way
     feedback = 2 if config.codec.error_feedback else 0  # the residual, and the one that the open exchange may make
     return FP32 * case.num_params * (vectors + feedback) + payloads

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from orchestrator.exchange_rules import Fleet, OpenExchange, expected_members, offers_needed
+from orchestrator.closing import Closing
+from orchestrator.exchange_rules import Fleet, OpenExchange, expected_members
 from orchestrator.settings import ExchangeConfig
 from workers.records import MemberId
 
@@ -23,18 +24,20 @@ def shortfall(
     islands: Collection[str],
     reasons: Mapping[MemberId, str],
     absent: Mapping[str, str],
+    closing: Closing | None = None,
 ) -> str:
     """Empty while an exchange that is open can close some time; else who is missing, and what to set.
 
     Args:
         islands: the run's members by name. reasons: status and reason of each process.
         absent: names that are not coming back, with the reason.
+        closing: when exchanges close; by the quorum if nothing is said.
     """
     if open_ is None or open_.state != "open":
         return ""
     expected = expected_members(open_, fleet)
     able = [m for m in expected if m.id in open_.offers or (m.ready and not m.suspect)]
-    needed = offers_needed(config, len(expected))
+    needed = (closing or Closing()).offers_needed(config, len(expected))
     short_of_live = config.min_members is not None and len(fleet.members) < config.min_members
     if len(able) >= needed and not short_of_live:
         return ""

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from orchestrator.config_problem import Problem
-from strategies.config import StrategyConfig
+from orchestrator.settings import ExchangeConfig
+from strategies.config import DELAYED, OVERLAPPING, StrategyConfig
 from strategies.schedule import periods_that_divide
-from strategies.stability import largest_lr, nearest_lr
+from strategies.stability import largest_lr, largest_lr_of_pushes, nearest_lr
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -22,6 +23,8 @@ def check_strategy(config: RunConfig) -> Iterator[Problem]:
     yield from check_fragments(config.strategy)
     yield from check_overlap(config.strategy)
     yield from check_outer(config.strategy)
+    yield from check_own_pace(config)
+    yield from check_decoupled(config.strategy)
     yield from check_quadratic_rule(config)
     yield from check_parts(config)
     yield from check_load(config)
@@ -62,9 +65,9 @@ def check_fragments(strategy: StrategyConfig) -> Iterator[Problem]:
 
 def check_overlap(strategy: StrategyConfig) -> Iterator[Problem]:
     """A result is due before its fragment is sent again."""
-    if strategy.name != "streaming":
+    if strategy.name not in OVERLAPPING:
         for key, default in (("overlap_steps", 0), ("merge_alpha", 0.0), ("merge_kappa", 1.0)):
-            yield from _only_with(strategy, key, default, "strategy.name = 'streaming'")
+            yield from _only_with(strategy, key, default, "strategy.name = 'streaming' or 'decoupled'")
         return
     last = strategy.inner_steps - 1
     if strategy.overlap_steps > last:
@@ -79,9 +82,11 @@ def check_outer(strategy: StrategyConfig) -> Iterator[Problem]:
     """The outer step is stable where a round comes to an optimum, and keeps what the strategy needs of it."""
     outer, momentum = strategy.outer, strategy.outer_momentum
     bound = largest_lr(outer, momentum, delay=strategy.delay, eps=strategy.outer_eps)
+    if strategy.own_pace:
+        bound = largest_lr_of_pushes(momentum, every=strategy.momentum_every, spread=strategy.momentum_spread)
     if strategy.outer_lr >= bound:
         with_momentum = f" with strategy.outer_momentum = {momentum:g}" if outer != "sgd" else ""
-        late = " applied a round late" if strategy.delay else ""
+        late = " applied a round late" if strategy.delay else " of pushes" if strategy.own_pace else ""
         message = (
             f"strategy.outer_lr = {strategy.outer_lr:g}{with_momentum} is unstable: strategy.outer = {outer!r}{late} "
             f"diverges near an optimum from {bound:.3g} on"
@@ -99,6 +104,43 @@ def check_outer(strategy: StrategyConfig) -> Iterator[Problem]:
             f"{strategy.name!r} would apply a step late"
         )
         yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
+
+
+def check_own_pace(config: RunConfig) -> Iterator[Problem]:
+    """Members that wait for nobody: nothing of what the others would have to do at the same time."""
+    strategy, name = config.strategy, config.strategy.name
+    if not strategy.own_pace:
+        yield from _only_with(strategy, "momentum_every", 8, "strategy.name = 'async-dn'")
+        yield from _only_with(strategy, "momentum_spread", 0.0, "strategy.name = 'async-dn'")
+        return
+    if strategy.outer != "nesterov":
+        message = f"strategy.outer = {strategy.outer!r}: strategy.name = {name!r} has delayed Nesterov for it"
+        yield Problem(key="strategy.outer", message=message, remedy="strategy.outer = 'nesterov'")
+    most = 1 / strategy.momentum_every
+    if strategy.momentum_spread > most:
+        message = (
+            f"strategy.momentum_spread = {strategy.momentum_spread:g}: the {strategy.momentum_every} versions of a "
+            "window would take more than the whole momentum"
+        )
+        yield Problem(key="strategy.momentum_spread", message=message, remedy=f"{nearest_lr(most):g} or less")
+    if strategy.warmup_sync:
+        message = f"strategy.warmup_sync = {strategy.warmup_sync:g} is in step, strategy.name = {name!r} is not"
+        yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
+    if config.exchange.quorum != ExchangeConfig.model_fields["quorum"].default:
+        message = f"exchange.quorum = {config.exchange.quorum:g}: with strategy.name = {name!r} nobody is waited for"
+        yield Problem(
+            key="exchange.quorum", message=message, remedy="remove it; exchange.min_members says how few live"
+        )
+
+
+def check_decoupled(strategy: StrategyConfig) -> Iterator[Problem]:
+    """Radial averages and adaptive grace are parts of one strategy; the grace is a share of an overlap."""
+    if strategy.name == "decoupled":
+        return
+    if strategy.aggregate != "mean":
+        message = f"strategy.aggregate = {strategy.aggregate!r} has no meaning with strategy.name = {strategy.name!r}"
+        yield Problem(key="strategy.aggregate", message=message, remedy="'mean': it belongs to 'decoupled'")
+    yield from _only_with(strategy, "grace_share", 0.5, "strategy.name = 'decoupled'")
 
 
 def check_quadratic_rule(config: RunConfig) -> Iterator[Problem]:
@@ -125,7 +167,7 @@ def check_quadratic_rule(config: RunConfig) -> Iterator[Problem]:
 def check_load(config: RunConfig) -> Iterator[Problem]:
     """Rounds of unequal length need results that are due when a round ends, not after so many steps of it."""
     name = config.strategy.name
-    if config.run.load != "equal" and name in ("streaming", "eager", "delayed"):
+    if config.run.load != "equal" and name in (*OVERLAPPING, *DELAYED):
         message = (
             f"run.load = {config.run.load!r} gives each island its own number of steps, strategy.name = {name!r} "
             "counts steps until a result is due, the same for all"

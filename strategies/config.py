@@ -19,11 +19,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-StrategyName = Literal["diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco"]
+StrategyName = Literal[
+    "diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco", "async-dn", "decoupled"
+]
 Patterns = list[Annotated[list[str], Field(min_length=1)]]
 
 DELAYED = ("eager", "delayed")
 """Strategies whose contributions are applied a whole round later."""
+
+OVERLAPPING = ("streaming", "decoupled")
+"""Strategies that train on for `overlap_steps` while a fragment is under way."""
 
 
 class StrategyConfig(Section):
@@ -52,17 +57,32 @@ class StrategyConfig(Section):
         "that fits decides; takes the place of num_fragments and pattern.",
     )
     overlap_steps: int = Field(
-        0, ge=0, le=1_000_000, description="streaming: local steps made while a fragment is under way (tau)."
+        0, ge=0, le=1_000_000, description="streaming, decoupled: local steps made while a fragment is under way (tau)."
     )
     merge_alpha: float = Field(
-        0.0, ge=0, le=1, description="streaming: weight of the local parameters when a result is applied."
+        0.0, ge=0, le=1, description="streaming, decoupled: weight of the local parameters when a result is applied."
     )
     merge_kappa: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="streaming: share that is kept of the steps made while a fragment was under way; as published: "
-        "equal to merge_alpha.",
+        description="streaming, decoupled: share that is kept of the steps made while a fragment was under way; as "
+        "published: equal to merge_alpha.",
+    )
+    momentum_every: int = Field(
+        8, ge=1, le=4096, description="async-dn: versions between two uses of the momentum (N), the number of islands."
+    )
+    momentum_spread: float = Field(
+        0.0, ge=0, le=1, description="async-dn: weight of the momentum in between (c), at most 1 / momentum_every."
+    )
+    aggregate: Literal["mean", "radial"] = Field(
+        "mean", description="decoupled: weighted mean, or mean length and mean direction (radial-directional average)."
+    )
+    grace_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="decoupled: share of the time to spare until a result is due in which late members are waited for.",
     )
     qsr_alpha: float = Field(
         0.0,
@@ -79,6 +99,11 @@ class StrategyConfig(Section):
     def total_fragments(self) -> int:
         """Number of fragments, by whichever setting."""
         return len(self.fragments) or self.num_fragments
+
+    @property
+    def own_pace(self) -> bool:
+        """Whether members push when they have made their steps, and wait for nobody."""
+        return self.name == "async-dn"
 
     @property
     def delay(self) -> int:

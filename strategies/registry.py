@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from strategies.async_dn import build_async_dn
 from strategies.codecs.backends import Backend, resolve_backend
 from strategies.codecs.base import Codec, PayloadError, read_header
 from strategies.codecs.e3m0 import E3m0
@@ -19,6 +20,7 @@ from strategies.codecs.sign import Sign
 from strategies.codecs.topk import TopK
 from strategies.config import CodecConfig, StrategyConfig
 from strategies.ddp import InnerSettings, build_ddp
+from strategies.decoupled import build_decoupled
 from strategies.delayed import build_delayed
 from strategies.diloco import build_diloco
 from strategies.eager import build_eager
@@ -63,6 +65,8 @@ STRATEGIES: Mapping[str, Builder] = {
     "delayed": lambda config, codecs, codec, rounds, lr_at, train: build_delayed(config, codecs, codec, rounds),
     "muloco": lambda config, codecs, codec, rounds, lr_at, train: build_muloco(config, codecs, codec, rounds, train),
     "sparseloco": lambda config, codecs, codec, rounds, lr_at, train: build_sparseloco(config, codecs, codec, rounds),
+    "async-dn": lambda config, codecs, codec, rounds, lr_at, train: build_async_dn(config, codecs, codec, rounds),
+    "decoupled": lambda config, codecs, codec, rounds, lr_at, train: build_decoupled(config, codecs, codec, rounds),
     "ddp": lambda config, codecs, codec, rounds, lr_at, train: build_ddp(
         config, codecs, codec, lr_at=lr_at, train=train
     ),

@@ -41,6 +41,45 @@ def largest_lr(outer: Outer, momentum: float, *, delay: int = 0, eps: float = 0.
     return low
 
 
+def largest_lr_of_pushes(momentum: float, *, every: int, spread: float = 0.0) -> float:
+    """Return the learning rate at which delayed Nesterov ceases to be stable, the lesser of two cases.
+
+    As many members as `every` push in turn, each `1 / 2 / every` of the way from where the anchor was when it began:
+    since then all others have pushed. Or all members are in every version, as one with h = 1. Found by running the
+    recursion, within 1 %.
+    """
+    cases = [(every, DELAYED_SHARE), (1, 1.0)] if every > 1 else [(1, 1.0)]
+    low, high = 0.0, 8.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        settles = all(_pushes_settle(middle, momentum, share, members, every, spread) for members, share in cases)
+        low, high = (middle, high) if settles else (low, middle)
+    return low
+
+
+def _pushes_settle(lr: float, momentum: float, share: float, members: int, every: int, spread: float) -> bool:
+    """Whether the anchor's distance from the optimum shrinks over a long run of pushes."""
+    anchor, buffer, total = 1.0, 0.0, 0.0
+    began = [anchor] * members
+    largest = [0.0, 0.0]
+    windows = 40
+    for version in range(2 * windows * every):
+        g = share / members * began[version % members]
+        total += g
+        if (version + 1) % every == 0:
+            buffer, total = momentum * buffer + total, 0.0
+            weight = 1.0 - spread * (every - 1)
+        else:
+            weight = spread
+        anchor -= lr * (weight * momentum * buffer + g)
+        began[version % members] = anchor
+        half = version // (windows * every)
+        largest[half] = max(largest[half], abs(anchor))
+        if abs(anchor) > 1e6:
+            return False
+    return largest[1] < largest[0]
+
+
 def nearest_lr(bound: float) -> float:
     """A learning rate that can be written down, just below a bound: two significant digits, rounded down."""
     mantissa, _, exponent = f"{bound * 0.999:.6e}".partition("e")

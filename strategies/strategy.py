@@ -16,6 +16,7 @@ from strategies.schedule import overlap_steps_at
 
 Contribution = Literal["displacement", "gradient"]
 InFlight = Literal["keep", "restart", "eager"]
+Aggregate = Literal["mean", "radial"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ class Strategy:
     staggered         fragments are sent at even distances within a round, not all after the same step
     merge_alpha       weight of the local point when a result is applied (`merge.advance_included`)
     merge_kappa       how much of the progress made in flight is kept
+    own_pace          a member's rounds are its own: what others commit does not begin a new one
+    aggregate         what owners make of the contributions: weighted mean, or radial-directional average
     num_fragments, pattern, groups   how the parameters are divided (`fragments.plan_fragments`)
     """
 
@@ -51,6 +54,8 @@ class Strategy:
     staggered: bool = False
     merge_alpha: float = 0.0
     merge_kappa: float = 1.0
+    own_pace: bool = False
+    aggregate: Aggregate = "mean"
     num_fragments: int = 1
     pattern: Pattern = "strided"
     groups: tuple[tuple[str, ...], ...] = ()

@@ -18,7 +18,7 @@ from workers import member_events as ev
 from workers.digest import digest
 from workers.record_log import RecordLog
 from workers.records import OfferId
-from workers.replica import BadPiece, Replica, StateChunk, as_bytes
+from workers.replica import BadPiece, Piece, Replica, StateChunk, as_bytes
 from workers.saved import SnapshotError
 from workers.snapshot import SnapshotPlace, load_chunks, newest_on_path
 from workers.state_fetch import UnverifiedState, fetch_state
@@ -136,13 +136,16 @@ class Jobs:
         offers = {(m, o.seq): o for m, _, o in c.assign.offers}
         done: list[tuple[int, str]] = []
         for chunk in c.chunks:
-            pieces: list[tuple[Tensor, float, float]] = []
+            pieces: list[Piece] = []
             for entry in c.assign.roster:
                 data = self.store.get(piece_key(c.assign.fragment, entry.offer, chunk))
                 if data is None:  # superseded meanwhile
                     return None
                 sumsq = offers[entry.offer.member, entry.seq].sumsq[chunk]
-                pieces.append((_tensor(data), entry.coefficient, sumsq))
+                samples = entry.upto - entry.since
+                pieces.append(
+                    Piece(payload=_tensor(data), coefficient=entry.coefficient, sumsq=sumsq, num_samples=samples)
+                )
             try:
                 payload = self.replica.reduce(c.assign.fragment, chunk, pieces, n=c.assign.base.n)
             except BadPiece as error:

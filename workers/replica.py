@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from strategies.aggregate import decode_accumulate
 from strategies.codecs.feedback import encode_with_feedback
 from strategies.codecs.stochastic import keyed
+from strategies.decoupled import RadialSum, direction_weight
 from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.merge import advance_included, carry_over, rebase
 from strategies.norm import sum_of_squares
@@ -46,6 +48,15 @@ class Encoded:
     digests: tuple[str, ...]
     sumsq: tuple[float, ...]
     num_bytes: int
+
+
+class Piece(NamedTuple):
+    """One contribution's chunk: payload, coefficient, announced sum of squares, samples that it covers."""
+
+    payload: Tensor
+    coefficient: float
+    sumsq: float
+    num_samples: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,8 +202,8 @@ class Replica:
 
     # ------------------------------------------------------------ reducing
 
-    def reduce(self, fragment: int, chunk: int, pieces: Sequence[tuple[Tensor, float, float]], *, n: int) -> Tensor:
-        """Result payload of one chunk from `(payload, coefficient, sum of squares)` in roster order, for version `n`.
+    def reduce(self, fragment: int, chunk: int, pieces: Sequence[Piece], *, n: int) -> Tensor:
+        """Result payload of one chunk from the pieces in roster order, for version `n`.
 
         Raises `BadPiece`, whose second argument is the place in `pieces`, for a piece that must not count.
         """
@@ -200,12 +211,17 @@ class Replica:
         where = spec.chunk_slice(chunk)
         num = where.stop - where.start
         acc: Tensor | None = None
+        radial = RadialSum(num) if self.strategy.aggregate == "radial" else None
         device = self.parts[fragment].anchor.device
-        for place, (payload, coefficient, sumsq) in enumerate(pieces):
+        for place, (payload, coefficient, sumsq, num_samples) in enumerate(pieces):
             try:
                 piece = payload.to(device)
                 codec = decoder_of(piece, num_values=num, backend=self.strategy.codec.backend)
-                acc, squares = decode_accumulate(codec, piece, coefficient, acc, num_values=num)
+                if radial is not None:
+                    weight = direction_weight(coefficient, num_samples)
+                    squares = radial.add(codec, piece, coefficient=coefficient, weight=weight, sumsq=sumsq)
+                else:
+                    acc, squares = decode_accumulate(codec, piece, coefficient, acc, num_values=num)
             except ValueError as error:
                 raise BadPiece(f"it cannot be decoded: {error}", place) from error
             found = float(squares)
@@ -213,8 +229,9 @@ class Replica:
                 raise BadPiece("it is not finite", place)
             if found != sumsq:
                 raise BadPiece(f"its sum of squares is {found!r}, announced was {sumsq!r}", place)
-        assert acc is not None, "a roster without contributions"
-        return self.variants(fragment, n).result_codec.encode(acc).cpu()
+        total = acc if radial is None else radial.result()
+        assert total is not None, "a roster without contributions"
+        return self.variants(fragment, n).result_codec.encode(total).cpu()
 
     # ------------------------------------------------------------ the next version
 

@@ -28,11 +28,14 @@ class SendSchedule:
         staggered: bool,
         inner_steps: Callable[[int, float], int],
         overlap_at: Callable[[int, float], int],
+        own_pace: bool = False,
     ) -> None:
         """`staggered`: fragments at even distances. Both functions are of a fragment, as of its version, and progress.
 
-        `inner_steps`: steps of a round that starts there; `overlap_at`: steps until a result is due.
+        `inner_steps`: steps of a round that starts there; `overlap_at`: steps until a result is due; `own_pace`: a
+        period ends with a commit of what was sent, whatever others commit meanwhile.
         """
+        self.own_pace = own_pace
         self.num_fragments, self.staggered = num_fragments, staggered
         self.inner_steps, self.overlap_at = inner_steps, overlap_at
         self.total_steps = 0
@@ -56,6 +59,10 @@ class SendSchedule:
         """Whether a round's steps were made since the fragment was sent (or came here)."""
         return self.total_steps - self.marks[fragment] >= self.round_steps(fragment, progress)
 
+    def joins(self, *, late: bool, open_seen: bool) -> bool:
+        """Whether a member that is late offers before its time, because somebody has opened an exchange."""
+        return late and open_seen and not self.own_pace
+
     def sent(self, fragment: int, progress: float) -> None:
         """The fragment was sent after the present step."""
         self.sent_at[fragment], self.overdue_s[fragment] = self.total_steps, None
@@ -69,6 +76,8 @@ class SendSchedule:
         """The fragment came to a new version; `included`: by what was sent, so that the period counts from there."""
         overlapped = included and self.due_in[fragment] > 0
         self.overdue_s[fragment] = None
+        if self.own_pace and not included:
+            return
         begun = self.sent_at[fragment] if overlapped else self.total_steps
         self._mark(fragment, begun, self.round_steps(fragment, progress))
 

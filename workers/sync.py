@@ -77,6 +77,7 @@ class IslandSync:
             staggered=replica.strategy.staggered,
             inner_steps=lambda f, progress: machine.round_steps(self._strategy_of(f).inner_steps(progress)),
             overlap_at=lambda f, progress: self._strategy_of(f).overlap_at(progress),
+            own_pace=replica.strategy.own_pace,
         )
         self.base_samples = 0
         self.stopped = False
@@ -240,7 +241,8 @@ class IslandSync:
     def progress(self) -> float:
         """Progress of the run as this member reckons it: committed samples and its own open ones, times the fleet's."""
         open_ = self.machine.consumed - min(state.watermark for state in self.machine.fragments)
-        planned = self.machine.fleet_samples()
+        # Rounds of one's own: others have committed much of what they trained on since.
+        planned = 1.0 if self.schedule.own_pace else self.machine.fleet_samples()
         return min((self.base_samples + open_ * planned) / self.settings.total_samples, 1.0)
 
     def boundary(self) -> Action:
@@ -310,7 +312,7 @@ class IslandSync:
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self._count_again()
-            self.schedule.moved(fragment, self._anchor_progress())
+            self.schedule.moved(fragment, self._anchor_progress(), included=included and self.schedule.own_pace)
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
@@ -384,7 +386,8 @@ class IslandSync:
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue  # a newer version is known: this base can't be offered for any more
             on_time = self.schedule.on_time(fragment, self._anchor_progress())
-            if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
+            joins = self.schedule.joins(late=state.late, open_seen=self.machine.open_seen(fragment))
+            if on_time or standstill or joins:
                 self._send(fragment, steps)
 
     def _at_standstill(self) -> bool:
@@ -406,9 +409,8 @@ class IslandSync:
     def _send(self, fragment: int, steps: int) -> None:
         state = self.machine.fragments[fragment]
         try:
-            encoded = self.replica.encode(
-                fragment, share=self.machine.share(fragment), progress=self._anchor_progress()
-            )
+            share = self.machine.share(fragment)
+            encoded = self.replica.encode(fragment, share=share, progress=self._anchor_progress())
         except NonFiniteError as error:
             self.bodies.append(msg.FaultSeen(fault="non_finite", detail=str(error)))
             self._carry_out(self.machine.request_drop(f"its update is not finite: {error}", self.clock()))

@@ -67,7 +67,7 @@ def _why(coordinator: Coordinator, exchange: FragmentExchange, open_: OpenExchan
     if open_.state == "open":
         fleet = coordinator._fleet(exchange.fragment)
         late = [str(view.id) for view in rules.expected_members(open_, fleet) if view.id not in open_.offers]
-        needed = rules.offers_needed(exchange.config, len(late) + len(open_.offers))
+        needed = exchange.closing.offers_needed(exchange.config, len(late) + len(open_.offers))
         grace = "grace runs" if len(open_.offers) >= needed else f"{needed} make a quorum"
         return f"waits for the offers of {_some(late)}; {grace}" if late else "everybody has offered"
     if open_.state == "reducing":

@@ -266,7 +266,7 @@ class Island:
             )
             self._carry_out(self.machine.installed(fragment, self.clock()))
             self._count_again()
-            self.schedule.moved(fragment, self._anchor_progress())
+            self.schedule.moved(fragment, self._anchor_progress(), included=included and self.schedule.own_pace)
 
     def _apply_due(self) -> None:
         for fragment in range(len(self.machine.fragments)):
@@ -328,7 +328,8 @@ class Island:
             if self.machine.log.next(fragment, state.chain) is not None:
                 continue
             on_time = self.schedule.on_time(fragment, self._anchor_progress())
-            if on_time or standstill or (state.late and self.machine.open_seen(fragment)):
+            joins = self.schedule.joins(late=state.late, open_seen=self.machine.open_seen(fragment))
+            if on_time or standstill or joins:
                 self._send(fragment, steps)
 
     def _at_standstill(self) -> bool:

@@ -92,11 +92,12 @@ class Scenario:
 
         return SendSchedule(
             num_fragments=len(self.num_chunks),
-            staggered=strategy.name != "diloco",
+            staggered=strategy.name not in ("diloco", "async-dn"),
             inner_steps=lambda fragment, progress: own_steps(
                 plan.inner_steps_at(progress, with_changes(strategy, "strategy", values_of(fragment)))
             ),
             overlap_at=overlap_at,
+            own_pace=strategy.own_pace,
         )
 
 
@@ -104,6 +105,20 @@ def draw_strategy(seed: int, *, fragments: int, steps: int) -> StrategyConfig:
     """DiLoCo, or one of those that train while fragments are under way, with offsets (a draw of its own)."""
     rng = random.Random(f"strategy 0 {seed}")
     if rng.random() < 0.5:
+        other = random.Random(
+            f"strategy 1 {seed}"
+        )  # later strategies have a draw of their own: others keep their seeds
+        chance = other.random()
+        if chance < 0.35:
+            return StrategyConfig(
+                name="async-dn", inner_steps=steps, num_fragments=min(fragments, 2) if steps > 1 else 1
+            )
+        if chance < 0.6:
+            even = max(steps // fragments, 1) * fragments
+            return StrategyConfig(
+                name="decoupled", inner_steps=even, num_fragments=fragments, overlap_steps=other.randrange(even),
+                merge_alpha=other.choice((0.0, 0.5)), grace_share=other.choice((0.0, 0.5, 1.0)),
+            )  # fmt: skip
         return StrategyConfig(inner_steps=steps, num_fragments=fragments)
     even = max(steps // fragments, 1) * fragments  # a period that divides
     name = rng.choice(("streaming", "streaming", "delayed", "eager"))
@@ -161,4 +176,5 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
         timeout_s=rng.choice((0.5, 1.5)), clock_skew=0.1 if faults else 0.0,
     )  # fmt: skip
     load: Literal["equal", "by_speed"] = rng.choice(("equal", "by_speed"))
-    return replace(drawn, plan=replace(plan, load=load if plan.strategy.name == "diloco" else "equal"))
+    shared = plan.strategy.name in ("diloco", "async-dn")
+    return replace(drawn, plan=replace(plan, load=load if shared else "equal"))

@@ -113,6 +113,9 @@ class LiveRun:
     def until_training(self) -> None:
         """Wait until every island has contributed to a commit."""
         names = {f"island-{i}" for i in range(int(self.config.run.islands))}
+        if self.config.strategy.own_pace:  # a commit is a push, seldom of more than one
+            self.until(lambda: {e.member for c in self.commits() for e in c.roster} == names, "a push of every island")
+            return
         self.until(
             lambda: any({e.member for e in c.roster} == names for c in self.commits()),
             "a commit with all islands in it",

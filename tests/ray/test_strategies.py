@@ -39,6 +39,11 @@ CASES: dict[str, tuple[Point, tuple[str, ...]]] = {
     "delayed": ("before_offer", ()),
     "muloco": ("reducing", ()),
     "sparseloco": ("pulling", ()),
+    "async-dn": ("reducing", ("exchange.quorum=0.5", "strategy.momentum_every=2")),
+    "decoupled": (
+        "offered",
+        ("strategy.num_fragments=2", "strategy.overlap_steps=6", "exchange.quorum=0.5", "exchange.grace_s=0.5"),
+    ),
 }
 
 

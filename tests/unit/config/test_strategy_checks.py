@@ -40,6 +40,47 @@ REFUSED = {
         "diverges near an optimum from 0.01 on",
         "0.0099 or less",
     ),
+    "delayed Nesterov": (
+        ["strategy.name=async-dn", "strategy.outer_lr=3.0", "strategy.momentum_every=4"],
+        "'nesterov' of pushes diverges near an optimum",
+        "or less",
+    ),
+    "weight of the momentum in between": (
+        [
+            "strategy.name=async-dn",
+            "strategy.outer_lr=0.4",
+            "strategy.momentum_every=4",
+            "strategy.momentum_spread=0.3",
+        ],
+        "the 4 versions of a window would take more than the whole momentum",
+        "0.24 or less",
+    ),
+    "asynchronous with another outer step": (
+        ["strategy.name=async-dn", "strategy.outer=adam", "strategy.outer_lr=0.1"],
+        "has delayed Nesterov for it",
+        "strategy.outer = 'nesterov'",
+    ),
+    "asynchronous warm-up": (
+        ["strategy.name=async-dn", "strategy.outer_lr=0.4", "strategy.warmup_sync=0.1"],
+        "is in step",
+        "strategy.warmup_sync = 0",
+    ),
+    "asynchronous quorum": (
+        ["strategy.name=async-dn", "strategy.outer_lr=0.4", "exchange.quorum=1.0"],
+        "nobody is waited for",
+        "exchange.min_members",
+    ),
+    "window without pushes": (["strategy.momentum_every=4"], "has no meaning with strategy.name = 'diloco'", "8"),
+    "radial average of others": (
+        ["strategy.name=streaming", "strategy.aggregate=radial"],
+        "has no meaning with strategy.name = 'streaming'",
+        "'mean'",
+    ),
+    "load by speed while fragments are under way": (
+        ["strategy.name=decoupled", "run.load=by_speed"],
+        "counts steps until a result is due",
+        "run.load = 'equal'",
+    ),
     "eager adam": (
         ["strategy.name=eager", "strategy.outer=adam", "strategy.outer_lr=0.1"],
         "is not linear",
@@ -84,7 +125,7 @@ def test_it_is_refused_with_its_reason_and_the_nearest_valid_value(case: str) ->
     assert remedy in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["streaming", "eager", "delayed", "muloco", "sparseloco"])
+@pytest.mark.parametrize("name", ["streaming", "eager", "delayed", "muloco", "sparseloco", "async-dn", "decoupled"])
 def test_the_presets_of_the_strategies_load(name: str) -> None:
     config = load_config(name).config
     assert (config.strategy.name, config.run.name) == (name, name)

@@ -42,6 +42,14 @@ CASES = {
     "fragments of your own": ("strategy.name=streaming", 'strategy.fragments=[["*embed*", "*.1.*"], ["*"]]'),
     "eager": ("strategy.name=eager", "strategy.outer_lr=0.5"),
     "delayed, two fragments": ("strategy.name=delayed", "strategy.outer_lr=0.5", "strategy.num_fragments=2"),
+    "asynchronous": (
+        *("strategy.name=async-dn", "strategy.momentum_every=2", "strategy.outer_lr=0.5"),
+        *("exchange.grace_s=0.0", "codec.error_feedback=true"),
+    ),
+    "decoupled": (
+        *("strategy.name=decoupled", "strategy.num_fragments=2", "strategy.overlap_steps=2"),
+        *("strategy.merge_alpha=0.5", "strategy.aggregate=radial"),
+    ),
     "quadratic rule": ("strategy.qsr_alpha=0.006", "strategy.qsr_max_steps=16"),
     "outer adam": ("strategy.outer=adam", "strategy.outer_lr=0.1"),
 }

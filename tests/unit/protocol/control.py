@@ -48,6 +48,7 @@ class Control:
     exchange: dict[str, object] = field(default_factory=dict)
     load: Literal["equal", "by_speed"] = "equal"
     step_s: dict[str, float] = field(default_factory=dict)  # what members measured
+    strategy: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.plan = run_plan(
@@ -57,7 +58,8 @@ class Control:
             steps=self.steps,
             exchange=self.exchange,
         )
-        self.plan = replace(self.plan, load=self.load)
+        strategy = self.plan.strategy.model_dump() | self.strategy
+        self.plan = replace(self.plan, load=self.load, strategy=StrategyConfig.model_validate(strategy))
         self.now = 0.0
         self.hold = False  # rows are written but not flushed
         self.rows: list[Row] = []

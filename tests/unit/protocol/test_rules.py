@@ -8,6 +8,7 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
+import test_closing
 import test_coordinator
 import test_exchange
 import test_leave
@@ -27,6 +28,9 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.exchange_rules.offers_needed": lambda config, num_expected: 1,
     "orchestrator.exchange_rules.close_reason": lambda open_, fleet, config, now: "at once",
     "orchestrator.exchange_rules.staleness_factor": lambda staleness: 1.0,
+    "orchestrator.exchange_rules.push_factor": lambda staleness: 1.0,
+    "orchestrator.closing.push_reason": lambda open_, fleet, config, now, turned_away: "at once",
+    "orchestrator.closing.adaptive_grace_s": lambda **settings: 0.0,
     "orchestrator.exchange_rules.eligible_weight": lambda fleet, roster: float(sum(offer.weight for offer in roster)),
     "orchestrator.exchange_rules.coefficients": lambda offers, fleet: [1 / len(offers)] * len(offers),
     "orchestrator.exchange_rules.able_owners": lambda fleet: [m.id for m in fleet.members.values()],
@@ -61,7 +65,7 @@ ELSEWHERE = {"workers.member_rules.residual_after", "workers.member_rules.aside_
 
 
 def traces() -> Iterator[Callable[[], None]]:
-    for module in (test_exchange, test_coordinator, test_member, test_revocation, test_leave):
+    for module in (test_closing, test_exchange, test_coordinator, test_member, test_revocation, test_leave):
         for name, function in vars(module).items():
             if name.startswith("test_") and not inspect.signature(function).parameters:
                 yield function

@@ -137,3 +137,20 @@ def test_fragments_are_at_even_distances_again_after_the_period_was_changed(
         steps = [step for step, sent in found if sent == fragment]
         gaps = [later - earlier for earlier, later in pairwise(steps)]
         assert all(min(old, new) <= gap <= max(old, new) for gap in gaps), gaps
+
+
+def test_a_period_of_ones_own_ends_with_ones_own_commit() -> None:
+    """What others commit begins no new round, and an open exchange is no reason to offer before the round is over."""
+    for own_pace, on_time in ((True, True), (False, False)):
+        schedule = SendSchedule(
+            num_fragments=1, staggered=False, inner_steps=lambda fragment, progress: 3,
+            overlap_at=lambda fragment, progress: 0,
+            own_pace=own_pace,
+        )  # fmt: skip
+        schedule.total_steps = 2
+        schedule.moved(0, 0.0)
+        schedule.total_steps = 3
+        assert schedule.on_time(0, 0.0) is on_time
+        assert schedule.joins(late=True, open_seen=True) is not own_pace
+        schedule.moved(0, 0.0, included=True)
+        assert not schedule.on_time(0, 0.0)

@@ -144,14 +144,14 @@ def test_ddp_refuses_what_it_cannot_do() -> None:
 
 
 def test_every_strategy_of_the_configuration_is_registered() -> None:
-    names = {"diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco"}
+    names = {"diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco", "async-dn", "decoupled"}
     assert set(STRATEGIES) == names == set(get_args(StrategyName))
     sparse = CodecConfig(name="topk", error_feedback=True)
     for name in names:
         train = train_settings(optimizer="muon") if name == "muloco" else train_settings()
         assert build(sparse if name == "sparseloco" else None, train, name=name).name == name
     with pytest.raises(
-        ValueError, match=r"strategy\.name = 'fedavg' is not known; known are ddp, delayed, diloco, eager"
+        ValueError, match=r"strategy\.name = 'fedavg' is not known; known are async-dn, ddp, decoupled, delayed, diloco"
     ):
         build_strategy(
             StrategyConfig.model_construct(name="fedavg"), CodecConfig(), lr_at=lambda p: 0.0, train=train_settings()
