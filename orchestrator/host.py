@@ -52,6 +52,7 @@ class Host:
         self.controller = controller
         self._deliver, self._spawn, self._end = deliver, spawn, end
         self.finished: ev.Finish | None = None
+        self.closed = False
         self.died: ev.Die | None = None
         self.counts: Counter[str] = Counter()
         self.blocked: deque[ev.Append] = deque()
@@ -111,7 +112,8 @@ class Host:
         )
 
     def close(self) -> None:
-        """End this life; merge the journal's segments after a clean end."""
+        """End this life; merge the journal's segments after a clean end. Whoever still speaks is heard no more."""
+        self.closed = True
         self.metrics.close()
         self.journal.close(merge=self.finished is not None)
 
@@ -119,6 +121,8 @@ class Host:
 
     def receive(self, envelope: Envelope) -> None:
         """An envelope from a member."""
+        if self.closed:
+            return
         self.counts["control_bytes"] += len(pickle.dumps(envelope, protocol=5))
         self.handle(ev.Received(envelope=envelope))
 

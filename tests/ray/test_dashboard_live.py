@@ -115,7 +115,7 @@ def shown(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
             last_t = "(async () => { const end = (await (await fetch('/api/run')).json()).end_s;"
             last_t += " const s = await (await fetch(`/api/series?from=0&to=${end}&bins=400`)).json();"
             last_t += " return s.x[s.loss['island-0'].findLastIndex((v) => v !== null)]; })()"
-            loss_before = page.evaluate(last_t)
+            loss_before = wait_for(page, last_t, "a loss in the curve", run.status)
             page.evaluate(NOTE)
             able = page.evaluate("fetch('/api/run').then((a) => a.json()).then((run) => run.able)")
             click(page, f"{row.format('island-1')} button[data-act=kill]")
@@ -126,7 +126,8 @@ def shown(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
             toasts = [page.evaluate("document.getElementById('toast').textContent")]
             again = f"document.querySelector(\"{row.format('island-1')} .pick\").textContent === 'island-1.2'"
             wait_for(page, again, "island-1.2", run.status)
-            loss_after = page.evaluate(last_t)
+            later = f"{last_t}.then((t) => t > {loss_before} && t)"
+            loss_after = wait_for(page, later, "the curve to go on", run.status)
             click(page, f"{row.format('island-2')} button[data-act=drain]")
             click(page, "#ask button[value=yes]")
             left = "window.seen.find(([, name, doing]) => name === 'island-2' && doing === 'left')"

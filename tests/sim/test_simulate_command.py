@@ -31,10 +31,10 @@ def test_seeds_that_once_failed() -> None:
 
 def test_every_seed_has_enough_in_it() -> None:
     """Those that are over too soon at the first attempt are made longer."""
-    results = [run_seed(seed) for seed in (0, 9, 19, 147, 281)]
+    results = [run_seed(seed) for seed in (9, 17, 19, 23, 30)]
     assert all(result.num_events >= MIN_EVENTS and result.num_faults >= MIN_FAULTS for result in results)
     assert all(result.counts["attempts of the seed"] > 1 for result in results)
-    again = run_seed(281)
+    again = run_seed(30)
     assert (again.digest, again.num_faults) == (results[-1].digest, results[-1].num_faults)
 
 

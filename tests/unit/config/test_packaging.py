@@ -82,7 +82,7 @@ def test_wheel_has_every_file_of_the_packages_and_nothing_else(installed: Path) 
         files = [path for path in (ROOT / layer).rglob("*") if path.suffix in {".py"} | DATA_SUFFIXES]
         wanted |= {str(path.relative_to(ROOT)) for path in files}
     found = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
-    found = {name for name in found if ".dist-info/" not in name and not name.endswith(".whl")}
+    found = {name for name in found if ".dist-info/" not in name and not name.endswith((".whl", ".pyc"))}
     assert found == wanted
 
 
