@@ -134,9 +134,14 @@ class Agenda(Desk):
         if self.stopping is None:
             self.stopping = event
             self.begun_stop_s = self.now
+            self._close_nothing_more()
             self._ask_save("stop")
             self._tell_all(msg.Stop(save=True))
             self._stop_if_saved()
+
+    def _close_nothing_more(self) -> None:
+        """Exchanges that are closed end as they would; the others wait for the run to be resumed."""
+        raise NotImplementedError
 
     def _stop_now(self, event: ev.StopRequested) -> None:
         """Stop without waiting for anybody."""

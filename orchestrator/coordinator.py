@@ -378,7 +378,11 @@ class Coordinator(Operations):
             for exchange in self.exchanges:
                 self._tell_all(msg.Verify(fragment=exchange.fragment, exchange=None, attempt=0))
 
-    # ------------------------------------------------------------ stopping at once
+    # ------------------------------------------------------------ stopping
+
+    def _close_nothing_more(self) -> None:
+        for exchange in self.exchanges:
+            exchange.may_close = False
 
     def _stop_now(self, event: ev.StopRequested) -> None:
         """Who has not saved its state ends here: what it has not offered goes back. One member writes the anchor."""

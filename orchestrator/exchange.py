@@ -107,6 +107,7 @@ class FragmentExchange:
         self.open: OpenExchange | None = None
         self.discards = 0
         self.disagreements = 0
+        self.may_close = True  # not once a stop was asked for: what each saves must be what is committed
         self.sync_s = 0.0  # from the last closing to its commit
         self.turned_away: set[MemberId] = set()  # offered while an exchange was under way, and were in none since
         self.parted: dict[rules.Pair, float] = {}  # when an owner last could not reach a contributor
@@ -368,6 +369,8 @@ class FragmentExchange:
         """Timers: close after grace, move the parts of owners that are suspect or make no progress."""
         open_ = self.open
         if open_ is None:
+            return []
+        if open_.state == "open" and not self.may_close:
             return []
         if open_.state == "open":
             needed = self.closing.offers_needed(self.config, len(rules.expected_members(open_, fleet)))

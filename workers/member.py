@@ -102,6 +102,13 @@ class MemberMachine(ExchangeSide):
 
     # ------------------------------------------------------------ questions of the training thread
 
+    def is_deciding(self) -> bool:
+        """Whether an exchange is closed whose commit or end is not known here yet."""
+        return any(
+            state.assign is not None and self.log.head(fragment) <= state.assign.base.n
+            for fragment, state in enumerate(self.fragments)
+        )
+
     def holds_all(self) -> bool:
         """Whether a state of every fragment is here, so that training can go on.
 
@@ -392,6 +399,8 @@ class MemberMachine(ExchangeSide):
                         state.fetching_state = True
                         self.out.append(ev.LoadState(fragment=fragment))
             case msg.Evaluate() | msg.Save() | msg.Stop():
+                if isinstance(body, msg.Stop):
+                    self.stop_asked_s = self.now
                 self.out.append(ev.Order(body=body))
                 self.out.append(ev.Wake())
             case _:

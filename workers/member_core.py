@@ -41,6 +41,8 @@ class MemberCore:
         self.built: msg.GenesisMade | None = None
         self.dropped_to: int | None = None
         self.drop_asked = ""
+        self.stop_asked_s = float("-inf")
+        self.still = False  # it has saved its state for a stop, and brings about no version that the state lacks
         self.may_rewrite = False  # a new lineage may replace rows that only the lost journal had
         self.waiting = ""
         self.pace = Pace()

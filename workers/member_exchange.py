@@ -176,13 +176,13 @@ class ExchangeSide(MemberCore):
             return
         key = (assign.exchange, assign.attempt)
         complete = all(state.results.get(c) == d for c, d in enumerate(spread.chunk_digests))
-        if complete and state.computing != key and state.have is None:
+        if complete and state.computing != key and state.have is None and not self.still:
             state.computing = key
             self.out.append(ev.ComputeNext(assign=assign, chunk_digests=spread.chunk_digests))
 
     def _next_computed(self, event: ev.NextComputed) -> None:
         state = self.fragments[event.fragment]
-        if state.computing != (event.exchange, event.attempt) or state.spread is None:
+        if state.computing != (event.exchange, event.attempt) or state.spread is None or self.still:
             return
         state.have = msg.Have(
             fragment=event.fragment, exchange=event.exchange, attempt=event.attempt,

@@ -8,6 +8,9 @@ from workers import messages as msg
 from workers.actions import Action, EvaluateNow, Finished, SaveNow
 from workers.member import MemberMachine
 
+DECISION_S = 5.0
+"""How long a member that was asked to save and stop waits for the fate of an exchange that is being decided."""
+
 Order = msg.Evaluate | msg.Save | msg.Stop
 
 
@@ -20,6 +23,8 @@ def next_order(orders: deque[Order], machine: MemberMachine, *, base_samples: in
     if isinstance(order, msg.Evaluate):
         here = tuple(state.n for state in machine.fragments)
         return EvaluateNow(samples=order.samples if here == order.versions else base_samples)
+    if isinstance(order, msg.Stop) and order.save:
+        machine.still = True
     return SaveNow(order=order) if isinstance(order, msg.Save) else Finished(save=order.save)
 
 
@@ -29,6 +34,9 @@ def can_obey(order: Order, machine: MemberMachine) -> bool:
     if isinstance(order, msg.Evaluate):
         known = all(mine >= asked for mine, asked in zip(here, order.versions, strict=True))
         return known and machine.holds_all()
-    if isinstance(order, msg.Stop) or order.local:
+    if isinstance(order, msg.Stop):
+        # What it holds may be about to be committed on its word: saved before that, the version would be nobody's.
+        return not order.save or not machine.is_deciding() or machine.now - machine.stop_asked_s >= DECISION_S
+    if order.local:
         return True
     return min(here) >= 0 and machine.log.genesis is not None  # the last act of a fenced one, too
