@@ -104,10 +104,13 @@ class Jobs:
         self.snapshots, self.clock = snapshots, clock
         self.staged: dict[tuple[int, str], list[StateChunk]] = {}  # by fragment and chain
 
-    def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:
-        wait_s = self.timeout_s if wait and self.threaded else 0.0
+    def _fetch(
+        self, address: str, keys: Sequence[str], max_bytes: int, *, give_up: Callable[[], bool] | None = None
+    ) -> list[torch.Tensor]:
+        """`give_up`: the peer may wait for what it does not have yet, until this is true."""
+        wait_s = self.timeout_s if give_up is not None and self.threaded else 0.0
         blobs = self.transport.fetch(
-            address, keys, timeout_s=self.timeout_s + wait_s, wait_s=wait_s, max_bytes=max_bytes
+            address, keys, timeout_s=self.timeout_s + wait_s, wait_s=wait_s, give_up=give_up, max_bytes=max_bytes
         )
         return [torch.from_numpy(blob.data) for blob in blobs]
 
@@ -168,7 +171,8 @@ class Jobs:
         else:
             keys = [name_key(c.fragment, c.roster_digest, chunk) for chunk in c.chunks]
         try:
-            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)), wait=not c.digests)
+            give_up = None if c.digests else lambda: self._is_committed(c.fragment, c.n)
+            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)), give_up=give_up)
         except TransportError as error:
             return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=str(error))
         done: list[tuple[int, str]] = []
@@ -179,6 +183,11 @@ class Jobs:
                 return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=why)
             done.append((chunk, digest_hex))
         return ev.ResultsFetched(fragment=c.fragment, chunks=tuple(done))
+
+    def _is_committed(self, fragment: int, n: int) -> bool:
+        """Then it is fetched by its content, from whoever holds it; its name may be forgotten where it was made."""
+        with self.lock:
+            return self.log().head(fragment) >= n
 
     def payloads(self, fragment: int, digests: Sequence[str]) -> Payloads | None:
         """Result payloads by content, or None if one is not here."""

@@ -165,9 +165,13 @@ class Reduce:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FetchResults:
-    """Pull result chunks: by name while they are being made (`digests` empty), else by content."""
+    """Pull result chunks: by name while they are being made (`digests` empty), else by content.
+
+    `n`: the version that they make. Who waits by name for one that is committed meanwhile need not wait any longer.
+    """
 
     fragment: int
+    n: int
     address: str
     roster_digest: str
     chunks: tuple[int, ...]

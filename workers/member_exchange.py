@@ -148,6 +148,7 @@ class ExchangeSide(MemberCore):
             self.out.append(
                 ev.FetchResults(
                     fragment=fragment,
+                    n=assign.base.n + 1,
                     address=address,
                     roster_digest=assign.roster_digest,
                     chunks=tuple(chunks),
@@ -255,7 +256,7 @@ class ExchangeSide(MemberCore):
         state.fetching_results |= set(wanted)
         self.out.append(
             ev.FetchResults(
-                fragment=fragment, address=address, roster_digest=record.roster_digest, chunks=wanted,
+                fragment=fragment, n=record.n, address=address, roster_digest=record.roster_digest, chunks=wanted,
                 digests=tuple(record.chunk_digests[c] for c in wanted),
             )
         )  # fmt: skip

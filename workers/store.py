@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -150,6 +150,12 @@ class BlobStore:
                 for key in self._holders.pop(alias):
                     del self._alias_of[key]
             return before - self._num_bytes
+
+    def discard_content(self, prefix: str, digests: Collection[str]) -> None:
+        """Drop the keys below ``prefix`` whose bytes have one of ``digests``; their aliases live as long as others."""
+        with self._changed:
+            for key in [k for k, blob in self._blobs.items() if blob.digest in digests and _is_below(k, prefix)]:
+                self._remove(key)
 
     def _lookup(self, key: str) -> StoredBlob | None:
         blob = self._blobs.get(key)

@@ -228,7 +228,7 @@ class IslandSync:
         freed = sum(self.store.discard(prefix) for prefix in command.prefixes)
         contents = [content_key(command.fragment, digest_hex) for digest_hex in command.digests]
         freed += sum(self.store.discard(key) for key in contents)
-        self.store.discard(f"result/{command.fragment}")  # the same bytes under another name
+        self.store.discard_content(f"result/{command.fragment}", command.digests)  # the same bytes by their names
         give_back(freed)
 
     # ------------------------------------------------------------ the step boundary (training thread)

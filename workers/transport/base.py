@@ -191,6 +191,7 @@ class Transport(Protocol):
         *,
         timeout_s: float,
         wait_s: float = 0.0,
+        give_up: Callable[[], bool] | None = None,
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
@@ -198,7 +199,9 @@ class Transport(Protocol):
         """Fetch the blobs under ``keys`` from the peer at ``address``, in that order, all or nothing.
 
         ``timeout_s`` bounds the whole call. ``wait_s`` is how long the peer may wait for keys that it does not have yet
-        (peers bound it too). ``max_bytes`` bounds the sum of all blobs: nothing beyond it is received or allocated.
+        (peers bound it too); while it waits, ``give_up`` is asked about once a second whether it is still worth it, and
+        ends the fetch as if the time were over (`BlobMissing`). ``max_bytes`` bounds the sum of all blobs: nothing
+        beyond it is received or allocated.
         ``background`` above 0: no exchange waits for this, and so many such fetches run at once: together they use a
         share of the link only (`workers.transport.pacing`).
         Every blob is checked against the digest sent with it; whether that is the digest the caller expects is for the

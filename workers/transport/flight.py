@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow.flight as fl
 
@@ -143,6 +143,7 @@ class FlightTransport:
         *,
         timeout_s: float,
         wait_s: float = 0.0,
+        give_up: Callable[[], bool] | None = None,
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
@@ -175,6 +176,7 @@ class FlightTransport:
                     ),
                     assembly=assembly,
                     on_received=self._count_received,
+                    give_up=give_up,
                 )
                 for stream in range(num_streams)
             ]

@@ -40,6 +40,7 @@ class StreamReader:
         ticket: Ticket,
         assembly: Assembly,
         on_received: Callable[[int], None],
+        give_up: Callable[[], bool] | None = None,
     ) -> None:
         self._peer = peer
         self._client = client
@@ -47,6 +48,7 @@ class StreamReader:
         self._ticket = ticket
         self._assembly = assembly
         self._on_received = on_received
+        self._give_up = give_up
         self._lock = threading.Lock()
         self._flight: fl.FlightStreamReader | None = None
         self._abandoned = False
@@ -100,6 +102,8 @@ class StreamReader:
         except WireError as error:
             raise BadMessage(peer=self._peer, cause=str(error)) from None
         match message:
+            case Waiting() if self._give_up is not None and self._give_up():
+                raise BlobMissing(peer=self._peer, keys=self._ticket.keys, cause="not there yet, and of no use by now")
             case Waiting():
                 return None
             case Missing():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from workers.transport.base import MAX_WAIT_S, Blob, CallSet, CancelToken, check
 from workers.transport.errors import BlobMissing, Cancelled, PeerUnreachable, TransportTimeout
 from workers.transport.link_meter import LinkReport
 from workers.transport.wire import PieceHeader
+
+SIGN_S = 1.0
+"""How often a fetch that waits asks whether it should; as often as the real transport hears from its peer."""
 
 
 class LoopbackNetwork:
@@ -93,6 +96,7 @@ class LoopbackTransport:
         *,
         timeout_s: float,
         wait_s: float = 0.0,
+        give_up: Callable[[], bool] | None = None,
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
@@ -105,7 +109,8 @@ class LoopbackTransport:
             peer = self._network.find(address)
             if peer is None:
                 raise PeerUnreachable(peer=address, cause="nobody serves at this address in this process")
-            peer.await_keys(keys, call, wait_until=started + min(wait_s, MAX_WAIT_S), deadline=started + timeout_s)
+            until = started + min(wait_s, MAX_WAIT_S)
+            peer.await_keys(keys, call, wait_until=until, deadline=started + timeout_s, give_up=give_up)
             assembly = Assembly(peer=address, keys=keys, num_streams=1, max_bytes=max_bytes)
             for number, blob in enumerate(peer.read(keys)):
                 size = blob.data.nbytes
@@ -122,13 +127,28 @@ class LoopbackTransport:
         """Nothing is measured inside one process."""
         return ()
 
-    def await_keys(self, keys: Sequence[str], call: CancelToken, *, wait_until: float, deadline: float) -> None:
+    def await_keys(
+        self,
+        keys: Sequence[str],
+        call: CancelToken,
+        *,
+        wait_until: float,
+        deadline: float,
+        give_up: Callable[[], bool] | None = None,
+    ) -> None:
         """Called by a fetching peer: return once all keys are in this member's store, or raise why not."""
         unhook = call.on_cancel(self._store.interrupt)
         try:
             for key in keys:
-                left_s = max(0.0, min(wait_until, deadline) - time.monotonic())
-                here = self._store.wait_any((key,), timeout_s=left_s, stop=lambda: call.cancelled or not self._serving)
+                here = False
+                while not here:
+                    left_s = max(0.0, min(wait_until, deadline) - time.monotonic())
+                    here = self._store.wait_any(
+                        (key,), timeout_s=min(left_s, SIGN_S), stop=lambda: call.cancelled or not self._serving
+                    )
+                    over = left_s <= SIGN_S or call.cancelled or not self._serving
+                    if over or (give_up is not None and not here and give_up()):
+                        break
                 if call.cancelled:
                     raise Cancelled(peer=self.address, key=key, cause=call.reason)
                 if not self._serving:

@@ -205,6 +205,19 @@ def test_wrong_chunk_is_fetched_again_by_content() -> None:
     assert (fetch.chunks, fetch.digests) == ((0,), ("r0",))
 
 
+def test_result_that_was_committed_while_it_was_waited_for_by_name_is_fetched_by_content() -> None:
+    """A newcomer asked an owner that had forgotten the name already, and waited half a minute for it."""
+    mate = Mate().start()
+    mate.tell(mate.assign(entry("island-1", 0, 4), owners=("island-1", "island-1")))
+    by_name = mate.found(ev.FetchResults)[-1]
+    record = mate.commit(entry("island-1", 0, 4))
+    mate.tell()
+    assert by_name.n == record.n and not by_name.digests and mate.machine.log.head(0) == record.n
+    mate.happen(ev.ResultsFailed(fragment=0, chunks=by_name.chunks, address="at-1", why="given up"))
+    mate.tick()
+    assert mate.found(ev.FetchResults)[-1].digests == record.chunk_digests
+
+
 def test_verification_computes_again_or_gives_the_state_up() -> None:
     mate = Mate().start()
     assign = mate.assign(entry("island-1", 0, 4), owners=("island-1", "island-1"))

@@ -80,6 +80,16 @@ def test_alias_lives_as_long_as_one_holder() -> None:
     assert store.get(alias) is None and alias not in store
 
 
+def test_names_of_given_contents_are_dropped_and_others_kept() -> None:
+    store = BlobStore()
+    first = store.put("result/0/roster/0", b"one")
+    store.put("result/0/roster/1", b"two")
+    store.put("result/1/roster/0", b"one")
+    store.put("content/one", b"one")
+    store.discard_content("result/0", {first})
+    assert store.keys() == ["result/0/roster/1", "result/1/roster/0", "content/one"]
+
+
 def test_alias_alone_can_be_discarded_or_replaced() -> None:
     store = BlobStore()
     store.put("a", b"x", content_key="blob/1")

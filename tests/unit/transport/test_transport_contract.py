@@ -110,6 +110,22 @@ def test_gives_up_when_the_wait_is_over(build: Build) -> None:
         build(BlobStore()).fetch(build(BlobStore()).address, ["a"], timeout_s=10, wait_s=0.05, max_bytes=1)
 
 
+def test_gives_up_when_what_it_waits_for_is_of_no_use_any_more(build: Build) -> None:
+    """A newcomer waited 30 s for a result that was committed and whose name was forgotten; all waited for it."""
+    began, asked = time.monotonic(), []
+    with pytest.raises(BlobMissing) as caught:
+        build(BlobStore()).fetch(
+            build(BlobStore()).address,
+            ["a"],
+            timeout_s=40,
+            wait_s=30,
+            give_up=lambda: not asked.append(time.monotonic()),  # type: ignore[func-returns-value]
+            max_bytes=1,
+        )
+    assert caught.value.keys == ("a",) and len(asked) == 1
+    assert time.monotonic() - began < 10
+
+
 def test_gives_up_when_the_time_is_over(build: Build) -> None:
     started = time.monotonic()
     with pytest.raises(TransportTimeout):
