@@ -138,6 +138,8 @@ class LiveRun:
     def kill_controller(self, *, with_island: str | None = None) -> None:
         """Kill the controller's process, an island's with it if one is named; wait until all of them go on."""
         before, commits = self.lives(), len(self.commits())
+        self.until(lambda: len(self.commits()) > commits, "a commit after what happened before")
+        commits = len(self.commits())
         ray.kill(self.controller, no_restart=False)
         if with_island is not None:
             member = self.state().current[with_island]
