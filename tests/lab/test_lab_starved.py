@@ -78,8 +78,9 @@ def fetch_while_speaking(lab: Lab, address: str, *, background: int) -> tuple[fl
         fetch = stack.enter_context(
             lab.popen("b", python(FETCH, lab.address("b"), address, NUM_BYTES, background), **PIPES)
         )
-        mouth = stack.enter_context(lab.popen("a", python(SAY, lab.address("b"), port, 10.0), **PIPES))
+        mouth = stack.enter_context(lab.popen("a", python(SAY, lab.address("b"), port, 30.0), **PIPES))
         done = json.loads(fetch.communicate(timeout=50)[0])
+        mouth.terminate()  # what it said is on its way
         mouth.communicate(timeout=30)
         delays = json.loads(ear.communicate(timeout=30)[0])
     during = sorted(delay for sent_s, delay in delays if done["begin_s"] <= sent_s <= done["end_s"])
