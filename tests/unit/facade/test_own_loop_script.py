@@ -22,6 +22,7 @@ from orchestrator.ledger import ledger_command
 from orchestrator.rundir import RunDir, RunDirInUse
 from tests.own_loops import CONFIG, NUM_IMAGES, NUM_STEPS, digest_of, images, loss_of, make, train_on
 from tests.small_run import SEQ_LEN, make_pack
+from workers import orders
 from workers.data.permutation import sample_ids
 from workers.loops import load_loop
 
@@ -143,6 +144,7 @@ def test_an_offer_whose_payload_died_with_its_process_is_made_anew(
     """The run is stopped after a commit that its only holder did not hear of: it is revoked and made again."""
     monkeypatch.setattr(revocation, "ASK_AFTER_S", 0.1)
     monkeypatch.setattr(revocation, "ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr(orders, "DECISION_S", 0.0)  # it would wait for the news that never comes
     island = script(tmp_path)
     with island:
         train_steps(island, 45)  # nine rounds: the tenth commit is due
