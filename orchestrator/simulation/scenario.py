@@ -85,6 +85,11 @@ class Scenario:
         """
         plan, strategy = self.plan, self.plan.strategy
 
+        def steps_at(fragment: int, progress: float) -> int:
+            values = values_of(fragment)
+            now = with_changes(strategy, "strategy", values) if values else strategy
+            return own_steps(plan.inner_steps_at(progress, now))
+
         def overlap_at(fragment: int, progress: float) -> int:
             now = with_changes(strategy, "strategy", values_of(fragment))
             overlap = now.inner_steps if now.delay else now.overlap_steps
@@ -93,9 +98,7 @@ class Scenario:
         return SendSchedule(
             num_fragments=len(self.num_chunks),
             staggered=strategy.name not in ("diloco", "async-dn"),
-            inner_steps=lambda fragment, progress: own_steps(
-                plan.inner_steps_at(progress, with_changes(strategy, "strategy", values_of(fragment)))
-            ),
+            inner_steps=steps_at,
             overlap_at=overlap_at,
             own_pace=strategy.own_pace,
         )
