@@ -415,6 +415,7 @@ class Coordinator(Operations):
         if self.exchanges:
             self._watch_quorum(self._fleet(0))
         self._spawn_due()
+        self._miss_the_fenced()
         self._ask_genesis()
         self._start_if_ready()
         self._restore_if_lost()

@@ -156,6 +156,7 @@ class Judgement(Lifecycle):
             self.missing_since.pop(name, None)
             self.away_since[name] = self.seconds()
             return
+        self.fenced_s.pop(name, None)
         action = self.policy.failed(name, kind, self.seconds(), stepped=stepped, why=why)
         in_row = self.policy.early[name]
         if in_row >= EARLY_DEATHS and not any(head.version.n for head in self.state.heads):
@@ -177,6 +178,14 @@ class Judgement(Lifecycle):
                 del self.to_spawn[name]
                 if name not in self.state.current and self.stopping is None:
                     self.commands.append(ev.Spawn(name=name, why=why))
+
+    def _miss_the_fenced(self) -> None:
+        """A process that was told of its fence and is silent ever since hangs, or died unseen: it is replaced as well."""
+        for name, fenced_s in list(self.fenced_s.items()):
+            if name in self.state.current or self.now - fenced_s > self.plan.exchange.limbo_s:
+                del self.fenced_s[name]
+                if name not in self.state.current:
+                    self._replace(name, "lost", "its process did not come back after its fence", stepped=False)
 
     # ------------------------------------------------------------ quorum
 

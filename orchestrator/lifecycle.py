@@ -95,6 +95,7 @@ class Lifecycle(FaultBook):
         self.restore_asked_s = float("-inf")
         self.without_snapshot: dict[str, str] = {}
         self.silent_since: dict[MemberId, float] = {}
+        self.fenced_s: dict[str, float] = {}  # whose process was told so, and is to begin a new incarnation by itself
         self.peers_due, self.peers_told_s = False, float("-inf")
         self.peers_made: tuple[float, msg.Peers] | None = None
         self.start_waits_for = ""
@@ -141,6 +142,7 @@ class Lifecycle(FaultBook):
         member = MemberId(name=envelope.name, incarnation=incarnation)
         self._log(JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node))
         self._attach_process(member, envelope.nonce, body.info)
+        self.fenced_s.pop(envelope.name, None)
         if incarnation == 1:
             self.first_joins[envelope.name] = self.seconds()
         self._end_gap(envelope.name)
@@ -363,6 +365,8 @@ class Lifecycle(FaultBook):
             trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)
             self.consumed_at_end[member] = min(trained, self.state.members[member].num_leased)
             self._tell(process.nonce, msg.Fenced(why=why))
+            if not left:
+                self.fenced_s[member.name] = self.now
 
     def _after_fence(self, member: MemberId) -> None:
         self._gone(member)
