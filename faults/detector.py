@@ -12,8 +12,9 @@ move.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -80,8 +81,44 @@ def is_outlier(value: float, others: Iterable[float], *, factor: float, deviatio
     """Whether `value` is far above what the others have: beyond `factor` times their median **and** beyond their
     median plus `deviations` median absolute deviations. Without others nobody is.
     """
-    known = list(others)
-    if not known:
-        return False
-    middle, deviation = spread(known)
-    return value > factor * middle and value > middle + deviations * deviation
+    return Spread(others).has_outlier(value, factor=factor, deviations=deviations)
+
+
+class Spread:
+    """Values in order, for comparing each of them with all the others without sorting these every time."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        """Sorts them once."""
+        self.values = sorted(values)
+
+    def has_outlier(self, value: float, *, factor: float, deviations: float, among: bool = False) -> bool:
+        """`is_outlier` of a value against these; `among`: it is one of them, and is compared with the rest."""
+        without = bisect_left(self.values, value) if among else len(self.values)
+        num = len(self.values) - among
+        if num < 1:
+            return False
+        middle = self._mean_of_middle(num, lambda place: self._at(place, without))
+        if value <= factor * middle:
+            return False
+        deviation = self._mean_of_middle(num, lambda rank: self._distance(rank, middle, num, without))
+        return value > middle + deviations * deviation
+
+    def _at(self, place: int, without: int) -> float:
+        return self.values[place if place < without else place + 1]
+
+    @staticmethod
+    def _mean_of_middle(num: int, of_rank: Callable[[int], float]) -> float:
+        """The median of `num` values, as `statistics.median` has it."""
+        high = of_rank(num // 2)
+        return high if num % 2 else (of_rank(num // 2 - 1) + high) / 2
+
+    def _distance(self, rank: int, middle: float, num: int, without: int) -> float:
+        """The distance to `middle` that has this rank: those that are nearer are neighbours in the order."""
+        low, high = 0, num - rank - 1  # where the window of the rank + 1 nearest may begin
+        while low < high:
+            begin = (low + high) // 2
+            if middle - self._at(begin, without) > self._at(begin + rank + 1, without) - middle:
+                low = begin + 1
+            else:
+                high = begin
+        return max(abs(self._at(low, without) - middle), abs(self._at(low + rank, without) - middle))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from faults.detector import is_outlier
+from faults.detector import Spread
 
 Activity = Literal["starting", "stepping", "first_steps", "between", "waiting", "evaluating", "saving", "over", ""]
 
@@ -92,9 +92,9 @@ class SlowJudge:
             if name not in steps_s:
                 del self.streaks[name]
         self.slow &= steps_s.keys()
+        everybody = Spread(steps_s.values())
         for name, step_s in steps_s.items():
-            others = [other_s for other, other_s in steps_s.items() if other != name]
-            outlier = is_outlier(step_s, others, factor=SLOW_FACTOR, deviations=SLOW_DEVIATIONS)
+            outlier = everybody.has_outlier(step_s, factor=SLOW_FACTOR, deviations=SLOW_DEVIATIONS, among=True)
             if outlier == (name in self.slow):
                 self.streaks[name] = 0
                 continue
@@ -102,6 +102,7 @@ class SlowJudge:
             if self.streaks[name] < self.windows:
                 continue
             self.streaks[name] = 0
+            others = [other_s for other, other_s in steps_s.items() if other != name]
             changed[name] = self._reason(step_s, others) if outlier else ""
             (self.slow.add if outlier else self.slow.discard)(name)
         return changed

@@ -15,7 +15,8 @@ from orchestrator import exchange as ex
 from orchestrator import shares
 from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
-from orchestrator.exchange_rules import Fleet, MemberView
+from orchestrator.exchange_rules import Fleet
+from orchestrator.fleet import LiveMembers
 from orchestrator.membership import MemberClock, Process
 from orchestrator.operations import Operations
 from orchestrator.revocation import Revocations
@@ -33,6 +34,9 @@ from workers.records import (
 
 __all__ = ["Coordinator", "RunPlan"]
 
+LOOK_S_PER_MEMBER = 1e-4
+"""All members are looked at at most so often: with each tick up to a thousand of them, once a second for ten thousand."""
+
 
 class Coordinator(Operations):
     """All decisions of one run in one controller life."""
@@ -44,6 +48,7 @@ class Coordinator(Operations):
         self.verified_s = float("-inf")
         self.sent: dict[str, int] = {}
         self.bytes_counted = 0
+        self.looked_s = float("-inf")
         self._open_exchanges()
 
     # ------------------------------------------------------------ entry
@@ -231,13 +236,21 @@ class Coordinator(Operations):
             self._tell(member, msg.Tail(active=True))
         if member.name in self.leaving and hello.waiting != "leaving":
             self._tell(member, msg.Leave())
-        self._start_if_ready()
-        if self.plan.load == "by_speed" and shares.unmeasured(
-            self.state.shares, self.roll.processes, shares.speeds_of(self.roll.processes)
-        ):
+        if not self.started:
+            self._start_if_ready()
+        if self.plan.load == "by_speed" and self._lacks_share(member, hello):
             self._plan_shares()
-        self._grant()
+        self._grant(member)
         self._let_go()
+
+    def _lacks_share(self, member: MemberId, hello: msg.Hello) -> bool:
+        """Whether a member was measured that the shares in force do not name, and nobody's first speed is awaited."""
+        named = self.state.shares is not None and str(member) in self.state.shares.members
+        if named or hello.median_step_s <= 0.0:
+            return False
+        return bool(
+            shares.unmeasured(self.state.shares, self.roll.processes, shares.speeds_of(self.roll.processes))
+        )
 
     def _plan_shares(self) -> None:
         """Local steps by measured speed: journalled, so that every member and every replay have the same."""
@@ -259,7 +272,7 @@ class Coordinator(Operations):
             return
         before = had.fragments[exchange.fragment] if had.fragments else None
         if before is not None and exchange.lacks_news(before):
-            self._effects(exchange, exchange.repeat(member, self._fleet(exchange.fragment)))
+            self._effects(exchange, exchange.repeat(member))
 
     def _mark_consumed(self, member: MemberId, upto: int) -> None:
         """It has trained on that much, whatever its last heartbeat said."""
@@ -285,20 +298,8 @@ class Coordinator(Operations):
     # ------------------------------------------------------------ exchanges
 
     def _fleet(self, fragment: int) -> Fleet:
+        members = LiveMembers(self.state, self.roll.processes, self.leaving, fragment)
         head = self.state.heads[fragment].version
-        members: dict[MemberId, MemberView] = {}
-        for member in self.state.live():
-            entry, process = self.state.members[member], self.roll.processes.get(member)
-            members[member] = MemberView(
-                id=member, node=entry.node, address=process.info.address if process else "",
-                suspect=process is None or process.status == "suspect", ready=process is not None and process.ready(),
-                stepped=process is not None and process.stepped, weight=process.info.weight if process else 0,
-                watermark=entry.watermarks[fragment], leases=entry.leases,
-                blocked=process is not None and process.blocked(fragment, head.n, entry.watermarks[fragment]),
-                leaving=member.name in self.leaving,
-                behind=process.behind(fragment, head.n) if process is not None else 0,
-                step_s=process.hello.median_step_s if process is not None and process.hello is not None else 0.0,
-            )  # fmt: skip
         return Fleet(
             members=members, head=head, samples_committed=self.state.samples_committed(),
             inner_steps=self.inner_steps_of(fragment), own_pace=self.plan.strategy.own_pace,
@@ -404,12 +405,17 @@ class Coordinator(Operations):
     # ------------------------------------------------------------ time
 
     def _tick(self) -> None:
+        if self.now - self.looked_s < min(LOOK_S_PER_MEMBER * len(self.roll.processes), self.roll.suspect_s / 4):
+            return
+        self.looked_s = self.now
+        self._tell_peers()
         self._judge()
         for exchange in self.exchanges:
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
         if self.exchanges:
             self._watch_quorum(self._fleet(0))
         self._spawn_due()
+        self._miss_the_fenced()
         self._ask_genesis()
         self._start_if_ready()
         self._restore_if_lost()

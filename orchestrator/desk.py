@@ -6,6 +6,7 @@ at once, a message only when `Flushed` has covered all that was decided before i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,7 +89,7 @@ class Desk:
             judges_hangs=plan.judges_hangs,
         )  # fmt: skip
         self.pending: list[Row] = []
-        self.held: list[tuple[int, MemberId | str, tuple[msg.ControllerBody, ...]]] = []
+        self.held: deque[tuple[int, MemberId | str, tuple[msg.ControllerBody, ...]]] = deque()  # by rising number
         self.after_flush: list[tuple[int, Record]] = []
         self.nonces: dict[str, tuple[str, MemberId | None]] = {}
         self.commands: list[ev.Command] = []
@@ -158,9 +159,8 @@ class Desk:
         self.held.append((self._last_seq(), to, bodies))
 
     def _tell_all(self, *bodies: msg.ControllerBody) -> None:
-        for member in self.state.live():
-            if member in self.roll.processes:
-                self._tell(member, *bodies)
+        at, processes = self._last_seq(), self.roll.processes
+        self.held.extend((at, member, bodies) for member in self.state.live() if member in processes)
 
     def _sync(self, member: MemberId) -> None:
         self._tell(member)
@@ -169,15 +169,17 @@ class Desk:
         if self.pending:
             self.commands.append(ev.Append(rows=tuple(self.pending)))
             self.pending = []
-        ready = [entry for entry in self.held if may_tell(entry[0], self.flushed)]
-        self.held = [entry for entry in self.held if not may_tell(entry[0], self.flushed)]
-        grouped: dict[MemberId | str, list[msg.ControllerBody]] = {}
-        for _, to, bodies in ready:
-            grouped.setdefault(to, []).extend(bodies)
+        grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
+        while self.held and may_tell(self.held[0][0], self.flushed):
+            _, to, bodies = self.held.popleft()
+            grouped[to] = grouped[to] + bodies if to in grouped else bodies
+        slices: dict[int, tuple[Row, ...]] = {}  # many lack the same rows
         for to, all_bodies in grouped.items():
-            self._send(to, tuple(all_bodies))
+            self._send(to, all_bodies, slices)
 
-    def _send(self, to: MemberId | str, bodies: tuple[msg.ControllerBody, ...]) -> None:
+    def _send(
+        self, to: MemberId | str, bodies: tuple[msg.ControllerBody, ...], slices: dict[int, tuple[Row, ...]]
+    ) -> None:
         if isinstance(to, str):
             name, member = self.nonces.get(to, ("", None))
             nonce, rows_from = to, 0
@@ -187,7 +189,9 @@ class Desk:
             if process is None:
                 return
             name, member, nonce, rows_from = to.name, to, process.nonce, process.rows_sent
-            rows = tuple(self.rows[rows_from : self.flushed + 1])
+            if rows_from not in slices:
+                slices[rows_from] = tuple(self.rows[rows_from : self.flushed + 1])
+            rows = slices[rows_from]
             process.rows_sent = max(rows_from, self.flushed + 1)
         self.num_batches += 1
         self.commands.append(

@@ -27,6 +27,7 @@ from workers.records import (
     version_chain,
 )
 
+ANNOUNCED_TO_ALL = 3
 PARTED_S = 30.0
 """How long an owner is kept from parts after it could not reach a contributor; then it is tried again."""
 
@@ -141,12 +142,38 @@ class FragmentExchange:
         if sender in self.open.offers:
             return []
         self.open.offers[sender] = (member.address, offer)
-        likely = self._reaching(fleet, [m.id for m in rules.expected_members(self.open, fleet)], now)
-        owners = rules.deal_chunks(self.num_chunks, likely or [sender])
-        announce = msg.Announce(
-            offer_by=sender, address=member.address, offer=offer, owners=tuple(str(owner) for owner in owners)
-        )
-        return [ToAll(body=announce), *self.tick(fleet, now)]
+        announced = self._announce(self.open, sender, offer, fleet, now)
+        return announced if self._waits_for_more(self.open, fleet, now) else [*announced, *self.tick(fleet, now)]
+
+    def _announce(
+        self, open_: OpenExchange, sender: MemberId, offer: Offer, fleet: Fleet, now: float
+    ) -> list[Effect]:
+        """The first offers tell everybody that there is an exchange; of the others only those hear who may reduce them.
+
+        They pull their pieces ahead of the assignment. Of N offers to N members all but a few would concern nobody.
+        """
+        if not open_.likely:
+            expected = [m.id for m in rules.expected_members(open_, fleet)]
+            open_.likely = rules.deal_chunks(self.num_chunks, self._reaching(fleet, expected, now) or [sender])
+        owners = tuple(str(owner) for owner in open_.likely)
+        body = msg.Announce(offer_by=sender, address=open_.offers[sender][0], offer=offer, owners=owners)
+        if len(open_.offers) <= ANNOUNCED_TO_ALL:
+            return [ToAll(body=body)]
+        return [ToOne(member=owner, body=body) for owner in dict.fromkeys(open_.likely)]
+
+    def _waits_for_more(self, open_: OpenExchange, fleet: Fleet, now: float) -> bool:
+        """Whether one more offer closes nothing, by the last look at everybody: only what may is worth another look."""
+        if self.closing.rule == "push":
+            return False
+        if len(open_.offers) < open_.needed:
+            return True
+        awaited = open_.waits_for
+        graceful = self.closing.rule == "quorum" and open_.quorum_s is not None
+        if not graceful or awaited is None or awaited not in fleet.members:
+            return False
+        if self.config.quorum < 1 and now >= (open_.quorum_s or 0.0) + self.config.grace_s:
+            return False
+        return bool(rules.awaited_members(open_, replace(fleet, members={awaited: fleet.members[awaited]})))
 
     def _able(self, fleet: Fleet) -> list[MemberId]:
         able = rules.able_owners(fleet)
@@ -187,7 +214,8 @@ class FragmentExchange:
         open_.roster_digest = roster_digest(open_.roster)
         open_.haves = {}
         open_.progress_s = {owner: now for owner in open_.owners}
-        return [ToAll(body=self._assignment(open_, fleet))]
+        open_.assignment = self._assignment(open_, fleet)
+        return [ToAll(body=open_.assignment)]
 
     def _assignment(self, open_: OpenExchange, fleet: Fleet) -> msg.Assign:
         included = {entry.offer.member for entry in open_.roster}
@@ -373,13 +401,18 @@ class FragmentExchange:
         if open_.state == "open" and not self.may_close:
             return []
         if open_.state == "open":
-            needed = self.closing.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
-            if open_.quorum_s is None and len(open_.offers) >= needed:
+            open_.needed = self.closing.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
+            if open_.quorum_s is None and len(open_.offers) >= open_.needed:
                 open_.quorum_s = now
             because = self.closing.reason(
                 open_, fleet, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
             )
-            return self._close(open_, fleet, now, because) if because else []
+            if because:
+                return self._close(open_, fleet, now, because)
+            awaited = rules.awaited_members(open_, fleet) if open_.quorum_s is not None else ()
+            slowest = max(awaited, key=lambda m: (m.step_s, m.id), default=None)
+            open_.waits_for, open_.likely = slowest.id if slowest is not None else None, ()
+            return []
         if open_.state == "spread":
             return self._try_commit(open_, fleet, now) or self._unstick(open_, fleet, now)
         for owner in sorted(set(open_.owners)):
@@ -428,12 +461,12 @@ class FragmentExchange:
             return True
         return open_.state == "spread" and not report.spread
 
-    def repeat(self, member: MemberId, fleet: Fleet) -> list[Effect]:
+    def repeat(self, member: MemberId) -> list[Effect]:
         """What a member that may have missed messages needs to take part in the open exchange."""
         open_ = self.open
         if open_ is None or open_.state == "open":
             return []
-        out: list[Effect] = [ToOne(member=member, body=self._assignment(open_, fleet))]
+        out: list[Effect] = [ToOne(member=member, body=open_.assignment)]
         if open_.state == "spread":
             out.append(ToOne(member=member, body=self._spread(open_)))
         return out

@@ -14,7 +14,7 @@ import numpy as np
 
 from orchestrator.settings import ExchangeConfig
 from workers import ranges
-from workers.messages import ExchangeId, Offer, Version
+from workers.messages import Assign, ExchangeId, Offer, Version
 from workers.records import MemberId, RosterEntry, Term
 
 Pair = tuple[MemberId, MemberId]
@@ -59,7 +59,11 @@ class Fleet:
 
 @dataclass(kw_only=True, slots=True)
 class OpenExchange:
-    """An exchange between its first offer and its end. Lost at a restart, harmlessly."""
+    """An exchange between its first offer and its end. Lost at a restart, harmlessly.
+
+    By the last look at everybody: `needed` offers make a quorum, `waits_for` is one whose offer is still to come (the
+    slowest), `likely` would own the parts, chunk by chunk. `assignment`: what the present attempt was announced with.
+    """
 
     id: ExchangeId
     base: Version
@@ -82,6 +86,10 @@ class OpenExchange:
     haves: dict[MemberId, str] = field(default_factory=dict)
     bad_pairs: set[Pair] = field(default_factory=set)
     verified: bool = False
+    needed: int = 0
+    waits_for: MemberId | None = None
+    likely: tuple[MemberId, ...] = ()
+    assignment: Assign | None = None
 
 
 # ---------------------------------------------------------------- rules
@@ -123,12 +131,21 @@ def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
     return max(min(share, num_expected), 1)
 
 
+def awaited_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
+    """Whose offers are still to come: those expected who can make one now."""
+    return [
+        m
+        for m in expected_members(open_, fleet)
+        if m.ready and not m.suspect and not far_behind(m) and m.id not in open_.offers
+    ]
+
+
 def close_reason(open_: OpenExchange, fleet: Fleet, config: ExchangeConfig, now: float) -> str | None:
     """Why the exchange closes now, or None: everybody who can has offered, or quorum plus grace is over (H2)."""
     expected = expected_members(open_, fleet)
     if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < (config.min_members or 1):
         return None
-    awaited = [m for m in expected if m.ready and not m.suspect and not far_behind(m) and m.id not in open_.offers]
+    awaited = awaited_members(open_, fleet)
     if not awaited:
         return "all members that can offer have offered"
     if config.quorum >= 1 or open_.quorum_s is None or now < open_.quorum_s + config.grace_s:
@@ -185,9 +202,8 @@ def reaching_owners(able: Sequence[MemberId], roster: Collection[MemberId], cut:
 
     A pair that could not reach each other is left out on both sides: a cut is seldom one way.
     """
-    parted = {frozenset(pair) for pair in cut}
-    good = [m for m in able if not any(frozenset((m, other)) in parted for other in roster if other != m)]
-    return good or list(able)
+    parted = {owner for owner, other in cut if other in roster} | {other for owner, other in cut if owner in roster}
+    return [m for m in able if m not in parted] or list(able)
 
 
 def deal_chunks(num_chunks: int, owners: Sequence[MemberId]) -> tuple[MemberId, ...]:
@@ -218,6 +234,8 @@ def copies_needed(config: ExchangeConfig, fleet: Fleet) -> tuple[int, int]:
 def enough_copies(holders: Iterable[MemberId], config: ExchangeConfig, fleet: Fleet) -> bool:
     """Whether live members on different nodes hold the whole result (C1)."""
     alive = [fleet.members[m] for m in holders if m in fleet.members]
+    if len(alive) < min(config.copies, len(fleet.members)):  # most often; the nodes of all members need not be known
+        return False
     need, nodes = copies_needed(config, fleet)
     return len(alive) >= need and len({m.node for m in alive}) >= nodes
 

@@ -33,7 +33,7 @@ class Judgement(Lifecycle):
         super().__init__(plan, rows, term, now=now, started_s=started_s)
         self.policy = RecoveryPolicy(budgets=plan.budgets())
         self.to_spawn: dict[str, tuple[float, str]] = {}
-        self.told_status: dict[MemberId, tuple[str, str]] = {}
+        self.told_status: dict[MemberId, str] = {}
         self.hung: dict[MemberId, str] = {}
         self.short_of = ""
         self.short_since: float | None = None
@@ -116,14 +116,14 @@ class Judgement(Lifecycle):
 
     def _tell_statuses(self) -> None:
         """Statuses that changed go to the metrics, where `atoll status` finds them."""
-        now = {member: (process.status, process.reason) for member, process in sorted(self.roll.processes.items())}
-        for member in [m for m in self.told_status if m not in now]:
-            del self.told_status[member]
+        told, processes = self.told_status, self.roll.processes
+        for member in [m for m in told if m not in processes]:
+            del told[member]
             self._tell_status(member, "fenced", "its incarnation has ended")
-        for member, (status, reason) in now.items():
-            if self.told_status.get(member, ("", ""))[0] != status:
-                self.told_status[member] = (status, reason)
-                self._tell_status(member, status, reason)
+        changed = [m for m, process in processes.items() if m not in told or told[m] != process.status]
+        for member in sorted(changed):
+            told[member] = processes[member].status
+            self._tell_status(member, told[member], processes[member].reason)
 
     def _tell_status(self, member: MemberId, status: str, reason: str) -> None:
         self._metric(
@@ -156,6 +156,7 @@ class Judgement(Lifecycle):
             self.missing_since.pop(name, None)
             self.away_since[name] = self.seconds()
             return
+        self.fenced_s.pop(name, None)
         action = self.policy.failed(name, kind, self.seconds(), stepped=stepped, why=why)
         in_row = self.policy.early[name]
         if in_row >= EARLY_DEATHS and not any(head.version.n for head in self.state.heads):
@@ -178,12 +179,24 @@ class Judgement(Lifecycle):
                 if name not in self.state.current and self.stopping is None:
                     self.commands.append(ev.Spawn(name=name, why=why))
 
+    def _miss_the_fenced(self) -> None:
+        """A process that was told of its fence and is silent ever since hangs, or died unseen: it is replaced as well."""
+        for name, fenced_s in list(self.fenced_s.items()):
+            if name in self.state.current or self.now - fenced_s > self.plan.exchange.limbo_s:
+                del self.fenced_s[name]
+                if name not in self.state.current:
+                    self._replace(name, "lost", "its process did not come back after its fence", stepped=False)
+
     # ------------------------------------------------------------ quorum
 
     def _watch_quorum(self, fleet: Fleet) -> None:
         """Whether enough members are there to commit; else who is missing and what to set, once a minute."""
         absent = {**self.given_up, **dict.fromkeys(self.away_since, "it left")}
-        reasons = {member: f"{process.status}: {process.reason}" for member, process in self.roll.processes.items()}
+        reasons = {
+            member: f"{process.status}: {process.reason}"
+            for member, process in self.roll.processes.items()
+            if process.is_suspect() or not process.ready()
+        }
         first = self.exchanges[0]
         short = quorum.shortfall(
             self.exchange_at(0), first.open, fleet, self.plan.islands, reasons, absent, first.closing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heapreplace
 
 from orchestrator.run_state import RunState
 from workers import ranges
@@ -69,16 +70,20 @@ def share_out(
     """
     if sum(want for want, _ in demands.values()) <= supply:
         return {member: want for member, (want, _) in demands.items() if want}
-    grants, turns = dict.fromkeys(sorted(demands), 0), dict.fromkeys(demands, 0)
-    while supply > 0:
-        open_ = [m for m in grants if grants[m] < demands[m][0]]
-        if not open_:
-            break
-        # Whose next batch would be done first; with equal steps everybody has its turn, in member order.
-        member = min(open_, key=lambda m: ((turns[m] + 1) / (steps or {}).get(m, 1), m))
-        batch = min(demands[member][1], supply, demands[member][0] - grants[member])
-        grants[member], turns[member] = grants[member] + batch, turns[member] + 1
-        supply -= batch
+    grants, known = dict.fromkeys(sorted(demands), 0), steps or {}
+    # Whose next batch would be done first; with equal steps everybody has its turn, in member order.
+    turns = [(1 / known.get(member, 1), member, 1) for member, (want, _) in demands.items() if want > 0]
+    heapify(turns)
+    while supply > 0 and turns:
+        _, member, turn = turns[0]
+        want, batch = demands[member]
+        given = min(batch, supply, want - grants[member])
+        grants[member] += given
+        supply -= given
+        if grants[member] < want:
+            heapreplace(turns, ((turn + 1) / known.get(member, 1), member, turn + 1))
+        else:
+            heappop(turns)
     return {member: grant for member, grant in grants.items() if grant}
 
 
@@ -92,11 +97,13 @@ def grant(
 
     `steps`: local steps of each member in a round, where they are not all `plan.inner_steps` (load by speed).
     """
-    plans = {member: replace(plan, inner_steps=(steps or {}).get(member, plan.inner_steps)) for member in members}
-    demands = {
-        member: (wanted(state, member, batch, consumed, plans[member]), batch)
-        for member, (batch, consumed) in sorted(members.items())
-    }
+    plans, known = {plan.inner_steps: plan}, steps or {}
+    demands: dict[MemberId, tuple[int, int]] = {}
+    for member, (batch, consumed) in sorted(members.items()):
+        inner_steps = known.get(member, plan.inner_steps)
+        if inner_steps not in plans:
+            plans[inner_steps] = replace(plan, inner_steps=inner_steps)
+        demands[member] = (wanted(state, member, batch, consumed, plans[inner_steps]), batch)
     records: list[LeaseRecord] = []
     free, position = state.free, state.next_position
     for member, num in share_out(demands, left_to_issue(state, plan), steps).items():

@@ -32,6 +32,8 @@ from workers.shares import round_steps
 GIVEN_UP = "given_up"
 LOST_AFTER_S = 2.0
 RESTORE_AGAIN_S = 5.0
+PEERS_AT_ONCE, PEERS_S_PER_MEMBER = 32, 1e-3
+"""More members than this are told of each other at most so often: each such message has an entry for each of them."""
 
 
 def may_speak(entry: Membership | None, nonce: str) -> bool:
@@ -93,6 +95,10 @@ class Lifecycle(FaultBook):
         self.restore_asked_s = float("-inf")
         self.without_snapshot: dict[str, str] = {}
         self.silent_since: dict[MemberId, float] = {}
+        self.fenced_s: dict[str, float] = {}  # whose process was told so, and is to begin a new incarnation by itself
+        self.peers_due, self.peers_told_s = False, float("-inf")
+        self.peers_made: tuple[float, msg.Peers] | None = None
+        self.start_waits_for = ""
 
     # ------------------------------------------------------------ joining
 
@@ -136,6 +142,7 @@ class Lifecycle(FaultBook):
         member = MemberId(name=envelope.name, incarnation=incarnation)
         self._log(JoinRecord(member=envelope.name, incarnation=incarnation, nonce=envelope.nonce, node=body.info.node))
         self._attach_process(member, envelope.nonce, body.info)
+        self.fenced_s.pop(envelope.name, None)
         if incarnation == 1:
             self.first_joins[envelope.name] = self.seconds()
         self._end_gap(envelope.name)
@@ -172,10 +179,25 @@ class Lifecycle(FaultBook):
         self._ask_genesis()
 
     def _peers(self) -> None:
-        self._tell_all(self._peers_now())
+        """Everybody hears who is here: at once, or with a later tick where many come and go."""
+        self.peers_due = True
+        self._tell_peers()
+
+    def _tell_peers(self) -> None:
+        if self.peers_due and self.now - self.peers_told_s >= self._peers_gap_s():
+            self.peers_due, self.peers_told_s, self.peers_made = False, self.now, None
+            self._tell_all(self._peers_now())
+
+    def _peers_gap_s(self) -> float:
+        num = len(self.roll.processes)
+        return PEERS_S_PER_MEMBER * num if num > PEERS_AT_ONCE else 0.0
 
     def _peers_now(self) -> msg.Peers:
-        return msg.Peers(peers=self.peers())
+        """Who is here; one message for all who ask within a short while, since it is as long as the fleet."""
+        made = self.peers_made
+        if made is None or self.now - made[0] >= self._peers_gap_s():
+            made = self.peers_made = (self.now, msg.Peers(peers=self.peers()))
+        return made[1]
 
     def peers(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Who is here, at which address, with which version of each fragment."""
@@ -249,9 +271,13 @@ class Lifecycle(FaultBook):
     def _start_if_ready(self) -> None:
         if self.started or not self.state.num_fragments:
             return
-        ready = {m.name for m, p in self.roll.processes.items() if p.ready()}
         late = self.now - self.begun_s > self.plan.start_timeout_s
-        expected = set(self.plan.islands) - {*self.leaving, *self.away_since, *self.given_up}
+        absent = {*self.leaving, *self.away_since, *self.given_up}
+        if not late and self.start_waits_for not in absent and self._still_starts(self.start_waits_for):
+            return
+        ready = {m.name for m, p in self.roll.processes.items() if p.ready()}
+        expected = set(self.plan.islands) - absent
+        self.start_waits_for = max(expected - ready, default="")
         if ready and (ready >= expected or late):
             self.started = True
             if not ready >= expected:
@@ -262,6 +288,12 @@ class Lifecycle(FaultBook):
             self._ask_evaluation(0)
             self._grant()
 
+    def _still_starts(self, name: str) -> bool:
+        """Whether the start would have to wait for this island: one that is known saves a look at all of them."""
+        member = self.state.current.get(name)
+        process = self.roll.processes.get(member) if member is not None else None
+        return bool(name) and (process is None or not process.ready())
+
     # ------------------------------------------------------------ leases
 
     def _lease_plan(self) -> leases.Plan:
@@ -271,16 +303,19 @@ class Lifecycle(FaultBook):
             bound_rounds=self.plan.exchange.bound_rounds,
         )
 
-    def _grant(self) -> None:
+    def _grant(self, only: MemberId | None = None) -> None:
+        """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
         if not self.started or self.stopping is not None:
             return
+        processes = self.roll.processes
+        asked = processes.items() if only is None else [(only, processes[only])] if only in processes else []
         members = {
             m: (p.info.batch_size, p.consumed)
-            for m, p in self.roll.processes.items()
-            if p.ready() and p.status != "suspect" and m.name not in self.leaving
+            for m, p in asked
+            if p.ready() and not p.is_suspect() and m.name not in self.leaving
         }
-        plan = self._lease_plan()
-        steps = {m: round_steps(self.state.shares, str(m), plan.inner_steps) for m in members}
+        plan, by_speed = self._lease_plan(), self.state.shares
+        steps = {m: round_steps(by_speed, str(m), plan.inner_steps) for m in members} if by_speed is not None else {}
         records = leases.grant(self.state, members, plan, steps)
         for record in records:
             self._log(record)
@@ -330,6 +365,8 @@ class Lifecycle(FaultBook):
             trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)
             self.consumed_at_end[member] = min(trained, self.state.members[member].num_leased)
             self._tell(process.nonce, msg.Fenced(why=why))
+            if not left:
+                self.fenced_s[member.name] = self.now
 
     def _after_fence(self, member: MemberId) -> None:
         self._gone(member)

@@ -68,6 +68,7 @@ class Process:
     recovered: str = ""
     gaps: SilenceDetector | None = None
     hello: Hello | None = None
+    told: Progress = field(default_factory=Progress)
     first_step_s: float | None = None
     stepping_since_s: float | None = None
     clock: MemberClock = field(default_factory=MemberClock)
@@ -76,13 +77,17 @@ class Process:
     @property
     def status(self) -> Status:
         """What it is judged to be; the worst of what is known counts."""
-        if self.silence or self.hanging:
+        if self.is_suspect():
             return "suspect"
         if self.draining:
             return "draining"
         if not self.ready():
             return "joining"
         return "slow" if self.slowness else "healthy"
+
+    def is_suspect(self) -> bool:
+        """Whether it is silent or hangs."""
+        return bool(self.silence or self.hanging)
 
     @property
     def reason(self) -> str:
@@ -101,10 +106,7 @@ class Process:
 
     def progress(self) -> Progress:
         """What it last said of its training thread."""
-        hello = self.hello
-        if hello is None:
-            return Progress()
-        return Progress(doing=hello.doing, for_s=hello.doing_s, step_s=hello.step_s)
+        return self.told
 
     @property
     def consumed(self) -> int:
@@ -117,6 +119,7 @@ class Process:
         if first_step:
             self.stepping_since_s = now
         self.hello = hello
+        self.told = Progress(doing=hello.doing, for_s=hello.doing_s, step_s=hello.step_s)
         return first_step
 
     def trained_by(self, now: float, heartbeat_s: float) -> int:
@@ -160,7 +163,13 @@ class Process:
 
     def ready(self) -> bool:
         """Whether it holds a state of every fragment, so that it can train, offer and own parts."""
-        return self.hello is not None and bool(self.hello.fragments) and all(f.n >= 0 for f in self.hello.fragments)
+        hello = self.hello
+        if hello is None or not hello.fragments:
+            return False
+        for report in hello.fragments:  # no `all`: this is asked of everybody, all the time
+            if report.n < 0:
+                return False
+        return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +236,7 @@ class Roll:
             if silence_s > self.limbo_s:
                 why = f"silent for {silence_s:.1f} s, limbo is over"
                 out.append(Verdict(id=process.id, verdict="fence", reason=why))
-            elif not process.silence and self._gaps(process).is_silent(silence_s):
+            elif silence_s > self.suspect_s and not process.silence and self._gaps(process).is_silent(silence_s):
                 process.silence = f"silent for {silence_s:.1f} s"
                 out.append(Verdict(id=process.id, verdict="suspect", reason=process.silence))
         return [*out, *self._judge_hangs(), *self._compare(now)]
@@ -237,11 +246,10 @@ class Roll:
         if not self.judges_hangs:
             return []
         talking = [p for p in self.processes.values() if not p.silence and p.hello is not None]
-        found = {p.id: hang(p.progress(), self.limbo_s) for p in talking}
-        shared = has_shared_cause(sum(story is not None for story in found.values()), len(talking))
+        found = [hang(p.told, self.limbo_s) for p in talking]
+        shared = has_shared_cause(len(talking) - found.count(None), len(talking))
         out: list[Verdict] = []
-        for process in talking:
-            story = found[process.id]
+        for process, story in zip(talking, found, strict=True):
             if story is None:
                 if process.hanging:
                     process.hanging = ""
@@ -250,7 +258,7 @@ class Roll:
             if not process.hanging:
                 process.hanging = story[0]
                 out.append(Verdict(id=process.id, verdict="suspect", reason=story[0]))
-            if story[1] and (not shared or process.progress().for_s > self.limbo_s):
+            if story[1] and (not shared or process.told.for_s > self.limbo_s):
                 out.append(Verdict(id=process.id, verdict="hung", reason=story[0]))
         return out
 
@@ -259,8 +267,8 @@ class Roll:
         if now - self.compared_s < COMPARE_EVERY_S:
             return []
         self.compared_s = now
-        known = {str(p.id): p for p in self.processes.values() if p.progress().step_s > 0 and p.status != "suspect"}
-        changed = self.slow.look({name: process.progress().step_s for name, process in known.items()})
+        known = {str(p.id): p for p in self.processes.values() if p.told.step_s > 0 and not p.is_suspect()}
+        changed = self.slow.look({name: process.told.step_s for name, process in known.items()})
         out: list[Verdict] = []
         for name, why in changed.items():
             process = known[name]

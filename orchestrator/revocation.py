@@ -33,10 +33,13 @@ class Question:
 
 def nobody_reports(processes: Sequence[Process], fragment: int, head: Version) -> bool:
     """Whether no live member's last report claims to hold the head, and one could go on from an older version."""
-    reports = [process.report(fragment) for process in processes]
-    if not reports or any(r is None or r.n >= head.n or r.holds_next for r in reports):
-        return False
-    return any(r is not None and r.n >= 0 for r in reports)
+    behind = False
+    for process in processes:
+        report = process.report(fragment)
+        if report is None or report.n >= head.n or report.holds_next:
+            return False
+        behind = behind or report.n >= 0
+    return behind
 
 
 def all_promise(question: Question, processes: Sequence[Process]) -> bool:

@@ -7,6 +7,7 @@ an altered journal, never a user's mistake.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -37,6 +38,8 @@ from workers.records import (
 )
 
 GENESIS_CHAIN = "genesis"
+COMMITS_NOTHING = {JoinRecord, FenceRecord, LeaseRecord, SharesRecord, SettingRecord, EvaluationRecord}
+"""Records after which as many samples are committed as before."""
 
 
 class JournalContradiction(AssertionError):
@@ -54,7 +57,10 @@ class Dropped:
 
 @dataclass(kw_only=True, slots=True)
 class Membership:
-    """One incarnation as the journal knows it. `watermarks[f]`: samples of its leases that fragment f has settled."""
+    """One incarnation as the journal knows it. `watermarks[f]`: samples of its leases that fragment f has settled.
+
+    `num_leased`: samples in `leases`.
+    """
 
     id: MemberId
     nonce: str
@@ -65,11 +71,7 @@ class Membership:
     refused: bool = False
     drops: list[Dropped] = field(default_factory=list)
     leases: list[Range] = field(default_factory=list)
-
-    @property
-    def num_leased(self) -> int:
-        """Samples ever leased to this incarnation."""
-        return ranges.count(self.leases)
+    num_leased: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,6 +113,8 @@ class RunState:
         self.paused = False
         self.rollbacks: list[RollbackRecord] = []
         self.shares: SharesRecord | None = None
+        self._live: list[MemberId] = []
+        self._num_committed: int | None = None
 
     # ------------------------------------------------------------ questions
 
@@ -120,14 +124,15 @@ class RunState:
         return len(self.heads)
 
     def live(self) -> list[MemberId]:
-        """Live incarnations in the order that rosters use."""
-        return sorted(self.current.values())
+        """Live incarnations in the order that rosters use; another list after each change."""
+        return self._live
 
     def samples_committed(self) -> int:
         """Samples that every fragment has committed."""
-        return self.settled_full + sum(
-            min(m.watermarks) for m in self.members.values() if not m.settled and m.watermarks
-        )
+        if self._num_committed is None:
+            open_ = (min(m.watermarks) for m in self.members.values() if not m.settled and m.watermarks)
+            self._num_committed = self.settled_full + sum(open_)
+        return self._num_committed
 
     def samples_accounted(self) -> int:
         """Samples with a final fate: full, partial or dropped."""
@@ -150,6 +155,8 @@ class RunState:
         handler = self._HANDLERS.get(type(record))
         if handler is not None:
             handler(self, record)
+            if type(record) not in COMMITS_NOTHING:
+                self._num_committed = None
 
     def _term(self, r: TermRecord) -> None:
         term = Term(lineage=r.lineage, number=r.number, controller=r.controller)
@@ -173,6 +180,8 @@ class RunState:
         _must(r.nonce not in self.nonces, f"nonce of {member} was used before")
         self.members[member] = Membership(id=member, nonce=r.nonce, node=r.node, watermarks=[0] * self.num_fragments)
         self.current[r.member] = member
+        self._live = self._live.copy()
+        insort(self._live, member)
         self.last_incarnation[r.member] = r.incarnation
         self.nonces[r.nonce] = member
 
@@ -182,6 +191,7 @@ class RunState:
         member.live, member.refused = False, r.refused
         self.unsettled[member.id] = member
         del self.current[r.member]
+        self._live = [other for other in self._live if other != member.id]
 
     def _lease(self, r: LeaseRecord) -> None:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
@@ -196,6 +206,7 @@ class RunState:
             _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
             self.next_position = stop
         ranges.append(member.leases, r.ranges)
+        member.num_leased += ranges.count(r.ranges)
 
     def _commit(self, r: CommitRecord) -> None:
         head = self.heads[r.fragment]

@@ -42,11 +42,15 @@ class LiveSettings:
 
     def at(self, fragment: int, n: int) -> tuple[tuple[str, Scalar], ...]:
         """`(key, value)` of what holds for the transition of a fragment from version `n`, sorted by key."""
+        if not self._changes:
+            return ()
         values = {change.key: change.value for change in self._changes if change.since[fragment] <= n}
         return tuple(sorted(values.items()))
 
     def of_members(self, fragment: int, n: int) -> tuple[tuple[str, Scalar], ...]:
         """`at`, without what only the controller decides by: of that members may have heard or not."""
+        if not self._changes:
+            return ()
         return tuple((key, value) for key, value in self.at(fragment, n) if not holds_at_once(key))
 
     def newest(self) -> dict[str, Scalar]:
@@ -61,6 +65,8 @@ def holds_at_once(key: str) -> bool:
 
 def with_changes(section: S, name: str, values: Sequence[tuple[str, Scalar]]) -> S:
     """The section called `name` with those of the values that are its own."""
+    if not values:
+        return section
     mine: Mapping[str, Scalar] = {
         key.partition(".")[2]: value for key, value in values if key.partition(".")[0] == name
     }

@@ -236,6 +236,8 @@ class MemberMachine(ExchangeSide):
 
     def round_steps(self, inner_steps: int) -> int:
         """Local steps of this member in a round of `inner_steps`: all, or its share by speed."""
+        if self.log.shares is None:
+            return max(inner_steps, 1)
         return shares.round_steps(self.log.shares, self._own_name(), inner_steps)
 
     def fleet_samples(self) -> float:

@@ -26,8 +26,10 @@ class ExchangeSide(MemberCore):
         state.announced[offer] = body
         self.out.append(ev.Wake())
         if self.incarnation is not None:
-            mine = tuple(c for c, owner in enumerate(body.owners) if owner == str(self.id))
-            self._fetch_pieces(body.offer.fragment, body.offer_by, body.address, body.offer, mine)
+            name = str(self.id)
+            mine = tuple(c for c, owner in enumerate(body.owners) if owner == name)
+            if mine:
+                self._fetch_pieces(body.offer.fragment, body.offer_by, body.address, body.offer, mine)
 
     def _fetch_pieces(self, fragment: int, by: MemberId, address: str, offer: Offer, chunks: Sequence[int]) -> None:
         state = self.fragments[fragment]
@@ -46,7 +48,7 @@ class ExchangeSide(MemberCore):
         state.assign, state.spread, state.have, state.computing = body, None, None, None
         state.fetching_results = set()
         mine = self._own_chunks(state)
-        for by, address, offer in body.offers:
+        for by, address, offer in body.offers if mine else ():
             self._fetch_pieces(body.fragment, by, address, offer, mine)
         if state.reduced:
             kept = tuple((c, d) for c, d in sorted(state.reduced.items()) if c in mine)
@@ -57,18 +59,18 @@ class ExchangeSide(MemberCore):
     def _own_chunks(self, state: FragmentState) -> tuple[int, ...]:
         if state.assign is None or self.incarnation is None:
             return ()
-        return tuple(c for c, owner in enumerate(state.assign.owners) if owner == self.id)
+        mine = self.id
+        return tuple(c for c, owner in enumerate(state.assign.owners) if owner == mine)
 
     def _reduce(self, fragment: int) -> None:
         state = self.fragments[fragment]
         if state.assign is None:
             return
+        todo = [chunk for chunk in self._own_chunks(state) if chunk not in state.reducing]
+        if not todo:
+            return
         roster = [entry.offer for entry in state.assign.roster]
-        ready = tuple(
-            c
-            for c in self._own_chunks(state)
-            if c not in state.reducing and all((oid, c) in state.pieces for oid in roster)
-        )
+        ready = tuple(c for c in todo if all((oid, c) in state.pieces for oid in roster))
         if ready:
             state.reducing |= set(ready)
             self.out.append(ev.Reduce(assign=state.assign, chunks=ready))

@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 def included(record: CommitRecord, offer: OfferId) -> bool:
     """The record of version base+1 alone decides the fate of an offer (C2)."""
-    return any(entry.offer == offer for entry in record.roster)
+    (name, incarnation), seq = offer
+    return any((e.seq, e.member, e.incarnation) == (seq, name, incarnation) for e in record.roster)
 
 
 def obeys(mine: Term | None, theirs: Term) -> bool:

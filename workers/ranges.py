@@ -13,7 +13,10 @@ Range = tuple[int, int]
 
 def count(ranges: Iterable[Range]) -> int:
     """Number of positions in `ranges`."""
-    return sum(stop - start for start, stop in ranges)
+    num = 0
+    for start, stop in ranges:  # quicker than `sum` of a generator: there is mostly one, and this is asked all the time
+        num += stop - start
+    return num
 
 
 def append(spans: list[Range], extra: Iterable[Range]) -> None:
@@ -32,16 +35,18 @@ def cut(spans: Sequence[Range], since: int, upto: int) -> tuple[Range, ...]:
     if not 0 <= since <= upto:
         raise ValueError(f"cut {since}:{upto} is not a forward slice")
     out: list[Range] = []
-    offset = 0
+    offset = found = 0
     for start, stop in spans:
         length = stop - start
-        low, high = max(since - offset, 0), min(upto - offset, length)
+        low = since - offset if since > offset else 0
+        high = upto - offset if upto - offset < length else length
         if low < high:
-            append(out, [(start + low, start + high)])
+            append(out, ((start + low, start + high),))
+            found += high - low
         offset += length
         if offset >= upto:
             break
-    if count(out) != upto - since:
+    if found != upto - since:
         raise ValueError(f"cut {since}:{upto} reaches beyond the {offset} positions there are")
     return tuple(out)
 

@@ -65,8 +65,8 @@ class RecordLog:
                 self._add(row)
         new = list(rows[len(self.rows) - rows_from :])
         last = self.rows[-1].hash if self.rows else GENESIS_HASH
-        for row in new:
-            if row.prev != last or row.seq != len(self.rows) + new.index(row):
+        for seq, row in enumerate(new, start=len(self.rows)):
+            if row.prev != last or row.seq != seq:
                 return None
             last = row.hash
         for row in new:

@@ -8,8 +8,8 @@ was deleted, doubled, swapped or edited breaks the chain at its place.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 from blake3 import blake3
 
@@ -18,9 +18,12 @@ from workers.ranges import Range
 GENESIS_HASH = "0" * 32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, order=True)
-class MemberId:
-    """One incarnation of a member: `name.incarnation`."""
+class MemberId(NamedTuple):
+    """One incarnation of a member: `name.incarnation`.
+
+    A named tuple, like `OfferId`: the controller sorts and looks up members all the time, and comparison and hash of
+    these are compiled.
+    """
 
     name: str
     incarnation: int
@@ -48,8 +51,7 @@ class Term:
         return f"{self.lineage}.{self.number}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OfferId:
+class OfferId(NamedTuple):
     """Names one offer: member, incarnation, sequence number."""
 
     member: MemberId
@@ -317,6 +319,9 @@ KINDS: dict[str, type[Record]] = {
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
+_FIELDS: dict[type[Record], tuple[str, ...]] = {
+    cls: tuple(field.name for field in fields(cls)) for cls in KINDS.values()
+}
 _HINTS: dict[str, dict[str, Any]] = {kind: get_type_hints(cls) for kind, cls in KINDS.items()}
 
 
@@ -325,8 +330,17 @@ class RecordError(ValueError):
 
 
 def to_body(record: Record) -> dict[str, Any]:
-    """JSON-ready fields of a record, `kind` first."""
-    return {"kind": record.kind, **asdict(record)}
+    """JSON-ready fields of a record, `kind` first. (`asdict` copies every range of every roster, one by one.)"""
+    body: dict[str, Any] = {"kind": record.kind}
+    for name in _FIELDS[type(record)]:
+        body[name] = getattr(record, name)
+    if isinstance(record, CommitRecord):
+        body["roster"] = tuple(_entry_body(entry) for entry in record.roster)
+    return body
+
+
+def _entry_body(entry: RosterEntry) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in _ENTRY_HINTS}
 
 
 def canonical(body: dict[str, Any]) -> bytes:
@@ -341,7 +355,7 @@ def chain_hash(prev: str, payload: bytes) -> str:
 
 def roster_digest(roster: tuple[RosterEntry, ...]) -> str:
     """Digest of a roster with its coefficients: names what a reduced part was made of."""
-    return chain_hash("roster", canonical({"roster": [asdict(entry) for entry in roster]}))
+    return chain_hash("roster", canonical({"roster": [_entry_body(entry) for entry in roster]}))
 
 
 def version_chain(prev_chain: str, record_fields: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.simulation.run import SimulationResult, simulate
-from orchestrator.simulation.scenario import Scenario, draw
+from orchestrator.simulation.scenario import Scenario, brief
 
 MIN_EVENTS, MIN_FAULTS, MAX_TRIES = 500, 5, 8
 SEEDS_A_BLOCK = 50
@@ -27,13 +27,14 @@ PACKAGES = ("orchestrator", "workers", "strategies", "faults")
 
 def scenario_of(seed: int, attempt: int, *, members: int | None = None) -> Scenario:
     """What a seed is like at the n-th attempt: the first as drawn, each further one longer and with other luck."""
-    first = draw(seed, members=members)
+    first = brief(seed, members=members)
     if attempt == 0:
         return first
-    longer = draw(seed, members=members, samples=first.plan.total_samples * 3**attempt)
+    longer = brief(seed, members=members, samples=first.plan.total_samples * 2**attempt)
     return replace(
-        longer, seed=seed + (attempt << 40), fault_s=first.fault_s * 2**attempt, drain_s=first.drain_s * 3**attempt
-    )
+        longer, seed=seed + (attempt << 40), fault_s=first.fault_s * 2**attempt, drain_s=first.drain_s * 2**attempt,
+        max_faults=first.max_faults * 2**attempt if first.max_faults is not None else None,
+    )  # fmt: skip
 
 
 def run_seed(seed: int, *, members: int | None = None, trace: bool = False) -> SimulationResult:

@@ -40,6 +40,15 @@ class Life:
     refused: bool = False
     floor: int = 0
     fenced_in: int = 0
+    running_at: tuple[int, int] = (0, 0)
+    running: int = 0
+
+    def in_progress(self) -> int:
+        """Bit set of what it was leased above its lowest mark; kept until one of the two moves."""
+        at = (min(self.marks, default=0), len(self.samples))
+        if at != self.running_at:
+            self.running_at, self.running = at, self.bits(*at)
+        return self.running
 
     def bits(self, since: int, upto: int) -> int:
         """Bit set of the samples at positions `since` to `upto`."""
@@ -217,30 +226,25 @@ class Bookkeeping:
         out = 0
         for life in self.lives.values():
             if not life.settled:
-                out |= life.bits(min(life.marks, default=0), len(life.samples))
+                out |= life.in_progress()
         return out
 
     def check(self, state: RunState) -> None:
         """Invariant 5: every sample has one fate, and the controller's replay says the same."""
         full, running = self.full(), self.in_progress()
         partial = self.some() & ~full & ~running
-        fates = [full, partial, self.free, self.dropped, running]
         together = 0
-        for bits in fates:
+        for bits in (full, partial, self.free, self.dropped, running):
             must(not together & bits, 5, "a sample has two fates")
             together |= bits
         must(together == (1 << self.cursor) - 1, 5, "a sample has no fate")
-        story = f"by the controller free {state.free} partial {state.partial} dropped {state.dropped}"
-        must(bits_of(state.free) == self.free, 5, f"free samples differ: {story}, here {spans_of(self.free)}")
-        must(bits_of(state.partial) == partial, 5, f"partial samples differ: {story}, here {spans_of(partial)}")
-        must(
-            bits_of(state.dropped) == self.dropped, 5, f"dropped samples differ: {story}, here {spans_of(self.dropped)}"
-        )
-        must(
-            state.samples_committed() == full.bit_count(),
-            5,
-            f"{state.samples_committed()} samples, {full.bit_count()} here",
-        )
+        for what, theirs, mine in (
+            ("free", state.free, self.free), ("partial", state.partial, partial), ("dropped", state.dropped, self.dropped)
+        ):  # fmt: skip
+            if bits_of(theirs) != mine:
+                must(False, 5, f"{what} samples differ: by the controller {theirs}, here {spans_of(mine)}")
+        num = full.bit_count()
+        must(state.samples_committed() == num, 5, f"{state.samples_committed()} samples are committed, {num} here")
         must([h.version.n for h in state.heads] == [len(p) - 1 for p in self.chains], 2, "heads differ")
 
 

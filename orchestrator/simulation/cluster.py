@@ -177,7 +177,7 @@ class Cluster:
         if controller in self.controllers:
             self.controllers.remove(controller)
         if not self.controllers:
-            self.time.after(0.1 + 1.5 * self.rng.random(), self._restart_controller)
+            self.time.after(0.1 + self.scenario.restart_s * self.rng.random(), self._restart_controller)
 
     def crash_head(self) -> None:
         """The machine of the journal goes down: all controllers end, and what was not synced may be lost."""

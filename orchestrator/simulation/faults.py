@@ -51,7 +51,17 @@ class Chaos:
         self._names = [name for name, _, _ in kinds]
         self._weights = [weight for _, weight, _ in kinds]
         self._actions = {name: action for name, _, action in kinds}
-        self._next()
+        self.begun_s: float | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """The run goes on undisturbed for as many commits as the scenario says, or seconds, if there are none."""
+        cluster, calm = self.cluster, self.cluster.scenario.calm_commits
+        if len(cluster.exchange_rows) >= calm or cluster.time.now >= calm:
+            self.begun_s = cluster.time.now
+            self._next()
+        else:
+            cluster.time.after(0.05, self._begin)
 
     def _next(self) -> None:
         gap = self.cluster.rng.expovariate(1.0 / self.rates.mean_gap_s)
@@ -71,6 +81,13 @@ class Chaos:
             self.cluster.counts[f"fault {name}"] += 1
             self.cluster.counts["faults"] += 1
         return done
+
+    def is_over(self) -> bool:
+        """Whether there were enough of them, or for long enough."""
+        scenario = self.cluster.scenario
+        enough = scenario.max_faults is not None and self.cluster.counts["faults"] >= scenario.max_faults
+        late = self.begun_s is not None and self.cluster.time.now >= self.begun_s + scenario.fault_s
+        return enough or late
 
     def heal_all(self) -> None:
         """Faults stop: links, processes and disk are well from now on; the dead stay dead."""

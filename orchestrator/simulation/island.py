@@ -79,6 +79,8 @@ class Island:
         self.lies = False
         self.corrupt = False
         self.floors = [0 for _ in scenario.num_chunks]
+        self.seen_content: list[object] = [None for _ in scenario.num_chunks]  # by `Checks`
+        self.seen_work: list[object] = [None for _ in scenario.num_chunks]
         self._turn = 0
         self._asleep = False
 

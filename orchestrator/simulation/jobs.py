@@ -69,7 +69,7 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
 
 def publish_result(island: Island, fragment: int, roster: str, chunk: int, payload: Payload) -> None:
     """Serve a result chunk by name and by content; who waits for it gets it."""
-    island.store.content[fragment, payload.digest] = payload
+    island.store.content[fragment, payload.digest] = payload  # and looked at after `put`
     island.store.put(f"result/{fragment}/{roster}", chunk, payload)
     if island.parked:
         island.cluster.look_again(island)

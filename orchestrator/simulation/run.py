@@ -68,9 +68,8 @@ def drive(cluster: Cluster) -> None:
     scenario, time = cluster.scenario, cluster.time
     cluster.start()
     chaos = Chaos(cluster, scenario.rates) if scenario.rates is not None else None
-    end_faults_s = scenario.fault_s
     check_every = scenario.check_every
-    while chaos is not None and time.now < end_faults_s and not cluster.finished:
+    while chaos is not None and not chaos.is_over() and not cluster.finished:
         must(time.run_next(), 11, "nothing is left to happen")
         if time.num_events % check_every == 0:
             cluster.checks.everything()

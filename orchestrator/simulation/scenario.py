@@ -50,7 +50,11 @@ class FaultRates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """Everything that a simulated run depends on, besides the order of random draws. Times in virtual seconds."""
+    """Everything that a simulated run depends on, besides the order of random draws. Times in virtual seconds.
+
+    Faults begin after `calm_commits` commits (or after as many seconds), and stop `fault_s` later, or after `max_faults`
+    of them. `restart_s`: longest time without a controller.
+    """
 
     seed: int
     num_members: int
@@ -73,6 +77,9 @@ class Scenario:
     wait_s: float = 1.0
     flush_s: float = 0.01
     spawn_s: float = 1.0
+    restart_s: float = 1.5
+    max_faults: int | None = None
+    calm_commits: int = 0
     clock_skew: float = 0.1
     check_every: int = 100
 
@@ -85,6 +92,11 @@ class Scenario:
         """
         plan, strategy = self.plan, self.plan.strategy
 
+        def steps_at(fragment: int, progress: float) -> int:
+            values = values_of(fragment)
+            now = with_changes(strategy, "strategy", values) if values else strategy
+            return own_steps(plan.inner_steps_at(progress, now))
+
         def overlap_at(fragment: int, progress: float) -> int:
             now = with_changes(strategy, "strategy", values_of(fragment))
             overlap = now.inner_steps if now.delay else now.overlap_steps
@@ -93,9 +105,7 @@ class Scenario:
         return SendSchedule(
             num_fragments=len(self.num_chunks),
             staggered=strategy.name not in ("diloco", "async-dn"),
-            inner_steps=lambda fragment, progress: own_steps(
-                plan.inner_steps_at(progress, with_changes(strategy, "strategy", values_of(fragment)))
-            ),
+            inner_steps=steps_at,
             overlap_at=overlap_at,
             own_pace=strategy.own_pace,
         )
@@ -178,3 +188,27 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
     load: Literal["equal", "by_speed"] = rng.choice(("equal", "by_speed"))
     shared = plan.strategy.name in ("diloco", "async-dn")
     return replace(drawn, plan=replace(plan, load=load if shared else "equal"))
+
+
+def brief(seed: int, *, members: int | None = None, samples: int | None = None) -> Scenario:
+    """The same kinds of runs and faults in less: a run that has just enough rounds for its faults to hit.
+
+    Processes and controllers are back sooner, so that there are commits between faults, and faults stop before most of
+    the run is a drain that nothing disturbs. A seed in fifty is as long as `draw` has it; a few have many members.
+    """
+    rng = random.Random(f"brief {seed}")
+    if members is None and seed % 50 == 7:
+        return draw(seed, samples=samples)
+    crowd = {311: 100, 61: 24, 161: 24}.get(seed % 500)
+    long = draw(seed, members=members or crowd)
+    assert long.rates is not None
+    num = long.num_members
+    each = rng.randint(10, 18) + (16 if num == 1 else 8 if num == 2 else 0) if num < 20 else 6
+    calm = rng.choice((0, 1, 2, 3)) * (2 if long.plan.strategy.own_pace else 1)
+    return replace(
+        long,
+        plan=replace(long.plan, total_samples=samples or each * num),
+        calm_commits=calm, fault_s=rng.choice((3.0, 5.0)), max_faults=rng.randint(5, 8),
+        rates=replace(long.rates, mean_gap_s=rng.choice((0.06, 0.12, 0.25))),
+        spawn_s=0.3, restart_s=0.4,
+    )  # fmt: skip

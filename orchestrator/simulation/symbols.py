@@ -299,15 +299,17 @@ def absorb(names: Names, hi: int, lo: int, trail: str, payload: Payload, setting
 class Store:
     """What one process serves: pieces and results by name (grouped by their prefix), results by content."""
 
-    __slots__ = ("content", "groups")
+    __slots__ = ("changed", "content", "groups")
 
     def __init__(self) -> None:
         self.groups: dict[str, dict[int, Payload]] = {}
         self.content: dict[tuple[int, str], Payload] = {}
+        self.changed = True  # since it was last looked at
 
     def put(self, group: str, chunk: int, payload: Payload) -> None:
         """Store a chunk under its name."""
         self.groups.setdefault(group, {})[chunk] = payload
+        self.changed = True
 
     def get(self, group: str, chunk: int) -> Payload | None:
         """A chunk by name."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faults.detector import CEILING, PHI, SilenceDetector, is_outlier, phi, spread
+from faults.detector import CEILING, PHI, SilenceDetector, Spread, is_outlier, phi, spread
 
 
 def lan(gaps: list[float] | None = None) -> SilenceDetector:
@@ -72,3 +72,18 @@ def test_an_outlier_is_far_from_the_others_in_both_measures() -> None:
     assert not is_outlier(1.9, close, factor=2.0, deviations=3.0), "many deviations, but less than twice"
     assert not is_outlier(2.5, [1.0, 2.0, 0.4], factor=2.0, deviations=3.0), "twice, but they differ that much anyway"
     assert not is_outlier(50.0, [], factor=2.0, deviations=3.0), "nobody to compare with"
+
+
+VALUES = st.lists(st.floats(min_value=0.01, max_value=100.0), min_size=2, max_size=12)
+
+
+@given(values=VALUES, place=st.integers(0, 11), deviations=st.floats(min_value=0.0, max_value=5.0))
+def test_comparing_with_the_others_in_order_is_comparing_with_a_list_of_them(
+    values: list[float], place: int, deviations: float
+) -> None:
+    place %= len(values)
+    value, others = values[place], values[:place] + values[place + 1 :]
+    middle, deviation = spread(others)
+    expected = value > 1.5 * middle and value > middle + deviations * deviation
+    assert Spread(values).has_outlier(value, factor=1.5, deviations=deviations, among=True) == expected
+    assert is_outlier(value, others, factor=1.5, deviations=deviations) == expected

@@ -224,6 +224,23 @@ def test_profiles_fill_in_what_is_not_set() -> None:
     assert (wan.heartbeat_s, wan.suspect_s, wan.limbo_s) == (2.0, 9.0, 300.0)
 
 
+def test_who_was_fenced_and_never_comes_back_is_replaced() -> None:
+    """The simulator's seed 174: a process died unseen between its refusal and its next incarnation; nobody missed it."""
+    control = started()
+    limbo_s = control.coordinator.plan.exchange.limbo_s
+    control.say("island-1", msg.DropRequest(upto=0, why="its update is not finite"))
+    control.tick(limbo_s - 1.0)
+    assert not control.spawned, "its process begins a new incarnation by itself, and may take a while"
+    control.tick(2.0)
+    control.tick(limbo_s + 2.0)
+    assert control.spawned == ["island-1"], "once: the new process is the supervisor's business"
+    control.join("island-1", nonce="another")
+    control.say("island-2", msg.DropRequest(upto=0, why="its update is not finite"))
+    control.join("island-2", nonce="back")
+    control.tick(limbo_s + 1.0, quiet=[])
+    assert control.spawned == ["island-1"], "who has come back is not missed"
+
+
 # ---------------------------------------------------------------- standbys
 
 
