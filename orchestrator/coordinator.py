@@ -174,6 +174,8 @@ class Coordinator(Operations):
                 self._saved(member, body)
             case msg.Observed():
                 self._observed(member, body)
+            case msg.Inherited():
+                self._inherited(member, body)
             case msg.FaultSeen():
                 self._fault(body.fault, member.name, body.detail, injected=False)
                 if body.fault == "no_state":
@@ -238,6 +240,7 @@ class Coordinator(Operations):
             self._plan_shares()
         self._grant()
         self._let_go()
+        self._heard_of_copies(member, hello)
 
     def _plan_shares(self) -> None:
         """Local steps by measured speed: journalled, so that every member and every replay have the same."""
@@ -417,6 +420,7 @@ class Coordinator(Operations):
             self._settle_all()
         self._revocations()
         self._let_go()
+        self._keep_copies()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:
             self._ask_evaluation(self.eval_asked[1])
         if self.save_asked and self.now - self.save_asked[2] > self.ask_again_s:

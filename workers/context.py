@@ -50,6 +50,8 @@ class IslandSpec:
     resume: bool = False
     keep_anchors: int = 8
     snapshots: str | None = None
+    keeps_copies: bool = False
+    staleness_limit: int = 16
 
 
 @dataclass(kw_only=True, slots=True)

@@ -32,6 +32,7 @@ from strategies.strategy import Strategy
 from workers import messages as msg
 from workers import sync as sy
 from workers.actions import EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
+from workers.buddy import LocalCopies
 from workers.context import IslandContext, IslandSpec, current
 from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
@@ -119,8 +120,7 @@ class Island:
         self.device = self.guard.device
         self.sync: sy.IslandSync | None = None
         self.timeline = Timeline(clock=found.clock)
-        self.finished = False
-        self.watches_changes = True
+        self.finished, self.watches_changes = False, True
         self._data = {"dataset": dataset, "val_dataset": val_dataset, "collate": collate}
         check_own_data(self.spec.data, loss_fn=loss_fn, **self._data)
         self._yielded = 0
@@ -229,6 +229,7 @@ class Island:
             executor=context.executor,
             snapshots=snapshot_place(spec),
             on_reset=self._forget_moments,
+            copies=LocalCopies(self.model, self.optimizer, spec.staleness_limit) if spec.keeps_copies else None,
         )
 
     def _forget_moments(self) -> None:

@@ -104,6 +104,25 @@ class Jobs:
         self.snapshots, self.clock = snapshots, clock
         self.staged: dict[tuple[int, str], list[StateChunk]] = {}  # by fragment and chain
 
+    def do(self, command: ev.Command) -> ev.Event | None:
+        """Carry out a command that is a job; other commands are nobody's mistake but ours."""
+        match command:
+            case ev.FetchPieces():
+                return self.fetch_pieces(command)
+            case ev.Reduce():
+                return self.reduce(command)
+            case ev.FetchResults():
+                return self.fetch_results(command)
+            case ev.ComputeNext():
+                return self.compute_next(command)
+            case ev.VerifyAnchor():
+                return self.verify_anchor(command)
+            case ev.LoadState():
+                return self.load_state(command)
+            case ev.FetchState():
+                return self.fetch_state(command)
+        raise AssertionError(f"{type(command).__name__} is no job")
+
     def _fetch(self, address: str, keys: Sequence[str], max_bytes: int, *, wait: bool = False) -> list[torch.Tensor]:
         wait_s = self.timeout_s if wait and self.threaded else 0.0
         blobs = self.transport.fetch(

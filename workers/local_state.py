@@ -136,6 +136,8 @@ def load_local(
         setattr(sync.schedule, name, meta["schedule"][name])
     sync.steps_done = OpenSteps(meta["steps_done"])
     sync.base_samples = meta["base_samples"]
+    if sync.copies is not None:
+        sync.copies.begun = meta["incarnation"]
     (folder / LOCAL_META).unlink()
 
 
