@@ -182,6 +182,9 @@ class Coordinator(Operations):
                     self.without_snapshot[member.name] = body.detail
                 elif body.fault == msg.SNAPSHOT_FAILED:
                     self._save_failed(member, body.detail)
+                elif body.fault == msg.LOCAL_FAILED:
+                    self.local_failed.add(member.name)
+                    self._stop_if_saved()
                 elif body.fault == "unverified_state":
                     self._verify_all()
             case _:

@@ -40,7 +40,7 @@ from workers.device import peak_memory_bytes
 from workers.inner_loop import StepStats, evaluate
 from workers.jobs import MemberStore
 from workers.live_settings import with_changes
-from workers.local_state import load_local, save_local
+from workers.local_state import keep_local, load_local
 from workers.loop_checks import BufferWatch, ChangeWatch, LoopError, ParameterGuard, synchronised
 from workers.member import MemberMachine
 from workers.model.factory import LossFn, ModelBundle, next_token_loss
@@ -324,9 +324,7 @@ class Island:
         if save:
             if not self.writer.finish(LAST_SNAPSHOT_S):
                 log.warning("the last snapshot is not written after %g s", LAST_SNAPSHOT_S)
-            save_local(self._local_dir(), self.sync, self.model, self.optimizer)
-            versions = tuple(part.n for part in self.sync.replica.parts)
-            self.sync.say(msg.Saved(name=self.spec.name, versions=versions, local=True))
+            keep_local(self._local_dir(), self.sync, self.model, self.optimizer)
         self.sync.flush_rows()
         last = self.sync.machine.log.rows[-1].record if self.sync.machine.log.rows else None
         self.context.ended = last.reason if isinstance(last, StopRecord) else "stopped"

@@ -224,8 +224,8 @@ class Observed:
     rows: tuple[tuple[float, dict[str, object]], ...]
 
 
-SNAPSHOT_FAILED = "snapshot_failed"
-"""A `FaultSeen`: a member could not write the snapshot that it was asked for."""
+SNAPSHOT_FAILED, LOCAL_FAILED = "snapshot_failed", "local_state_failed"
+"""A `FaultSeen`: a member could not write the snapshot, or its local state at a stop, that it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
