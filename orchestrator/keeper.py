@@ -22,6 +22,7 @@ from orchestrator.log_shipping import EVERY_S, LogCopy
 from orchestrator.notify import Notifier
 from orchestrator.rollback import set_aside_later, store_of
 from orchestrator.rundir import RunDirInUse
+from workers.data.placing import pack_files
 from workers.saved import SnapshotError
 from workers.stack import add_stack, dump_stack
 
@@ -36,6 +37,7 @@ class Keeper(Controls):
     place_of: dict[str, str]
     log_of: dict[str, Path]  # nonce -> log, of the processes that this life started
     pids: dict[str, int]
+    pack: Path | None
     own: ExitStack
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -90,6 +92,12 @@ class Keeper(Controls):
             while nonce in self.handles:
                 await copy.grow()
                 await asyncio.sleep(EVERY_S)
+
+    async def pack_files(self) -> dict[str, bytes]:
+        """The index of the run's pack, and its tokenizer: for a machine that has no copy of it."""
+        if self.pack is None:
+            return {}
+        return await asyncio.get_running_loop().run_in_executor(None, pack_files, self.pack)
 
     async def stack(self, member: str) -> dict[str, Any]:
         """What every thread of an island does at this moment; kept in the run's logs. Also of one that hangs."""

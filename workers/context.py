@@ -51,6 +51,7 @@ class IslandSpec:
     keep_anchors: int = 8
     snapshots: str | None = None
     keeps_copies: bool = False
+    on_demand: bool = False
     staleness_limit: int = 16
 
 

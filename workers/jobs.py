@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workers import member_events as ev
+from workers.data.peers import PackFiles
 from workers.digest import digest
 from workers.record_log import RecordLog
 from workers.records import OfferId
@@ -28,12 +29,15 @@ from workers.transport.errors import TransportError
 
 
 class MemberStore(BlobStore):
-    """A member's blobs, and its present state under `state/<fragment>/<chunk>` made when asked for."""
+    """A member's blobs; besides, its present state (`state/<fragment>/<chunk>`) and what it serves of its pack."""
 
     replica: Replica | None = None
+    pack: PackFiles | None = None
 
     def find(self, key: str) -> StoredBlob | None:
-        """A stored blob, or a chunk of the present state."""
+        """A stored blob, a chunk of the present state, or a piece of the pack."""
+        if key.startswith("pack/"):
+            return None if self.pack is None else self.pack.find(key)
         if not key.startswith("state/"):
             return super().find(key)
         _, fragment, chunk = key.split("/")
