@@ -89,8 +89,8 @@ class DataConfig(Section):
     path: str | None = Field(
         None,
         min_length=1,
-        description="Folder made by `atoll data pack`, or a URI of one (pyarrow.fs); machines that lack it get its shards when they "
-        "need them.",
+        description="Folder made by `atoll data pack`, or a URI of one (pyarrow.fs); a machine without it gets the "
+        "shards that it needs.",
     )
     samples: int | None = Field(
         None,
