@@ -187,6 +187,8 @@ class ControllerActor(Hands, Keeper):
         return task
 
     async def _pulse(self) -> None:
+        if self.config.run.address is not None:
+            self._task(self._heed_drains())
         while self.host.finished is None and self.host.died is None:
             await asyncio.sleep(TICK_S)
             with must_not_fail():
@@ -264,13 +266,12 @@ class ControllerActor(Hands, Keeper):
             known = {*self.nonce_of, *self.host.coordinator.state.last_incarnation}
             names = [name for name in members if name in known]
             self.sent_away.update(names)
-            if node is not None:
-                self.leaving_nodes.add(node)
-                names += [name for name, place in self.place_of.items() if place == node and name not in names]
             if self.host.finished is None and self.host.died is None:
                 for name in names:
-                    self._let_leave(name, "its machine leaves" if name not in members else "asked to", at_once)
-                self._conclude_if_over()
+                    self._let_leave(name, "asked to", at_once)
+            if node is not None:
+                names += [n for n in self._node_leaves(node, "its machine leaves", at_once) if n not in names]
+            self._conclude_if_over()
             return {
                 "leaving": sorted(name for name in names if name in self.nonce_of),
                 "unknown": [name for name in members if name not in known],

@@ -32,6 +32,7 @@ class Agenda(Desk):
         self.stopping: ev.StopRequested | None = None
         self.begun_stop_s = now
         self.local_saved: set[str] = set()
+        self.local_failed: set[str] = set()
 
     # ------------------------------------------------------------ evaluation
 
@@ -148,5 +149,7 @@ class Agenda(Desk):
         raise NotImplementedError
 
     def _stop_if_saved(self) -> None:
-        if self.stopping is not None and {m.name for m in self.roll.processes} <= self.local_saved:
-            self._end("stopped", "stopped by the user; local states are saved")
+        failed = self.local_failed - self.local_saved
+        if self.stopping is not None and {m.name for m in self.roll.processes} <= self.local_saved | failed:
+            without = f", but not of {', '.join(sorted(failed))}: no space" if failed else ""
+            self._end("stopped", f"stopped by the user; local states are saved{without}")

@@ -92,6 +92,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         rate=partial(agreed_rate, train=config.train) if config.strategy.qsr_alpha else None,
         warmup=config.train.warmup,
         load=config.run.load,
+        keeps_copies=config.run.redundancy == "buddy",
     )
 
 
@@ -129,4 +130,6 @@ def island_spec(
         resume=resume,
         keep_anchors=config.run.keep_anchors,
         snapshots=config.run.snapshots,
+        keeps_copies=config.run.redundancy == "buddy",
+        staleness_limit=config.exchange.staleness_limit,
     )

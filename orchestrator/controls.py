@@ -16,7 +16,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.events import Event, PauseRequested, RollbackRequested, SaveRequested, SettingsRequested
 from orchestrator.live import check_changes
-from orchestrator.rollback import find_target, pin
+from orchestrator.rollback import find_target, pin, store_of
 from orchestrator.status import read_status
 from workers.live_settings import holds_at_once
 from workers.records import dump_row
@@ -96,8 +96,9 @@ class Controls:
         snapshots = self.run_dir / "snapshots"
         # Read and hashed beside the loop: heartbeats go on meanwhile.
         in_thread = asyncio.get_running_loop().run_in_executor
-        target = await in_thread(None, find_target, snapshots, state, version)
-        await in_thread(None, pin, snapshots, target)
+        store = store_of(self.config.run.snapshots, self.run_id)
+        target = await in_thread(None, find_target, snapshots, state, version, store)
+        await in_thread(None, pin, snapshots, target, store)
         before = state.samples_committed()
         event = RollbackRequested(name=target.name, versions=target.versions, chains=target.chains, why="asked to")
         self._do(event)

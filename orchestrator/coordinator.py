@@ -179,12 +179,17 @@ class Coordinator(Operations):
                 self._saved(member, body)
             case msg.Observed():
                 self._observed(member, body)
+            case msg.Inherited():
+                self._inherited(member, body)
             case msg.FaultSeen():
                 self._fault(body.fault, member.name, body.detail, injected=False)
                 if body.fault == "no_state":
                     self.without_snapshot[member.name] = body.detail
                 elif body.fault == msg.SNAPSHOT_FAILED:
                     self._save_failed(member, body.detail)
+                elif body.fault == msg.LOCAL_FAILED:
+                    self.local_failed.add(member.name)
+                    self._stop_if_saved()
                 elif body.fault == "unverified_state":
                     self._verify_all()
             case _:
@@ -242,6 +247,7 @@ class Coordinator(Operations):
             self._plan_shares()
         self._grant(member)
         self._let_go()
+        self._heard_of_copies(member, hello)
 
     def _lacks_share(self, member: MemberId, hello: msg.Hello) -> bool:
         """Whether a member was measured that the shares in force do not name, and nobody's first speed is awaited."""
@@ -423,6 +429,7 @@ class Coordinator(Operations):
             self._settle_all()
         self._revocations()
         self._let_go()
+        self._keep_copies()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:
             self._ask_evaluation(self.eval_asked[1])
         if self.save_asked and self.now - self.save_asked[2] > self.ask_again_s:

@@ -45,6 +45,7 @@ class RunPlan:
     rate: Callable[[float], float] | None = None
     warmup: float = 0.0
     load: Literal["equal", "by_speed"] = "equal"
+    keeps_copies: bool = False
 
     def budgets(self) -> Budgets:
         """What may fail how often; what is taken away from a member may be taken away any number of times."""

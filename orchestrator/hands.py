@@ -20,11 +20,12 @@ from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import places
+from orchestrator.actor_tools import must_not_fail
 from orchestrator.build import island_index, island_spec
 from orchestrator.config import RunConfig
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor
-from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, island_actor_name
+from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, draining_nodes, island_actor_name
 from orchestrator.standby import StandbyPool, is_standby
 from workers.context import IslandSpec
 from workers.messages import News
@@ -33,6 +34,7 @@ from workers.records import HUNG, FenceRecord, JoinRecord
 WATCH_S = 60.0
 STACK_TIMEOUT_S = 12.0
 STANDBY_AGAIN_S = 5.0
+DRAIN_LOOK_S = 1.0
 
 log = logging.getLogger("atoll.controller")
 
@@ -114,6 +116,34 @@ class Hands:
         except (TimeoutError, RayActorError, RayTaskError) as error:
             log.warning("the stack of %s could not be saved: %s", name, error or "no answer")
         ray.kill(handle)
+
+    # ------------------------------------------------------------ nodes that go
+
+    def _let_leave(self, name: str, why: str, at_once: bool) -> None:
+        """An island is asked to leave, or (`at_once`) ended."""
+        raise NotImplementedError
+
+    def _node_leaves(self, node: str, why: str, at_once: bool = False) -> list[str]:
+        """The islands of a node leave, and no new ones come there. May be said again; returns who is still there."""
+        self.leaving_nodes.add(node)
+        names = sorted(name for name, place in self.place_of.items() if place == node)
+        if self.host.finished is None and self.host.died is None:
+            for name in names:
+                if not is_standby(name):
+                    self._let_leave(name, why, at_once)
+        return names
+
+    async def _heed_drains(self) -> None:
+        """Notices of pre-emption, which reach Ray as drains of nodes: the same path as `atoll leave` there."""
+        look = asyncio.get_running_loop().run_in_executor
+        while self.host.finished is None and self.host.died is None:
+            await asyncio.sleep(DRAIN_LOOK_S)
+            draining = await look(None, draining_nodes)
+            with must_not_fail():
+                for node in sorted(draining):
+                    if node not in self.leaving_nodes:
+                        log.warning("Ray drains node %s: its islands leave", node[:8])
+                    self._node_leaves(node, "Ray drains its machine")
 
     # ------------------------------------------------------------ standbys
 

@@ -11,6 +11,7 @@ import pickle
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from orchestrator import events as ev
@@ -61,6 +62,7 @@ class Host:
         self.started_s = 0.0
         self.alarms: Alarms | None = None
         self.tell: Callable[[Alarm], None] = lambda alarm: None
+        self.rolled_back: Callable[[Sequence[int]], None] = partial(set_aside_later, self.run_dir.snapshots)
         self.watchers: list[Callable[[MetricsRow], None]] = []  # of the rows that go into metrics.jsonl
 
     def open(self, *, outage_s: float = 0.0) -> None:
@@ -172,7 +174,7 @@ class Host:
                 self._write_faults()
                 self.finished = command
             case ev.RolledBack(versions=versions):
-                set_aside_later(self.run_dir.snapshots, versions)
+                self.rolled_back(versions)
             case ev.Die():
                 self.died = command
         return None

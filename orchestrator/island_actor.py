@@ -26,7 +26,7 @@ from orchestrator.host import Handed
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name
 from workers.context import IslandContext, IslandSpec, enter
-from workers.data.fetch import is_uri, local_pack
+from workers.data.placing import pack_here
 from workers.messages import Batch, Envelope, News
 from workers.records import Term
 from workers.stack import allow_dumps, write_stack
@@ -124,15 +124,21 @@ class IslandActor:
     def _settle_in(self) -> None:
         """Logs and local state go into the run directory where this machine sees it, else into a folder of its own.
 
-        A pack behind a URI is copied into the cache of this machine. Raises DataError.
+        A pack that is not on this machine gets a folder in its cache; shards come when they are needed. Raises
+        DataError.
         """
         mine = own_run_dir(self.spec.run_dir)
         self.spec = replace(self.spec, run_dir=mine)
         log_to(mine / "logs" / Path(self.log_file).name)
-        data = self.spec.data
-        if data.path is not None and self.spec.pack is not None and is_uri(data.path):
-            with _logged("the pack could not be fetched"):
-                self.spec = replace(self.spec, pack=local_pack(data.path, digest=data.digest))
+        if self.spec.pack is not None:
+            with _logged("the pack is not here and could not be asked for"):
+                pack, on_demand = pack_here(self.spec.data, self.spec.pack, self._ask_pack_files)
+                self.spec = replace(self.spec, pack=pack, on_demand=on_demand)
+
+    def _ask_pack_files(self) -> dict[str, bytes]:
+        controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
+        files: dict[str, bytes] = ray.get(controller.pack_files.remote(), timeout=NEWS_TIMEOUT_S)
+        return files
 
     def _start(self, node: str) -> None:
         context = self._make_context(node)

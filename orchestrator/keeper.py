@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from orchestrator.controls import Controls
 from orchestrator.errors import UserError
 from orchestrator.log_shipping import EVERY_S, LogCopy
 from orchestrator.notify import Notifier
+from orchestrator.rollback import set_aside_later, store_of
 from orchestrator.rundir import RunDirInUse
+from workers.data.placing import pack_files
+from workers.saved import SnapshotError
 from workers.stack import add_stack, dump_stack
 
 log = logging.getLogger("atoll.controller")
@@ -34,6 +37,7 @@ class Keeper(Controls):
     place_of: dict[str, str]
     log_of: dict[str, Path]  # nonce -> log, of the processes that this life started
     pids: dict[str, int]
+    pack: Path | None
     own: ExitStack
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -52,6 +56,8 @@ class Keeper(Controls):
             self.own.enter_context(self.host.run_dir.lock(self.host.run_dir.controller_lock))
         except RunDirInUse as error:  # the life before is not quite gone; the journal's segments decide who writes
             log.warning("%s", error)
+        if self.config.run.snapshots is not None:
+            self.host.rolled_back = self._clear_store
         config = self.config.notify
         if config.command is None:
             return
@@ -60,6 +66,18 @@ class Keeper(Controls):
         self.host.alarms, self.host.tell = Alarms(config, num_islands=num_islands), notifier.tell
         notifier.start()
         self.own.callback(notifier.close, config.timeout_s)
+
+    def _clear_store(self, versions: Sequence[int]) -> None:
+        self._task(self._set_aside(versions))
+
+    async def _set_aside(self, versions: Sequence[int]) -> None:
+        """Snapshots away from here that a rollback has overtaken: beside the loop, which members wait for."""
+        store = store_of(self.config.run.snapshots, self.host.plan.run_id)
+        in_thread = asyncio.get_running_loop().run_in_executor
+        try:
+            await in_thread(None, set_aside_later, self.host.run_dir.snapshots, versions, store)
+        except SnapshotError as error:
+            log.warning("newer snapshots stay beside those of the run as it is now: %s", error)
 
     async def _collect_log(self, nonce: str, handle: ActorHandle[Any]) -> None:
         """Where an island's machine does not share the run's directory, its log is copied here as it grows."""
@@ -74,6 +92,12 @@ class Keeper(Controls):
             while nonce in self.handles:
                 await copy.grow()
                 await asyncio.sleep(EVERY_S)
+
+    async def pack_files(self) -> dict[str, bytes]:
+        """The index of the run's pack, and its tokenizer: for a machine that has no copy of it."""
+        if self.pack is None:
+            return {}
+        return await asyncio.get_running_loop().run_in_executor(None, pack_files, self.pack)
 
     async def stack(self, member: str) -> dict[str, Any]:
         """What every thread of an island does at this moment; kept in the run's logs. Also of one that hangs."""

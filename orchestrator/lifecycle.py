@@ -11,8 +11,8 @@ from orchestrator import exchange as ex
 from orchestrator import leases, leaving
 from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
-from orchestrator.fault_book import FaultBook
 from orchestrator.membership import Process, Roll, Verdict
+from orchestrator.redundancy import Redundancy
 from orchestrator.run_state import Membership, RunState
 from workers import messages as msg
 from workers.records import (
@@ -75,7 +75,7 @@ def outlived(successor: Process | None, asked_s: float) -> bool:
     return well and successor is not None and successor.heard_s > asked_s
 
 
-class Lifecycle(FaultBook):
+class Lifecycle(Redundancy):
     """The lives of incarnations."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -87,7 +87,6 @@ class Lifecycle(FaultBook):
         self.genesis_asked: tuple[MemberId, float] | None = None
         self.tail = False
         self.first_joins: dict[str, float] = {}
-        self.leaving: dict[str, str] = {}
         self.refusals: dict[str, int] = defaultdict(int)
         self.given_up: dict[str, str] = {}
         self.consumed_at_end: dict[MemberId, int] = {}
@@ -130,7 +129,7 @@ class Lifecycle(FaultBook):
                 self._tell(envelope.nonce, msg.Rejoin())
                 return
             self._attach_process(known, envelope.nonce, body.info)
-            self._tell(known, msg.Welcome(incarnation=known.incarnation))
+            self._welcome(known)
             self._after_join()
             return
         previous = self.state.current.get(envelope.name)
@@ -147,7 +146,7 @@ class Lifecycle(FaultBook):
             self.first_joins[envelope.name] = self.seconds()
         self._end_gap(envelope.name)
         self._say(f"{member} joined on {body.info.node}", member=envelope.name)
-        self._tell(member, msg.Welcome(incarnation=incarnation))
+        self._welcome(member)
         if previous is not None:
             self._after_fence(previous)
         self._after_join()

@@ -152,6 +152,20 @@ class QuorumRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CopyRow:
+    """The local state of `member` after `version` is `kept` by `other`, or was `restored` from that of `other`."""
+
+    kind: ClassVar[str] = "copy"
+    t_s: float
+    member: str
+    incarnation: int
+    what: str
+    other: str
+    version: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LinkRow:
     """What `member` measured of the link from `peer` in the last seconds, by fetching from it.
 
@@ -179,9 +193,9 @@ class SilenceRow:
     end_s: float
 
 
-Row = StepRow | EvalRow | SpanRow | ExchangeRow | FaultEvent | MemberRow | QuorumRow | LinkRow | SilenceRow
+Row = StepRow | EvalRow | SpanRow | ExchangeRow | FaultEvent | MemberRow | QuorumRow | LinkRow | SilenceRow | CopyRow
 _ROW_TYPES: tuple[type[Row], ...] = (
-    StepRow, EvalRow, SpanRow, ExchangeRow, FaultEvent, MemberRow, QuorumRow, LinkRow, SilenceRow,
+    StepRow, EvalRow, SpanRow, ExchangeRow, FaultEvent, MemberRow, QuorumRow, LinkRow, SilenceRow, CopyRow,
 )  # fmt: skip
 
 
@@ -415,7 +429,7 @@ def newest_rows(path: Path) -> Iterator[Row]:
     yield from _parsed([*newest.values(), *others])
 
 
-_FREQUENT = re.compile(rb'\{"kind":"(?:step|span|link)"')
+_FREQUENT = re.compile(rb'\{"kind":"(?:step|span|link|copy)"')
 _MEMBER = re.compile(rb'"member":"[^"]*"')
 
 

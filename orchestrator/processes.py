@@ -80,6 +80,13 @@ def worker_nodes(labels: Mapping[str, str]) -> tuple[dict[str, int], dict[str, i
     return total, {node: int(free.get(node, {}).get(WORKER_RESOURCE, 0)) for node in total}
 
 
+def draining_nodes() -> set[str]:
+    """Nodes that Ray was told to drain: whoever runs the machines gives notice that it takes them away."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
 def answering(nodes: Collection[str]) -> set[str]:
     """Those of these nodes whose Ray listens: Ray itself takes seconds to notice that a machine has gone."""
     import ray

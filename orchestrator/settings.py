@@ -74,6 +74,11 @@ class RunSection(Section):
         description="Processes that wait, with torch imported, the model built and the anchor at hand, to take a dead "
         "island's place.",
     )
+    redundancy: Literal["none", "buddy"] = Field(
+        "none",
+        description="What only one island has (moments of its inner optimizer, residuals): lost with its process, or "
+        "kept in the memory of a buddy on another node, for whoever takes its place.",
+    )
 
 
 PROFILES: Mapping[str, Mapping[str, float]] = {

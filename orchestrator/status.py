@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import UserError
 from orchestrator.metrics import (
+    CopyRow,
     EvalRow,
     ExchangeRow,
     FaultEvent,
@@ -50,6 +51,9 @@ class MemberStatus(BaseModel):
     loss: float | None = Field(description="Newest training loss, nats per token.")
     tokens_per_s: float | None = Field(description="Tokens per second inside its steps.")
     seen_before_s: float | None = Field(description="Age of its newest row, seconds before the run's newest row.")
+    local_state: str = Field(
+        description="Who keeps a copy of its local state, of which version (run.redundancy); else empty."
+    )
 
 
 class Status(BaseModel):
@@ -134,6 +138,7 @@ class _Newest:
     steps: dict[str, StepRow] = field(default_factory=dict)
     spans: dict[str, SpanRow] = field(default_factory=dict)
     judged: dict[str, MemberRow] = field(default_factory=dict)
+    copies: dict[str, CopyRow] = field(default_factory=dict)
     exchanges: list[ExchangeRow] = field(default_factory=list)
     evals: list[EvalRow] = field(default_factory=list)
     faults: list[FaultEvent] = field(default_factory=list)
@@ -157,6 +162,8 @@ def _newest(directory: RunDir) -> _Newest:
                 found.evals.append(row)
             case FaultEvent():
                 found.faults.append(row)
+            case CopyRow():
+                found.copies[row.member] = row
             case QuorumRow():
                 found.quorum = row.detail
     return found
@@ -200,8 +207,20 @@ def _members(state: RunState, newest: _Newest, now: float, *, running: bool) -> 
             loss=step.loss if step and fresh else None,
             tokens_per_s=step.tokens_per_s if step and fresh else None,
             seen_before_s=now - step.t_s if step and fresh else None,
+            local_state=_kept(newest.copies.get(name), state) if running else "",
         )
     return out
+
+
+def _kept(row: CopyRow | None, state: RunState) -> str:
+    """Who keeps the local state of a member, while that one lives."""
+    if row is None:
+        return ""
+    if row.what == "restored":
+        return f"begun as {row.other} left off, kept by nobody yet"
+    alive = row.other in {str(member) for member in state.live()}
+    whose = f"{row.member}.{row.incarnation} after version {row.version} ({row.num_bytes:,} bytes)"
+    return f"{row.other} keeps {whose}" if alive else f"nobody yet: {row.other}, which kept {whose}, is gone"
 
 
 def status_command(read: Callable[[], Status], as_json: bool, watch: bool) -> int:
@@ -258,6 +277,7 @@ def render(status: Status) -> Any:
     for name, member in status.members.items():
         if member.status in ("slow", "suspect", "draining"):
             parts.append(Text(f"{name}.{member.incarnation} is {member.status}: {member.reason}"))
+    parts += [Text(f"{name}: {member.local_state}") for name, member in status.members.items() if member.local_state]
     if status.quorum:
         parts.append(Text(status.quorum))
     for fault in status.faults:

@@ -89,7 +89,8 @@ class DataConfig(Section):
     path: str | None = Field(
         None,
         min_length=1,
-        description="Folder made by `atoll data pack`, or a URI of one (pyarrow.fs), which each machine copies once.",
+        description="Folder made by `atoll data pack`, or a URI of one (pyarrow.fs); a machine without it gets the "
+        "shards that it needs.",
     )
     samples: int | None = Field(
         None,

@@ -50,6 +50,9 @@ class IslandSpec:
     resume: bool = False
     keep_anchors: int = 8
     snapshots: str | None = None
+    keeps_copies: bool = False
+    on_demand: bool = False
+    staleness_limit: int = 16
 
 
 @dataclass(kw_only=True, slots=True)

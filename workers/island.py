@@ -16,38 +16,35 @@ applies commits, sends contributions, evaluates, saves, waits, and ends when the
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from strategies.codecs.stochastic import mix
-from strategies.fragments import FragmentSpec, TensorSpec, default_chunk_values, plan_fragments
-from strategies.registry import build_strategy, warm_up
-from strategies.strategy import Strategy
+from strategies.registry import warm_up
 from workers import messages as msg
+from workers import ranges
 from workers import sync as sy
 from workers.actions import EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
+from workers.buddy import LocalCopies
 from workers.context import IslandContext, IslandSpec, current
 from workers.data.permutation import sample_ids
-from workers.data.reader import PackReader
 from workers.device import peak_memory_bytes
 from workers.inner_loop import StepStats, evaluate
 from workers.jobs import MemberStore
-from workers.live_settings import with_changes
-from workers.local_state import load_local, save_local
+from workers.local_state import keep_local, load_local
 from workers.loop_checks import BufferWatch, ChangeWatch, LoopError, ParameterGuard, synchronised
 from workers.member import MemberMachine
 from workers.model.factory import LossFn, ModelBundle, next_token_loss
 from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer
 from workers.pace import Pace
+from workers.pack_access import open_pack
 from workers.record_log import RecordLog
-from workers.records import Scalar, StopRecord
+from workers.records import StopRecord
 from workers.replica import Replica, StateChunk
 from workers.samples import (
     Collate,
@@ -60,10 +57,10 @@ from workers.samples import (
     positions_of,
 )
 from workers.saved import read_meta
-from workers.schedule import agreed_rate
 from workers.snapshot_writer import build_writer, snapshot_place
 from workers.sync_settings import SyncSettings
 from workers.timeline import WAITING_IN, Timeline
+from workers.variants import follow_settings, fragments_of, strategy_of
 
 log = logging.getLogger("atoll.island")
 
@@ -119,11 +116,10 @@ class Island:
         self.device = self.guard.device
         self.sync: sy.IslandSync | None = None
         self.timeline = Timeline(clock=found.clock)
-        self.finished = False
-        self.watches_changes = True
+        self.finished, self.watches_changes = False, True
         self._data = {"dataset": dataset, "val_dataset": val_dataset, "collate": collate}
         check_own_data(self.spec.data, loss_fn=loss_fn, **self._data)
-        self._yielded = 0
+        self._yielded = self._looked_to = 0
         self._progress = self._loading_s = 0.0
         self._loss_sum, self._loss_count, self._row_s = 0.0, 0, float("-inf")
         self._compute_s, self._tokens = 0.0, 0
@@ -170,12 +166,18 @@ class Island:
         if self.sync is not None:
             self.sync.close()
             self.writer.close()
+            self.source.close()
 
     @cached_property
     def source(self) -> SampleSource:
         """Where its samples come from; opened when it is first needed."""
-        pack = PackReader(self.spec.pack) if self.spec.pack is not None else None
+        pack = open_pack(self.context, self._peers) if self.spec.pack is not None else None
         return open_source(self.spec.data, pack, device=self.device, **self._data)
+
+    def _peers(self) -> Sequence[tuple[str, str]]:
+        """Other members and their addresses, as far as they are known."""
+        known = self.sync.machine.peers if self.sync is not None else {}
+        return [(name, address) for name, (address, _) in known.items() if address != self.context.transport.address]
 
     @property
     def total_samples(self) -> int:
@@ -229,6 +231,7 @@ class Island:
             executor=context.executor,
             snapshots=snapshot_place(spec),
             on_reset=self._forget_moments,
+            copies=LocalCopies(self.model, self.optimizer, spec.staleness_limit) if spec.keeps_copies else None,
         )
 
     def _forget_moments(self) -> None:
@@ -265,6 +268,8 @@ class Island:
         if ids is None:
             return None
         loading_s = self.context.clock()
+        if not self.source.is_here(ids):
+            self._fetch(ids)
         batch = self.source.batch(ids)
         self._began = self.context.clock()
         self._loading_s = self._began - loading_s
@@ -323,9 +328,7 @@ class Island:
         if save:
             if not self.writer.finish(LAST_SNAPSHOT_S):
                 log.warning("the last snapshot is not written after %g s", LAST_SNAPSHOT_S)
-            save_local(self._local_dir(), self.sync, self.model, self.optimizer)
-            versions = tuple(part.n for part in self.sync.replica.parts)
-            self.sync.say(msg.Saved(name=self.spec.name, versions=versions, local=True))
+            keep_local(self._local_dir(), self.sync, self.model, self.optimizer)
         self.sync.flush_rows()
         last = self.sync.machine.log.rows[-1].record if self.sync.machine.log.rows else None
         self.context.ended = last.reason if isinstance(last, StopRecord) else "stopped"
@@ -348,10 +351,32 @@ class Island:
 
     def _take(self, action: TrainOn) -> Ids:
         self.timeline.enter("compute")
+        self._look_ahead()
         positions = positions_of(action.ranges)
         self._yielded, self._progress, self._stepped = len(positions), action.progress, False
         self._began, self._loading_s = self.context.clock(), 0.0
         return sample_ids(positions, size=self.source.num_samples, seed=self.spec.train.seed)
+
+    def _fetch(self, ids: Ids) -> None:
+        """Get the shards of the next step: that is waiting, and no step that hangs."""
+        assert self.sync is not None
+        for doing in ("waiting", "step"):
+            with self.sync.changed:
+                self.sync.machine.pace.begin(doing, self.context.clock())
+            if doing == "waiting":
+                self.source.fetch(ids)
+
+    def _look_ahead(self) -> None:
+        """What else is leased is fetched meanwhile, in the order in which it is going to be needed."""
+        assert self.sync is not None
+        machine = self.sync.machine
+        if self._looked_to < machine.num_leased():
+            todo = ranges.cut(machine.leases, max(machine.consumed, self._looked_to), machine.num_leased())
+            self._looked_to = machine.num_leased()
+            ids = sample_ids(positions_of(todo), size=self.source.num_samples, seed=self.spec.train.seed)
+            self.source.want(ids)
+        elif machine.consumed == 0:
+            self._looked_to = 0  # another incarnation has leases of its own
 
     def step(self, loss: Tensor | float, *, stats: StepStats | None = None) -> None:
         """One inner step is finished; `loss` is its mean loss, for the record. Raises LoopError."""
@@ -449,51 +474,3 @@ def evaluate_anchor(bundle: ModelBundle, replica: Replica, source: SampleSource,
     sizes = [len(ids) for ids in pieces]
     batches = (source.validation(ids) for ids in pieces)
     return evaluate(bundle, params, batches, precision=spec.train.precision, sizes=sizes)
-
-
-class Variants:
-    """The strategies of a run whose settings were changed while it went on; each is built once. Any thread."""
-
-    def __init__(self, spec: IslandSpec, configured: Strategy) -> None:
-        """`configured`: the strategy without any change."""
-        self._spec, self._lock = spec, threading.Lock()
-        self._known: dict[tuple[tuple[str, Scalar], ...], Strategy] = {(): configured}
-
-    def of(self, values: tuple[tuple[str, Scalar], ...]) -> Strategy:
-        """The strategy with these values."""
-        with self._lock:
-            if values not in self._known:
-                strategy = strategy_of(self._spec, values)
-                for codec in (strategy.codec, strategy.result_codec):
-                    warm_up(codec)
-                self._known[values] = strategy
-            return self._known[values]
-
-
-def follow_settings(replica: Replica, spec: IslandSpec, log: Callable[[], RecordLog]) -> None:
-    """From now on a replica computes each transition with the settings that the journal has for its version."""
-    variants = Variants(spec, replica.strategy)
-    replica.variants = lambda fragment, n: variants.of(log().settings.of_members(fragment, n))
-
-
-def strategy_of(spec: IslandSpec, changes: tuple[tuple[str, Scalar], ...] = ()) -> Strategy:
-    """The strategy that an island's settings describe, with what was changed since."""
-    train = spec.train
-    # Members that round at random must not do it alike: averaging is to cancel it.
-    key = mix(train.seed, spec.index)
-    config = with_changes(spec.strategy, "strategy", changes)
-    codec = with_changes(spec.codec, "codec", changes)
-    return build_strategy(config, codec, lr_at=partial(agreed_rate, train=train), train=train, codec_key=key)
-
-
-def fragments_of(tensors: dict[str, Tensor], strategy: Strategy, spec: IslandSpec) -> tuple[FragmentSpec, ...]:
-    """How the live parameters are divided into fragments and chunks; the same on every member."""
-    numel = sum(tensor.numel() for tensor in tensors.values())
-    chunk = spec.chunk_values or default_chunk_values(-(-numel // strategy.num_fragments), strategy.codec.block)
-    return plan_fragments(
-        [TensorSpec(name=name, shape=tuple(tensor.shape)) for name, tensor in tensors.items()],
-        num_fragments=strategy.num_fragments,
-        pattern=strategy.pattern,
-        groups=strategy.groups,
-        chunk_values=chunk,
-    )

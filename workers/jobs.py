@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workers import member_events as ev
+from workers.data.peers import PackFiles
 from workers.digest import digest
 from workers.record_log import RecordLog
 from workers.records import OfferId
@@ -28,12 +29,15 @@ from workers.transport.errors import TransportError
 
 
 class MemberStore(BlobStore):
-    """A member's blobs, and its present state under `state/<fragment>/<chunk>` made when asked for."""
+    """A member's blobs; besides, its present state (`state/<fragment>/<chunk>`) and what it serves of its pack."""
 
     replica: Replica | None = None
+    pack: PackFiles | None = None
 
     def find(self, key: str) -> StoredBlob | None:
-        """A stored blob, or a chunk of the present state."""
+        """A stored blob, a chunk of the present state, or a piece of the pack."""
+        if key.startswith("pack/"):
+            return None if self.pack is None else self.pack.find(key)
         if not key.startswith("state/"):
             return super().find(key)
         _, fragment, chunk = key.split("/")
@@ -103,6 +107,25 @@ class Jobs:
         self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
         self.snapshots, self.clock = snapshots, clock
         self.staged: dict[tuple[int, str], list[StateChunk]] = {}  # by fragment and chain
+
+    def do(self, command: ev.Command) -> ev.Event | None:
+        """Carry out a command that is a job; other commands are nobody's mistake but ours."""
+        match command:
+            case ev.FetchPieces():
+                return self.fetch_pieces(command)
+            case ev.Reduce():
+                return self.reduce(command)
+            case ev.FetchResults():
+                return self.fetch_results(command)
+            case ev.ComputeNext():
+                return self.compute_next(command)
+            case ev.VerifyAnchor():
+                return self.verify_anchor(command)
+            case ev.LoadState():
+                return self.load_state(command)
+            case ev.FetchState():
+                return self.fetch_state(command)
+        raise AssertionError(f"{type(command).__name__} is no job")
 
     def _fetch(
         self, address: str, keys: Sequence[str], max_bytes: int, *, give_up: Callable[[], bool] | None = None

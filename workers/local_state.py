@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from strategies.eager import Correction
+from workers import messages as msg
 from workers.member import FragmentState, MemberMachine, Pending
 from workers.messages import Offer, Version
 from workers.open_steps import OpenSteps
@@ -50,6 +52,21 @@ def save_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: Inne
     temporary.write_text(json.dumps(meta))
     _sync_file(temporary)
     temporary.rename(folder / LOCAL_META)
+
+
+def keep_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: InnerOptimizer) -> None:
+    """The last act of an island that is stopped: its state on disk, and word of it; or word of why it is not there.
+
+    A full disk costs the run the steps that this island has not had committed, and nothing else.
+    """
+    try:
+        save_local(folder, sync, model, optimizer)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        sync.say(msg.FaultSeen(fault=msg.LOCAL_FAILED, detail=f"{folder}: {error}"))
+        return
+    versions = tuple(part.n for part in sync.replica.parts)
+    sync.say(msg.Saved(name=sync.machine.name, versions=versions, local=True))
 
 
 def _sync_file(path: Path) -> None:
@@ -136,6 +153,8 @@ def load_local(
         setattr(sync.schedule, name, meta["schedule"][name])
     sync.steps_done = OpenSteps(meta["steps_done"])
     sync.base_samples = meta["base_samples"]
+    if sync.copies is not None:
+        sync.copies.begun = meta["incarnation"]
     (folder / LOCAL_META).unlink()
 
 

@@ -11,15 +11,16 @@ import torch
 from workers.batch_fit import fit_batch, memory_probe, remember, remembered, share_of_memory
 from workers.config import SCRIPT
 from workers.context import IslandContext, IslandSpec
-from workers.data.reader import PackReader
+from workers.data.index import load_index
 from workers.device import resolve_device
 from workers.functions import FunctionError, load_function
 from workers.inner_loop import InnerLoop, autocast
-from workers.island import Island, strategy_of
+from workers.island import Island
 from workers.loop_checks import LoopError
 from workers.model.factory import ModelBundle, build_model
 from workers.optim import build_optimizer
 from workers.source import SourceChanged, check_source
+from workers.variants import strategy_of
 
 log = logging.getLogger("atoll.island")
 
@@ -37,7 +38,7 @@ class BuiltinLoop:
                 f"data.samples = {spec.data.samples}: the data comes from a loop of your own, and train.loop names none"
             )
         device = resolve_device(spec.train.device, index=spec.index)
-        index = PackReader(spec.pack).index
+        index = load_index(spec.pack)
         self.bundle = build_model(spec.model, vocab_size=index.vocab_size, seq_len=index.seq_len, seed=spec.train.seed)
         self.bundle.model.to(device)
         if spec.train.fit_batch:

@@ -380,6 +380,10 @@ class MemberMachine(ExchangeSide):
             case msg.Tail(active=active) if self._is_news(body, batch):
                 self.tail = active
                 self.out.append(ev.Wake())
+            case msg.Inherit():
+                self.out.append(ev.Copies(body=body))
+            case msg.Keeping() if self._is_news(body, batch):
+                self.out.append(ev.Copies(body=body))
             case msg.Leave():
                 self.leaving = True
                 self.out.append(ev.Wake())
@@ -421,7 +425,7 @@ class MemberMachine(ExchangeSide):
             self.building = True
             self.out.append(ev.BuildGenesis())
 
-    def _is_news(self, body: msg.Peers | msg.Tail, batch: msg.Batch) -> bool:
+    def _is_news(self, body: msg.Peers | msg.Tail | msg.Keeping, batch: msg.Batch) -> bool:
         """Whether a present state is not older than what was told before: messages overtake each other."""
         at = (batch.term.rank, batch.number)
         if at < self.told.get(type(body), at):

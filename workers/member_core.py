@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from workers import member_events as ev
 from workers import messages as msg
 from workers import ranges
+from workers.copies import Copy
 from workers.fragment_state import FragmentState
 from workers.pace import Pace
 from workers.ranges import Range
@@ -47,6 +48,8 @@ class MemberCore:
         self.waiting = ""
         self.pace = Pace()
         self.bytes_sent = 0
+        self.copy: Copy | None = None  # of this member's local state, for a buddy to fetch
+        self.kept: tuple[Copy, ...] = ()
         self.stale = 0
         self.out: list[ev.Command] = []
         self.now = 0.0
@@ -99,7 +102,7 @@ class MemberCore:
                 steps=self.steps, bytes_sent=self.bytes_sent, fragments=tuple(reports), waiting=self.waiting,
                 doing=self.pace.doing, doing_s=max(self.now - self.pace.since_s, 0.0),
                 step_s=self.pace.usual_step_s(),
-                median_step_s=self.step_times.median_s,
+                median_step_s=self.step_times.median_s, copy=self.copy, kept=self.kept,
             )
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.messages import Assign, Batch, Evaluate, ExchangeId, MemberBody, Offer, Save, Stop
+from workers.messages import Assign, Batch, Evaluate, ExchangeId, Inherit, Keeping, MemberBody, Offer, Save, Stop
 from workers.records import CommitRecord, MemberId, OfferId
 
 # ---------------------------------------------------------------- events
@@ -234,6 +234,13 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """The controller says who keeps whose local state (`workers/buddy.py`)."""
+
+    body: Keeping | Inherit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Apply:
     """For the training thread: apply a commit whose result is complete."""
 
@@ -243,5 +250,5 @@ class Apply:
 
 Command = (
     Post | BuildGenesis | FetchPieces | Reduce | FetchResults | ComputeNext | VerifyAnchor | FetchState | LoadState
-    | Forget | Wake | Order
+    | Forget | Wake | Order | Copies
 )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workers.copies import Copy
 from workers.ranges import Range
 from workers.records import MemberId, OfferId, RosterEntry, Row, Term, canonical, chain_hash
 
@@ -98,6 +99,7 @@ class Hello:
     `doing`: what its training thread does, for `doing_s` seconds by now; `step_s`: its usual step, 0 = not known yet
     (`workers/pace.py`).
     `median_step_s`: what shares by speed are made of, pacing and loading included; 0 until it is measured.
+    `copy`: a copy of its local state that a buddy may fetch; `kept`: copies of others that it keeps.
     """
 
     info: ProcessInfo
@@ -112,6 +114,8 @@ class Hello:
     doing_s: float = 0.0
     step_s: float = 0.0
     median_step_s: float = 0.0
+    copy: Copy | None = None
+    kept: tuple[Copy, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,8 +224,8 @@ class Observed:
     rows: tuple[tuple[float, dict[str, object]], ...]
 
 
-SNAPSHOT_FAILED = "snapshot_failed"
-"""A `FaultSeen`: a member could not write the snapshot that it was asked for."""
+SNAPSHOT_FAILED, LOCAL_FAILED = "snapshot_failed", "local_state_failed"
+"""A `FaultSeen`: a member could not write the snapshot, or its local state at a stop, that it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +234,14 @@ class FaultSeen:
 
     fault: str
     detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inherited:
+    """The inner optimizer goes on as `member` had it after `steps` steps (`workers/copies.py`)."""
+
+    member: MemberId
+    steps: int
 
 
 MemberBody = (
@@ -247,6 +259,7 @@ MemberBody = (
     | Saved
     | Observed
     | FaultSeen
+    | Inherited
 )
 
 
@@ -302,6 +315,23 @@ class Peers:
     """Transport addresses and the versions that peers are known to hold: `(member, address, (n of each fragment))`."""
 
     peers: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keeping:
+    """Who keeps your local state (empty = nobody), digest of what it has; what you fetch, and whose copies you keep."""
+
+    buddy: str
+    held: str
+    wards: tuple[Copy, ...]
+    keep: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inherit:
+    """Local states of those who had your place before: `(copy, address of its holder)`."""
+
+    sources: tuple[tuple[Copy, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -424,6 +454,8 @@ ControllerBody = (
     | MakeGenesis
     | LeaseGrant
     | Peers
+    | Keeping
+    | Inherit
     | Announce
     | Assign
     | Spread

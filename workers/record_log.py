@@ -16,6 +16,7 @@ from workers.records import (
     RollbackRecord,
     Row,
     SettingRecord,
+    SettleRecord,
     SharesRecord,
     StopRecord,
 )
@@ -40,6 +41,8 @@ class RecordLog:
         self._commits: list[dict[int, CommitRecord]] = []
         self.fenced: set[tuple[str, int]] = set()
         self.live: set[tuple[str, int]] = set()
+        self.refused: set[tuple[str, int]] = set()
+        self.settled: set[tuple[str, int]] = set()
         self.settings = LiveSettings()
         self.paused = False
 
@@ -101,6 +104,10 @@ class RecordLog:
             case FenceRecord() as fence:
                 self.fenced.add((fence.member, fence.incarnation))
                 self.live.discard((fence.member, fence.incarnation))
+                if fence.refused:
+                    self.refused.add((fence.member, fence.incarnation))
+            case SettleRecord() as settle:
+                self.settled.add((settle.member, settle.incarnation))
             case JoinRecord() as join:
                 self.live.add((join.member, join.incarnation))
             case SharesRecord() as shares:

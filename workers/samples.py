@@ -38,6 +38,18 @@ class SampleSource(Protocol):
     def validation(self, ids: Ids) -> Any:
         """The validation samples with these numbers, as one batch on the model's device."""
 
+    def is_here(self, ids: Ids) -> bool:
+        """Whether nothing has to be fetched for these training samples."""
+
+    def fetch(self, ids: Ids) -> None:
+        """Get what these training samples need, now."""
+
+    def want(self, ids: Ids) -> None:
+        """These will be asked for, in this order."""
+
+    def close(self) -> None:
+        """Nothing is asked for any more."""
+
 
 class PackSamples:
     """The run's pack: a batch is int64 tokens (B, seq_len + 1), a sample counts as `seq_len` tokens."""
@@ -60,6 +72,25 @@ class PackSamples:
     def validation(self, ids: Ids) -> Tensor:
         """See `SampleSource.validation`."""
         return torch.from_numpy(self.reader.batch(ids, "val")).to(self.device)
+
+    def is_here(self, ids: Ids) -> bool:
+        """See `SampleSource.is_here`."""
+        return self.reader.cache is None or self.reader.cache.has(self.reader.shards_of(ids))
+
+    def fetch(self, ids: Ids) -> None:
+        """See `SampleSource.fetch`. Raises DataError."""
+        for shard in self.reader.shards_of(ids) if self.reader.cache is not None else ():
+            self.reader.cache.ensure(shard)
+
+    def want(self, ids: Ids) -> None:
+        """See `SampleSource.want`."""
+        if self.reader.cache is not None:
+            self.reader.cache.want(self.reader.shards_of(ids))
+
+    def close(self) -> None:
+        """See `SampleSource.close`."""
+        if self.reader.cache is not None:
+            self.reader.cache.close()
 
 
 class DatasetSamples:
@@ -109,6 +140,19 @@ class DatasetSamples:
         """See `SampleSource.validation`."""
         assert self._val is not None, "nothing to evaluate on"
         return to_device(self._val.take(ids), self.device)
+
+    def is_here(self, ids: Ids) -> bool:
+        """A dataset that the loop brings is here."""
+        return True
+
+    def fetch(self, ids: Ids) -> None:
+        """Nothing to fetch."""
+
+    def want(self, ids: Ids) -> None:
+        """Nothing to fetch."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class _Rows:

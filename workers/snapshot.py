@@ -72,7 +72,11 @@ def stage_tensors(
     temporary = folder / f".{secrets.token_hex(6)}{STAGED}"
     temporary.mkdir(parents=True)
     contents = zip(SNAPSHOT_FILES, (anchor, states), strict=True)
-    files = {file: save_tensors(temporary / file, content, flush=False) for file, content in contents}
+    try:
+        files = {file: save_tensors(temporary / file, content, flush=False) for file, content in contents}
+    except OSError:  # half a copy would only keep a full disk full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return Staged(folder=temporary, files=files, versions=versions, chains=chains, digests=digests)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -135,6 +135,44 @@ class SnapshotStore:
             self._retain(keep)
         except (OSError, pa.ArrowException) as error:
             raise self._failed(f"{name} cannot be written", error) from error
+
+    def copy(self, name: str, other: str) -> None:
+        """Have a snapshot under another name as well, complete or not at all."""
+        text = self._read(f"{name}/{MANIFEST}")
+        if text is None:
+            raise SnapshotError(f"{self.place}/{name} is no complete snapshot any more: it has no {MANIFEST}")
+        manifest = parse_manifest(text, f"{self.place}/{name}/{MANIFEST}")
+        try:
+            before = self._read(f"{other}/{MANIFEST}")
+            self.filesystem.create_dir(f"{self.folder}/{other}", recursive=True)
+            for file in SNAPSHOT_FILES:
+                stored = stored_name(file, manifest)
+                self.filesystem.copy_file(f"{self.folder}/{name}/{stored}", f"{self.folder}/{other}/{stored}")
+            temporary = f"{self.folder}/{other}/.{MANIFEST}-{secrets.token_hex(4)}"
+            self._write(temporary, text)
+            self.filesystem.move(temporary, f"{self.folder}/{other}/{MANIFEST}")
+            if before is not None:
+                self._drop_files_of(other, parse_manifest(before, f"{self.place}/{other}/{MANIFEST}"), manifest)
+        except (OSError, pa.ArrowException) as error:
+            raise self._failed(f"{name} cannot be kept as {other}", error) from error
+
+    def set_aside(self, folder: str, unwanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Snapshots that are `unwanted` go into `folder`, where they are none of the run's; what was there goes."""
+        try:
+            if self.filesystem.get_file_info(f"{self.folder}/{folder}").type == fs.FileType.Directory:
+                self.filesystem.delete_dir(f"{self.folder}/{folder}")
+            for name, manifest in self.complete():
+                if unwanted(manifest):
+                    self._move_into(folder, name, manifest)
+        except (OSError, pa.ArrowException) as error:
+            raise self._failed(f"{folder} cannot be written", error) from error
+
+    def _move_into(self, folder: str, name: str, manifest: Mapping[str, Any]) -> None:
+        """Manifest first: a snapshot is whole in its place, or is none. Stores without folders move file by file."""
+        self.filesystem.create_dir(f"{self.folder}/{folder}/{name}", recursive=True)
+        for file in (MANIFEST, *(stored_name(file, manifest) for file in SNAPSHOT_FILES)):
+            self.filesystem.move(f"{self.folder}/{name}/{file}", f"{self.folder}/{folder}/{name}/{file}")
+        self.filesystem.delete_dir(f"{self.folder}/{name}")
 
     def _upload(self, file: Path, path: str) -> None:
         target = f"{self.folder}/{path}"

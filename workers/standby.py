@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Sequence
 
 from workers.context import IslandContext
-from workers.island import follow_settings
 from workers.jobs import Jobs, MemberStore
 from workers.loops import BuiltinLoop, load_loop, run_user_loop
 from workers.messages import News
@@ -21,6 +20,7 @@ from workers.record_log import RecordLog
 from workers.replica import StateChunk
 from workers.state_fetch import fetch_state
 from workers.transport.errors import TransportError
+from workers.variants import follow_settings
 
 log = logging.getLogger("atoll.island")
 

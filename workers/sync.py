@@ -22,6 +22,7 @@ from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges
 from workers.actions import DOING, Action, TrainOn, WaitFor
+from workers.buddy import LocalCopies
 from workers.job_threads import JobThreads
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.link_rows import LinkRows
@@ -56,14 +57,15 @@ class IslandSync:
         executor: Executor | None = None,
         snapshots: SnapshotPlace | None = None,
         on_reset: Callable[[], None] | None = None,
+        copies: LocalCopies | None = None,
     ) -> None:
         """`post` hands an envelope to the controller and must not block; `executor` None = everything inline.
 
-        `snapshots`: where the run's durable snapshots are.
+        `snapshots`: where the run's durable snapshots are. `copies`: keeps local states twice, where the run does.
         """
         self.machine, self.replica, self.store, self.transport = machine, replica, store, transport
         self.post, self.clock, self.settings, self.executor = post, clock, settings, executor
-        self.on_reset = on_reset
+        self.on_reset, self.copies = on_reset, copies
         store.replica = replica
         self.changed = threading.Condition(threading.RLock())
         self.events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
@@ -94,6 +96,8 @@ class IslandSync:
             snapshots=snapshots,
             clock=clock,
         )
+        if copies is not None:
+            copies.bind(self)
         self._thread: threading.Thread | None = None
         self.links = LinkRows(transport, self.observe)
 
@@ -193,20 +197,12 @@ class IslandSync:
                     self._forget(command)
                 case ev.BuildGenesis():
                     self.threads.do(self._make_genesis)
-                case ev.FetchPieces():
-                    self.threads.do(lambda c=command: self.jobs.fetch_pieces(c))  # type: ignore[misc]
-                case ev.Reduce():
-                    self.threads.do(lambda c=command: self.jobs.reduce(c))  # type: ignore[misc]
-                case ev.FetchResults():
-                    self.threads.do(lambda c=command: self.jobs.fetch_results(c), waits=True)  # type: ignore[misc]
-                case ev.ComputeNext():
-                    self.threads.do(lambda c=command: self.jobs.compute_next(c))  # type: ignore[misc]
-                case ev.VerifyAnchor():
-                    self.threads.do(lambda c=command: self.jobs.verify_anchor(c))  # type: ignore[misc]
-                case ev.LoadState():
-                    self.threads.do(lambda c=command: self.jobs.load_state(c))  # type: ignore[misc]
-                case ev.FetchState():
-                    self.threads.do(lambda c=command: self.jobs.fetch_state(c))  # type: ignore[misc]
+                case ev.Copies(body=told):
+                    if self.copies is not None:
+                        self.copies.told(told)
+                case _:
+                    waits = isinstance(command, ev.FetchResults)
+                    self.threads.do(lambda c=command: self.jobs.do(c), waits=waits)  # type: ignore[misc]
         self._flush()
 
     def _wake(self) -> None:
@@ -264,6 +260,8 @@ class IslandSync:
             return order
         if not self.machine.holds_all() or self.machine.reset_wanted:
             return self._wait("state")
+        if self.copies is not None and self.copies.at_boundary():
+            return self._wait("local state")
         if not self.machine.drop_asked:
             self._send_due()
         return self._wait("drop") if self.machine.drop_asked else self._next_batch()
@@ -291,6 +289,8 @@ class IslandSync:
             self.replica.reset()
             if self.on_reset is not None:
                 self.on_reset()
+            if self.copies is not None:
+                self.copies.forget()
             self.steps_done.clear()
             self.store.discard("piece")
             self._carry_out(self.machine.was_reset(self.clock()))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ _NAMES = {
 _ALIGN = 8
 
 
+def serialised(tensors: Mapping[str, Tensor]) -> bytes:
+    """What `save_tensors` would write. Raises ValueError for other dtypes."""
+    return b"".join(_pieces(tensors, None))
+
+
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, flush: bool = True
 ) -> str:
@@ -40,6 +46,21 @@ def save_tensors(
 
     `metadata`: what the file says of itself; `transformers` wants {"format": "pt"}.
     """
+    hasher = blake3()
+    pieces = _pieces(tensors, metadata)
+    first = next(pieces)  # tensors that cannot be written are refused before a file is there
+    with path.open("wb") as out:
+        for piece in chain((first,), pieces):
+            out.write(piece)
+            hasher.update(piece)
+        out.flush()
+        if flush:
+            os.fsync(out.fileno())
+    return hasher.hexdigest(length=DIGEST_BYTES)
+
+
+def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[bytes | memoryview]:
+    """Header, then the raw values of one tensor after another."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
@@ -54,16 +75,6 @@ def save_tensors(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGN)
-    hasher = blake3()
-    with path.open("wb") as out:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            out.write(piece)
-            hasher.update(piece)
-        for tensor in tensors.values():
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            out.write(raw)
-            hasher.update(raw)
-        out.flush()
-        if flush:
-            os.fsync(out.fileno())
-    return hasher.hexdigest(length=DIGEST_BYTES)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

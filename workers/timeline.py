@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 MAX_SPAN_S = 2.0
-WAITING_IN = {"exchange": "sync", "state": "start"}
+WAITING_IN = {"exchange": "sync", "state": "start", "local state": "start"}
 """The phase in which an island waits, by what it waits for; otherwise it waits for leave to go on: `wait`."""
 
 

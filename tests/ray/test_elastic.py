@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from orchestrator.ledger import ledger_command
 from orchestrator.metrics import SpanRow, read_rows
@@ -51,6 +53,19 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
+def take_away(cluster: Cluster, node: str, *, within_s: float) -> None:
+    """What a provider's notice of pre-emption comes to: Ray is told to drain a node, with a deadline."""
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    deadline_ms = int(1000 * (time.time() + within_s))
+    done, why = GcsClient(address=cluster.address).drain_node(node, reason, "a test takes it away", deadline_ms)
+    assert done, why
+
+
+def is_live(run: LiveRun, member: MemberId) -> bool:
+    ended = {(r.member, r.incarnation) for r in run.records() if isinstance(r, FenceRecord)}
+    return (member.name, member.incarnation) not in ended
+
+
 def contributed(run: LiveRun, name: str, more_than: int) -> Callable[[], MemberId | None]:
     """An incarnation of `name` above `more_than` that is in a commit."""
 
@@ -77,10 +92,8 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
         left = run.until(contributed(run, "island-1", 0), "the second machine's island in a commit")
         contributed_after_s = time.monotonic() - began
 
-        def gone() -> bool:
-            return not ray.get(run.controller.leave.remote([], second.node_id, False), timeout=30)["leaving"]
-
-        run.until(gone, "the second machine's island to leave")
+        take_away(cluster, second.node_id, within_s=60)
+        run.until(lambda: not is_live(run, left), "the second machine's island to leave, as Ray drains its machine")
         lost = run.state().lost
         cluster.remove_node(second)
 

@@ -18,7 +18,7 @@ import pytest
 from benchmarks.soak import Burners, false_verdicts
 from faults.inject import faults_dir, read_marks
 from orchestrator.ledger import ledger_command
-from orchestrator.metrics import FaultEvent, MemberRow, read_rows
+from orchestrator.metrics import CopyRow, FaultEvent, MemberRow, read_rows
 from orchestrator.summary import Summary, load_summary
 from tests.ray.hang import Hang
 from tests.ray.live_run import LiveRun
@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 
 CALM_S = 60.0
 PACE_S = 0.1
+BUDDY = "run.redundancy=buddy"
 # With a standby the bound is 8 s on a machine that has nothing else to do; here it has.
 BACK_WITHIN_S = 8.0
 HANG_NOTICED_WITHIN_S = 9.0
@@ -55,7 +56,7 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("standby")
     values = ["train.tokens=4_000_000", "strategy.inner_steps=8", "exchange.heartbeat_s=0.5"]
     calm = LiveRun(small_config(pack_dir, "run.islands=2", *values), pack_dir, folder / "calm", pace_s=PACE_S)
-    config = small_config(pack_dir, "run.islands=3", "run.standby=1", "exchange.quorum=0.5", *values)
+    config = small_config(pack_dir, "run.islands=3", "run.standby=1", "exchange.quorum=0.5", BUDDY, *values)
     run = LiveRun(config, pack_dir, folder / "story", pace_s=PACE_S)
     run.wrap = Hang(inner=run.wrap)
     calm.start()
@@ -66,6 +67,7 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
         with Burners(os.cpu_count() or 1):
             began = time.monotonic()
             run.until(lambda: "ready" in run.status()["standbys"].values(), "a standby to be ready")
+            run.until(lambda: copies(run.run_dir, "island-1", "kept"), "a buddy to keep island-1's state")
             kill(run, "island-1")
             run.until(lambda: "ready" in run.status()["standbys"].values(), "the next standby to be ready")
             (faults_dir(run.run_dir) / "island-2.hang").touch()
@@ -94,6 +96,11 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
         calm=calm.records(),
         calm_s=calm_s,
     )
+
+
+def copies(run_dir: Path, name: str, what: str) -> list[CopyRow]:
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [row for row in rows if isinstance(row, CopyRow) and (row.member, row.what) == (name, what)]
 
 
 def kill(run: LiveRun, name: str) -> None:
@@ -163,3 +170,10 @@ def test_nobody_is_blamed_on_a_busy_machine(story: Story) -> None:
 def test_every_sample_is_accounted_for(story: Story) -> None:
     for folder in (story.run_dir, story.calm_dir):
         assert ledger_command(folder, as_json=True) == 0
+
+
+def test_successors_go_on_with_the_optimizers_that_buddies_kept(story: Story) -> None:
+    for name in ("island-1", "island-2"):
+        restored = copies(story.run_dir, name, "restored")
+        assert [(row.incarnation, row.other) for row in restored] == [(2, f"{name}.1")]
+    assert not [r for r in story.records if isinstance(r, FaultRecord) and r.fault in ("copy_lost", "no_copy")]

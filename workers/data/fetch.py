@@ -1,20 +1,16 @@
 """A pack that is somewhere else: its files come into a cache of this machine, checked against its index.
 
 `data.path` may be a URI of any filesystem that `pyarrow.fs` knows. The cache holds one folder for each digest of a
-pack, so that what is there can only be right or unfinished. Processes of one machine share it: a file is fetched under
-a lock of its own by one of them, into `<file>.part`, which the next one goes on with if the first is killed; it gets
-its name when its tokens have the digest that the index says.
+pack, so that what is there can only be right or unfinished. Processes of one machine share it
+(`workers/data/shard_cache.py`): whoever starts a run fetches the whole pack, an island each shard when it needs it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,8 +18,8 @@ from pyarrow import fs
 
 from workers.data.corpus import default_cache_dir
 from workers.data.errors import DataError
-from workers.data.index import INDEX_FILE, TOKENIZER_FILE, PackIndex, ShardIndex, load_index, shard_paths
-from workers.data.shards import check_shard, map_shard
+from workers.data.index import INDEX_FILE, TOKENIZER_FILE, ShardIndex, load_index, shard_paths
+from workers.data.shard_cache import Source, ensure_shard
 from workers.data.tokenizers import load_tokenizer
 
 PIECE_BYTES = 4 << 20
@@ -43,14 +39,23 @@ def local_pack(path: str, *, digest: str | None = None, cache_dir: Path | None =
     """
     if not is_uri(path):
         return Path(path).expanduser().resolve()
+    folder = opened_pack(path, digest=digest, cache_dir=cache_dir)
+    RemotePack(path).complete(folder)
+    return folder
+
+
+def opened_pack(uri: str, *, digest: str | None = None, cache_dir: Path | None = None) -> Path:
+    """The folder in the cache of a pack behind a URI: its index, its tokenizer, and the shards that came so far.
+
+    Raises DataError.
+    """
     cache = (default_cache_dir() if cache_dir is None else cache_dir) / "packs"
     known = cache / digest if digest is not None else None
     if known is None or not (known / INDEX_FILE).is_file():
-        known = RemotePack(path).open(cache)
+        known = RemotePack(uri).open(cache)
     if digest is not None and load_index(known).digest != digest:
         found = load_index(known).digest
-        raise DataError(f"data.path = {path!r}: the pack there has digest {found}, the run asks for {digest}")
-    RemotePack(path).complete(known)
+        raise DataError(f"data.path = {uri!r}: the pack there has digest {found}, the run asks for {digest}")
     return known
 
 
@@ -96,26 +101,14 @@ class RemotePack:
     def complete(self, folder: Path) -> None:
         """Fetch every shard that is not in the cache yet."""
         index = load_index(folder)
-        for _, shard, file in shard_paths(folder, index):
-            self.ensure(folder, shard, file, index)
+        for _, shard, _ in shard_paths(folder, index):
+            ensure_shard(folder, shard, index, [self.source()])
 
-    def ensure(self, folder: Path, shard: ShardIndex, file: Path, index: PackIndex) -> None:
-        """Have one shard, fetched and checked by whoever comes first."""
-        if file.is_file():
-            return
-        with _locked(folder / f".{shard.file}.lock"):
-            part = folder / f"{shard.file}.part"
-            if file.is_file():
-                return
-            self._fetch(shard, part)
-            try:
-                check_shard(part, shard, map_shard(part, shard, index.token_type), index.vocab_size)
-            except DataError as error:
-                part.unlink()
-                raise DataError(f"{self.uri}/{shard.file}: not what its index says, and not kept ({error})") from None
-            os.replace(part, file)
+    def source(self) -> Source:
+        """This place, as one of those that shards come from."""
+        return Source(name=self.uri, fetch=self.fetch)
 
-    def _fetch(self, shard: ShardIndex, part: Path) -> None:
+    def fetch(self, shard: ShardIndex, part: Path) -> None:
         """Go on with a part where it ends."""
         try:
             with part.open("ab") as out, self.filesystem.open_input_file(f"{self.folder}/{shard.file}") as source:
@@ -139,14 +132,3 @@ class RemotePack:
     def _failed(self, file: str, what: str, error: Exception) -> DataError:
         why = " ".join(str(error).split())[:300]
         return DataError(f"data.path = {self.uri!r}: {file + ' ' if file else ''}{what} ({why})")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, whatever happens to it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from workers.data.errors import DataError
 from workers.data.fetch import RemotePack, local_pack
 from workers.data.index import INDEX_FILE, load_index
 from workers.data.reader import PackReader
+from workers.data.shard_cache import ensure_shard
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_fetch_that_was_killed_is_gone_on_with(far: Path, monkeypatch: pytest.
     source = bytearray((far / shard.file).read_bytes())
     source[:1000] = bytes(1000)  # what is here already is not asked for again
     (far / shard.file).write_bytes(source)
-    remote.ensure(here, shard, here / shard.file, index)
+    ensure_shard(here, shard, index, [remote.source()])
     assert asked == [shard.num_bytes] and not part.exists()
 
 
@@ -90,13 +91,13 @@ def test_what_is_not_as_its_index_says_is_named_and_not_kept(far: Path) -> None:
 
 def test_islands_of_one_machine_fetch_each_shard_once(far: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
-    real = RemotePack._fetch
+    real = RemotePack.fetch
 
     def noted(self: RemotePack, shard: object, part: Path) -> None:
         fetched.append(part.name)
         real(self, shard, part)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(RemotePack, "_fetch", noted)
+    monkeypatch.setattr(RemotePack, "fetch", noted)
     with ThreadPoolExecutor(6) as pool:
         found = set(pool.map(lambda _: local_pack(far.as_uri()), range(6)))
     assert len(found) == 1

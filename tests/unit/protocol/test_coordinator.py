@@ -494,3 +494,19 @@ def test_when_no_living_member_holds_the_model_the_newest_snapshot_is_loaded() -
     control.tick(4.0)
     assert control.told("island-0", msg.Restore) and control.told("island-1", msg.Restore)
     assert "state_lost" in [record.fault for record in control.records(FaultRecord)]  # type: ignore[attr-defined]
+
+
+def test_a_message_of_another_run_is_dropped_and_harms_nothing() -> None:
+    control = Control()
+    control.start()
+    before, rows = control.coordinator.stale_messages, len(control.coordinator.rows)
+    foreign = msg.Envelope(
+        run_id="another", term=None, name="island-0", incarnation=None, nonce="x",
+        bodies=(msg.Join(info=msg.ProcessInfo(address="x", node="n", weight=1, batch_size=1)),),
+    )  # fmt: skip
+    commands = control.coordinator.handle(ev.Received(envelope=foreign), control.now)
+    assert [c.text for c in commands if isinstance(c, ev.Say)] == [
+        "message of another run 'another' from 'island-0' dropped"
+    ]
+    assert not [c for c in commands if isinstance(c, ev.Send)], "nobody is answered"
+    assert (control.coordinator.stale_messages, len(control.coordinator.rows)) == (before + 1, rows)

@@ -10,17 +10,22 @@ import pytest
 import torch
 from pyarrow import fs
 
+from faults.process import FullDisk
 from orchestrator.artifacts import load_anchor
 from orchestrator.errors import UserError
 from orchestrator.finish import build_summary
 from orchestrator.local import LocalRun
 from orchestrator.prepare import prepare
 from orchestrator.resume import check_resumable
+from orchestrator.rollback import ASIDE, PINNED, find_target, pin, set_aside_later, targets
+from orchestrator.run_state import Head, RunState
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, save_summary
 from tests.small_run import make_pack, small_config
+from workers import local_state
 from workers import messages as msg
+from workers.messages import Version
 from workers.records import FaultRecord, RevokeRecord, SnapshotRecord
 from workers.replica import Replica
 from workers.saved import MANIFEST, SNAPSHOT_FILES, SnapshotError
@@ -288,3 +293,107 @@ def test_local_states_of_some_islands_only_are_said(pack_dir: Path, tmp_path: Pa
     assert check_resumable(RunDir(run_dir)) == ""
     (run_dir / "snapshots" / "local" / "island-1" / "member.json").unlink()
     assert check_resumable(RunDir(run_dir)).startswith("island-1 left no saved state here")
+
+
+# ---------------------------------------------------------------- going back
+
+
+def state_with(*versions: int) -> RunState:
+    """A journal's state whose history of one fragment has these versions, with the chains of `staged`."""
+    state = RunState()
+    state.heads = [Head(version=Version(n=max(versions), chain=f"{max(versions):032x}"), digest="")]
+    chains = {n: f"{n:032x}" for n in range(max(versions) + 1)}
+    state.chain = lambda fragment, n: chains.get(n)  # type: ignore[method-assign]
+    return state
+
+
+def test_a_rollback_finds_its_version_in_the_store_and_keeps_it_there(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    for version in (3, 6, 9):
+        publish(store, tmp_path, version)
+    state = state_with(10)
+    local = tmp_path / "run" / "snapshots"
+    assert [max(target.versions) for target in targets(local, state, store)] == [9, 6, 3]
+    with pytest.raises(UserError, match="no snapshot of version 5") as caught:
+        find_target(local, state, 5, store)
+    assert "9, 6, 3" in str(caught.value.remedy) and "bucket:models/run-1" in str(caught.value.place)
+    target = find_target(local, state, 6, store)
+    pin(local, target, store)
+    pin(local, find_target(local, state, 6, store), store)  # pinned already: by whichever name it is found
+    for version in (10, 11, 12):
+        publish(store, tmp_path, version)
+    assert "v6" not in names(store)
+    (manifest,) = [manifest for name, manifest in store.complete() if name == PINNED]
+    store.check(PINNED, manifest)
+    assert manifest["versions"] == [6]
+    set_aside_later(local, (6,), store)
+    assert names(store) == [PINNED], "what was saved later passes for the newest model no more"
+    aside = SnapshotStore(store.filesystem, f"{store.folder}/{ASIDE}", place="aside")
+    assert names(aside) == ["v12", "v11", "v10"]
+    aside.check("v12", dict(aside.complete())["v12"])
+    set_aside_later(local, (6,), store)
+    assert names(aside) == [], "until the next rollback"
+
+
+def test_a_rollback_to_an_altered_snapshot_of_the_store_is_refused(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    publish(store, tmp_path, 3)
+    manifest = dict(store.complete())["v3"]
+    file = tmp_path / "bucket" / store.folder / "v3" / stored_name(SNAPSHOT_FILES[0], manifest)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(SnapshotError, match="missing or altered"):
+        find_target(tmp_path, state_with(4), 3, store)
+
+
+# ---------------------------------------------------------------- full disks
+
+
+def test_a_full_disk_costs_a_snapshot_and_not_the_island(pack_dir: Path, tmp_path: Path) -> None:
+    run = LocalRun(small_config(pack_dir, "run.islands=2", "train.tokens=20_000", EVERY), tmp_path / "run")
+    run.start()
+    run.run(until=lambda: run.host.coordinator.started)
+    writers = [island.loop.island.writer for island in run.islands.values()]
+    replica = run.islands["island-0"].loop.island.sync.replica  # type: ignore[union-attr]
+    disk = FullDisk()
+    disk.fill()
+    try:
+        writers[0].order("v1", replica)
+    finally:
+        disk.free()
+    assert not list(writers[0].folder.glob(".*staged")), "half a copy would keep the disk full"
+    run.run()
+    assert run.host.finished is not None and run.host.finished.reason == "done"
+    faults = [row.record for row in read_run(run.run_dir).rows if isinstance(row.record, FaultRecord)]
+    assert [(f.fault, f.member) for f in faults] == [("snapshot_failed", "island-0")]
+    run.close()
+
+
+def test_a_stop_with_a_full_disk_says_whose_state_is_not_kept(
+    pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LocalRun(small_config(pack_dir, "run.islands=2", "train.tokens=40_000"), tmp_path / "run")
+    run.start()
+    run.run(until=lambda: run.host.coordinator.progress() > 0.2)
+    save = local_state.save_local
+
+    def full(folder: Path, *rest: object) -> None:
+        if folder.name == "island-1":
+            folder.mkdir(parents=True)
+            raise OSError(28, "No space left on device", str(folder))
+        save(folder, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(local_state, "save_local", full)
+    run.stop()
+    assert run.host.finished is not None and run.host.finished.reason == "stopped"
+    assert "but not of island-1: no space" in run.host.finished.detail
+    run.close()
+    faults = [row.record for row in read_run(run.run_dir).rows if isinstance(row.record, FaultRecord)]
+    assert [(f.fault, f.member) for f in faults] == [("local_state_failed", "island-1")]
+    (run.run_dir / "config.toml").write_text(run.config.to_toml())
+    assert check_resumable(RunDir(run.run_dir)).startswith("island-1 left no saved state here")
+    monkeypatch.setattr(local_state, "save_local", save)
+    again = LocalRun(run.config, run.run_dir, resume=True)
+    again.start()
+    again.run()
+    assert again.host.finished is not None and again.host.finished.reason == "done"
+    again.close()

@@ -1,0 +1,32 @@
+"""An island's way to its pack: what is lacking comes from elsewhere, and what is here is served to the others."""
+
+from __future__ import annotations
+
+from workers.context import IslandContext
+from workers.data.fetch import RemotePack, is_uri
+from workers.data.index import load_index
+from workers.data.peers import PackFiles, Peers, PeerShards
+from workers.data.reader import PackReader
+from workers.data.shard_cache import ShardCache, Source, is_whole
+from workers.jobs import MemberStore
+
+PATIENCE_S = 20.0
+
+
+def open_pack(context: IslandContext, peers: Peers) -> PackReader:
+    """The reader of an island's pack. It serves what it has to the others, and asks them for what it lacks."""
+    spec = context.spec
+    assert spec.pack is not None, "a loop's own data is no pack"
+    index = load_index(spec.pack)
+    assert isinstance(context.store, MemberStore)
+    context.store.pack = PackFiles(spec.pack, index)
+    if not spec.on_demand or is_whole(spec.pack, index):
+        return PackReader(spec.pack)
+    threaded = context.executor is not None
+    path = spec.data.path
+    sources = [RemotePack(path).source()] if path is not None and is_uri(path) else []
+    others = PeerShards(
+        index.digest, context.transport, peers, timeout_s=spec.timeout_s, patience_s=PATIENCE_S if threaded else 0.0
+    )
+    sources.append(Source(name="peers", fetch=others.fetch))
+    return PackReader(spec.pack, ShardCache(spec.pack, index, sources, threaded=threaded))
