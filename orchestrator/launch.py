@@ -310,11 +310,11 @@ def enter_cluster(address: str, *, known: bool = True) -> ClusterState | None:
     elif token := os.environ.get(TOKEN_VARIABLE):
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
     if "ray" in sys.modules:
-        _reread_environment()
+        reread_environment()
     return state
 
 
-def _reread_environment() -> None:
+def reread_environment() -> None:
     """Ray looked at its environment when it was imported; what is connected already stays as it is."""
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
