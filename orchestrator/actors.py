@@ -272,7 +272,7 @@ class ControllerActor(Hands, Keeper):
                     self._let_leave(name, "its machine leaves" if name not in members else "asked to", at_once)
                 self._conclude_if_over()
             return {
-                "leaving": sorted(name for name in names if name in self.nonce_of),
+                "leaving": sorted(name for name in names if name in self.nonce_of and not self.over.is_set()),
                 "unknown": [name for name in members if name not in known],
             }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -208,7 +207,9 @@ def doctor(place: str, token_file: Path | None, as_json: bool) -> int:
             if check.remedy:
                 click.echo(f"{'':<10}{'':<8}try: {check.remedy}")
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks]))
+        from orchestrator.answers import Checks
+
+        click.echo(Checks.model_validate([asdict(check) for check in checks]).model_dump_json())
     return 0 if all(check.ok for check in checks) else 1
 
 
@@ -305,7 +306,12 @@ def _start_in_background(show: Callable[[dict[str, Any]], None]) -> int:
 
 def _show_head(ready: dict[str, Any], as_json: bool) -> None:
     """The one line for the other machines on stdout, what else there is to know on stderr."""
-    click.echo(json.dumps(ready) if as_json else f"atoll join {ready['join']}")
+    if as_json:
+        from orchestrator.answers import ClusterUp
+
+        click.echo(ClusterUp.model_validate(ready).model_dump_json())
+    else:
+        click.echo(f"atoll join {ready['join']}")
     sys.stdout.flush()
     click.echo(f"cluster {ready['address']} with room for {ready['workers']} islands on this machine", err=True)
     click.echo("the line above lets other machines join; keep it secret", err=True)

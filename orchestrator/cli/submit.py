@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,13 +53,16 @@ def submit(
     atoll_worker).
     """
     from orchestrator.submit import submit_run
+    from orchestrator.waiting import waiting
 
     hide_token(address or "")
-    job = submit_run(
-        run, address=_place(address, token_file), overrides=overrides, working_dir=working_dir, run_dir=run_dir
-    )
+    where = _place(address, token_file)
+    with waiting("asking the job server"):
+        job = submit_run(run, address=where, overrides=overrides, working_dir=working_dir, run_dir=run_dir)
     if as_json:
-        click.echo(json.dumps({"job": job.id, "address": job.address, "run_dir": job.run_dir}))
+        from orchestrator.answers import Submitted
+
+        click.echo(Submitted(job=job.id, address=job.address, run_dir=job.run_dir).model_dump_json())
     else:
         click.echo(f"job {job.id} on {job.address}, run directory {job.run_dir}")
         click.echo(f"its output: ray job logs --address {job.address} --follow {job.id}", err=True)

@@ -39,6 +39,7 @@ from orchestrator.cluster.ray_node import (
 from orchestrator.cluster.state import ClusterState
 from orchestrator.cluster.versions import my_versions
 from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.waiting import waiting
 
 POLL_S = 0.2
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -230,9 +231,10 @@ class Supervisor:
 
     def _start_ray(self) -> bool:
         """Start Ray and wait for it; False if it is to end meanwhile."""
-        self.node.start()
-        self._save(ray=self.node.process_id, node_id="")
-        address = self.node.wait_ready(lambda: self.leaving)
+        with waiting("starting Ray"):
+            self.node.start()
+            self._save(ray=self.node.process_id, node_id="")
+            address = self.node.wait_ready(lambda: self.leaving)
         if address is None:
             return False
         self.gcs_address = address
