@@ -273,7 +273,7 @@ class ControllerActor(Hands, Keeper):
                 names += [n for n in self._node_leaves(node, "its machine leaves", at_once) if n not in names]
             self._conclude_if_over()
             return {
-                "leaving": sorted(name for name in names if name in self.nonce_of),
+                "leaving": sorted(name for name in names if name in self.nonce_of and not self.over.is_set()),
                 "unknown": [name for name in members if name not in known],
             }
 

@@ -148,6 +148,110 @@ class LedgerAnswer(BaseModel):
     summary: list[dict[str, Any]] = Field(description="Each figure of summary.json beside the recomputed one.")
 
 
+class ClusterUp(Answer):
+    """`atoll up`: the cluster is ready."""
+
+    name: str = Field(description="Of this supervisor, for `atoll leave --cluster`.")
+    address: str = Field(description="Of Ray.")
+    door: str = Field(description="HOST:PORT where machines join.")
+    node: str = Field(description="Ray's name of this machine.")
+    workers: int = Field(description="Islands that this machine may hold.")
+    pid: int = Field(description="Of the supervisor.")
+    join: str = Field(description="The join string: keep it secret.")
+
+
+class ConfigAnswer(Answer):
+    """`atoll config show RUN --origin`; without --origin only what is in `config`."""
+
+    config: dict[str, Any] = Field(description="All settings by section; their schema is `atoll config schema`.")
+    origins: dict[str, str] = Field(description="Key to where its value came from.")
+
+
+class Injected(Answer):
+    """`atoll chaos`."""
+
+    injected: list[str] = Field(description="The faults that were caused, as they were given.")
+
+
+class WhyLine(Answer):
+    """One row of the journal that explains something."""
+
+    seq: int = Field(description="Number of the row.")
+    at_s: float | None = Field(description="Run time in seconds, where it is known.")
+    text: str
+
+
+class WhyLines(RootModel[list[WhyLine]]):
+    """`atoll why`, in order."""
+
+
+class SimulatedOne(BaseModel):
+    """`atoll simulate --seed`; what was counted on the way (commits, fences, ...) are further integers."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, int] = Field(init=False)
+
+    seed: int
+    ok: bool = Field(description="Whether every invariant held.")
+    invariant: int | None = Field(description="Number of the one that did not; 0 or null if all did.")
+    problem: str | None = Field(description="What was found; empty or null if nothing was.")
+    events: int
+    faults: int
+
+
+class Simulated(Answer):
+    """`atoll simulate`: many seeds."""
+
+    seeds: int = Field(description="How many were run.")
+    events: int
+    faults: int
+    violations: int = Field(description="Seeds in which an invariant did not hold; each is printed on standard error.")
+    seconds: float = Field(description="Of wall time.")
+    events_per_cpu_s: float
+    counts: dict[str, int] = Field(description="What happened how often.")
+
+
+class LabUp(Answer):
+    """`atoll lab up`."""
+
+    lab: str
+    nodes: dict[str, str] = Field(description="Host to its address.")
+    cluster: str | None = Field(description="Address of Ray; null with --links-only.")
+
+
+class LabLink(Answer):
+    """One direction of a link: its shape, and what it has carried and dropped."""
+
+    name: str
+    rate_mbit: float | None
+    delay_ms: float
+    jitter_ms: float
+    loss: float
+    queue_ms: float
+    num_bytes: int = Field(description="Of IP packets.")
+    num_packets: int
+    dropped_queue: int
+    dropped_loss: int
+    dropped_cut: int
+
+
+class LabAnswer(Answer):
+    """`atoll lab status`."""
+
+    lab: str
+    links: list[LabLink]
+    cut: list[tuple[str, str]] = Field(description="Pairs (from, to) between which nothing passes.")
+    num_on_the_way: int = Field(description="Frames on their way.")
+    num_frames: int = Field(description="Frames that were handed over after a delay.")
+    num_late: int = Field(description="Those of them that came more than a millisecond late.")
+    worst_late_ms: float
+    num_unroutable: int
+    num_refused: int
+    overruns: dict[str, int] = Field(description="Host to frames that the switch did not take in time.")
+    scheduling: str = Field(description="realtime or normal.")
+    cpu_s: float = Field(description="CPU time of the switch.")
+
+
 class NotifyEvent(Answer):
     """What `notify.command` gets on its standard input."""
 

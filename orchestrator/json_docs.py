@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator import answers
+from orchestrator.planning import Plan
 from orchestrator.status import Status
+from orchestrator.storm.figures import StormFigures
 from orchestrator.summary import Summary
 
 # Command line (as far as it decides about the output) -> model.
@@ -31,21 +33,24 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "atoll submit debug --json": answers.Submitted,
     "atoll bundle --json": answers.Bundled,
     "atoll doctor --json": answers.Checks,
+    "atoll up --json": answers.ClusterUp,
+    "atoll plan demo --json": Plan,
+    "atoll config show demo --origin --json": answers.ConfigAnswer,
+    "atoll why --json": answers.WhyLines,
+    "atoll chaos kill:island-1 --json": answers.Injected,
+    "atoll storm --json": StormFigures,
+    "atoll simulate --json": answers.Simulated,
+    "atoll simulate --seed 7 --json": answers.SimulatedOne,
+    "atoll lab up two-regions --json": answers.LabUp,
+    "atoll lab status --json": answers.LabAnswer,
 }
-# Commands whose --json has no model: what they print is for their own tests and benchmarks, or is another schema.
-OTHERS = frozenset(
-    {
-        "config show", "data pack", "data info", "simulate", "lab up", "lab status", "up", "report", "chaos", "storm",
-        "why", "plan",
-    }
-)  # fmt: skip
 
 HEAD = """# JSON
 
 What commands print with `--json`, one object (or list) on standard output; with `--watch` one a line. Written from the
-models in `orchestrator/answers.py`, `orchestrator/status.py` and `orchestrator/summary.py` by
-`python -m orchestrator.json_docs`; a test checks that this page is current. Fields may be added; a change of meaning
-raises `schema_version` where there is one. Errors are text on standard error, with the exit code.
+models (`OUTPUTS` in `orchestrator/json_docs.py`) by `python -m orchestrator.json_docs`; a test checks that this page
+is current, and every command passes what it prints through its model. Fields may be added; a change of meaning raises
+`schema_version` where there is one. Errors are text on standard error, with the exit code.
 """
 
 

@@ -7,6 +7,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from orchestrator.progress import Progress
 from orchestrator.resume import check_resumable
 from orchestrator.rundir import RunDir
 from orchestrator.summary import load_summary
+from orchestrator.waiting import waiting
 from orchestrator.watch import watch
 from strategies.codecs.backends import resolve_backend
 
@@ -73,9 +75,14 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     if warning is not None and config.codec.name not in ("fp32", "bf16"):
         print(f"warning: {warning}", file=sys.stderr)
     if resume and config.run.address is None:  # elsewhere the run may be going on, see `RaySession.start`
-        _say(check_resumable(RunDir(run_dir), snapshots=config.run.snapshots))
+        with waiting("looking at what can be resumed"):
+            found = check_resumable(RunDir(run_dir), snapshots=config.run.snapshots)
+        _say(found)
     RunDir(run_dir).record(config.to_toml())
-    with RaySession(config) as session:
+    session = RaySession(config)
+    with ExitStack() as stack:
+        with waiting("starting Ray"):
+            stack.enter_context(session)
         summary = session.run(run_dir.resolve(), prepared.pack, prepared.faults, resume=resume, quiet=quiet)
     if summary.tokens_committed:
         from orchestrator.report.build import build_report
@@ -310,11 +317,11 @@ def enter_cluster(address: str, *, known: bool = True) -> ClusterState | None:
     elif token := os.environ.get(TOKEN_VARIABLE):
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
     if "ray" in sys.modules:
-        _reread_environment()
+        reread_environment()
     return state
 
 
-def _reread_environment() -> None:
+def reread_environment() -> None:
     """Ray looked at its environment when it was imported; what is connected already stays as it is."""
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]

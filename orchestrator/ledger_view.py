@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.ledger import Deviation, Finding, Ledger, recompute
 from orchestrator.segments import JournalError, read_run, segment_paths
+from orchestrator.waiting import waiting
 from workers.records import Row, TermRecord
 
 NUM_SHOWN = 20
@@ -53,7 +54,8 @@ def show(run_dir: Path, *, as_json: bool) -> int:
     if not run_dir.is_dir() or not segment_paths(run_dir):
         print(f"{run_dir} is no run directory: it has no journal.jsonl; `atoll runs` lists the runs", file=sys.stderr)
         return EXIT_NO_RUN
-    verdict = judge(run_dir)
+    with waiting("reading the journal"):
+        verdict = judge(run_dir)
     if as_json:
         print(json.dumps(to_json(verdict), indent=2))
     else:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.dashboard.feed import FeedPart, part_to_json
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.processes import CONTROLLER_PREFIX, NAMESPACE
 
@@ -32,6 +33,8 @@ METHODS = {
     "logs": "logs",
     "stack": "stack",
     "rows": "rows",
+    "feed": "feed",
+    "act": "act",
 }
 
 
@@ -79,7 +82,8 @@ def answer(request: Mapping[str, Any]) -> Any:
     name = choose(controllers(), wanted)
     try:
         controller = ray.get_actor(f"{CONTROLLER_PREFIX}{name}", namespace=NAMESPACE)
-        return ray.get(getattr(controller, METHODS[what]).remote(**args), timeout=CALL_S)
+        reply = ray.get(getattr(controller, METHODS[what]).remote(**args), timeout=CALL_S)
+        return part_to_json(reply) if isinstance(reply, FeedPart) else reply
     except RayTaskError as error:
         if isinstance(error.cause, ValueError):
             cause = error.cause

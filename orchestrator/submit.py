@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.cluster.door_client import JobPlace, job_place
+from orchestrator.cluster.join_string import JoinString
 from orchestrator.config import load_config
 from orchestrator.errors import ClusterUnreachable, UserError
 
@@ -66,7 +68,7 @@ class Job:
 def submit_run(
     run: str,
     *,
-    address: str | None,
+    address: str | JoinString | None,
     overrides: Sequence[str] = (),
     working_dir: Path | None = None,
     run_dir: Path | None = None,
@@ -76,38 +78,61 @@ def submit_run(
 
     Args:
         run: a preset or a TOML file; what is submitted is the resolved configuration.
-        address: of Ray's job server, `http://HOST:8265`; None: what `RAY_ADDRESS` says.
-        run_dir: where the run's directory is made; default: a new one in `runs` of the folder that the job runs in.
+        address: the door of a cluster of `atoll up`, or `http://HOST:8265` of Ray's job server; None: what
+            `RAY_ADDRESS` says.
+        run_dir: where the run's directory is made; default: a new one in `runs`, of the folder in which `atoll up` was
+            started, or of this one if an address of Ray was given.
         environment: further variables of the job's driver.
 
     Raises:
         UserError: something is wrong with the configuration.
         ClusterUnreachable: no job server answers there.
     """
-    from ray.job_submission import JobSubmissionClient
-
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        raise UserError("which cluster? No --address, and RAY_ADDRESS is not set", remedy="--address http://HOST:8265")
+    where = address or os.environ.get("RAY_ADDRESS")
+    if where is None:
+        raise UserError(
+            "which cluster? No --address, and RAY_ADDRESS is not set",
+            remedy="--address with what atoll up printed, or http://HOST:8265 of another Ray's job server",
+        )
     config = load_config(run, overrides=overrides).config
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise ClusterUnreachable(
-            f"no job server of Ray answers at {address}: {error}",
-            place="--address",
-            remedy="the address of Ray's dashboard, http://HOST:8265 (ray start --head --include-dashboard=true)",
-        ) from error
-    directory = run_dir if run_dir is not None else _new_run_dir(config.run.name)
+    if isinstance(where, JoinString):
+        there = job_place(where)
+        _use_token(where.token)
+    else:
+        there = JobPlace(address=where, python=sys.executable, folder=str(Path.cwd()))
+    client = _client(there.address)
+    directory = run_dir if run_dir is not None else _new_run_dir(Path(there.folder), config.run.name)
     runtime_env: dict[str, Any] = {
         "env_vars": {"ATOLL_RUN_TOML": config.to_toml(), "ATOLL_RUN_DIR": str(directory), **(environment or {})}
     }
     if working_dir is not None:
         runtime_env["working_dir"] = str(working_dir)
-    entrypoint = shlex.join([sys.executable, "-m", "orchestrator.submit"])
+    entrypoint = shlex.join([there.python, "-m", "orchestrator.submit"])
     name = f"atoll-{directory.name}"
     job_id = _submit(client, entrypoint=entrypoint, runtime_env=runtime_env, name=name, run=directory.name)
-    return Job(id=job_id, address=address, run_dir=str(directory), client=client)
+    return Job(id=job_id, address=there.address, run_dir=str(directory), client=client)
+
+
+def _use_token(token: str) -> None:
+    """What this process asks of a job server from now on, it asks with this token."""
+    os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    if "ray" in sys.modules:
+        from orchestrator.launch import reread_environment
+
+        reread_environment()
+
+
+def _client(address: str) -> JobSubmissionClient:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterUnreachable(
+            f"no job server of Ray answers at {address}: {error}",
+            place="--address",
+            remedy="the join string of atoll up, or http://HOST:8265 of a Ray started with --include-dashboard=true",
+        ) from error
 
 
 def _submit(client: JobSubmissionClient, *, entrypoint: str, runtime_env: dict[str, Any], name: str, run: str) -> str:
@@ -126,11 +151,11 @@ def _submit(client: JobSubmissionClient, *, entrypoint: str, runtime_env: dict[s
             return str(job_id)
 
 
-def _new_run_dir(name: str) -> Path:
+def _new_run_dir(folder: Path, name: str) -> Path:
     from datetime import date
     from secrets import token_hex
 
-    return (Path("runs") / f"{name}-{date.today().isoformat()}-{token_hex(2)}").absolute()
+    return folder / "runs" / f"{name}-{date.today().isoformat()}-{token_hex(2)}"
 
 
 def main() -> int:

@@ -22,8 +22,10 @@ def export(run_dir: Path | None, out: Path) -> int:
 
     directory = open_run_dir(run_dir)
     from orchestrator.artifacts import export as write_export
+    from orchestrator.waiting import waiting
 
-    write_export(directory.path, out)
+    with waiting("reading the snapshot"):
+        write_export(directory.path, out)
     click.echo(f"exported {shown(directory.path)} to {out}")
     return 0
 
@@ -45,6 +47,9 @@ def sample(run_dir: Path | None, prompt: str, max_new_tokens: int, temperature: 
 
     directory = open_run_dir(run_dir)
     from orchestrator.artifacts import sample as draw_sample
+    from orchestrator.waiting import waiting
 
-    click.echo(draw_sample(directory.path, prompt, max_new_tokens, temperature, seed))
+    with waiting("reading the snapshot, and writing"):
+        text = draw_sample(directory.path, prompt, max_new_tokens, temperature, seed)
+    click.echo(text)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,9 @@ def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_j
     if answer["error"]:
         raise UserError(answer["error"], place=str(directory.path))
     if as_json:
-        click.echo(json.dumps({"injected": answer["done"]}))
+        from orchestrator.answers import Injected
+
+        click.echo(Injected(injected=answer["done"]).model_dump_json())
     else:
         for text in answer["done"]:
             click.echo(f"injected {text}")

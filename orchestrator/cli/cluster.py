@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,9 @@ token_file_option: Callable[[Command], Command] = click.option(
 workers_option: Callable[[Command], Command] = click.option(
     "--workers", type=click.IntRange(min=0), help="Islands that this machine may hold [one for each GPU, or 1]."
 )
+label_option: Callable[[Command], Command] = click.option(
+    "--label", "labels", metavar="K=V", multiple=True, help="Of this machine in Ray; may be repeated."
+)
 background_option: Callable[[Command], Command] = click.option(
     "--background", is_flag=True, help="Return when it is ready."
 )
@@ -36,6 +38,10 @@ ready_fd_option: Callable[[Command], Command] = click.option("--ready-fd", type=
 @click.option("--door-port", default=0, type=click.IntRange(0, 65535), help="Of the door, where machines join [any].")
 @workers_option
 @click.option("--wan", is_flag=True, help="The machines are far apart: Ray waits longer before it gives one up.")
+@label_option
+@click.option(
+    "--jobs-port", type=click.IntRange(0, 65535), help="Start Ray's job server at once, there [when asked, any]."
+)
 @click.option("--fresh", is_flag=True, help="Do not go on with a cluster whose head ended without leaving.")
 @click.option("--recover-from-members", "lost", metavar="RUN", help="Rebuild the journal of a run that was lost.")
 @click.option("--force", is_flag=True, help="Rebuild it although not more than half of the members answer.")
@@ -48,6 +54,8 @@ def up(
     door_port: int,
     workers: int | None,
     wan: bool,
+    labels: Sequence[str],
+    jobs_port: int | None,
     fresh: bool,
     lost: str | None,
     force: bool,
@@ -91,10 +99,11 @@ def up(
         node_ip=ray_host(address_of(place.host)),
         workers=default_workers(devices) if workers is None else workers,
         devices=devices,
-        labels={},
+        labels=dict(map(_label, labels)),
         wan=wan,
         gcs_port=port,
         former=former,
+        jobs_port=jobs_port,
     )
     return _supervise(plan, ready_fd, lambda ready: _show_head(ready, as_json), lost=lost, force=force)
 
@@ -104,7 +113,7 @@ def up(
 @token_file_option
 @workers_option
 @click.option("--devices", default="auto", metavar="auto|cpu|cuda:0,...", help="What the islands here may use.")
-@click.option("--label", "labels", metavar="K=V", multiple=True, help="Of this machine in Ray; may be repeated.")
+@label_option
 @click.option("--node-ip", metavar="ADDRESS", help="Where the others reach this machine [as the way to them says].")
 @click.option("--wan", is_flag=True, help="Join only a cluster that was started with --wan.")
 @background_option
@@ -191,18 +200,21 @@ def doctor(place: str, token_file: Path | None, as_json: bool) -> int:
     from orchestrator.cluster.doctor import examine
 
     checks = []
-    for check in examine(_place_of(place, token_file)):
+    for check in examine(place_of(place, token_file)):
         checks.append(check)
         if not as_json:
             click.echo(f"{check.name:<10}{'ok' if check.ok else 'FAILED':<8}{check.found}")
             if check.remedy:
                 click.echo(f"{'':<10}{'':<8}try: {check.remedy}")
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks]))
+        from orchestrator.answers import Checks
+
+        click.echo(Checks.model_validate([asdict(check) for check in checks]).model_dump_json())
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _place_of(text: str, token_file: Path | None) -> JoinString:
+def place_of(text: str, token_file: Path | None) -> JoinString:
+    """The door that a join string, an address or `auto` names."""
     from orchestrator.cluster.join_string import SCHEME, JoinString, parse_address
     from orchestrator.cluster.state import AUTO, find_cluster
     from orchestrator.cluster.tokens import read_place
@@ -294,7 +306,12 @@ def _start_in_background(show: Callable[[dict[str, Any]], None]) -> int:
 
 def _show_head(ready: dict[str, Any], as_json: bool) -> None:
     """The one line for the other machines on stdout, what else there is to know on stderr."""
-    click.echo(json.dumps(ready) if as_json else f"atoll join {ready['join']}")
+    if as_json:
+        from orchestrator.answers import ClusterUp
+
+        click.echo(ClusterUp.model_validate(ready).model_dump_json())
+    else:
+        click.echo(f"atoll join {ready['join']}")
     sys.stdout.flush()
     click.echo(f"cluster {ready['address']} with room for {ready['workers']} islands on this machine", err=True)
     click.echo("the line above lets other machines join; keep it secret", err=True)

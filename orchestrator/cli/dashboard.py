@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
+from orchestrator.cli.cluster import hide_token, token_file_option
 from orchestrator.cli.options import latest_run_dir_argument, shown
+from orchestrator.cluster.join_string import SCHEME
 
 
 @click.command()
 @latest_run_dir_argument
-@click.option("--address", metavar="HOST:PORT|auto", help="Read a running run from its controller in this cluster.")
+@click.option(
+    "--address", metavar="JOIN_STRING|HOST:PORT|auto", help="Read a running run from its controller in this cluster."
+)
+@token_file_option
 @click.option("--run", "run_name", metavar="NAME", help="Which run, where several go on at --address.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8577, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
@@ -20,6 +26,7 @@ from orchestrator.cli.options import latest_run_dir_argument, shown
 def dashboard(
     run_dir: Path | None,
     address: str | None,
+    token_file: Path | None,
     run_name: str | None,
     host: str,
     port: int,
@@ -30,11 +37,11 @@ def dashboard(
 
     From its directory, finished or going on (without RUN_DIR the newest, runs/latest): a slider replays it. With
     --address from the controller of a run that goes on, without any file of it here; there the page has buttons to
-    pause, save, stop and drain. Prints a link that opens the page for whoever has it. Ctrl-C ends it; the run does not
-    notice.
+    pause, save, stop and drain. With the join string of a cluster that works on any machine that reaches it. Prints a
+    link that opens the page for whoever has it. Ctrl-C ends it; the run does not notice.
     """
-    if address is None and (run_name is not None or chaos or background):
-        raise click.UsageError("--run, --chaos and --background need --address")
+    if address is None and any((run_name, chaos, background, token_file)):
+        raise click.UsageError("--run, --chaos, --background and --token-file need --address")
     if address is not None and run_dir is not None:
         raise click.UsageError("RUN_DIR or --address, not both")
     from orchestrator.dashboard.serve import serve
@@ -42,7 +49,16 @@ def dashboard(
     from orchestrator.dashboard.sources import FileSource, Source
 
     source: Source
-    if address is not None:
+    if address is not None and (address.startswith(SCHEME) or token_file is not None):
+        from orchestrator.cluster.tokens import read_place
+        from orchestrator.dashboard.door_source import DoorSource
+
+        if background:
+            raise click.UsageError("--background: an actor serves, which a machine of the cluster has to start")
+        hide_token(address)
+        source = DoorSource(read_place(address, token_file, os.environ), run_name, chaos=chaos)
+        what = source.run_id
+    elif address is not None:
         from orchestrator.dashboard.ray_source import RaySource, connect
 
         what = connect(address, run_name)

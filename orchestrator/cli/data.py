@@ -112,10 +112,12 @@ def _summary(index: PackIndex, out: Path) -> str:
 @click.argument("pack", type=click.Path(path_type=Path))
 def verify(pack: Path) -> int:
     """Read a pack whole and compare every shard with its index."""
+    from orchestrator.waiting import waiting
     from workers.data.reader import PackReader
 
-    reader = PackReader(pack)
-    reader.verify()
+    with waiting(f"reading {pack}"):
+        reader = PackReader(pack)
+        reader.verify()
     splits = ", ".join(f"{split.num_tokens:,} tokens {name}" for name, split in sorted(reader.index.splits.items()))
     click.echo(f"{pack} is whole: {splits}, digest {reader.index.digest}")
     return 0

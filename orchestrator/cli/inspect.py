@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from orchestrator.cli.cluster import token_file_option
 from orchestrator.cli.options import json_option, latest_run_dir_argument
+from orchestrator.waiting import waiting
 
 
 @click.command()
@@ -79,7 +79,11 @@ def runs(base: Path, target: str | None, token_file: Path | None, as_json: bool)
     found = list_runs(base)
     rows = [(str(run.path), run.state()) for run in found]
     if as_json:
-        click.echo(json.dumps([{"run_dir": path, "state": state} for path, state in rows]))
+        from orchestrator.answers import RunsHere
+
+        click.echo(
+            RunsHere.model_validate([{"run_dir": path, "state": state} for path, state in rows]).model_dump_json()
+        )
         return 0
     if not rows:
         click.echo(f"no runs in {base}; `atoll demo` or `atoll train` makes one", err=True)
@@ -94,10 +98,12 @@ def _runs_at(target: str, token_file: Path | None, as_json: bool) -> int:
     from orchestrator.client import connect
 
     hide_token(target)
-    with connect(target, token_file) as there:
+    with waiting("asking"), connect(target, token_file) as there:
         found = there.ask("runs")
     if as_json:
-        click.echo(json.dumps(found))
+        from orchestrator.answers import RunsThere
+
+        click.echo(RunsThere.model_validate(found).model_dump_json())
         return 0
     for run in found:
         done = "" if run["progress"] is None else f"{100 * run['progress']:.1f} %"
@@ -121,9 +127,13 @@ def bundle(run_dir: Path | None, out: Path | None, as_json: bool) -> int:
     from orchestrator.rundir import open_run_dir
 
     directory = open_run_dir(run_dir)
-    path, names = write_bundle(directory, out)
+    with waiting("packing"):
+        path, names = write_bundle(directory, out)
     if as_json:
-        click.echo(json.dumps({"bundle": str(path), "files": names, "size_bytes": path.stat().st_size}))
+        from orchestrator.answers import Bundled
+
+        bundled = Bundled(bundle=str(path), files=names, size_bytes=path.stat().st_size)
+        click.echo(bundled.model_dump_json())
     else:
         click.echo(f"{path}: {len(names)} files, {path.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import threading
@@ -65,7 +64,9 @@ def up(topology: str, name: str | None, seed: int, workers: int, lan: bool, link
         addresses = {node: made.address(node) for node in made.nodes}
         made.detach()
     if as_json:
-        click.echo(json.dumps({"lab": made.name, "nodes": addresses, "cluster": address}))
+        from orchestrator.answers import LabUp
+
+        click.echo(LabUp(lab=made.name, nodes=addresses, cluster=address).model_dump_json())
         return 0
     click.echo(f"lab {made.name}" + (f", Ray at {address}" if address else ""))
     for node, address in addresses.items():
@@ -175,7 +176,12 @@ def status(name: str | None, as_json: bool) -> int:
 
     attached = _attach(name)
     now = attached.status()
-    click.echo(json.dumps({"lab": attached.name, **asdict(now)}) if as_json else format_status(attached.name, now))
+    if as_json:
+        from orchestrator.answers import LabAnswer
+
+        click.echo(LabAnswer.model_validate({"lab": attached.name, **asdict(now)}).model_dump_json())
+    else:
+        click.echo(format_status(attached.name, now))
     return 0
 
 

@@ -11,6 +11,7 @@ import click
 
 from orchestrator.cli.cluster import hide_token, token_file_option
 from orchestrator.cli.options import Command, json_option
+from orchestrator.waiting import waiting
 
 STOP_S = 600.0
 POLL_S = 0.5
@@ -30,7 +31,7 @@ def _ask(target: str | None, token_file: Path | None, run: str | None, what: str
     from orchestrator.client import connect
 
     hide_token(target or "")
-    with connect(target, token_file) as runs:
+    with waiting("asking the run"), connect(target, token_file) as runs:
         return runs.ask(what, run, **args)
 
 
@@ -85,7 +86,7 @@ def stop(target: str | None, token_file: Path | None, run: str | None, now: bool
     from orchestrator.client import connect
 
     hide_token(target or "")
-    with connect(target, token_file) as runs:
+    with waiting("stopping"), connect(target, token_file) as runs:
         standing = runs.ask("standing", run)
         name = standing.get("run") or run
         runs.ask("stop", run, save=not now)

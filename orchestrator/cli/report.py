@@ -25,6 +25,9 @@ def report(run_dir: Path | None, run_dir2: Path | None) -> int:
     first = open_run_dir(run_dir)
     second = open_run_dir(run_dir2) if run_dir2 is not None else None
     from orchestrator.report.build import build_report
+    from orchestrator.waiting import waiting
 
-    click.echo(build_report(first.path, second.path if second else None))
+    with waiting("reading the metrics"):
+        path = build_report(first.path, second.path if second else None)
+    click.echo(path)
     return 0

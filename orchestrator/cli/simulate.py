@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -55,8 +56,11 @@ def _one(seed: int, members: int | None, trace: bool, as_json: bool) -> int:
     for line in result.trace:
         click.echo(line)
     if as_json:
+        from orchestrator.answers import SimulatedOne
+
         told = {"seed": seed, "ok": result.ok, "invariant": result.invariant, "problem": result.problem}
-        click.echo(json.dumps({**told, "events": result.num_events, "faults": result.num_faults, **result.counts}))
+        told |= {"events": result.num_events, "faults": result.num_faults, **result.counts}
+        click.echo(SimulatedOne.model_validate(told).model_dump_json())
     else:
         click.echo(
             f"seed {seed}: {result.num_events:,} events, {result.num_faults} faults, "
@@ -70,29 +74,35 @@ def _one(seed: int, members: int | None, trace: bool, as_json: bool) -> int:
 
 def _many(first: int, num: int, members: int | None, workers: int | None, keep: Path | None, as_json: bool) -> int:
     from orchestrator.simulation.batch import run_batch
+    from orchestrator.waiting import waiting
 
     began_s = time.monotonic()
     done = events = faults = violations = 0
     cpu_s = 0.0
-    counts: Counter[str] = Counter()
     shown_s = began_s
-    for block in run_batch(first, num, members=members, workers=workers, keep=keep):
-        done, events, faults, cpu_s = (
-            done + block.num, events + block.num_events, faults + block.num_faults, cpu_s + block.seconds
-        )  # fmt: skip
-        counts.update(block.counts)
-        for seed, invariant, problem in block.violations:
-            violations += 1
-            again = f"atoll simulate --seed {seed}" + (f" --members {members}" if members else "") + " --trace"
-            click.echo(f"seed {seed}: invariant {invariant}: {problem}\n  again: {again}", err=True)
-        if not as_json and time.monotonic() - shown_s > 10:
-            shown_s = time.monotonic()
-            click.echo(f"{done:,} of {num:,} seeds, {events:,} events, {violations} violations", err=True)
+    counts: Counter[str] = Counter()
+    with waiting(f"{num:,} seeds", num) as show:
+        for block in run_batch(first, num, members=members, workers=workers, keep=keep):
+            done, events, faults, cpu_s = (
+                done + block.num, events + block.num_events, faults + block.num_faults, cpu_s + block.seconds
+            )  # fmt: skip
+            counts.update(block.counts)
+            for seed, invariant, problem in block.violations:
+                violations += 1
+                again = f"atoll simulate --seed {seed}" + (f" --members {members}" if members else "") + " --trace"
+                click.echo(f"seed {seed}: invariant {invariant}: {problem}\n  again: {again}", err=True)
+            show(done)
+            if not as_json and not sys.stderr.isatty() and time.monotonic() - shown_s > 10:
+                shown_s = time.monotonic()
+                click.echo(f"{done:,} of {num:,} seeds, {events:,} events, {violations} violations", err=True)
     seconds = time.monotonic() - began_s
     per_s = events / cpu_s if cpu_s else 0.0
     if as_json:
-        told = {"seeds": done, "events": events, "faults": faults, "violations": violations}
-        click.echo(json.dumps({**told, "seconds": seconds, "events_per_cpu_s": per_s, "counts": dict(counts)}))
+        from orchestrator.answers import Simulated
+
+        told: dict[str, Any] = {"seeds": done, "events": events, "faults": faults, "violations": violations}
+        told |= {"seconds": seconds, "events_per_cpu_s": per_s, "counts": dict(counts)}
+        click.echo(Simulated.model_validate(told).model_dump_json())
     else:
         click.echo(
             f"{done:,} seeds, {events:,} events, {faults:,} faults, {counts['commits']:,} commits in {seconds:.0f} s "

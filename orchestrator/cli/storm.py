@@ -56,6 +56,7 @@ def storm(
     from faults.plan import parse_fault
     from orchestrator.rundir import make_run_folder
     from orchestrator.storm.run import StormPlan, run_storm
+    from orchestrator.waiting import waiting
 
     storm_kinds = parse_fault(f"storm,kinds={kinds}", (), place="--kinds").kinds
     given = [*overrides, *([f"run.standby={standby}"] if standby is not None else [])]
@@ -70,7 +71,8 @@ def storm(
         head=head,
         overrides=tuple(given),
     )
-    figures = run_storm(plan, lambda text: click.echo(text, err=True))
+    with waiting("two runs", plan.calm_s + plan.seconds, timed=True):
+        figures = run_storm(plan, lambda text: click.echo(text, err=True))
     if as_json:
         click.echo(figures.model_dump_json(indent=2))
     else:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.cli.options import json_option, set_option, shown
+from orchestrator.waiting import waiting
 
 if TYPE_CHECKING:
     from orchestrator.prepare import Prepared
     from orchestrator.rundir import RunDir
 
+CHECKING = "checking the configuration and the data"
 DEMO_FAULT = "kill:island-1@round=15"
 # Keys that change how a run is kept, and nothing of what it computes.
 RESUME_KEYS = (
@@ -83,7 +85,8 @@ def train(
     config = load_config(run, overrides=overrides).config
     if config.run.address is None and (address := job_address()) is not None:
         config = config.with_values({"run.address": address})  # `ray job submit -- atoll train`: on that cluster
-    prepared = prepare(config, faults)
+    with waiting(CHECKING):
+        prepared = prepare(config, faults)
     directory = create_run_dir(config.run.name, path=run_dir)
     return _launch(prepared, directory, resume=False, as_json=as_json)
 
@@ -107,7 +110,8 @@ def demo(overrides: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
     if config.run.islands == 1:
         message = "run.islands = 1 is not allowed: the demo kills island-1 and goes on with the others"
         raise UserError(message, place="--set run.islands", remedy="two or more, or `atoll train demo`")
-    prepared = prepare(config, [DEMO_FAULT])
+    with waiting(CHECKING):
+        prepared = prepare(config, [DEMO_FAULT])
     directory = create_run_dir(config.run.name, path=run_dir)
     return _launch(prepared, directory, resume=False, as_json=as_json, as_demo=True)
 
@@ -126,7 +130,8 @@ def _resume(path: Path, overrides: Sequence[str], *, faults: Sequence[str], as_j
             remedy = f"a new run; with --resume only {', '.join(RESUME_KEYS)}"
             raise UserError(message, place=f"--set {override}", remedy=remedy)
     config = load_config(directory.config, overrides=overrides).config
-    prepared = prepare(config, faults)
+    with waiting(CHECKING):
+        prepared = prepare(config, faults)
     return _launch(prepared, directory, resume=True, as_json=as_json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -26,12 +25,14 @@ def why(what: str | None, run_dir: Path | None, as_json: bool) -> int:
     from orchestrator.metrics import ExchangeRow, newest_rows
     from orchestrator.rundir import open_run_dir
     from orchestrator.segments import read_run
+    from orchestrator.waiting import waiting
     from orchestrator.why import NothingKnown, commit_times, why_exchange, why_member, why_run
 
     directory = open_run_dir(run_dir)
-    rows = read_run(directory.path).rows
-    measured = newest_rows(directory.metrics) if directory.metrics.exists() else iter(())
-    times = commit_times([row for row in measured if isinstance(row, ExchangeRow)])
+    with waiting("reading the journal"):
+        rows = read_run(directory.path).rows
+        measured = newest_rows(directory.metrics) if directory.metrics.exists() else iter(())
+        times = commit_times([row for row in measured if isinstance(row, ExchangeRow)])
     try:
         if what is None:
             lines = why_run(rows, times)
@@ -42,7 +43,9 @@ def why(what: str | None, run_dir: Path | None, as_json: bool) -> int:
     except NothingKnown as error:
         raise UserError(str(error), place=str(directory.path)) from error
     if as_json:
-        click.echo(json.dumps([asdict(line) for line in lines]))
+        from orchestrator.answers import WhyLines
+
+        click.echo(WhyLines.model_validate([asdict(line) for line in lines]).model_dump_json())
         return 0
     for line in lines:
         at = f"{line.at_s:9.1f} s" if line.at_s is not None else " " * 11

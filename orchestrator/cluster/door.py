@@ -3,7 +3,8 @@
 1. `GET /hello?nonce=N` (anybody): the door's nonce, its protocol, and its proof.
 2. Any other request carries both nonces and the visitor's proof: `/info` (versions, Ray's address), `/reach?port=N`
    (the door dials the visitor back), `/bytes?num=N` (for the speed of the link), `/runs?request=JSON` (what
-   `orchestrator.operate` answers about the runs of the cluster). The token is never sent.
+   `orchestrator.operate` answers about the runs of the cluster), `/jobs` (where Ray takes jobs; started if it is not
+   there). The token is never sent.
 
 Bounded in everything that a stranger can ask for: threads, size and time of a request, remembered nonces.
 """
@@ -25,6 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from orchestrator.cluster import proof
 from orchestrator.cluster.join_string import format_address
+from orchestrator.errors import ClusterUnreachable
 from orchestrator.version import PROTOCOL_VERSION
 
 MAX_REQUEST_BYTES = 8192
@@ -71,6 +73,7 @@ class Door:
         info: what `/info` says; asked each time.
         port: 0 for any.
         operate: answers a line of JSON about the runs with another one.
+        jobs: what `/jobs` says.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class Door:
         host: str,
         port: int = 0,
         operate: Callable[[str], str] | None = None,
+        jobs: Callable[[], Mapping[str, object]] | None = None,
     ) -> None:
         self.token, self.info, self.host, self.port = token, info, host, port
-        self.operate = operate
+        self.operate, self.jobs = operate, jobs
         self.nonces = Nonces()
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -232,6 +236,12 @@ class _Visit(BaseHTTPRequestHandler):
         elif path == "/runs" and door.operate is not None:
             self.server.allow(self.connection, OPERATE_S)
             body = json.loads(door.operate(values.get("request", "")))
+        elif path == "/jobs" and door.jobs is not None:
+            self.server.allow(self.connection, OPERATE_S)
+            try:
+                body = dict(door.jobs())
+            except ClusterUnreachable as error:
+                raise _Refused(503, error.message) from error
         elif path == "/bytes":
             return self._transfer(_number(values, "num", MAX_TRANSFER_BYTES))
         else:

@@ -22,6 +22,8 @@ TIMEOUT_S = 8.0
 CALL_S = 60.0
 WARM_S, LIMIT_S = 1.0, 4.0
 MAX_ANSWER_BYTES = 64 * 1024
+# About runs: a dashboard's first questions are answered with a whole history, a mebibyte at a time.
+MAX_RUNS_BYTES = 8 * 1024 * 1024
 CHUNK_BYTES = 256 * 1024
 
 
@@ -83,7 +85,29 @@ def visit(place: JoinString, timeout_s: float = TIMEOUT_S) -> ClusterInfo:
 
 def call(place: JoinString, request: Mapping[str, Any], timeout_s: float = CALL_S) -> dict[str, Any]:
     """Ask about the runs of the cluster, see `orchestrator.operate`; raises as `visit` does."""
-    return _ask(place, f"/runs?request={quote(json.dumps(request), safe='')}", timeout_s).values
+    path = f"/runs?request={quote(json.dumps(request), safe='')}"
+    return _ask(place, path, timeout_s, MAX_RUNS_BYTES).values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobPlace:
+    """Where a cluster takes jobs.
+
+    Attributes:
+        address: `http://HOST:PORT` of Ray's job server.
+        python: of the head, where jobs run: it has Atoll.
+        folder: in which `atoll up` was started there.
+    """
+
+    address: str
+    python: str
+    folder: str
+
+
+def job_place(place: JoinString, timeout_s: float = CALL_S) -> JobPlace:
+    """Ask where jobs are taken; the server is started for the first who asks. Raises as `visit` does."""
+    values = _ask(place, "/jobs", timeout_s).values
+    return JobPlace(address=str(values["address"]), python=str(values["python"]), folder=str(values["folder"]))
 
 
 def reach(place: JoinString, port: int, timeout_s: float = TIMEOUT_S) -> Reach:
@@ -130,14 +154,14 @@ class _Answer:
     my_address: str
 
 
-def _ask(place: JoinString, path: str, timeout_s: float) -> _Answer:
+def _ask(place: JoinString, path: str, timeout_s: float, most_bytes: int = MAX_ANSWER_BYTES) -> _Answer:
     visitor_nonce = secrets.token_hex(16)
     door_nonce = _greet(place, visitor_nonce, timeout_s)
     with _Connection(place, timeout_s) as connection:
         sent, started = time.time(), time.monotonic()
         response = connection.get(path, _headers(place, visitor_nonce, door_nonce, path))
         round_trip_s = time.monotonic() - started
-        body = connection.read(response, MAX_ANSWER_BYTES)
+        body = connection.read(response, most_bytes)
         _check_status(place, response.status, body)
         right = proof.answer_proof(place.token, visitor_nonce, door_nonce, body)
         if not proof.is_same(response.headers.get(proof.PROOF_HEADER, ""), right):
@@ -216,7 +240,9 @@ class _Connection:
 def _check_status(place: JoinString, status: int, body: bytes) -> None:
     if status == 200:
         return
-    reason = str(_json(place, body).get("error", f"status {status}"))[:200]
+    reason = str(_json(place, body).get("error", f"status {status}"))[:1000]
+    if status == http.client.SERVICE_UNAVAILABLE:
+        raise ClusterUnreachable(reason, place=place.door, remedy="see supervisor.log and job_server.log there")
     raise UserError(f"the door refuses: {reason}", place=place.door, remedy="copy the line that `atoll up` printed")
 
 

@@ -13,12 +13,16 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    """Ask the kernel for SIGTERM at the supervisor's death, then become `ray`."""
-    supervisor = int(sys.argv[1])
+def end_with(supervisor: int) -> None:
+    """Ask the kernel for SIGTERM at the death of the supervisor, which started this process."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != supervisor:
         sys.exit("the supervisor is gone already")
+
+
+def main() -> None:
+    """Tie this process to the supervisor, then become `ray`."""
+    end_with(int(sys.argv[1]))
     sys.argv = ["ray", *sys.argv[2:]]
     from ray.scripts.scripts import main as ray_main
 

@@ -24,6 +24,8 @@ from faults.lab.processes import myself
 from orchestrator.cluster import state as states
 from orchestrator.cluster.control import Control
 from orchestrator.cluster.door import Door, dial
+from orchestrator.cluster.job_server import LOG as JOB_SERVER_LOG
+from orchestrator.cluster.job_server import JobServer, JobServerArguments
 from orchestrator.cluster.join_string import JoinString, parse_address
 from orchestrator.cluster.operator import Operator
 from orchestrator.cluster.ray_node import (
@@ -37,6 +39,7 @@ from orchestrator.cluster.ray_node import (
 from orchestrator.cluster.state import ClusterState
 from orchestrator.cluster.versions import my_versions
 from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.waiting import waiting
 
 POLL_S = 0.2
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -56,6 +59,7 @@ class Plan:
         gcs_address: of the cluster to join, None for the head.
         gcs_port: of the head, 0 for any.
         former: a head that ended without leaving, whose tables are taken over.
+        jobs_port: of Ray's job server, started with the head; None: started when somebody asks, at any port.
     """
 
     place: JoinString
@@ -67,6 +71,7 @@ class Plan:
     gcs_address: str | None = None
     gcs_port: int = 0
     former: ClusterState | None = None
+    jobs_port: int | None = None
 
     @property
     def role(self) -> str:
@@ -99,12 +104,15 @@ class Supervisor:
             self.place = self._open_door(stack)
             self._make_folder(stack)
             self.node = RayNode(self._arguments(), self._environment(), self.state.folder / "ray.log")
+            self.jobs = JobServer(self._drain_environment(), self.state.folder / JOB_SERVER_LOG)
+            stack.callback(self.jobs.close)
             self.control = Control(self.state.folder, self._answer)
             self.control.start()
             stack.callback(self.control.close)
             stack.callback(self._stop_ray)
             if self._start_ray():
                 self.has_run = True
+                self._start_jobs()
                 self.on_ready(self.state, self.place)
                 self._watch()
                 self._drain()
@@ -134,7 +142,14 @@ class Supervisor:
             return place
         self.operator = Operator(self._operator_command)
         stack.callback(self.operator.close)
-        door = Door(token=place.token, info=self._info, host=place.host, port=place.port, operate=self.operator.answer)
+        door = Door(
+            token=place.token,
+            info=self._info,
+            host=place.host,
+            port=place.port,
+            operate=self.operator.answer,
+            jobs=self._job_server,
+        )
         try:
             door.start()
         except OSError as error:
@@ -143,6 +158,19 @@ class Supervisor:
             ) from error
         stack.callback(door.close)
         return replace(place, port=door.port)
+
+    def _job_server(self) -> dict[str, object]:
+        """Where jobs are taken, with what a job needs to find Atoll there; starts what takes them."""
+        if not self.state.gcs_address or not self.node.is_running:
+            raise ClusterUnreachable("Ray does not run there yet", remedy="try again in a few seconds")
+        arguments = JobServerArguments(
+            host=self.state.node_ip,
+            port=self.plan.jobs_port or 0,
+            gcs_address=self.state.gcs_address,
+            ray_folder=self.state.ray_folder / "r",
+            token=self.place.token,
+        )
+        return {"address": self.jobs.address(arguments), "python": sys.executable, "folder": os.getcwd()}
 
     def _operator_command(self) -> tuple[list[str], dict[str, str]] | None:
         """What answers about the runs of this cluster, and its environment; None while Ray does not run."""
@@ -203,9 +231,10 @@ class Supervisor:
 
     def _start_ray(self) -> bool:
         """Start Ray and wait for it; False if it is to end meanwhile."""
-        self.node.start()
-        self._save(ray=self.node.process_id, node_id="")
-        address = self.node.wait_ready(lambda: self.leaving)
+        with waiting("starting Ray"):
+            self.node.start()
+            self._save(ray=self.node.process_id, node_id="")
+            address = self.node.wait_ready(lambda: self.leaving)
         if address is None:
             return False
         self.gcs_address = address
@@ -214,6 +243,10 @@ class Supervisor:
         if self.plan.role == "head":
             self.node.arguments = replace(self.node.arguments, port=parse_address(address)[1])
         return True
+
+    def _start_jobs(self) -> None:
+        if self.plan.jobs_port is not None and self.plan.role == "head":
+            self.say(f"Ray's job server: {self._job_server()['address']}")
 
     def _save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
@@ -247,6 +280,7 @@ class Supervisor:
         try:
             if self._start_ray():
                 self.say(f"Ray runs again, node {self.state.node_id[:8]}")
+                self._start_jobs()
         except ClusterUnreachable as error:
             self._stop_ray()
             self.say(str(error))
@@ -326,6 +360,7 @@ class Supervisor:
             self.say(f"still to leave: {', '.join(values['leaving'])}")
 
     def _stop_ray(self) -> None:
+        self.jobs.stop()
         self.node.stop()
         self._save(ray=None, node_id="")
 

@@ -79,6 +79,10 @@ def without_token(arguments: Sequence[str], place: JoinString, token_file: Path)
     """The same command with `HOST:PORT` and `--token-file` instead of the join string."""
     shown: list[str] = []
     for argument in arguments:
-        shown += [place.door, "--token-file", str(token_file)] if argument == str(place) else [argument]
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if value == str(place):
+            shown += [f"{option}{equals}{place.door}", "--token-file", str(token_file)]
+        else:
+            shown.append(argument)
     assert not any(place.token in argument for argument in shown), "the token is in another argument too"
     return shown

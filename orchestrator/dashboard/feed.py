@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workers.records import Row
+from workers.records import Row, dump_row, load_row
 
 MOST_BYTES = 1 << 20
 MOST_ROWS = 400
@@ -44,3 +44,29 @@ def read_part(path: Path, start: int, most: int = MOST_BYTES) -> bytes:
     except FileNotFoundError:
         return b""
     return data[: data.rfind(b"\n") + 1]
+
+
+def part_to_json(part: FeedPart) -> dict[str, Any]:
+    """The same as JSON values, for the way through a door."""
+    return {
+        "run_id": part.run_id,
+        "config": part.config,
+        "metrics": part.metrics.decode("latin-1"),  # of any bytes, and back
+        "rows": [dump_row(row).decode() for row in part.rows],
+        "view": part.view,
+        "able": list(part.able),
+        "ended": part.ended,
+    }
+
+
+def part_from_json(values: Mapping[str, Any]) -> FeedPart:
+    """The other direction."""
+    return FeedPart(
+        run_id=values["run_id"],
+        config=values["config"],
+        metrics=values["metrics"].encode("latin-1"),
+        rows=tuple(load_row(line.encode()) for line in values["rows"]),
+        view=values["view"],
+        able=tuple(values["able"]),
+        ended=values["ended"],
+    )

@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.launch import LOOPBACK_ONLY, RAY_ENVIRONMENT
+from orchestrator.cluster.door_client import job_place
+from orchestrator.cluster.join_string import parse
 from orchestrator.ledger import recompute
-from orchestrator.processes import WORKER_RESOURCE
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
 from orchestrator.status import Status
 from tests.ray.command import ROOT
 from tests.small_run import TOML
-from workers.records import CommitRecord, PauseRecord, Record, RollbackRecord, SettingRecord, TermRecord
+from workers.records import CommitRecord, OperatorRecord, PauseRecord, Record, RollbackRecord, SettingRecord, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(150)]
 
@@ -48,14 +50,16 @@ with atoll.attach(sys.argv[1], run=sys.argv[2]) as run:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
     folder: Path
-    jobs: str
+    place: str
     gcs: str
+    state: Path
     pack: Path
 
     def run(self, *command: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [*command], capture_output=True, text=True, timeout=WAIT_S, env=environment(), cwd=self.folder
-        )
+        # What a program of one's own needs to be let in: the file with the cluster's token.
+        env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.state / "token")}
+        env |= environment(self.folder / "state")
+        done = subprocess.run([*command], capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=self.folder)
         assert done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + (done.stderr if code else "")
 
@@ -73,9 +77,10 @@ class Head:
         return path
 
 
-def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")}
-    return {**kept, **RAY_ENVIRONMENT, LOOPBACK_ONLY: "0", "PYTHONPATH": str(ROOT)}
+def environment(state: Path) -> dict[str, str]:
+    dropped = ("RAY_ADDRESS", "RAY_AUTH_MODE", "PYTHONDONTWRITEBYTECODE")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return {**kept, "ATOLL_STATE_DIR": str(state), "PYTHONPATH": str(ROOT)}
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -85,52 +90,20 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(POLL_S)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory, pack_dir: Path) -> Iterator[Head]:
-    """A Ray as `ray start --head` gives it, with its job server; it ends with this process."""
+    """A cluster of `atoll up`; nothing in it takes jobs until somebody asks."""
     folder = tmp_path_factory.mktemp("jobs")
-    short = Path(os.path.realpath(subprocess.check_output(["mktemp", "-d", "/tmp/atj-XXXXXX"], text=True).strip()))
-    port = free_port()
-    command = [
-        sys.executable, "-m", "orchestrator.cluster.ray_process", str(os.getpid()), "start", "--head", "--block",
-        "--port=0", "--node-ip-address=127.0.0.2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={port}", f"--temp-dir={short}/r", f"--resources={json.dumps({WORKER_RESOURCE: 4})}",
-        "--object-store-memory=100000000", "--disable-usage-stats", "--include-log-monitor=false",
-        f"--ray-client-server-port={free_port()}", "--labels=zone=b",
-    ]  # fmt: skip
-    with (folder / "ray.log").open("w") as log:
-        ray = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
-    said = short / "r" / "ray_current_cluster"
+    env = environment(folder / "state")
+    command = [*ATOLL, "up", "--host", "127.0.0.1", "--workers", "4", "--label", "zone=b", "--background", "--json"]
+    up = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=folder)
+    assert up.returncode == 0, up.stderr
+    ready = json.loads(up.stdout)
+    state = next((folder / "state").glob("head-*"))
     try:
-        until(lambda: ray.poll() is not None or (said.exists() and bool(said.read_text().strip())), "Ray")
-        assert ray.poll() is None, (folder / "ray.log").read_text()[-3000:]
-        yield Head(folder=folder, jobs=f"http://127.0.0.1:{port}", gcs=said.read_text().strip(), pack=pack_dir)
+        yield Head(folder=folder, place=ready["join"], gcs=ready["address"], state=state, pack=pack_dir)
     finally:
-        ray.send_signal(signal.SIGTERM)
-        try:
-            ray.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(ray.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        ray.wait(timeout=20)
-        subprocess.run(["rm", "-rf", str(short)], check=True)
-
-
-def takes_jobs(head: Head) -> bool:
-    """Whether a trivial job is accepted: the job server answers before its agent is there."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--no-wait", "--address", head.jobs, "--", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=environment())
-    assert done.returncode == 0 or "No available agent" in done.stderr + done.stdout, done.stderr
-    return done.returncode == 0
+        subprocess.run([*ATOLL, "leave", "--now"], timeout=WAIT_S, env=env, check=True)
 
 
 def records(run_dir: Path, *kinds: type[Record]) -> list[Record]:
@@ -150,10 +123,11 @@ def job_run(head: Head) -> Path:
     """A run that plain `ray job submit` started, and whose driver was killed."""
     run_dir = head.folder / "by-ray"
     ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--no-wait", "--address", head.jobs, "--"]
+    assert not list(head.state.glob("job_server*"))
+    jobs = job_place(parse(head.place)).address
+    command = [ray, "job", "submit", "--no-wait", "--address", jobs, "--"]
     train = [*ATOLL, "train", str(head.toml("by-ray", islands=2)), "--run-dir", str(run_dir)]
     train += ["--set", "run.labels.zone=b"]
-    until(lambda: takes_jobs(head), "an agent that takes jobs")
     head.run(*command, *train)
     until(lambda: commits(run_dir) > 2, "commits of the job's run")
     holder = RunDir(run_dir).holder()
@@ -206,11 +180,44 @@ def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
     assert found.ok, found.findings
 
 
+def test_the_dashboard_reads_and_asks_through_the_door(head: Head, job_run: Path) -> None:
+    """As from a machine that is in no cluster: with the join string alone."""
+    command = [*ATOLL, "dashboard", "--address", head.place, "--run", "by-ray", "--port", "0"]
+    elsewhere = environment(head.folder / "elsewhere")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=elsewhere, cwd=head.folder) as server:
+        try:
+            assert server.stdout is not None
+            address, _, token = server.stdout.readline().split(": ", 1)[1].strip().partition("#token=")
+            assert head.place not in Path(f"/proc/{server.pid}/cmdline").read_text()
+
+            def ask(path: str, body: bytes | None = None) -> dict[str, Any]:
+                headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+                request = urllib.request.Request(f"{address}api/{path}", data=body, headers=headers)
+                with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+                    return dict(json.loads(answer.read()))
+
+            until(lambda: ask("run")["ledger"]["committed"] > 0, "the history of the run")
+            figures = ask("run")
+            assert [row["name"] for row in figures["members"]] == ["island-0", "island-1"]
+            assert {"pause", "save", "drain"} <= set(figures["able"]) and "kill" not in figures["able"]
+            assert any(ask(f"series?from=0&to={figures['end_s']}&bins=50")["loss"]["island-0"])
+            assert ask("act", b'{"action": "save"}') == {"outcome": "asked"}
+            asked = [r for r in records(job_run, OperatorRecord) if isinstance(r, OperatorRecord)]
+            assert [(r.action, r.by) for r in asked] == [("save", "dashboard, 127.0.0.1")]
+        finally:
+            server.terminate()
+            assert server.wait(timeout=WAIT_S) == 0
+
+
 def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) -> None:
     other = head.folder / "other"
     toml = head.toml("other", islands=1, tokens=20_000)
-    job = json.loads(head.atoll("submit", str(toml), "--address", head.jobs, "--run-dir", str(other), "--json"))
-    assert job["run_dir"] == str(other)
+    job = json.loads(head.atoll("submit", str(toml), "--address", head.place, "--run-dir", str(other), "--json"))
+    assert job["run_dir"] == str(other) and job["address"] == job_place(parse(head.place)).address
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{job['address']}/api/jobs/", timeout=WAIT_S)
+    with refused.value as answer:
+        assert answer.code == 401
     until(lambda: commits(other) > 0, "commits of the second run")
     known = json.loads(head.atoll("runs", "--at", head.gcs, "--json"))
     assert {(run["run"], len(run["members"])) for run in known} == {("by-ray", 2), ("other", 1)}

@@ -27,6 +27,13 @@ def test_the_token_leaves_the_command_line_and_is_found_again(tmp_path: Path) ->
     assert not file.parent.exists()
 
 
+def test_the_token_leaves_an_option_of_the_command_line(tmp_path: Path) -> None:
+    hidden = hide_token(PLACE, ["atoll", "submit", "demo", f"--address={PLACE}", "--json"], tmp_path)
+    assert hidden[:5] == ["atoll", "submit", "demo", "--address=10.0.0.1:4321", "--token-file"]
+    assert hidden[6:] == ["--json"]
+    assert read_token_file(Path(hidden[5])) == PLACE.token
+
+
 def test_a_token_file_of_the_user_stays(tmp_path: Path) -> None:
     write_token(tmp_path / "token", PLACE.token)
     assert read_token_file(tmp_path / "token") == PLACE.token
