@@ -39,8 +39,9 @@ from workers.pipeline.messages import (
     Apply,
     DropStage,
     FenceStep,
-    FenceWanted,
     FromPeer,
+    FromTrainer,
+    GaveUp,
     Have,
     Holds,
     Offered,
@@ -181,8 +182,15 @@ class PipelineBrain:
             node=event.node,
             memory_bytes=event.memory_bytes,
             versions=dict(event.held),
+            serves=event.serves,
         )
         self.roster.peers[event.process] = peer
+        for stage, digest in event.has_next:
+            # It was told to compute the step that is the last on the record, and nobody told it so.
+            if peer.versions.get(stage) == self.version - 1 and digest == self.digests[stage]:
+                order = Apply(step=self.version - 1, stage=stage, digest=digest)
+                peer.versions[stage] = self.version
+                self._order((peer.process, order, ("applied", stage, self.version)))
         self.rebalancer.changed()
         if self.placed:
             self._place_newcomer(peer)
@@ -195,9 +203,7 @@ class PipelineBrain:
         elif (peer := self.roster.peers.get(event.process)) is not None and peer.nonce == event.nonce:
             self._lost(peer, event.why)
         self._write(
-            FenceRecord(
-                member=event.process, incarnation=self.roster.incarnations.get(event.process, 0), why=event.why
-            )
+            FenceRecord(member=event.process, incarnation=self.roster.incarnations.get(event.process, 0), why=event.why)
         )
         self.num_restarts[event.process] = self.num_restarts.get(event.process, 0) + 1
         if self.num_restarts[event.process] > self.plan.max_restarts:
@@ -259,10 +265,16 @@ class PipelineBrain:
         if not everybody and not (late and self.roster.peers and self.roster.trainers):
             return
         self.placed = True
-        assignment = place(self._needs(), self._powers(), minimum=self.plan.pipeline.min_peers)
-        for process, stage in sorted(assignment.items()):
-            peer = self.roster.peers[process]
-            peer.taking[stage] = self.roster.next_name(process)
+        known = {peer.process: peer.serves for peer in self.roster.peers.values() if peer.serves is not None}
+        for process, stage in sorted(known.items()):
+            self.roster.peers[process].taking[stage] = self.roster.next_name(process)
+        if known:
+            for process in sorted(self.roster.peers.keys() - known):
+                self._place_newcomer(self.roster.peers[process])
+        else:
+            assignment = place(self._needs(), self._powers(), minimum=self.plan.pipeline.min_peers)
+            for process, stage in sorted(assignment.items()):
+                self.roster.peers[process].taking[stage] = self.roster.next_name(process)
         self._take_what_can()
 
     def _place_newcomer(self, peer: Peer) -> None:
@@ -442,9 +454,7 @@ class PipelineBrain:
         first = self.version * size
         names = tuple(f"{name}.{self.roster.incarnations[name]}" for name in trainers)
         self._write(
-            StepRecord(
-                step=self.version, round=self.round_, ranges=((first, first + size),), trainers=names, why=why
-            )
+            StepRecord(step=self.version, round=self.round_, ranges=((first, first + size),), trainers=names, why=why)
         )
         self.commit = StepCommit(
             self.layout,
@@ -627,11 +637,13 @@ class PipelineBrain:
             if peer.versions.get(stage) == commit.step:
                 commit.ask(stage, peer)
 
-    def _heard(self, process: str, message: FenceWanted | StageReady) -> None:
+    def _heard(self, process: str, message: FromTrainer) -> None:
         commit = self.commit
         if commit is None or (message.step, message.round_) != (commit.step, commit.round_):
             return
-        if isinstance(message, StageReady):
+        if isinstance(message, GaveUp):
+            self._finish("failed", f"{process} gave up step {message.step}: {message.reason}")
+        elif isinstance(message, StageReady):
             for name, throughput in message.throughputs.items():
                 if (peer := self.roster.by_name(name)) is not None:
                     peer.throughput = throughput

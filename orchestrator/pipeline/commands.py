@@ -14,7 +14,8 @@ from workers.records import Record
 class Joined:
     """A process is there: a trainer, or a peer whose tensors are fetched at `address`.
 
-    `held`: versions of the stages that it holds already (the controller came back, the process never went).
+    Of one that was there when the controller was not: `held` are the versions of the stages that it holds, `has_next`
+    the digests of the states that it has computed and not moved to, `serves` the stage that it serves.
     """
 
     process: str
@@ -24,6 +25,7 @@ class Joined:
     memory_bytes: int
     held: tuple[tuple[int, int], ...] = ()
     has_next: tuple[tuple[int, str], ...] = ()
+    serves: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
@@ -254,5 +253,3 @@ class _Hands:
     def tell(self, message: FromTrainer) -> None:
         """See `workers.pipeline.trainer.Hands.tell`."""
         self._swarm.later(lambda: self._swarm.hear(self._trainer, self._nonce, message))
-
-

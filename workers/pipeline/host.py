@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from workers.pipeline.accumulator import Begin
 from workers.pipeline.boundary import Boundary
 from workers.pipeline.layers import build_decoder_stage
+from workers.pipeline.memory import machine_bytes
 from workers.pipeline.messages import (
     Applied,
     Apply,
@@ -79,6 +80,17 @@ class PeerHost:
         self._compute = threading.RLock()
         self._orders = threading.RLock()
         self._moved = threading.Condition()
+
+    def present(self) -> dict[str, Any]:
+        """What a controller that does not know this process asks for: fields of its `Joined`."""
+        with self._orders:
+            states = sorted(self.held.items())
+            return {
+                "memory_bytes": self.spec.pipeline.peer_memory_bytes or machine_bytes(),
+                "held": tuple((stage, state.version) for stage, state in states),
+                "has_next": tuple((stage, state.next.digest) for stage, state in states if state.next is not None),
+                "serves": self.serving.stage if self.serving is not None else None,
+            }
 
     # ------------------------------------------------------------ trainers
 
@@ -283,8 +295,3 @@ class PeerHost:
         if found != wanted:
             raise PeerError(f"{path} holds {found}, stage {stage} of this run has {wanted} values ({unit_of(stage)})")
         return StageState(self.spec, stage, flats, version=version)
-
-
-def torch_threads(num: int) -> None:
-    """How many threads the calls of this process use."""
-    torch.set_num_threads(num)

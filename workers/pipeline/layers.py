@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 
-
 class Embedding(nn.Module):
     """First layer of the decoder: `tokens_BT -> x_BTD`."""
 

@@ -18,6 +18,7 @@ class PeerPlace:
 
     peer: str
     process: str
+    nonce: str
     stage: int
     address: str
     announcement: int
@@ -90,7 +91,16 @@ class StageReady:
     throughputs: dict[str, float] = field(default_factory=dict)
 
 
-FromTrainer = FenceWanted | StageReady
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GaveUp:
+    """Peer after peer raises an error for what this trainer sends: nothing that is sent elsewhere will help."""
+
+    step: int
+    round_: int
+    reason: str
+
+
+FromTrainer = FenceWanted | StageReady | GaveUp
 
 # ---------------------------------------------------------------- controller to peer, with the answers
 

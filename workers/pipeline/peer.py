@@ -174,9 +174,7 @@ class StagePeer:
         assert fetched.other is not None, "a backward has a gradient or targets"
         with self._seeded(request.call):
             if self._is_last:
-                return backward_with_loss(
-                    self.model, fetched.x, fetched.other, self._loss_fn, weight=request.weight
-                )
+                return backward_with_loss(self.model, fetched.x, fetched.other, self._loss_fn, weight=request.weight)
             return backward(self.model, fetched.x, fetched.other)
 
     def reply_again(self, call: Call) -> Reply:

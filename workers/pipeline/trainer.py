@@ -20,6 +20,7 @@ from workers.pipeline.boundary import Boundary
 from workers.pipeline.messages import (
     FenceWanted,
     FromTrainer,
+    GaveUp,
     OpenStep,
     PeerFenced,
     PeerPlace,
@@ -55,6 +56,8 @@ from workers.store import BlobStore
 from workers.transport.base import Transport
 
 LASTING = (Begin.DRAINING,)
+MAX_ERRORS = 30
+"""Errors of peers in one round of a step, after which it is not their fault."""
 
 
 class Hands(Protocol):
@@ -101,6 +104,7 @@ class TrainerHost:
         self._places: dict[str, PeerPlace] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._losses: dict[int, float] = {}
+        self._num_errors = 0
 
     # ------------------------------------------------------------ the controller
 
@@ -124,6 +128,7 @@ class TrainerHost:
         self._forget(self.step)
         self.step, self.round_ = message.step, message.round_
         self._num_microbatches, self._losses = message.num_microbatches, {}
+        self._num_errors = 0
         self._announce(message.peers)
         size = self.spec.pipeline.microbatch_size
         for microbatch in message.microbatches:
@@ -168,6 +173,15 @@ class TrainerHost:
         """The way to a peer, or to its tensors, is not there, or it failed in the call."""
         if (call.step, round_) == (self.step, self.round_):
             self._tell(Unreachable(call=call, reason=reason))
+
+    def failed(self, call: Call, round_: int, reason: str) -> None:
+        """A peer raised an error in a call: nothing was counted (`StagePeer.run`), it can go elsewhere at once."""
+        if (call.step, round_) != (self.step, self.round_):
+            return
+        self._num_errors += 1
+        if self._num_errors > MAX_ERRORS:
+            self._hands.tell(GaveUp(step=self.step, round_=self.round_, reason=f"{call.peer}: {reason}"))
+        self._tell(Refused(call=call, reason=reason))
 
     def tick(self) -> None:
         """Time has passed."""
@@ -215,9 +229,7 @@ class TrainerHost:
         loss = sum(loss for _, loss in sorted(self._losses.items())) if stage == self.spec.num_stages - 1 else None
         names = self.machine.router.serving(stage)
         speeds = {name: self.machine.router.throughput(name) for name in names}
-        return StageReady(
-            step=step, round_=self.round_, stage=stage, counted=counted, loss=loss, throughputs=speeds
-        )
+        return StageReady(step=step, round_=self.round_, stage=stage, counted=counted, loss=loss, throughputs=speeds)
 
     def _request(self, call: Call) -> Request:
         backward, last = call.direction == "backward", self.spec.num_stages - 1
