@@ -197,7 +197,7 @@ def test_every_microbatch_counts_once_in_every_stage(story: Story) -> None:
 
 
 def test_the_dead_are_blamed_and_nobody_else(story: Story) -> None:
-    assert [r.member for r in story.records if isinstance(r, FenceRecord)].sort() == story.dead.sort()
+    assert sorted(r.member for r in story.records if isinstance(r, FenceRecord)) == sorted(story.dead)
     blamed = {r.peer.partition(".")[0] for r in story.records if isinstance(r, StepFenceRecord)}
     moved = {move.partition(".")[0] for move in story.history.moves}
     assert blamed <= set(story.dead) | moved | _filled(story.records)
@@ -214,6 +214,7 @@ def test_no_commit_has_a_single_holder(story: Story) -> None:
 
 
 def test_training_goes_on_within_seconds(story: Story) -> None:
+    print(story.recovered_s)
     # The figure on a quiet machine is the benchmark's; here it must only not wait for a new process.
     assert story.recovered_s["a peer"] < 20, story.recovered_s
     assert all(seconds < 45 for seconds in story.recovered_s.values()), story.recovered_s
