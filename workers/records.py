@@ -13,7 +13,15 @@ from typing import Any, ClassVar, get_type_hints
 
 from blake3 import blake3
 
+from workers.pipeline.records import (
+    PipelineGenesisRecord,
+    ServeRecord,
+    StageCommitRecord,
+    StepFenceRecord,
+    StepRecord,
+)
 from workers.ranges import Range
+from workers.record_base import Record as Record
 
 GENESIS_HASH = "0" * 32
 
@@ -77,13 +85,6 @@ class RosterEntry:
     def offer(self) -> OfferId:
         """Id of the offer that this entry includes."""
         return OfferId(member=MemberId(name=self.member, incarnation=self.incarnation), seq=self.seq)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
-    """Base of all records."""
-
-    kind: ClassVar[str] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,72 +309,13 @@ class OperatorRecord(Record):
     t_s: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineGenesisRecord(Record):
-    """Version 0 of every stage of a pipeline, or with `version` above 0 the snapshot that it goes on from."""
-
-    kind: ClassVar[str] = "pipeline_genesis"
-    digests: tuple[str, ...]
-    num_params: int
-    num_microbatches: int
-    samples_per_step: int
-    version: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeRecord(Record):
-    """A process serves a stage from now on, under this name; what it served before it serves no more."""
-
-    kind: ClassVar[str] = "serve"
-    process: str
-    peer: str
-    stage: int
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord(Record):
-    """A step of a pipeline begins (or begins anew, in a higher round) with these samples, dealt to the trainers."""
-
-    kind: ClassVar[str] = "step"
-    step: int
-    round: int
-    ranges: tuple[Range, ...]
-    trainers: tuple[str, ...]
-    why: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepFenceRecord(Record):
-    """Nothing that this peer counted in the step is in its commit."""
-
-    kind: ClassVar[str] = "step_fence"
-    peer: str
-    step: int
-    round: int
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageCommitRecord(Record):
-    """A stage moved from version `step` to the next: who counted which microbatches (`peer:0,3`), who holds it."""
-
-    kind: ClassVar[str] = "stage_commit"
-    step: int
-    round: int
-    stage: int
-    digest: str
-    counted: tuple[str, ...]
-    holders: tuple[str, ...]
-
-
 KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
-        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord,
-        RollbackRecord, SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord,
-        StepFenceRecord, StageCommitRecord,
+        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
+        SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
+        StageCommitRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)

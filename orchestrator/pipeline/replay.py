@@ -7,17 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workers.records import (
-    FenceRecord,
-    JoinRecord,
-    PipelineGenesisRecord,
-    Record,
-    ServeRecord,
-    StageCommitRecord,
-    StepFenceRecord,
-    StepRecord,
-    StopRecord,
-)
+from workers.pipeline.records import PipelineGenesisRecord, ServeRecord, StageCommitRecord, StepFenceRecord, StepRecord
+from workers.records import FenceRecord, JoinRecord, Record, StopRecord
 
 MANIFEST = "pipeline.json"
 

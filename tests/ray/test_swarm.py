@@ -22,7 +22,8 @@ from orchestrator.launch import RaySession
 from orchestrator.pipeline.replay import PipelineHistory, replay
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
-from workers.records import FenceRecord, Record, StageCommitRecord, StepFenceRecord, TermRecord
+from workers.pipeline.records import StageCommitRecord, StepFenceRecord
+from workers.records import FenceRecord, Record, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 
