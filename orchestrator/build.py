@@ -27,7 +27,9 @@ def island_index(name: str) -> int:
 def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
     """Replace what depends on this machine or on the corpus: number of islands, the corpus' digest, codec backend."""
     values: dict[str, object] = {}
-    if config.run.islands == "auto" and config.run.address is not None:
+    if config.pipeline.stages is not None:
+        values["run.islands"] = config.pipeline.num_processes
+    elif config.run.islands == "auto" and config.run.address is not None:
         values |= {"run.islands": 1, "run.elastic": True}
     elif config.run.islands == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,7 +68,9 @@ def pack_path(config: RunConfig) -> Path | None:
 
 
 def num_islands(config: RunConfig) -> int:
-    """Islands of a resolved configuration."""
+    """Islands of a resolved configuration; of a pipeline, its peers and trainers."""
+    if config.pipeline.stages is not None:
+        return config.pipeline.num_processes
     assert isinstance(config.run.islands, int), "resolve() first"
     return config.run.islands
 

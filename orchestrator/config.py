@@ -25,6 +25,7 @@ from orchestrator.settings import ExchangeConfig, MetricsConfig, RunSection
 from orchestrator.toml_writer import format_tables
 from strategies.config import CodecConfig, Section, StrategyConfig
 from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from workers.pipeline.config import PipelineConfig
 
 DEFAULT = "default"
 IN_PYTHON = "the configuration that was given"
@@ -43,6 +44,9 @@ class RunConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="The built-in decoder, or a factory.")
     strategy: StrategyConfig = Field(default_factory=StrategyConfig, description="When members synchronise, and how.")
     codec: CodecConfig = Field(default_factory=CodecConfig, description="How values become bytes on the wire.")
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig, description="Stages of a model that no single worker holds."
+    )
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig, description="How a synchronisation is agreed on.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Validation of the anchor.")
     notify: NotifyConfig = Field(default_factory=NotifyConfig, description="A command to run when something happens.")

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from orchestrator.config_problem import Problem
+from orchestrator.pipeline_checks import check_pipeline_settings
 from orchestrator.strategy_checks import check_strategy
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def find_problems(config: RunConfig) -> Iterator[Problem]:
     yield from check_islands(config)
     yield from check_strategy(config)
     yield from check_exchange(config)
+    yield from check_pipeline_settings(config)
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:

@@ -84,7 +84,7 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
         with waiting("starting Ray"):
             stack.enter_context(session)
         summary = session.run(run_dir.resolve(), prepared.pack, prepared.faults, resume=resume, quiet=quiet)
-    if summary.tokens_committed:
+    if summary.tokens_committed and config.pipeline.stages is None:  # its journal has other rows
         from orchestrator.report.build import build_report
 
         build_report(run_dir)
@@ -227,7 +227,6 @@ class RaySession:
         """
         import ray
 
-        from orchestrator.actors import ControllerActor
         from orchestrator.processes import NAMESPACE, controller_name, this_machine
 
         run_id, self.run_dir = run_dir.name, run_dir
@@ -241,18 +240,19 @@ class RaySession:
             if elsewhere:  # else it was said before Ray was started
                 _say(found)
         self._say_where(run_dir)
-        self.controller = ControllerActor.options(  # type: ignore[attr-defined]
-            name=controller_name(run_id), namespace=NAMESPACE, lifetime="detached", resources=this_machine()
-        ).remote(
-            self.config.to_tables(),
-            run_id,
-            str(run_dir),
-            str(pack) if pack is not None else None,
-            secrets.token_hex(16),
-            list(faults),
-            resume,
-            wrap,
-        )
+        options = {"name": controller_name(run_id), "namespace": NAMESPACE, "lifetime": "detached"}
+        arguments = (self.config.to_tables(), run_id, str(run_dir), None if pack is None else str(pack))
+        token = secrets.token_hex(16)
+        if self.config.pipeline.stages is not None:
+            from orchestrator.pipeline.controller import PipelineActor
+
+            shell = PipelineActor.options(**options, resources=this_machine())  # type: ignore[attr-defined]
+            self.controller = shell.remote(*arguments, token, resume)
+        else:
+            from orchestrator.actors import ControllerActor
+
+            shell = ControllerActor.options(**options, resources=this_machine())  # type: ignore[attr-defined]
+            self.controller = shell.remote(*arguments, token, list(faults), resume, wrap)
         note_address(run_dir)
         ray.get(self.controller.begin.remote(), timeout=60)
         return self.controller

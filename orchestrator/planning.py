@@ -99,6 +99,12 @@ def measured_step_s(run_dir: Path) -> float | None:
     return median(steps) / 1000 if steps else None
 
 
+def island_presets() -> dict[str, RunConfig]:
+    """The presets whose runs have islands: what is planned for holds a whole model."""
+    configs = {name: load_config(name).config for name in list_presets()}
+    return {name: config for name, config in configs.items() if config.pipeline.stages is None}
+
+
 def make_plan(case: Case, own: Mapping[str, RunConfig]) -> Plan:
     """Price `own` configurations and all presets in a case.
 
@@ -107,7 +113,7 @@ def make_plan(case: Case, own: Mapping[str, RunConfig]) -> Plan:
     """
     costs: list[Cost] = []
     misfits: dict[str, str] = {}
-    for name, config in {**own, **{name: load_config(name).config for name in list_presets()}}.items():
+    for name, config in {**own, **island_presets()}.items():
         try:
             costs.append(cost_of(name, config, case))
         except SettingError as error:
@@ -201,7 +207,7 @@ def curves(case: Case, own: Mapping[str, RunConfig]) -> dict[str, list[tuple[flo
     low, high = (math.log10(end) for end in SPAN_BIT_PER_S)
     rates = [10 ** (low + (high - low) * i / (POINTS - 1)) for i in range(POINTS)]
     out: dict[str, list[tuple[float, float]]] = {}
-    presets = {name: load_config(name).config for name in list_presets() if name not in EXAMPLES}
+    presets = {name: config for name, config in island_presets().items() if name not in EXAMPLES}
     for name, config in {**own, **presets}.items():
         try:
             costs = [(rate, cost_of(name, config, replace(case, link_bit_per_s=rate))) for rate in rates]

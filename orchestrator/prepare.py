@@ -66,6 +66,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
     if pack is not None:
         notes += _verify(pack)
         _check_model(config, pack)
+        _check_pipeline(config, pack)
     return Prepared(config=config, pack=pack, faults=plan, notes=notes)
 
 
@@ -87,6 +88,20 @@ def _check_snapshots(config: RunConfig) -> None:
         from workers.snapshot_store import open_store
 
         open_store(config.run.snapshots, config.run.name).complete()
+
+
+def _check_pipeline(config: RunConfig, pack: Path) -> None:
+    """Whether every stage fits somebody; raises SettingError with the numbers."""
+    if config.pipeline.stages is None:
+        return
+    from orchestrator.pipeline.plan import check_memory
+    from workers.data.index import load_index
+    from workers.model.shape import resolve_shape
+    from workers.pipeline.memory import machine_bytes
+
+    index = load_index(pack)
+    shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
+    check_memory(shape, config.pipeline, machine_bytes=machine_bytes(), on_one_machine=config.run.address is None)
 
 
 def _import_from_here() -> None:

@@ -31,6 +31,9 @@ class Progress:
 
     def __enter__(self) -> Self:
         """Say what is about to happen."""
+        if self.config.pipeline.stages is not None:
+            self.say(self._pipeline())
+            return self
         strategy, islands = self.config.strategy, self.config.run.islands
         steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
         self.say(
@@ -80,6 +83,16 @@ class Progress:
             print("\r" + line.ljust(self._width), end="", flush=True)
             self._width = len(line)
 
+    def _pipeline(self) -> str:
+        """What a pipeline is made of."""
+        pipeline = self.config.pipeline
+        return (
+            f"{pipeline.stages} stages, {pipeline.num_peers} peers, {pipeline.trainers} "
+            f"{'trainer' if pipeline.trainers == 1 else 'trainers'}, {self.config.train.tokens:,} tokens, steps of "
+            f"{pipeline.microbatches} microbatches of {pipeline.microbatch_size} samples, boundaries as "
+            f"{pipeline.boundary}"
+        )
+
     def _size(self, islands: int | str) -> str:
         """What one island sends in a round, where it is known before the model is built."""
         from orchestrator.planning import round_bytes
@@ -95,7 +108,7 @@ class Progress:
         from orchestrator.planning import round_bytes, sentence
 
         rounds, members = status["rounds"], len(status["members"])
-        if self._paced or self.quiet or rounds < 1 or members < 2:
+        if self.config.pipeline.stages is not None or self._paced or self.quiet or rounds < 1 or members < 2:
             return
         seconds, first = self._pace = self._pace or (status["seconds"], rounds)
         if rounds - first < PACED_AFTER_ROUNDS:
@@ -109,10 +122,16 @@ class Progress:
         """The live line; seconds left are reckoned from the first commit seen here on."""
         seconds, progress, members = status["seconds"], status["progress"], len(status["members"])
         if not progress:
-            return f"{seconds:7.1f} s  {members} of {self.config.run.islands} islands are there"
+            what = "processes" if self.config.pipeline.stages is not None else "islands"
+            return f"{seconds:7.1f} s  {members} of {self.config.run.islands} {what} are there"
         self._first = self._first or (seconds, progress)
         passed, made = seconds - self._first[0], progress - self._first[1]
         left = f"  {(1 - progress) * passed / made:,.0f} s left" if made > 0 and progress < 1 else ""
+        if self.config.pipeline.stages is not None:
+            loss = f"  loss {status['loss']:.4f}" if status["loss"] is not None else ""
+            return (
+                f"{seconds:7.1f} s  {100 * progress:5.1f} %  step {status['rounds']}  {members} processes{loss}{left}"
+            )
         islands = "1 island" if members == 1 else f"{members} islands"
         return f"{seconds:7.1f} s  {100 * progress:5.1f} %  round {status['rounds']}  {islands}{left}"
 

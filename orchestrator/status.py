@@ -223,8 +223,14 @@ def _kept(row: CopyRow | None, state: RunState) -> str:
     return f"{row.other} keeps {whose}" if alive else f"nobody yet: {row.other}, which kept {whose}, is gone"
 
 
-def status_command(read: Callable[[], Status], as_json: bool, watch: bool) -> int:
-    """Print what `read` gives once, or (`watch`) again and again until the run is over; returns the exit code."""
+def status_command(
+    read: Callable[[], Any], as_json: bool, watch: bool, show: Callable[[Any], Any] | None = None
+) -> int:
+    """Print what `read` gives once, or (`watch`) again and again until the run is over; returns the exit code.
+
+    `show` makes a table of it: of a `Status` unless another one is given.
+    """
+    show = show or render
     if as_json:
         while True:
             status = read()
@@ -238,13 +244,13 @@ def status_command(read: Callable[[], Status], as_json: bool, watch: bool) -> in
     console = Console()
     status = read()
     if not watch:
-        console.print(render(status))
+        console.print(show(status))
         return 0
-    with Live(render(status), console=console, auto_refresh=False) as live:
+    with Live(show(status), console=console, auto_refresh=False) as live:
         while status.state == "running":
             time.sleep(REFRESH_S)
             status = read()
-            live.update(render(status), refresh=True)
+            live.update(show(status), refresh=True)
     return 0
 
 

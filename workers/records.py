@@ -13,7 +13,15 @@ from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 from blake3 import blake3
 
+from workers.pipeline.records import (
+    PipelineGenesisRecord,
+    ServeRecord,
+    StageCommitRecord,
+    StepFenceRecord,
+    StepRecord,
+)
 from workers.ranges import Range
+from workers.record_base import Record as Record
 
 GENESIS_HASH = "0" * 32
 
@@ -79,13 +87,6 @@ class RosterEntry:
     def offer(self) -> OfferId:
         """Id of the offer that this entry includes."""
         return OfferId(member=MemberId(name=self.member, incarnation=self.incarnation), seq=self.seq)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
-    """Base of all records."""
-
-    kind: ClassVar[str] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,8 +315,9 @@ KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
-        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord,
-        RollbackRecord, SharesRecord, StopRecord, OperatorRecord,
+        RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
+        SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
+        StageCommitRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)

@@ -32,6 +32,10 @@ def status(target: str | None, token_file: Path | None, run: str | None, as_json
 
     if token_file is None and not _is_place(target):
         directory = open_run_dir(None if target is None else Path(target))
+        from orchestrator.pipeline.views import is_pipeline_run, read_pipeline_status, render_pipeline
+
+        if is_pipeline_run(directory.path):
+            return status_command(partial(read_pipeline_status, directory.path), as_json, watch, render_pipeline)
         return status_command(partial(read_status, directory.path), as_json, watch)
     from orchestrator.cli.cluster import hide_token
     from orchestrator.client import connect
@@ -59,6 +63,10 @@ def ledger(run_dir: Path | None, as_json: bool) -> int:
 
     directory = open_run_dir(run_dir)
     from orchestrator.ledger import ledger_command
+    from orchestrator.pipeline.views import is_pipeline_run, pipeline_ledger
+
+    if is_pipeline_run(directory.path):
+        return pipeline_ledger(directory.path, as_json)
 
     return ledger_command(directory.path, as_json)
 

@@ -38,6 +38,9 @@ SHELLS = {
     "orchestrator.hands": {"ray"},
     "orchestrator.dashboard.actor": {"ray"},
     "orchestrator.island_actor": {"ray"},
+    "orchestrator.pipeline.actors": {"ray"},
+    "orchestrator.pipeline.controller": {"ray"},
+    "orchestrator.pipeline.local": {"torch"},
     "orchestrator.local": {"torch"},
 }
 

@@ -123,6 +123,10 @@ class Accumulator:
         record.running.clear()
         record.counted.clear()
 
+    def restart(self, step: int) -> None:
+        """The step is begun anew: whatever was counted, promised or fenced in it belongs to an older round."""
+        self._steps.pop(step, None)
+
     def drain(self, on: bool = True) -> None:
         """Take no new microbatches (before leaving the stage), or again."""
         self._draining = on

@@ -19,9 +19,17 @@ from workers.model.errors import ModelError
 from workers.model.linear import linear
 from workers.model.llama import Layer, rotary_tables
 from workers.model.shape import DecoderShape, parameter_shapes
+from workers.pipeline.costs import decoder_costs
+from workers.pipeline.spec import EMBEDDING, EMBEDDING_WEIGHT, HEAD
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+__all__ = [
+    "StageModel",
+    "build_decoder_stage",
+    "decoder_costs",
+    "list_costs",
+    "list_stage",
+    "measure_layers",
+]
 
 
 class Embedding(nn.Module):
@@ -82,22 +90,6 @@ class StageModel:
         """Run all layers."""
         out: Tensor = self.layers(x)
         return out
-
-
-def decoder_costs(shape: DecoderShape) -> list[LayerCost]:
-    """The layers of the built-in decoder by parameters: embedding, decoder layers, norm with head."""
-    sizes = {name: math.prod(size) for name, size in parameter_shapes(shape).items()}
-    matrix = sizes[EMBEDDING_WEIGHT]
-    tied_to = HEAD if shape.tie_embeddings else None
-    layers = [
-        LayerCost(name=prefix[:-1], num_params=sum(size for name, size in sizes.items() if name.startswith(prefix)))
-        for prefix in (f"model.layers.{index}." for index in range(shape.layers))
-    ]
-    return [
-        LayerCost(name=EMBEDDING, num_params=matrix, tied_to=tied_to),
-        *layers,
-        LayerCost(name=HEAD, num_params=matrix + sizes["model.norm.weight"]),
-    ]
 
 
 def build_decoder_stage(shape: DecoderShape, stage: Stage, *, seed: int) -> StageModel:

@@ -259,6 +259,10 @@ class Microbatches:
         commands += self._report()
         return commands
 
+    def restart(self, step: int) -> None:
+        """Forget a step that is begun anew; its calls are stale, and attempts go on rising."""
+        self._steps.pop(step, None)
+
     def next_deadline_s(self) -> float | None:
         """When a `Tick` is due at the latest; None if nothing waits for time."""
         times = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -47,19 +48,30 @@ class Request:
     input_type: str = "encoded"
     other_type: str = "encoded"
     weight: float = 1.0
+    round_: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
     """`begin` is RUN after a forward, DONE after a backward, else why nothing was done.
 
-    `key`: of the encoded tensor in the peer's store, "" where there is none; `shape`: of that tensor.
+    `key`: of the encoded tensor in the peer's store, "" where there is none; `shape`: of that tensor. `seconds`: the
+    peer's own time for it, where it was measured.
     """
 
     begin: Begin
     key: str = ""
     shape: tuple[int, ...] = ()
     loss: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetched:
+    """The tensors of a call: the stage's input, and for a backward the gradient of its output (or the targets)."""
+
+    x: Tensor
+    other: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +83,11 @@ class _Counted:
 
 
 class StagePeer:
-    """Computes for one stage; `optimizer(model)` makes the optimizer of the parameters that the stage owns."""
+    """Computes for one stage.
+
+    `optimizer(parameters)` makes the optimizer of those that the stage owns; None: somebody else steps them, and says
+    so with `committed`.
+    """
 
     def __init__(
         self,
@@ -82,7 +98,7 @@ class StagePeer:
         model: StageModel,
         loss_fn: Loss,
         boundary: Boundary,
-        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None,
         store: BlobStore,
         transport: Transport,
         seed: int = 0,
@@ -94,65 +110,85 @@ class StagePeer:
         self.accumulator = Accumulator(version=version)
         self.gradients = GradientStore(ordered=ordered)
         self.transport = transport
+        # What is counted, apart from what is computed: a withdrawal does not wait for the call under way.
+        self.book = threading.RLock()
         self._is_last = stage == num_stages - 1
         self._loss_fn, self._boundary, self._store, self._seed = loss_fn, boundary, store, seed
         self._counted: dict[tuple[int, int], _Counted] = {}
         self._device = next(iter(model.names.values())).device
         owned = [parameter for name, parameter in model.names.items() if name != model.copy_of]
         # A stage that holds nothing but the copy has nothing to step.
-        self._optimizer = optimizer(list(owned)) if owned else None
+        self._optimizer = optimizer(list(owned)) if owned and optimizer is not None else None
 
-    def run(self, request: Request) -> Reply:
+    def fetch(self, request: Request) -> Fetched:
+        """The tensors that a call needs; may run beside another call. Raises what transport and codec raise."""
+        x = self._input(request)
+        if request.call.direction == "forward":
+            return Fetched(x=x, other=None)
+        other = self._fetch(request.address, request.other_key, request.other_shape, request.other_type)
+        return Fetched(x=x, other=other)
+
+    def run(self, request: Request, fetched: Fetched | None = None) -> Reply:
         """Do a call. Raises what transport and codec raise; nothing is counted then."""
-        return self._forward(request) if request.call.direction == "forward" else self._backward(request)
+        one = self._forward if request.call.direction == "forward" else self._backward
+        return one(request, fetched)
 
-    def _forward(self, request: Request) -> Reply:
+    def _forward(self, request: Request, fetched: Fetched | None) -> Reply:
         call = request.call
         if call.step != self.accumulator.version:
             return Reply(begin=Begin.OTHER_VERSION)
-        x = self._input(request)
+        x = (fetched or self.fetch(request)).x
         with self._seeded(call):
             y = forward(self.model, x)
         return Reply(begin=Begin.RUN, key=self._put(call, y), shape=tuple(y.shape))
 
-    def _backward(self, request: Request) -> Reply:
+    def _backward(self, request: Request, fetched: Fetched | None) -> Reply:
         call = request.call
-        begin = self.accumulator.begin(call.step, call.microbatch, call.attempt)
-        if begin is Begin.DONE:
-            return self.reply_again(call)
+        with self.book:
+            begin = self.accumulator.begin(call.step, call.microbatch, call.attempt)
+            if begin is Begin.DONE:
+                return self.reply_again(call)
         if begin is not Begin.RUN:
             return Reply(begin=begin)
         try:
-            result = self._compute(request)
+            result = self._compute(request, fetched or self.fetch(request))
             # Before it counts: a gradient that cannot be sent must not be in the sum.
             gradient = result.input_gradient
             if gradient is not None and self.stage > 0:
                 self._put(call, gradient)
         except BaseException:
-            self.accumulator.fail(call.step, call.microbatch)
+            with self.book:
+                self.accumulator.fail(call.step, call.microbatch)
             raise
-        if not self.accumulator.finish(call.step, call.microbatch):
-            return Reply(begin=Begin.WITHDRAWN)
-        self.gradients.add(call.step, call.microbatch, result.gradients)
-        self._counted[(call.step, call.microbatch)] = _Counted(
-            loss=None if result.loss is None else float(result.loss),
-            shape=() if gradient is None else tuple(gradient.shape),
-        )
-        return self.reply_again(call)
+        with self.book:
+            if not self.accumulator.finish(call.step, call.microbatch):
+                return Reply(begin=Begin.WITHDRAWN)
+            self.gradients.add(call.step, call.microbatch, result.gradients)
+            self._counted[(call.step, call.microbatch)] = _Counted(
+                loss=None if result.loss is None else float(result.loss),
+                shape=() if gradient is None else tuple(gradient.shape),
+            )
+            return self.reply_again(call)
 
-    def _compute(self, request: Request) -> BackwardResult:
-        x = self._input(request)
-        other = self._fetch(request.address, request.other_key, request.other_shape, request.other_type)
+    def _compute(self, request: Request, fetched: Fetched) -> BackwardResult:
+        assert fetched.other is not None, "a backward has a gradient or targets"
         with self._seeded(request.call):
             if self._is_last:
-                return backward_with_loss(self.model, x, other, self._loss_fn, weight=request.weight)
-            return backward(self.model, x, other)
+                return backward_with_loss(self.model, fetched.x, fetched.other, self._loss_fn, weight=request.weight)
+            return backward(self.model, fetched.x, fetched.other)
 
     def reply_again(self, call: Call) -> Reply:
         """The reply of a backward that is counted here."""
         key = self._key(call)
         counted = self._counted[(call.step, call.microbatch)]
         return Reply(begin=Begin.DONE, key=key if key in self._store else "", shape=counted.shape, loss=counted.loss)
+
+    def withdraw(self, call: Call) -> Reply | None:
+        """The reply of a backward that is counted here; None: it is not, and this attempt never will be."""
+        with self.book:
+            if self.accumulator.withdraw(call.step, call.microbatch, call.attempt):
+                return self.reply_again(call)
+            return None
 
     def apply(self, step: int, reduced: Gradients, *, copies: Gradients | None = None) -> None:
         """The step is committed with this sum of gradients. `copies`: new values of parameters owned elsewhere."""
@@ -165,15 +201,30 @@ class StagePeer:
         with torch.no_grad():
             for name, value in (copies or {}).items():
                 self.model.names[name].copy_(value)
-        self.accumulator.commit(step)
+        self.committed(step)
+
+    def committed(self, step: int) -> None:
+        """The step is committed and in the parameters: forget what was counted in it."""
+        with self.book:
+            self.accumulator.commit(step)
+            self._forget(step)
+
+    def restart(self, step: int) -> None:
+        """The step is begun anew, in a higher round."""
+        with self.book:
+            self.accumulator.restart(step)
+            self._forget(step)
+
+    def _forget(self, step: int) -> None:
         self.gradients.drop(step)
-        self._counted = {key: one for key, one in self._counted.items() if key[0] > step}
+        self._counted = {key: one for key, one in self._counted.items() if key[0] != step}
         self._store.discard(f"pipeline/{step}")
 
     def fence(self, step: int) -> None:
         """This peer was given up for a step: what it counted there is dropped."""
-        self.accumulator.fence(step)
-        self.gradients.drop(step)
+        with self.book:
+            self.accumulator.fence(step)
+            self.gradients.drop(step)
 
     def take_state(self, mate: StagePeer) -> None:
         """Take parameters and optimizer of another peer of the stage in this process, at its version."""

@@ -69,6 +69,13 @@ class Router:
         if (known := self._peers.get(peer)) is not None:
             known.banned = reason
 
+    def lift(self, peer: str) -> None:
+        """A banned peer has answered after all: it may be chosen again, from the smallest load of its stage on."""
+        known = self._peers.get(peer)
+        if known is not None and known.banned:
+            known.load_s = max(known.load_s, newcomer_load_s(self._loads(known.stage)))
+            known.banned = ""
+
     def serving(self, stage: int) -> list[str]:
         """Peers of a stage that may be chosen, by name."""
         return sorted(name for name, peer in self._peers.items() if peer.stage == stage and not peer.banned)

@@ -30,7 +30,7 @@ def complaint(*overrides: str, run: str = "demo") -> UserError:
 
 
 def test_presets_are_the_documented_ones() -> None:
-    strategies = ["async-dn", "decoupled", "delayed", "diloco", "eager", "muloco", "sparseloco", "streaming"]
+    strategies = ["async-dn", "decoupled", "delayed", "diloco", "eager", "muloco", "sparseloco", "streaming", "swarm"]
     assert list(list_presets()) == sorted(["ddp", "debug", "demo", "storm", *strategies])
 
 

@@ -16,7 +16,17 @@ from orchestrator.errors import UserError
 from orchestrator.local import LocalRun
 from orchestrator.metrics import ExchangeRow, read_rows
 from orchestrator.planner import COSTS, GOOD_UTILISATION, WHOLE_ROUND, Case, choose, cost_of, entry_of, steps_for
-from orchestrator.planning import EXAMPLES, Plan, case_of, curves, make_plan, markdown, round_bytes, sentence
+from orchestrator.planning import (
+    EXAMPLES,
+    Plan,
+    case_of,
+    curves,
+    island_presets,
+    make_plan,
+    markdown,
+    round_bytes,
+    sentence,
+)
 from orchestrator.quantities import parse_count, parse_rate, parse_seconds, show_bytes, show_rate, show_seconds
 from strategies.config import StrategyConfig
 from tests.small_run import make_pack, small_config
@@ -150,11 +160,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.output.startswith("1.2 G parameters on 4 islands, 200 Mbit/s and 80 ms round trip")
     assert "start from " in done.output and " 100 %" in done.output
-    for name in list_presets():
+    for name in island_presets():
         assert f"\n{name} " in done.output
     drawing = ET.fromstring(plot.read_text())
     names = {title.text for title in drawing.iter("{http://www.w3.org/2000/svg}title")}
-    assert names == set(list_presets()) - EXAMPLES
+    assert names == set(island_presets()) - EXAMPLES
     answer = CliRunner().invoke(plan_command, [*asked, "--json"])
     assert Plan.model_validate_json(answer.output).params == 1_200_000_000
 
@@ -204,4 +214,4 @@ def test_bytes_of_a_model_that_is_not_the_built_in_one() -> None:
 def test_the_table_for_documents_has_every_preset_but_the_examples() -> None:
     text = markdown(make_plan(CASE, {}))
     rows = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")} - {"preset", "---"}
-    assert rows == set(list_presets()) - EXAMPLES
+    assert rows == set(island_presets()) - EXAMPLES

@@ -10,6 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from journal_histories import Story, chain_rows
 
+from workers.pipeline.records import (
+    PipelineGenesisRecord,
+    ServeRecord,
+    StageCommitRecord,
+    StepFenceRecord,
+    StepRecord,
+)
 from workers.records import (
     GENESIS_HASH,
     KINDS,
@@ -35,11 +42,19 @@ from workers.records import (
 )
 
 OPERATOR = OperatorRecord(action="drain", member="island-1", by="dashboard, 127.0.0.1", outcome="asked", t_s=12.5)
+PIPELINE = [
+    PipelineGenesisRecord(digests=("a", "b"), num_params=7, num_microbatches=4, samples_per_step=8),
+    ServeRecord(process="peer-0", peer="peer-0.2", stage=1, why="placed"),
+    StepRecord(step=0, round=1, ranges=((0, 8),), trainers=("trainer-0.1",), why="trainer-1 is gone"),
+    StepFenceRecord(peer="peer-0.2", step=0, round=1, why="it died"),
+    StageCommitRecord(step=0, round=1, stage=1, digest="c", counted=("peer-1.2:0,1,2,3",), holders=("peer-1",)),
+]
 ROWS = [
     *chain_rows(
         [
             *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
+            *PIPELINE,
             StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode'),
         ]
     )

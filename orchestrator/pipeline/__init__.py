@@ -1,0 +1,1 @@
+"""Runs whose model is cut into stages: the controller of a pipeline, and its shells."""

@@ -1,0 +1,265 @@
+"""The Ray actors of a pipeline's workers: thin shells of `PeerHost` and `TrainerHost`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from orchestrator.island_actor import _logged, log_to, own_run_dir
+from orchestrator.log_shipping import read_piece
+from orchestrator.processes import NAMESPACE, controller_name, island_actor_name
+from workers.pipeline.messages import FromPeer, FromTrainer, PeerPlace, ToPeer, ToTrainer
+from workers.pipeline.microbatches import Call
+from workers.pipeline.spec import PipelineSpec
+from workers.stack import allow_dumps
+
+if TYPE_CHECKING:
+    from workers.pipeline.host import PeerHost
+    from workers.pipeline.peer import Reply, Request
+    from workers.pipeline.trainer import TrainerHost
+    from workers.store import BlobStore
+    from workers.transport.flight import FlightTransport
+
+TICK_S = 0.1
+FETCH_THREADS = 8
+
+log = logging.getLogger("atoll.pipeline")
+
+Present = dict[str, Any]
+"""What a process says of itself when it has begun: fields of `Joined`."""
+
+
+class _Process:
+    """What peers and trainers have in common: a log, a transport, and somebody who waits for their end."""
+
+    def __init__(self, spec: PipelineSpec, process: str, nonce: str, token: str, log_file: str) -> None:
+        """Keeps the arguments; `begin` does the work."""
+        self.spec = replace(spec, run_dir=own_run_dir(spec.run_dir))
+        self.process, self.nonce, self.token = process, nonce, token
+        self.log_file = str(self.spec.run_dir / "logs" / Path(log_file).name)
+        self.transport: FlightTransport | None = None
+
+    def _settle_in(self) -> tuple[BlobStore, FlightTransport]:
+        log_to(Path(self.log_file))
+        allow_dumps()
+        log.info("%s is process %d", self.process, os.getpid())
+        import torch
+
+        from workers.data.fetch import is_uri, local_pack
+        from workers.store import BlobStore
+        from workers.transport.flight import FlightTransport
+
+        torch.set_num_threads(self.spec.train.threads)
+        data = self.spec.data
+        if data.path is not None and is_uri(data.path):
+            self.spec = replace(self.spec, pack=local_pack(data.path, digest=data.digest))
+        store = BlobStore()
+        transport = FlightTransport(
+            store, host=ray.util.get_node_ip_address(), token=self.token, num_connections=self.spec.connections
+        )
+        transport.start()
+        self.transport = transport
+        return store, transport
+
+    def _present(self) -> Present:
+        assert self.transport is not None, "begin() comes first"
+        return {
+            "process": self.process,
+            "nonce": self.nonce,
+            "address": self.transport.address,
+            "node": str(ray.get_runtime_context().get_node_id()),
+            "pid": os.getpid(),
+        }
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"calls": 3, "book": 2, "orders": 1, "work": 6, "watch": 16})
+class StagePeerActor(_Process):
+    """One stage peer's process."""
+
+    host: PeerHost | None = None
+
+    @ray.method(concurrency_group="watch")
+    def begin(self) -> Present:
+        """Open the log and serve; what this process is, and what it holds. Idempotent."""
+        if self.host is None:
+            with _logged("the peer did not start"):
+                from workers.pipeline.host import PeerHost
+
+                store, transport = self._settle_in()
+                self.host = PeerHost(self.spec, self.process, store, transport)
+        return {**self._present(), **self.host.present()}
+
+    @ray.method(concurrency_group="calls")
+    def call(self, request: Request) -> Reply:
+        """See `PeerHost.call`; calls wait here for their turn, while the next one's tensors are fetched."""
+        assert self.host is not None, "begin() comes first"
+        return self.host.call(request)
+
+    @ray.method(concurrency_group="book")
+    def withdraw(self, call: Call, round_: int) -> Reply | None:
+        """See `PeerHost.withdraw`."""
+        assert self.host is not None, "begin() comes first"
+        return self.host.withdraw(call, round_)
+
+    @ray.method(concurrency_group="orders")
+    def obey(self, order: ToPeer) -> FromPeer:
+        """Orders that come one after the other."""
+        assert self.host is not None, "begin() comes first"
+        return self.host.do(order)
+
+    @ray.method(concurrency_group="work")
+    def work(self, order: ToPeer) -> FromPeer:
+        """Orders that fetch and compute: beside each other."""
+        assert self.host is not None, "begin() comes first"
+        return self.host.do(order)
+
+    @ray.method(concurrency_group="watch")
+    def wait(self, timeout_s: float) -> None:
+        """Nothing, after a while: a caller learns of the process's death by this call."""
+        time.sleep(timeout_s)
+
+    @ray.method(concurrency_group="watch")
+    def figures(self) -> dict[str, float]:
+        """Seconds inside calls, and bytes on the wire, so far."""
+        assert self.host is not None and self.transport is not None, "begin() comes first"
+        return {
+            "busy_s": self.host.busy_s,
+            "bytes_sent": float(self.transport.bytes_sent),
+            "bytes_received": float(self.transport.bytes_received),
+        }
+
+    @ray.method(concurrency_group="watch")
+    def die(self, signal_number: int = signal.SIGKILL) -> None:
+        """Injected fault: this process sends itself a signal."""
+        os.kill(os.getpid(), signal_number)
+
+    @ray.method(concurrency_group="watch")
+    def read_log(self, offset: int, num_bytes: int) -> bytes:
+        """What this process's log has at an offset."""
+        return read_piece(Path(self.log_file), offset, num_bytes)
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=1000)
+class TrainerActor(_Process):
+    """One trainer's process: an event loop around a `TrainerHost`."""
+
+    host: TrainerHost | None = None
+
+    async def begin(self) -> Present:
+        """Open the log and the data, and serve. Idempotent."""
+        if self.host is None:
+            with _logged("the trainer did not start"):
+                from workers.pipeline.trainer import TrainerHost
+
+                store, transport = self._settle_in()
+                self.controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
+                self.peers: dict[str, ActorHandle] = {}
+                self.fetching = ThreadPoolExecutor(max_workers=FETCH_THREADS, thread_name_prefix="fetch")
+                self.tasks: set[asyncio.Task[None]] = set()
+                self.host = TrainerHost(self.spec, self.process, store, transport, self, time.monotonic)
+                self._task(self._tick())
+        return {**self._present(), "memory_bytes": 0}
+
+    async def deliver(self, message: ToTrainer) -> None:
+        """A message of the controller."""
+        assert self.host is not None, "begin() comes first"
+        with _logged("the trainer failed"):
+            self.host.handle(message)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Nothing, after a while: a caller learns of the process's death by this call."""
+        await asyncio.sleep(timeout_s)
+
+    async def die(self, signal_number: int = signal.SIGKILL) -> None:
+        """Injected fault: this process sends itself a signal."""
+        os.kill(os.getpid(), signal_number)
+
+    async def read_log(self, offset: int, num_bytes: int) -> bytes:
+        """What this process's log has at an offset."""
+        return read_piece(Path(self.log_file), offset, num_bytes)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            assert self.host is not None, "it ticks after it began"
+            with _logged("the trainer failed"):
+                self.host.tick()
+
+    def _task(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    # ------------------------------------------------------------ workers.pipeline.trainer.Hands
+
+    def send(self, place: PeerPlace, request: Request) -> None:
+        """See `workers.pipeline.trainer.Hands.send`."""
+        self._task(self._send(place, request))
+
+    def withdraw(self, place: PeerPlace, call: Call, round_: int) -> None:
+        """See `workers.pipeline.trainer.Hands.withdraw`."""
+        self._task(self._withdraw(place, call, round_))
+
+    def tell(self, message: FromTrainer) -> None:
+        """See `workers.pipeline.trainer.Hands.tell`."""
+        self._task(self._tell(message))
+
+    async def _tell(self, message: FromTrainer) -> None:
+        # A controller that is just coming back hears of everything anew: it begins the step in a higher round.
+        try:
+            await self.controller.hear.remote(self.process, self.nonce, message)
+        except RayActorError as error:
+            log.info("the controller does not hear: %s", error)
+
+    def _peer(self, place: PeerPlace) -> ActorHandle:
+        if place.nonce not in self.peers:
+            name = island_actor_name(self.spec.run_id, place.process, place.nonce)
+            self.peers[place.nonce] = ray.get_actor(name, namespace=NAMESPACE)
+        return self.peers[place.nonce]
+
+    async def _send(self, place: PeerPlace, request: Request) -> None:
+        from workers.transport.errors import TransportError
+
+        host, call, round_ = self.host, request.call, request.round_
+        assert host is not None, "it sends after it began"
+        try:
+            reply = await self._peer(place).call.remote(request)
+            data = await asyncio.get_running_loop().run_in_executor(self.fetching, host.fetch, place, reply)
+        except RayTaskError as error:
+            host.failed(call, round_, _first_line(error))
+        except (RayActorError, TransportError, ValueError, GetTimeoutError) as error:
+            host.unreachable(call, round_, _first_line(error))
+        else:
+            with _logged("the trainer failed"):
+                host.replied(call, round_, reply, data)
+
+    async def _withdraw(self, place: PeerPlace, call: Call, round_: int) -> None:
+        from workers.transport.errors import TransportError
+
+        host = self.host
+        assert host is not None, "it withdraws after it began"
+        try:
+            reply = await self._peer(place).withdraw.remote(call, round_)
+            data = None
+            if reply is not None:
+                data = await asyncio.get_running_loop().run_in_executor(self.fetching, host.fetch, place, reply)
+        except (RayActorError, RayTaskError, TransportError, ValueError) as error:
+            host.unreachable(call, round_, _first_line(error))
+        else:
+            host.withdrawn(call, round_, reply, data)
+
+
+def _first_line(error: BaseException) -> str:
+    raised = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    return f"{type(raised).__name__}: {next(iter(str(raised).strip().splitlines()), '')}"

@@ -1,0 +1,452 @@
+"""The controller of a pipeline: a pure machine, `handle(event, now_s) -> commands`.
+
+It starts processes, gives each peer a stage (`place`), opens one step after the other, leads each to its commit
+(`StepCommit`), and keeps every stage alive: a copy of its state at a buddy, peers in the place of dead ones, moves to
+the slowest stage (`decide`). Whatever is lost costs at most the step under way. Rules of counting: docs/swarm.md.
+"""
+
+from __future__ import annotations
+
+from orchestrator.pipeline.commands import (
+    Answered,
+    Command,
+    Died,
+    End,
+    Event,
+    Failed,
+    Heard,
+    Joined,
+    Rebalance,
+    Sealed,
+    Start,
+    StepDone,
+    Stop,
+    Tell,
+    Tick,
+)
+from orchestrator.pipeline.commit import Contradiction, StepCommit
+from orchestrator.pipeline.keeper import StageKeeper
+from orchestrator.pipeline.roster import Peer, deal
+from workers.pipeline.messages import (
+    Applied,
+    Apply,
+    FromPeer,
+    FromTrainer,
+    GaveUp,
+    Have,
+    Holds,
+    Offered,
+    OpenStep,
+    Peers,
+    Reduced,
+    SaveStage,
+    StageReady,
+    StepCommitted,
+)
+from workers.pipeline.records import PipelineGenesisRecord, StageCommitRecord, StepRecord
+from workers.records import FenceRecord, JoinRecord, Record, SnapshotRecord
+
+RETRY_S = 0.5
+SPREAD_GRACE_S = 5.0
+MAX_FAILURES = 3
+
+
+class PipelineBrain(StageKeeper):
+    """See the module."""
+
+    # ------------------------------------------------------------ dispatch
+
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        """One event in, what to do out; in that order."""
+        self._now_s = now_s
+        if self.finished is None:
+            try:
+                self._dispatch(event)
+                self._go_on()
+            except Contradiction as error:
+                self._finish("failed", str(error))
+        out, self._out = self._out, []
+        return out
+
+    def _dispatch(self, event: Event) -> None:
+        match event:
+            case Joined():
+                self._joined(event)
+            case Died():
+                self._died(event)
+            case Answered(ticket=ticket, answer=answer):
+                process, about = self._open.pop(ticket, ("", ()))
+                if about and process in self.roster.peers:
+                    self._answered(self.roster.peers[process], about, answer)
+            case Failed(ticket=ticket, why=why):
+                process, about = self._open.pop(ticket, ("", ()))
+                if about and process in self.roster.peers:
+                    self._failed(self.roster.peers[process], about, why)
+            case Heard(process=process, nonce=nonce, message=message):
+                if self.roster.trainers.get(process) == nonce:
+                    self._heard(process, message)
+            case Tick():
+                self._ticked()
+            case Rebalance():
+                self._rebalance()
+            case Stop():
+                self.stopping = event
+
+    def begin(self, now_s: float) -> list[Command]:
+        """Start all processes."""
+        self._now_s = self._started_s = self._saved_s = now_s
+        return [Start(process=name, why="start") for name in (*self.plan.peers, *self.plan.trainers)]
+
+    # ------------------------------------------------------------ processes
+
+    def _joined(self, event: Joined) -> None:
+        self.roster.next_name(event.process)
+        incarnation = self.roster.incarnations[event.process]
+        self._write(JoinRecord(member=event.process, incarnation=incarnation, nonce=event.nonce, node=event.node))
+        if event.process in self.plan.trainers:
+            self.roster.trainers[event.process] = event.nonce
+            return  # it takes part from the next step on
+        peer = Peer(
+            process=event.process,
+            nonce=event.nonce,
+            address=event.address,
+            node=event.node,
+            memory_bytes=event.memory_bytes,
+            versions=dict(event.held),
+            serves=event.serves,
+        )
+        self.roster.peers[event.process] = peer
+        for stage, digest in event.has_next:
+            # It was told to compute the step that is the last on the record, and nobody told it so.
+            if peer.versions.get(stage) == self.version - 1 and digest == self.digests[stage]:
+                order = Apply(step=self.version - 1, stage=stage, digest=digest)
+                peer.versions[stage] = self.version
+                self._order((peer.process, order, ("applied", stage, self.version)))
+        self.rebalancer.changed()
+        if self.placed:
+            self._place_newcomer(peer)
+
+    def _died(self, event: Died) -> None:
+        if self.roster.trainers.get(event.process) == event.nonce:
+            del self.roster.trainers[event.process]
+            if self.commit is not None and event.process in self.commit.trainers:
+                self._restart_step(f"{event.process} is gone")
+        elif (peer := self.roster.peers.get(event.process)) is not None and peer.nonce == event.nonce:
+            self._lost(peer, event.why)
+        self._write(
+            FenceRecord(member=event.process, incarnation=self.roster.incarnations.get(event.process, 0), why=event.why)
+        )
+        self.num_restarts[event.process] = self.num_restarts.get(event.process, 0) + 1
+        if self.num_restarts[event.process] > self.plan.max_restarts:
+            self._finish("failed", f"{event.process} ended {self.num_restarts[event.process]} times: {event.why}")
+            return
+        self._out.append(Start(process=event.process, why=event.why))
+
+    def _lost(self, peer: Peer, why: str) -> None:
+        """A peer's process is gone, with its states, its sums and what it had counted."""
+        name, stage = peer.name, peer.stage
+        del self.roster.peers[peer.process]
+        self.rebalancer.changed()
+        if self.rebalancer.open is not None and self.rebalancer.open.move.peer == peer.process:
+            self.rebalancer.give_up(self.rebalancer.open.number, "it died")
+        self._open = {ticket: one for ticket, one in self._open.items() if one[0] != peer.process}
+        self._saving = None  # it may have been asked to write a stage
+        if stage is not None:
+            self._fence_for_step(name, peer.process, why)
+            self._tell_all(Peers(peers=self.roster.places()))
+        elif self.commit is not None:
+            self.commit.lost_owner(peer.process)
+
+    # ------------------------------------------------------------ steps
+
+    def _go_on(self) -> None:
+        """Whatever is possible now."""
+        if self.finished is not None:
+            return
+        if not self.placed:
+            self._place_all()
+        if self.begun:
+            self._fill_empty()
+            self._want_buddies()
+        if self.placed:
+            self._take_what_can()
+        if self.placed and not self.begun:
+            self._begin_training()
+        commit = self.commit
+        if commit is not None:
+            wanted, commit.wanted = commit.wanted, []
+            for one in wanted:
+                self._order(one)
+            if commit.may_commit(self._now_s, grace_s=SPREAD_GRACE_S):
+                self._commit(commit)
+        elif self.begun and self.finished is None:
+            self._open_step("")
+
+    def _begin_training(self) -> None:
+        if not all(self.roster.serving(stage) for stage in range(self.layout.num_stages)):
+            return
+        self.begun = True
+        self.digests = tuple(self.genesis_digests[stage] for stage in range(self.layout.num_stages))
+        self._write(
+            PipelineGenesisRecord(
+                digests=self.digests,
+                num_params=self.layout.num_params,
+                num_microbatches=self.plan.pipeline.microbatches,
+                samples_per_step=self.plan.pipeline.samples_per_step,
+                version=self.version,
+            )
+        )
+
+    def _open_step(self, why: str) -> None:
+        """The next step, or the same one anew; with nobody to serve a stage it waits."""
+        if self._is_over() or not self.roster.trainers:
+            return
+        trainers = tuple(sorted(self.roster.trainers))
+        dealt = deal(self.plan.pipeline.microbatches, trainers)
+        size = self.plan.pipeline.samples_per_step
+        first = self.version * size
+        names = tuple(f"{name}.{self.roster.incarnations[name]}" for name in trainers)
+        self._write(
+            StepRecord(step=self.version, round=self.round_, ranges=((first, first + size),), trainers=names, why=why)
+        )
+        self.commit = StepCommit(
+            self.layout,
+            self.roster,
+            step=self.version,
+            round_=self.round_,
+            num_microbatches=self.plan.pipeline.microbatches,
+            trainers=trainers,
+            lr=self.plan.rate(self.version),
+            grad_clip=self.plan.grad_clip,
+            copies=max(1, min(self.plan.copies, len(self.roster.peers), self._most_holders())),
+        )
+        self._step_since_s = self._now_s
+        places = self.roster.places()
+        for name in trainers:
+            message = OpenStep(
+                step=self.version,
+                round_=self.round_,
+                microbatches=dealt[name],
+                num_microbatches=self.plan.pipeline.microbatches,
+                first_sample=first,
+                peers=places,
+            )
+            self._out.append(Tell(process=name, nonce=self.roster.trainers[name], message=message))
+
+    def _most_holders(self) -> int:
+        """Copies that every stage can have: with buddies one more than the peers that it is sure to have."""
+        if self.layout.num_stages == 1:
+            return len(self.plan.peers)
+        return self.plan.copies if self.plan.pipeline.buddies else self.plan.pipeline.min_peers
+
+    def _restart_step(self, why: str) -> None:
+        """Nothing that was counted in the step stays: who died was not a peer, or peers contradict trainers."""
+        self.commit = None
+        self.round_ += 1
+        self._open_step(why)
+
+    def _is_over(self) -> bool:
+        if self.version >= self.plan.total_steps:
+            self._seal_or("done")
+            return True
+        if self.stopping is not None:
+            self._seal_or("stopped")
+            return True
+        return False
+
+    def _seal_or(self, reason: str) -> None:
+        """At the end a snapshot is taken first, unless it was said that nothing shall be saved."""
+        if self.stopping is not None and not self.stopping.save:
+            self._finish(reason)
+        elif self._saving is None:
+            if self._saved_version == self.version:
+                self._finish(reason)
+            else:
+                self._save()
+
+    def _commit(self, commit: StepCommit) -> None:
+        digests = commit.digests()
+        records: list[Record] = []
+        for stage, digest in enumerate(digests):
+            counted = tuple(f"{name}:{','.join(map(str, ids))}" for name, ids in commit.counted(stage).items())
+            records.append(
+                StageCommitRecord(
+                    step=commit.step,
+                    round=commit.round_,
+                    stage=stage,
+                    digest=digest,
+                    counted=counted,
+                    holders=tuple(sorted(commit.haves[stage])),
+                )
+            )
+        self._write(*records)
+        self.digests = tuple(digests)
+        for stage, digest in enumerate(digests):
+            for process in commit.haves[stage]:
+                peer = self.roster.peers[process]
+                peer.versions[stage] = commit.step + 1
+                about = ("applied", stage, commit.step + 1)
+                self._order((process, Apply(step=commit.step, stage=stage, digest=digest), about))
+        self.version, self.round_, self.commit, self._failures = commit.step + 1, 0, None, 0
+        loss = commit.loss()
+        self.losses.append(loss)
+        seconds = self._now_s - self._step_since_s
+        self._out.append(StepDone(step=commit.step, loss=loss, seconds=seconds, attempts=commit.attempt))
+        self._tell_all(StepCommitted(step=commit.step))
+        self._catch_up()
+        self._between_steps()
+
+    def _catch_up(self) -> None:
+        """Whoever did not have the next state pulls it; until then it serves nobody."""
+        for peer in self.roster.peers.values():
+            for stage in [stage for stage, version in peer.versions.items() if version < self.version]:
+                if stage in peer.taking:
+                    continue
+                serves = peer.stage == stage
+                if serves:
+                    peer.stage = None
+                peer.taking[stage] = self.roster.next_name(peer.process) if serves else None
+
+    def _between_steps(self) -> None:
+        """Nothing is under way: who has pulled its new stage moves, a snapshot is taken, the next step begins."""
+        claim = self.rebalancer.open
+        if claim is not None:
+            peer = self.roster.peers[claim.move.peer]
+            target = claim.move.target
+            if peer.versions.get(target) == self.version:
+                peer.moving_to = None
+                if self.rebalancer.join(claim.number, self.roster.assignment()):
+                    peer.stage = None
+                    peer.taking[target] = self.roster.next_name(peer.process)
+        due = self.plan.snapshot_every_s > 0 and self._now_s >= self._saved_s + self.plan.snapshot_every_s
+        if due and self._saving is None and self.version < self.plan.total_steps:
+            self._save()
+
+    # ------------------------------------------------------------ answers
+
+    def _answered(self, peer: Peer, about: tuple[object, ...], answer: FromPeer) -> None:
+        commit = self.commit
+        match about, answer:
+            case ("take", int(stage), (str() | None) as name, int()), Holds():
+                self._took(peer, stage, name, answer)
+            case ("offer", int(stage), str(name)), Offered(microbatches=ids) if commit is not None:
+                if not commit.offered(stage, name, ids):
+                    self._restart_step(f"stage {stage} lacks microbatches that trainers saw counted")
+            case ("sums", str(unit), int(attempt)), Reduced(sums=sums) if commit is not None:
+                commit.reduced(unit, attempt, sums, self._now_s)
+            case ("have", int(stage), int(spread)), Have(digest=digest) if commit is not None:
+                commit.have(stage, peer.process, spread, digest)
+            case ("applied", int(stage), int(version)), Applied(done=done):
+                if not done and peer.versions.get(stage) == version:
+                    del peer.versions[stage]
+                    self._catch_up_one(peer, stage)
+            case ("saved", int(stage), str(folder)), _:
+                self._saved(stage, folder)
+            case _:
+                pass
+
+    def _failed(self, peer: Peer, about: tuple[object, ...], why: str) -> None:
+        commit = self.commit
+        match about:
+            case ("take", int(stage), _, _):
+                # Until then it counts as ordered, so that it is not ordered in every event.
+                ticket = self._ticket = self._ticket + 1
+                self._open[ticket] = (peer.process, about)
+                self._at(RETRY_S, lambda: self._forget_ticket(ticket))
+            case ("offer", int(), str(name)) if commit is not None:
+                self._fence_for_step(name, peer.process, f"it cannot offer: {why}")
+            case ("sums", str(unit), int(attempt)) if commit is not None:
+                self._failures += 1
+                named = next((one for one in self.roster.peers.values() if one.address in why), None)
+                if self._failures > MAX_FAILURES and named is not None and named.stage is not None:
+                    self._fence_for_step(named.name, named.process, f"its gradients cannot be fetched: {why}")
+                commit.reduce_failed(unit, attempt)
+                self._at(RETRY_S, lambda: commit.retry() if self.commit is commit else None)
+            case ("have", int(stage), int(spread)) if commit is not None:
+                self._failures += 1
+                if self._failures > MAX_FAILURES:
+                    commit.have_not(stage, peer.process, spread)
+                else:
+                    self._at(RETRY_S, lambda: self._ask_again(commit, stage, peer, spread))
+            case ("saved", int(), str()):
+                self._saving = None
+                self._failures += 1
+                if self._failures > MAX_FAILURES:
+                    self._finish("failed", f"the snapshot of version {self.version} cannot be written: {why}")
+            case _:
+                pass
+
+    def _forget_ticket(self, ticket: int) -> None:
+        self._open.pop(ticket, None)
+
+    def _ask_again(self, commit: StepCommit, stage: int, peer: Peer, spread: int) -> None:
+        if self.commit is commit and commit.spreading == spread and peer.process in self.roster.peers:
+            if peer.versions.get(stage) == commit.step:
+                commit.ask(stage, peer)
+
+    def _heard(self, process: str, message: FromTrainer) -> None:
+        commit = self.commit
+        if commit is None or (message.step, message.round_) != (commit.step, commit.round_):
+            return
+        if isinstance(message, GaveUp):
+            self._finish("failed", f"{process} gave up step {message.step}: {message.reason}")
+        elif isinstance(message, StageReady):
+            for name, throughput in message.throughputs.items():
+                if (peer := self.roster.by_name(name)) is not None:
+                    peer.throughput = throughput
+            commit.ready(process, message)
+        else:
+            known = self.roster.by_name(message.peer)
+            owner = known.process if known is not None else message.peer.rpartition(".")[0]
+            self._fence_for_step(message.peer, owner, message.reason)
+
+    # ------------------------------------------------------------ time, moves, snapshots
+
+    def _ticked(self) -> None:
+        due = [what for time_s, what in self._later if time_s <= self._now_s]
+        self._later = [(time_s, what) for time_s, what in self._later if time_s > self._now_s]
+        for what in due:
+            what()
+        if self.begun and not self.roster.trainers and self.commit is not None:
+            self.commit.stop_spreading()
+        late = self.rebalancer.expire(self._now_s)
+        if late is not None and (peer := self.roster.peers.get(late.move.peer)) is not None:
+            self._stay(peer, late.move.target)
+        period_s = self.plan.pipeline.rebalance_s
+        if period_s and self._now_s >= self._look_s + period_s:
+            self._look_s = self._now_s
+            self._rebalance()
+
+    _saved_version = -1
+
+    def _save(self) -> None:
+        """Every stage into one folder, by one of its holders; the manifest when all are there."""
+        folder = self.plan.snapshot_folder(self.version)
+        self._saving = (folder, self.version, set())
+        self._saved_s = self._now_s
+        for stage in range(self.layout.num_stages):
+            holders = self.roster.holders(stage, self.version)
+            if not holders:
+                self._saving = None
+                return
+            order = SaveStage(stage=stage, version=self.version, folder=folder)
+            self._order((holders[0].process, order, ("saved", stage, folder)))
+
+    def _saved(self, stage: int, folder: str) -> None:
+        if self._saving is None or self._saving[0] != folder:
+            return
+        _, version, done = self._saving
+        done.add(stage)
+        if len(done) < self.layout.num_stages:
+            return
+        self._saving, self._saved_version = None, version
+        digests = self.digests if version == self.version else ()
+        self._out.append(Sealed(folder=folder, version=version, digests=digests))
+        name = folder.rstrip("/").rpartition("/")[2]
+        self._write(SnapshotRecord(name=name, versions=(version,) * self.layout.num_stages))
+
+
+def end_all(brain: PipelineBrain) -> list[End]:
+    """Every process that is known."""
+    peers = [End(process=peer.process, nonce=peer.nonce) for peer in brain.roster.peers.values()]
+    return peers + [End(process=name, nonce=nonce) for name, nonce in brain.roster.trainers.items()]

@@ -1,0 +1,329 @@
+"""The controller of a pipeline as a Ray actor: a shell of `PipelineBrain` that decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+
+from orchestrator.actor_tools import must_not_fail, through_cuts
+from orchestrator.config import RunConfig
+from orchestrator.hands import new_nonce, reason_of
+from orchestrator.island_actor import log_to
+from orchestrator.journal import FileJournal, open_segment
+from orchestrator.pipeline.actors import StagePeerActor, TrainerActor
+from orchestrator.pipeline.brain import PipelineBrain, end_all
+from orchestrator.pipeline.commands import (
+    Answered,
+    Command,
+    Died,
+    End,
+    Event,
+    Failed,
+    Finish,
+    Heard,
+    Joined,
+    Order,
+    Rebalance,
+    Sealed,
+    Start,
+    StepDone,
+    Stop,
+    Tell,
+    Tick,
+    Write,
+)
+from orchestrator.pipeline.figures import Figures
+from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
+from orchestrator.pipeline.replay import MANIFEST, newest_snapshot, replay
+from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, island_actor_name
+from orchestrator.rundir import RunDir, RunDirInUse, write_atomically
+from orchestrator.summary import save_summary
+from workers.data.index import load_index
+from workers.pipeline.messages import FromTrainer, Reduce, Spread, TakeStage
+
+TICK_S = 0.1
+WATCH_S = 30.0
+LINGER_S = 300.0
+BEGIN_AGAIN_S = 1.0
+
+log = logging.getLogger("atoll.controller")
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
+class PipelineActor:
+    """One run's controller: an event loop around a `PipelineBrain` and its journal."""
+
+    def __init__(
+        self, config_tables: dict[str, Any], run_id: str, run_dir: str, pack: str, token: str, resume: bool
+    ) -> None:
+        """Keeps the arguments; `begin` does the work. Runs again after a restart by Ray, with the same arguments."""
+        self.run_dir, self.run_id, self.token, self.resumes = Path(run_dir), run_id, token, resume
+        log_to(self.run_dir / "logs" / "controller.log")
+        log.info("the controller of %s is process %d on %s", run_id, os.getpid(), platform.node())
+        self.config = RunConfig.model_validate(config_tables)
+        self.pack = Path(pack)
+        self.spec = pipeline_spec(self.config, run_id=run_id, run_dir=self.run_dir, pack=self.pack)
+        self.handles: dict[str, tuple[str, ActorHandle]] = {}  # process -> nonce, actor
+        self.pids: dict[str, int] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.over = asyncio.Event()
+        self.began = False
+        self.failure = ""
+        self.finished: Finish | None = None
+        self.journal: FileJournal
+        self.brain: PipelineBrain
+        self.figures = Figures(self.config, self.spec, RunDir(self.run_dir), load_index(self.pack).seq_len)
+        self.started_s = time.monotonic()
+        self.own = ExitStack()
+
+    # ------------------------------------------------------------ beginning
+
+    async def begin(self) -> None:
+        """Open the journal and start the processes, or find them again; idempotent."""
+        if self.began:
+            return
+        self.began = True
+        reborn = ray.get_runtime_context().was_current_actor_reconstructed
+        try:
+            self.own.enter_context(RunDir(self.run_dir).lock(RunDir(self.run_dir).controller_lock))
+        except RunDirInUse as error:
+            log.warning("%s", error)
+        try:
+            self.journal = open_segment(self.run_dir, controller=uuid.uuid4().hex[:12])
+            self.brain = self._make_brain(reborn)
+        except (ValueError, OSError) as error:
+            log.error("the journal cannot be taken over: %s", error)
+            self.failure = str(error)
+            self.over.set()
+            raise
+        with must_not_fail():
+            starts = self.brain.begin(self._now_s())
+            found = dict(sorted(find_islands(self.run_id)))  # of several processes of one name, the newest
+            for process, nonce in found.items():
+                handle = ray.get_actor(island_actor_name(self.run_id, process, nonce), namespace=NAMESPACE)
+                self._adopt(process, nonce, handle)
+            self._obey(start for start in starts if isinstance(start, Start) and start.process not in found)
+        self._task(self._pulse())
+
+    def _make_brain(self, reborn: bool) -> PipelineBrain:
+        plan = pipeline_plan(self.config, self.spec, self.run_dir)
+        history = replay(row.record for row in self.journal.rows)
+        if not history.num_stages:
+            return PipelineBrain(plan, first_incarnations=history.incarnations)
+        plan = replace(
+            plan,
+            version=history.version,
+            round_=history.max_round.get(history.version, -1) + 1,
+            digests=history.digests,
+        )
+        saved = newest_snapshot(plan.snapshots, at_most=history.version)
+        if reborn:
+            # Its peers are there and hold what is committed; where all of them went with it, a snapshot does.
+            log.info("took over the journal at version %d", history.version)
+        elif saved is not None:
+            plan = replace(plan, version=saved.version, from_folder=str(saved.folder), digests=())
+        else:
+            plan = replace(plan, version=0, digests=())
+        return PipelineBrain(plan, first_incarnations=history.incarnations)
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self.started_s
+
+    def _task(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _pulse(self) -> None:
+        while self.finished is None:
+            await asyncio.sleep(TICK_S)
+            self._handle(Tick())
+
+    # ------------------------------------------------------------ events
+
+    def _handle(self, event: Event) -> None:
+        if self.finished is not None:
+            return
+        with must_not_fail():
+            self._obey(self.brain.handle(event, self._now_s()))
+
+    async def hear(self, process: str, nonce: str, message: FromTrainer) -> None:
+        """A trainer says something."""
+        await self.begin()
+        self._handle(Heard(process=process, nonce=nonce, message=message))
+
+    async def stop(self, save: bool = True) -> None:
+        """The user wants the run to stop."""
+        await self.begin()
+        if self.brain.stopping is None or not save:
+            self._handle(Stop(save=save))
+
+    async def rebalance(self) -> dict[str, Any]:
+        """Look at the loads now; returns the newest reason, and the move if one is under way."""
+        await self.begin()
+        self._handle(Rebalance())
+        claim = self.brain.rebalancer.open
+        return {"reason": self.brain.why_no_move, "move": None if claim is None else claim.move.peer}
+
+    async def kill(self, process: str) -> bool:
+        """Injected fault: end a process with SIGKILL; whether there was one."""
+        if process not in self.handles:
+            return False
+        self.figures.killed(process, self._now_s())
+        self.handles[process][1].die.remote()
+        return True
+
+    async def wait(self, timeout_s: float) -> dict[str, Any]:
+        """Status, as soon as the run is over or after `timeout_s`."""
+        await self.begin()
+        try:
+            await asyncio.wait_for(self.over.wait(), timeout_s)
+        except TimeoutError:
+            pass
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        """A small view of the run for whoever watches it."""
+        if self.failure:
+            return {"over": True, "reason": "failed", "detail": self.failure}
+        finished = self.finished if self.over.is_set() else None
+        told = self.figures.status(self.brain, self._now_s())
+        return {
+            **told,
+            "over": self.over.is_set(),
+            "reason": finished.reason if finished else None,
+            "detail": finished.detail if finished else "",
+            "run": self.run_id,
+            "run_dir": str(self.run_dir),
+            "pids": dict(self.pids),
+        }
+
+    # ------------------------------------------------------------ commands
+
+    def _obey(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case Write(records=records):
+                    self.journal.append(records)
+                case Start(process=process, why=why):
+                    self._start(process, why)
+                case End(process=process, nonce=nonce):
+                    self._end(process, nonce)
+                case Order():
+                    self._task(self._order(command))
+                case Tell(process=process, nonce=nonce, message=message):
+                    if self._is(process, nonce):
+                        self.handles[process][1].deliver.remote(message)
+                case StepDone():
+                    self.figures.step_done(command, self.brain, self._now_s())
+                case Sealed(folder=folder, version=version, digests=digests):
+                    manifest = {"schema": 1, "version": version, "digests": digests}
+                    write_atomically(Path(folder) / MANIFEST, json.dumps(manifest) + "\n")
+                case Finish():
+                    self.finished = command
+                    self._task(self._conclude(command))
+
+    def _is(self, process: str, nonce: str) -> bool:
+        return process in self.handles and self.handles[process][0] == nonce
+
+    def _start(self, process: str, why: str) -> None:
+        nonce = new_nonce()
+        kind = TrainerActor if process.startswith("trainer-") else StagePeerActor
+        life = self.brain.roster.incarnations.get(process, 0) + 1
+        log_file = str(self.run_dir / "logs" / f"{process}-{life}.log")
+        log.info("starting %s (%s)", process, why)
+        handle = kind.options(  # type: ignore[attr-defined]
+            name=island_actor_name(self.run_id, process, nonce),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            resources={WORKER_RESOURCE: 1},
+            label_selector=dict(self.config.run.labels),
+        ).remote(self.spec, process, nonce, self.token, log_file)
+        self._adopt(process, nonce, handle)
+
+    def _adopt(self, process: str, nonce: str, handle: ActorHandle) -> None:
+        self.handles[process] = (nonce, handle)
+        self._task(self._watch(process, nonce, handle))
+
+    async def _watch(self, process: str, nonce: str, handle: ActorHandle) -> None:
+        """Learn of a process's death within milliseconds: its pending call fails."""
+        try:
+            present = await through_cuts(handle.begin.remote, None, process)
+            self.pids[process] = present.pop("pid")
+            self._handle(Joined(**present))
+            node = present["node"]
+            while self._is(process, nonce):
+                await through_cuts(lambda: handle.wait.remote(WATCH_S), node, process)
+            return
+        except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
+            why = reason_of(error)
+        if not self._is(process, nonce) or self.finished is not None:
+            return
+        ray.kill(handle)
+        del self.handles[process]
+        self.figures.died(process, self._now_s())
+        log.warning("%s is gone: %s", process, why)
+        self._handle(Died(process=process, nonce=nonce, why=why))
+
+    def _end(self, process: str, nonce: str) -> None:
+        if self._is(process, nonce):
+            ray.kill(self.handles.pop(process)[1])
+
+    async def _order(self, command: Order) -> None:
+        """Have a peer obey; an answer that never comes is no matter: the process is dead, and the controller hears."""
+        if not self._is(command.process, command.nonce):
+            return
+        handle = self.handles[command.process][1]
+        call = handle.work if isinstance(command.order, TakeStage | Reduce | Spread) else handle.obey
+        try:
+            answer = await call.remote(command.order)
+        except (RayActorError, RayTaskError) as error:
+            why = reason_of(error)
+            log.info("%s did not obey %s: %s", command.process, type(command.order).__name__, why)
+            self._handle(Failed(ticket=command.ticket, why=why))
+        else:
+            self._handle(Answered(ticket=command.ticket, answer=answer))
+
+    async def _conclude(self, finish: Finish) -> None:
+        """The run is over: summary, journal, processes."""
+        with must_not_fail():
+            await self._collect_figures()
+            rows = self.journal.rows
+            summary = self.figures.summary(
+                self.brain, finish, self._now_s(), run_id=self.run_id, num_rows=len(rows), last_hash=rows[-1].hash
+            )
+            save_summary(summary, self.run_dir)
+            self.journal.close(merge=True)
+            self._obey(end_all(self.brain))
+            for process, (nonce, _) in list(self.handles.items()):
+                self._end(process, nonce)
+            self.own.close()
+            self.over.set()
+        await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
+        ray.kill(ray.get_runtime_context().current_actor)
+
+    async def _collect_figures(self) -> None:
+        calls = {
+            process: handle.figures.remote()
+            for process, (_, handle) in self.handles.items()
+            if not process.startswith("trainer-")
+        }
+        for process, call in calls.items():
+            try:
+                self.figures.of_peer(process, await asyncio.wait_for(call, 5.0))
+            except (RayActorError, RayTaskError, TimeoutError) as error:
+                log.info("no figures of %s: %s", process, error)

@@ -1,0 +1,154 @@
+"""What a pipeline measures: one line for each step in `pipeline.jsonl`, the table of its stages, its summary."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.pipeline.brain import PipelineBrain
+from orchestrator.pipeline.commands import Finish, StepDone
+from orchestrator.rundir import RunDir
+from orchestrator.summary import FaultRow, Summary, tokens_per_s
+from workers.pipeline.spec import PipelineSpec
+
+FILE_NAME = "pipeline.jsonl"
+
+
+class Figures:
+    """Of one life of the controller; `seconds` are its own."""
+
+    def __init__(self, config: RunConfig, spec: PipelineSpec, run_dir: RunDir, seq_len: int) -> None:
+        self._config, self._spec, self._path, self._seq_len = config, spec, run_dir.path / FILE_NAME, seq_len
+        self._first_s: float | None = None
+        self._losses: list[float] = []
+        self._seconds = 0.0
+        self._faults: list[dict[str, Any]] = []
+        self._busy_s: dict[str, float] = {}
+        self._bytes_sent = 0.0
+        self._num_commits = 0
+
+    def killed(self, process: str, now_s: float) -> None:
+        """A fault is about to happen."""
+        self._faults.append({"member": process, "t_s": now_s, "kind": "kill"})
+
+    def died(self, process: str, now_s: float) -> None:
+        """The controller noticed that a process is gone."""
+        known = [f for f in self._faults if f["member"] == process and "detected_s" not in f]
+        if known:
+            known[-1]["detected_s"] = now_s
+        else:
+            self._faults.append({"member": process, "t_s": now_s, "kind": "died", "detected_s": now_s, "guess": True})
+
+    def of_peer(self, process: str, figures: dict[str, float]) -> None:
+        """What a peer says at the end."""
+        self._busy_s[process] = figures["busy_s"]
+        self._bytes_sent += figures["bytes_sent"]
+
+    def step_done(self, done: StepDone, brain: PipelineBrain, now_s: float) -> None:
+        """A step was committed."""
+        self._first_s = now_s - done.seconds if self._first_s is None else self._first_s
+        self._losses.append(done.loss)
+        self._seconds = now_s
+        self._num_commits += self._spec.num_stages
+        for fault in self._faults:
+            if "detected_s" in fault:
+                fault.setdefault("next_commit_s", now_s)
+        row = {
+            "t_s": round(now_s, 4),
+            "step": done.step,
+            "loss": done.loss if math.isfinite(done.loss) else None,
+            "seconds": round(done.seconds, 4),
+            "attempts": done.attempts,
+            "stages": stage_table(brain),
+            "no_move": brain.why_no_move,
+        }
+        with self._path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+
+    def status(self, brain: PipelineBrain, now_s: float) -> dict[str, Any]:
+        """What whoever watches the run is shown."""
+        plan = brain.plan
+        samples = brain.version * plan.pipeline.samples_per_step
+        peers = {
+            peer.process: {"status": "serving" if peer.stage is not None else "joining", "reason": "", "steps": 0}
+            for peer in brain.roster.peers.values()
+        }
+        trainers = {name: {"status": "sending", "reason": "", "steps": 0} for name in brain.roster.trainers}
+        members = {**peers, **trainers}
+        return {
+            "seconds": now_s,
+            "progress": min(brain.version / plan.total_steps, 1.0),
+            "tokens": samples * self._seq_len,
+            "params": brain.layout.num_params,
+            "rounds": brain.version,
+            "loss": self._losses[-1] if self._losses else None,
+            "val_loss": None,
+            "evaluations": 0,
+            "members": {f"{name}.{brain.num_restarts.get(name, 0) + 1}": one for name, one in sorted(members.items())},
+            "faults": len(self._faults),
+            "stages": stage_table(brain),
+            "moves": list(brain.moves),
+            "no_move": brain.why_no_move,
+            "fault_rows": list(self._faults),
+            "version": brain.version,
+        }
+
+    def summary(
+        self, brain: PipelineBrain, finish: Finish, now_s: float, *, run_id: str, num_rows: int, last_hash: str
+    ) -> Summary:
+        """What the run came to."""
+        tokens = brain.version * brain.plan.pipeline.samples_per_step * self._seq_len
+        made = len(self._losses) * brain.plan.pipeline.samples_per_step * self._seq_len
+        training_s = self._seconds - self._first_s if self._first_s is not None else 0.0
+        peers = len(brain.plan.peers)
+        busy = sum(self._busy_s.values()) / (peers * training_s) if training_s > 0 else 0.0
+        return Summary(
+            run_id=run_id,
+            exit_reason=finish.reason,  # type: ignore[arg-type]
+            error=(finish.detail or "unknown") if finish.reason == "failed" else None,
+            seconds=now_s,
+            params=brain.layout.num_params,
+            tokens_committed=tokens,
+            exchanges_committed=brain.version * self._spec.num_stages,
+            bytes_sent=int(self._bytes_sent),
+            tokens_per_s=tokens_per_s(made, training_s),
+            compute_utilization=min(busy, 1.0),
+            codec_backend="torch",
+            faults=tuple(_fault_row(fault) for fault in self._faults),
+            journal_rows=num_rows,
+            journal_hash=last_hash,
+            seq_len=self._seq_len,
+        )
+
+
+def stage_table(brain: PipelineBrain) -> list[dict[str, Any]]:
+    """Each stage: its peers with their throughput, its buddies, its version."""
+    out = []
+    for stage in range(brain.layout.num_stages):
+        serving = brain.roster.serving(stage)
+        buddies = [p.process for p in brain.roster.holders(stage, brain.version) if p.stage != stage]
+        out.append(
+            {
+                "stage": stage,
+                "params": brain.layout.params[stage],
+                "bytes": brain.layout.stage_bytes[stage],
+                "peers": {p.name: p.throughput for p in serving},
+                "buddies": buddies,
+                "moving_here": [p.process for p in brain.roster.peers.values() if p.moving_to == stage],
+            }
+        )
+    return out
+
+
+def _fault_row(fault: dict[str, Any]) -> FaultRow:
+    at_s = fault["t_s"]
+    detected, committed = fault.get("detected_s"), fault.get("next_commit_s")
+    return FaultRow(
+        kind=fault["kind"],
+        member=fault["member"],
+        detected_after_s=None if detected is None or fault.get("guess") else detected - at_s,
+        next_commit_after_s=None if committed is None else committed - at_s,
+        estimated=bool(fault.get("guess")),
+    )

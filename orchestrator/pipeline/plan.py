@@ -1,0 +1,163 @@
+"""From a resolved configuration to a pipeline: the cut, its memory, and what the controller decides by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from orchestrator.config import RunConfig
+from orchestrator.pipeline.commands import Layout
+from strategies.swarm import PipelineSize, Stage, check_pipeline, peer_bytes, split_layers
+from workers.config import TrainConfig
+from workers.data.index import load_index
+from workers.model.shape import DecoderShape, resolve_shape
+from workers.pipeline.config import PipelineConfig
+from workers.pipeline.costs import decoder_costs
+from workers.pipeline.spec import CHUNK_VALUES, PipelineSpec
+from workers.schedule import agreed_rate
+
+BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.0, "int8": 1.01, "int4": 0.52}
+PAYLOAD_HEADER_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlan:
+    """What `PipelineBrain` decides by; `version` and the rest of the second half are where a resumed run begins."""
+
+    layout: Layout
+    pipeline: PipelineConfig
+    peers: tuple[str, ...]
+    trainers: tuple[str, ...]
+    total_steps: int
+    copies: int
+    grad_clip: float
+    rate: Callable[[int], float]
+    snapshots: Path
+    start_timeout_s: float = 120.0
+    snapshot_every_s: float = 60.0
+    max_restarts: int = 20
+    version: int = 0
+    round_: int = 0
+    digests: tuple[str, ...] = ()
+    from_folder: str | None = None
+
+    def relative_speed(self, peer: str) -> float:
+        """Speed of a peer that was not measured, in peers that are not slowed down."""
+        paces = [self.pipeline.pace_for(name) for name in self.peers]
+        least, own = min(paces), self.pipeline.pace_for(peer)
+        return least / own if least > 0 and own > 0 else 1.0
+
+    def snapshot_folder(self, version: int) -> str:
+        """Where the stages of a version are written; the end of the run has a name of its own."""
+        return str(self.snapshots / ("final" if version >= self.total_steps else f"v{version}"))
+
+
+def peer_name(index: int) -> str:
+    """`peer-0`, `peer-1`, ..."""
+    return f"peer-{index}"
+
+
+def trainer_name(index: int) -> str:
+    """`trainer-0`, ..."""
+    return f"trainer-{index}"
+
+
+def cut_model(shape: DecoderShape, pipeline: PipelineConfig) -> tuple[Stage, ...]:
+    """The stages of the built-in decoder, by parameters. Raises SettingError for more stages than layers."""
+    assert pipeline.stages is not None, "a pipeline has stages"
+    return split_layers(decoder_costs(shape), pipeline.stages)
+
+
+def pipeline_size(shape: DecoderShape, pipeline: PipelineConfig) -> PipelineSize:
+    """What decides how much memory the pipeline takes."""
+    values = pipeline.microbatch_size * shape.seq_len * shape.dim
+    return PipelineSize(
+        num_microbatches=pipeline.microbatches,
+        max_in_flight=pipeline.in_flight,
+        boundary_bytes=int(values * BYTES_PER_VALUE[pipeline.boundary]) + PAYLOAD_HEADER_BYTES,
+        min_peers=pipeline.min_peers,
+    )
+
+
+def activation_bytes(shape: DecoderShape, pipeline: PipelineConfig, stages: tuple[Stage, ...]) -> int:
+    """What the widest stage keeps of one pass, roughly: 16 vectors a token and layer, scores, and the logits."""
+    tokens = pipeline.microbatch_size * shape.seq_len
+    layers = max(len(stage.names) for stage in stages)
+    scores = pipeline.microbatch_size * shape.heads * shape.seq_len * shape.seq_len
+    return 4 * (layers * (tokens * (12 * shape.dim + 4 * shape.hidden) + scores) + 3 * tokens * shape.vocab_size)
+
+
+def check_memory(
+    shape: DecoderShape, pipeline: PipelineConfig, *, machine_bytes: int, on_one_machine: bool
+) -> tuple[Stage, ...]:
+    """Cut the model and refuse, with the numbers, what can never run (`check_pipeline`); returns the stages."""
+    stages = cut_model(shape, pipeline)
+    share = machine_bytes // pipeline.num_processes if on_one_machine else machine_bytes
+    limit = pipeline.peer_memory_bytes or share
+    check_pipeline(
+        stages,
+        pipeline_size(shape, pipeline),
+        peers={peer_name(i): limit for i in range(pipeline.num_peers)},
+        trainer_limit_bytes=pipeline.trainer_memory_bytes or machine_bytes // 4,
+        activation_bytes=activation_bytes(shape, pipeline, stages),
+    )
+    return stages
+
+
+def pipeline_spec(config: RunConfig, *, run_id: str, run_dir: Path, pack: Path) -> PipelineSpec:
+    """What every process of the run is told."""
+    index = load_index(pack)
+    shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
+    return PipelineSpec(
+        run_id=run_id,
+        run_dir=run_dir.resolve(),
+        pack=pack,
+        shape=shape,
+        stages=cut_model(shape, config.pipeline),
+        pipeline=config.pipeline,
+        train=config.train,
+        data=config.data,
+        codec=config.codec,
+        total_steps=total_steps(config, index.seq_len),
+        connections=config.exchange.connections,
+        chunk_values=config.exchange.chunk_values or CHUNK_VALUES,
+    )
+
+
+def total_steps(config: RunConfig, seq_len: int) -> int:
+    """Steps until `train.tokens` are committed."""
+    return max(-(-config.train.tokens // (config.pipeline.samples_per_step * seq_len)), 1)
+
+
+def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> PipelinePlan:
+    """What the controller decides by."""
+    size = pipeline_size(spec.shape, config.pipeline)
+    widest = activation_bytes(spec.shape, config.pipeline, spec.stages)
+    layout = Layout(
+        num_stages=spec.num_stages,
+        chunks={unit: len(spec.chunks(unit)) for unit in spec.units},
+        stages_of={unit: spec.stages_of(unit) for unit in spec.units},
+        params=tuple(stage.num_params for stage in spec.stages),
+        stage_bytes=tuple(peer_bytes(stage, size, activation_bytes=widest) for stage in spec.stages),
+        is_tied=spec.is_tied,
+    )
+    return PipelinePlan(
+        layout=layout,
+        pipeline=config.pipeline,
+        peers=tuple(peer_name(i) for i in range(config.pipeline.num_peers)),
+        trainers=tuple(trainer_name(i) for i in range(config.pipeline.trainers)),
+        total_steps=spec.total_steps,
+        copies=config.exchange.copies,
+        grad_clip=config.train.grad_clip,
+        rate=partial(_rate, train=config.train, total_steps=spec.total_steps),
+        snapshots=run_dir / "snapshots",
+        start_timeout_s=config.run.start_timeout_s,
+        snapshot_every_s=config.run.snapshot_every_s,
+        max_restarts=config.run.max_restarts,
+    )
+
+
+def _rate(step: int, *, train: TrainConfig, total_steps: int) -> float:
+    return agreed_rate(step / total_steps, train=train)

@@ -1,0 +1,158 @@
+"""`atoll status` and `atoll ledger` of a pipeline: read from its directory alone (no Ray, no torch)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.config import load_config
+from orchestrator.pipeline.figures import FILE_NAME
+from orchestrator.pipeline.replay import PipelineHistory, replay
+from orchestrator.rundir import RunDir, read_json
+from orchestrator.segments import read_run, segment_paths
+
+EXIT_WRONG = 5
+
+
+class StageStatus(BaseModel):
+    """One stage as the newest step shows it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: int
+    params: int
+    bytes: int = Field(description="Memory that a peer needs for it.")
+    peers: dict[str, float | None] = Field(
+        description="Peers that serve it, with their measured throughput in forwards a second (a backward is 2.5)."
+    )
+    buddies: list[str] = Field(description="Processes of other stages that keep a copy of its state.")
+    moving_here: list[str] = Field(description="Processes that pull its state and will serve it.")
+
+
+class PipelineStatus(BaseModel):
+    """How a run with stages stands."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = 1
+    run_dir: str
+    state: str = Field(description="running, interrupted, done, stopped or failed.")
+    seconds: float = Field(description="Seconds of the controller's life at the newest step.")
+    version: int = Field(description="Steps that are committed in every stage.")
+    total_samples: int = Field(description="Samples that are committed in every stage.")
+    loss: float | None = Field(description="Training loss of the newest step, nats per token.")
+    step_s: float | None = Field(description="Seconds that the newest step took.")
+    num_begun_again: int = Field(description="Steps that were begun anew: a trainer or the controller had died.")
+    stages: list[StageStatus]
+    moves: list[str] = Field(description="Moves of peers between stages, with their reasons.")
+    why_no_move: str = Field(description="What the rebalancer said when it last looked.")
+
+
+def is_pipeline_run(run_dir: Path) -> bool:
+    """Whether the run in a directory has stages."""
+    config = RunDir(run_dir).config
+    return config.exists() and load_config(config).config.pipeline.stages is not None
+
+
+def read_history(run_dir: Path) -> PipelineHistory:
+    """The journal's replay; raises JournalError if it is damaged."""
+    rows = read_run(run_dir).rows if segment_paths(run_dir) else ()
+    return replay(row.record for row in rows)
+
+
+def read_pipeline_status(run_dir: Path) -> PipelineStatus:
+    """Status of the run in `run_dir`."""
+    directory, history, newest = RunDir(run_dir), read_history(run_dir), _newest(run_dir)
+    return PipelineStatus(
+        run_dir=str(run_dir),
+        state=directory.state(),
+        seconds=newest.get("t_s", 0.0),
+        version=history.version,
+        total_samples=history.num_samples,
+        loss=newest.get("loss"),
+        step_s=newest.get("seconds"),
+        num_begun_again=history.num_begun_again,
+        stages=[StageStatus.model_validate(stage) for stage in newest.get("stages", [])],
+        moves=history.moves,
+        why_no_move=newest.get("no_move", ""),
+    )
+
+
+def _newest(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return {}
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a process that was killed while it wrote
+        return row if isinstance(row, dict) else {}
+    return {}
+
+
+def render_pipeline(status: PipelineStatus) -> Any:
+    """A table for the terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    loss = "-" if status.loss is None else f"{status.loss:.4f} nats per token"
+    took = "" if status.step_s is None else f", the last step took {status.step_s:.2f} s"
+    table = Table("stage", "parameters", "needs", "peers (forwards/s)", "buddy")
+    for stage in status.stages:
+        rates = ((peer, "not measured" if rate is None else f"{rate:.2f}") for peer, rate in stage.peers.items())
+        peers = ", ".join(f"{peer} {rate}" for peer, rate in rates)
+        moving = "".join(f", {process} is coming" for process in stage.moving_here)
+        needs = f"{stage.bytes / 1e6:,.1f} MB"
+        table.add_row(str(stage.stage), f"{stage.params:,}", needs, peers + moving, ", ".join(stage.buddies) or "-")
+    parts: list[Any] = [
+        Text(f"{status.run_dir}: {status.state}"),
+        Text(f"step {status.version}, {status.total_samples:,} samples, {status.seconds:.0f} s{took}"),
+        Text(f"training loss {loss}"),
+        table,
+    ]
+    parts += [Text(f"moved: {move}") for move in status.moves]
+    if status.why_no_move:
+        parts.append(Text(f"loads: {status.why_no_move}"))
+    return Group(*parts)
+
+
+def pipeline_ledger(run_dir: Path, as_json: bool) -> int:
+    """Print what a journal adds up to: each microbatch once in every stage; 5 if it does not, else 0."""
+    history = read_history(run_dir)
+    findings = [*history.findings, *_against_summary(run_dir, history)]
+    told = {
+        "schema": 1,
+        "steps": history.version,
+        "stages": history.num_stages,
+        "microbatches_per_step": history.num_microbatches,
+        "samples": history.num_samples,
+        "steps_begun_again": history.num_begun_again,
+        "steps_taken_back": history.num_taken_back,
+        "peers_fenced_for_a_step": len(history.fenced),
+        "findings": findings,
+    }
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return EXIT_WRONG if findings else 0
+    counted = history.version * history.num_stages * history.num_microbatches
+    print(f"{history.version} steps of {history.num_microbatches} microbatches in {history.num_stages} stages")
+    print(f"{counted:,} times a microbatch was counted in a stage; {history.num_samples:,} samples")
+    print(f"{history.num_begun_again} steps were begun anew, {history.num_taken_back} were taken back by a snapshot")
+    print(f"{len(history.fenced)} times a peer was left out of a step")
+    for finding in findings:
+        print(f"wrong: {finding}")
+    print("every microbatch counts once in every stage" if not findings else "the journal does not add up")
+    return EXIT_WRONG if findings else 0
+
+
+def _against_summary(run_dir: Path, history: PipelineHistory) -> list[str]:
+    summary = read_json(RunDir(run_dir).summary)
+    stated, seq_len = summary.get("tokens_committed"), summary.get("seq_len")
+    if not isinstance(stated, int) or not isinstance(seq_len, int) or stated == history.num_samples * seq_len:
+        return []
+    return [f"summary.json says {stated:,} tokens, the journal {history.num_samples * seq_len:,}"]

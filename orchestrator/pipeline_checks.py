@@ -1,0 +1,91 @@
+"""Checks of `[pipeline]` that need neither data nor a cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from orchestrator.config_problem import Problem
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
+
+PEER_NAME = re.compile(r"peer-(0|[1-9][0-9]*)")
+
+
+def check_pipeline_settings(config: RunConfig) -> Iterator[Problem]:
+    """What a pipeline cannot do, with the numbers."""
+    pipeline = config.pipeline
+    if pipeline.stages is None:
+        return
+    yield from _sizes(config)
+    yield from _others(config)
+
+
+def _sizes(config: RunConfig) -> Iterator[Problem]:
+    pipeline = config.pipeline
+    stages = pipeline.stages
+    assert stages is not None, "looked at before"
+    layers = config.model.layers + 2
+    if stages > layers:
+        message = (
+            f"pipeline.stages = {stages}, and the model has {layers} layers (embedding, {config.model.layers} decoder "
+            "layers, head): a stage needs at least one"
+        )
+        yield Problem(key="pipeline.stages", message=message, remedy=f"at most {layers}, or more model.layers")
+    if pipeline.microbatches < stages:
+        message = (
+            f"pipeline.microbatches = {pipeline.microbatches} is less than pipeline.stages = {stages}: some stage "
+            "would always wait"
+        )
+        yield Problem(key="pipeline.microbatches", message=message, remedy=f"at least {stages}, or fewer stages")
+    if pipeline.microbatches < pipeline.trainers:
+        message = (
+            f"pipeline.microbatches = {pipeline.microbatches} is less than pipeline.trainers = {pipeline.trainers}"
+        )
+        yield Problem(key="pipeline.trainers", message=message, remedy=f"at most {pipeline.microbatches}")
+    if pipeline.in_flight > pipeline.microbatches:
+        message = (
+            f"pipeline.in_flight = {pipeline.in_flight} is more than pipeline.microbatches = {pipeline.microbatches}, "
+            "all that a step has"
+        )
+        yield Problem(key="pipeline.in_flight", message=message, remedy=f"at most {pipeline.microbatches}")
+    if pipeline.min_peers > pipeline.peers:
+        message = f"pipeline.min_peers = {pipeline.min_peers} is more than pipeline.peers = {pipeline.peers}"
+        yield Problem(key="pipeline.min_peers", message=message, remedy=f"at most {pipeline.peers}")
+    if pipeline.backward_timeout_s < pipeline.forward_timeout_s:
+        message = (
+            f"pipeline.backward_timeout_s = {pipeline.backward_timeout_s:g} is shorter than "
+            f"pipeline.forward_timeout_s = {pipeline.forward_timeout_s:g}, and a backward runs the forward again"
+        )
+        yield Problem(key="pipeline.backward_timeout_s", message=message, remedy="2.5 times as long")
+    for name in pipeline.pace_of:
+        match = PEER_NAME.fullmatch(name)
+        if match is None or int(match[1]) >= pipeline.num_peers:
+            message = f"pipeline.pace_of names {name!r}, which the run does not have"
+            yield Problem(key="pipeline.pace_of", message=message, remedy=f"peer-0 to peer-{pipeline.num_peers - 1}")
+
+
+def _others(config: RunConfig) -> Iterator[Problem]:
+    """Settings of islands that a pipeline has no use for are refused, and not passed over."""
+    needed = {
+        "strategy.name": (config.strategy.name, "ddp"),
+        "model.factory": (config.model.factory, None),
+        "model.init_from": (config.model.init_from, None),
+        "train.loop": (config.train.loop, None),
+        "train.optimizer": (config.train.optimizer, "adamw"),
+        "train.precision": (config.train.precision, "fp32"),
+        "train.device": (config.train.device, "cpu"),
+        "data.samples": (config.data.samples, None),
+        "run.elastic": (config.run.elastic, False),
+        "run.standby": (config.run.standby, 0),
+        "run.snapshots": (config.run.snapshots, None),
+        "run.fault_plan": (config.run.fault_plan, None),
+        "codec.error_feedback": (config.codec.error_feedback, False),
+    }
+    for key, (value, wanted) in needed.items():
+        if value != wanted:
+            message = f"{key} = {value!r}, and a pipeline (pipeline.stages = {config.pipeline.stages}) does without it"
+            remedy = f"{key} = {wanted!r}" if wanted is not None else f"unset it (`--set {key}=`)"
+            yield Problem(key=key, message=message, remedy=remedy)

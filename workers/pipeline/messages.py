@@ -1,0 +1,245 @@
+"""What the controller of a pipeline, its stage peers and its trainers tell each other (frozen values, no torch).
+
+A *round* counts how often a step was begun anew (a trainer or the controller died): whatever names an older round is
+stale. An *attempt* counts the reductions of a step; answers to an older one are stale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Chunk = tuple[str, int]
+"""Unit of reduction and number of the chunk in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerPlace:
+    """A peer that serves a stage: who it is, the process that it is, and where its tensors are fetched."""
+
+    peer: str
+    process: str
+    nonce: str
+    stage: int
+    address: str
+    announcement: int
+
+
+# ---------------------------------------------------------------- controller to trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenStep:
+    """These microbatches are yours. A higher round of the same step: begin it anew."""
+
+    step: int
+    round_: int
+    microbatches: tuple[int, ...]
+    num_microbatches: int
+    first_sample: int
+    peers: tuple[PeerPlace, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peers:
+    """Who serves now."""
+
+    peers: tuple[PeerPlace, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerFenced:
+    """Nothing that this peer counted in the step will be in its commit."""
+
+    peer: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCommitted:
+    """The step is committed in every stage."""
+
+    step: int
+
+
+ToTrainer = OpenStep | Peers | PeerFenced | StepCommitted
+
+# ---------------------------------------------------------------- trainer to controller
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FenceWanted:
+    """A peer does not answer, and what it did is not known."""
+
+    peer: str
+    step: int
+    round_: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageReady:
+    """All of a trainer's microbatches are counted in a stage, each at the peer that is named.
+
+    `loss`: their part of the batch's loss, in the last stage; `throughputs`: microbatches a second of each peer.
+    """
+
+    step: int
+    round_: int
+    stage: int
+    counted: tuple[tuple[int, str], ...]
+    loss: float | None = None
+    throughputs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GaveUp:
+    """Peer after peer raises an error for what this trainer sends: nothing that is sent elsewhere will help."""
+
+    step: int
+    round_: int
+    reason: str
+
+
+FromTrainer = FenceWanted | StageReady | GaveUp
+
+# ---------------------------------------------------------------- controller to peer, with the answers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TakeStage:
+    """Hold the state of a stage at `version`, and with `serve_as` serve it under that name.
+
+    `sources`: where to pull it from; none: build it (version 0). `tied_from`: the holder of the tied matrix's values.
+    """
+
+    stage: int
+    version: int
+    sources: tuple[str, ...] = ()
+    tied_from: str | None = None
+    serve_as: str | None = None
+    from_folder: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holds:
+    """The state is here."""
+
+    stage: int
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collect:
+    """What has this peer counted in the step? Its gradients are to be had from now on."""
+
+    step: int
+    round_: int
+    peer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offered:
+    """The microbatches that this peer has counted."""
+
+    microbatches: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What one peer contributes to a unit: pieces that are fetched at its address.
+
+    `numbers` order the sum: microbatches, or a single 0 for a peer's whole sum; equal ones go by the peers' names.
+    """
+
+    peer: str
+    address: str
+    numbers: tuple[int, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduce:
+    """Add these chunks of a unit: the groups one after the other (a tied matrix has two), each in order of numbers."""
+
+    step: int
+    round_: int
+    attempt: int
+    unit: str
+    chunks: tuple[int, ...]
+    groups: tuple[tuple[Part, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduced:
+    """The sums of squares of the reduced chunks, which can be fetched now."""
+
+    sums: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """Fetch the reduced chunks of a stage and compute the next state, without moving to it."""
+
+    step: int
+    round_: int
+    stage: int
+    owners: tuple[tuple[str, int, int, str], ...]  # unit, chunk, attempt of its reduction, address
+    scale: float
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Have:
+    """The digest of the next state."""
+
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Apply:
+    """The step is on the record: move to the next state, which has this digest."""
+
+    step: int
+    stage: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Applied:
+    """Whether it did; False: it does not have that state."""
+
+    done: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FenceStep:
+    """What this peer has counted in a step is void."""
+
+    peer: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropStage:
+    """The state of a stage is not needed here any more."""
+
+    stage: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveStage:
+    """Write the state of a stage into a folder."""
+
+    stage: int
+    version: int
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """Nothing to say but that it was done."""
+
+
+ToPeer = TakeStage | Collect | Reduce | Spread | Apply | FenceStep | DropStage | SaveStage
+FromPeer = Holds | Offered | Reduced | Have | Applied | Done

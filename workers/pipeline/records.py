@@ -1,0 +1,68 @@
+"""Rows of the journal of a pipeline; `orchestrator/pipeline/replay.py` says what they add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from workers.ranges import Range
+from workers.record_base import Record
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineGenesisRecord(Record):
+    """Version 0 of every stage of a pipeline, or with `version` above 0 the snapshot that it goes on from."""
+
+    kind: ClassVar[str] = "pipeline_genesis"
+    digests: tuple[str, ...]
+    num_params: int
+    num_microbatches: int
+    samples_per_step: int
+    version: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeRecord(Record):
+    """A process serves this stage from now on, under this name, and no other one."""
+
+    kind: ClassVar[str] = "serve"
+    process: str
+    peer: str
+    stage: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord(Record):
+    """A step of a pipeline begins (or begins anew, in a higher round) with these samples, dealt to the trainers."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    round: int
+    ranges: tuple[Range, ...]
+    trainers: tuple[str, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFenceRecord(Record):
+    """Nothing that this peer counted in the step is in its commit."""
+
+    kind: ClassVar[str] = "step_fence"
+    peer: str
+    step: int
+    round: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCommitRecord(Record):
+    """A stage moved from version `step` to the next: who counted which microbatches (`peer:0,3`), who holds it."""
+
+    kind: ClassVar[str] = "stage_commit"
+    step: int
+    round: int
+    stage: int
+    digest: str
+    counted: tuple[str, ...]
+    holders: tuple[str, ...]
