@@ -35,7 +35,7 @@ from workers.records import (
 __all__ = ["Coordinator", "RunPlan"]
 
 LOOK_S_PER_MEMBER = 1e-4
-"""All members are looked at at most so often: with each tick up to a thousand of them, once a second for ten thousand."""
+"""All members are looked at at most so often: with each tick up to a thousand, once a second for ten thousand."""
 
 
 class Coordinator(Operations):
@@ -254,9 +254,7 @@ class Coordinator(Operations):
         named = self.state.shares is not None and str(member) in self.state.shares.members
         if named or hello.median_step_s <= 0.0:
             return False
-        return bool(
-            shares.unmeasured(self.state.shares, self.roll.processes, shares.speeds_of(self.roll.processes))
-        )
+        return bool(shares.unmeasured(self.state.shares, self.roll.processes, shares.speeds_of(self.roll.processes)))
 
     def _plan_shares(self) -> None:
         """Local steps by measured speed: journalled, so that every member and every replay have the same."""

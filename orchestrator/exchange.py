@@ -145,9 +145,7 @@ class FragmentExchange:
         announced = self._announce(self.open, sender, offer, fleet, now)
         return announced if self._waits_for_more(self.open, fleet, now) else [*announced, *self.tick(fleet, now)]
 
-    def _announce(
-        self, open_: OpenExchange, sender: MemberId, offer: Offer, fleet: Fleet, now: float
-    ) -> list[Effect]:
+    def _announce(self, open_: OpenExchange, sender: MemberId, offer: Offer, fleet: Fleet, now: float) -> list[Effect]:
         """The first offers tell everybody that there is an exchange; of the others only those hear who may reduce them.
 
         They pull their pieces ahead of the assignment. Of N offers to N members all but a few would concern nobody.

@@ -52,8 +52,8 @@ class FaultRates:
 class Scenario:
     """Everything that a simulated run depends on, besides the order of random draws. Times in virtual seconds.
 
-    Faults begin after `calm_commits` commits (or after as many seconds), and stop `fault_s` later, or after `max_faults`
-    of them. `restart_s`: longest time without a controller.
+    Faults begin after `calm_commits` commits (or after as many seconds), and stop `fault_s` later, or after
+    `max_faults` of them. `restart_s`: longest time without a controller.
     """
 
     seed: int
