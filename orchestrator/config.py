@@ -5,6 +5,7 @@ Only this module reads TOML. Every section is a strict model beside the componen
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,6 +216,12 @@ def find_config(run: str | Path) -> tuple[Path, str]:
 def list_presets() -> dict[str, Path]:
     """Name -> file of the presets that come with Atoll, in alphabetical order."""
     return {path.stem: path for path in sorted(presets_dir().glob("*.toml"))}
+
+
+def purpose_of(preset: Path) -> str:
+    """The comment that a preset begins with, in one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), preset.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
 def presets_dir() -> Path:

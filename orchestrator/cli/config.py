@@ -15,7 +15,7 @@ from orchestrator.cli.options import json_option, set_option
 def config() -> None:
     """Show and check configurations.
 
-    RUN is the name of a preset (debug, demo, diloco, ddp, storm), the path of a TOML file, or a run directory.
+    RUN is the name of a preset (`atoll config presets` lists them), the path of a TOML file, or a run directory.
     """
 
 
@@ -60,4 +60,16 @@ def schema() -> int:
     from orchestrator.config import config_schema
 
     click.echo(json.dumps(config_schema(), indent=2))
+    return 0
+
+
+@config.command()
+def presets() -> int:
+    """List the presets, and what each is for."""
+    from orchestrator.config import list_presets, purpose_of
+
+    found = list_presets()
+    width = max(len(name) for name in found)
+    for name, path in found.items():
+        click.echo(click.wrap_text(purpose_of(path), 100, f"{name:{width}}  ", " " * (width + 2)))
     return 0

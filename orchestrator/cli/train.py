@@ -67,7 +67,7 @@ def train(
 ) -> int:
     """Train a model.
 
-    RUN is the name of a preset (debug, demo, diloco, ddp, storm) or the path of a TOML file.
+    RUN is the name of a preset (`atoll config presets` lists them) or the path of a TOML file.
     """
     if plan is not None:
         overrides = [*overrides, f"run.fault_plan={plan.expanduser().resolve()}"]

@@ -15,6 +15,7 @@ import pytest
 
 from orchestrator.cli.lazy import LazyCommand
 from orchestrator.cli.main import COMMANDS, cli, main
+from orchestrator.config import list_presets
 from orchestrator.errors import ClusterUnreachable, UserError, VerificationFailed
 from orchestrator.rundir import RunDir, create_run_dir
 from strategies.errors import SettingError
@@ -292,6 +293,14 @@ def test_a_bug_is_not_dressed_up(backend: Callable[..., Calls], tmp_path: Path) 
     backend("orchestrator.ledger", ledger_command=KeyError("bug"))
     with pytest.raises(KeyError, match="bug"):
         main(["ledger", str(path)])
+
+
+def test_every_preset_is_listed_with_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "presets"]) == 0
+    said = capsys.readouterr().out
+    begun = {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in said.splitlines() if line[0] != " "}
+    assert list(begun) == list(list_presets())
+    assert begun["diloco"].startswith("DiLoCo as published (https://arxiv.org/abs/2311.08105): many local")
 
 
 def test_config_show_prints_what_can_be_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
