@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from workers.context import IslandContext
+from workers.data.errors import DataError
 from workers.data.fetch import RemotePack, is_uri
 from workers.data.index import load_index
 from workers.data.peers import PackFiles, Peers, PeerShards
 from workers.data.reader import PackReader
 from workers.data.shard_cache import ShardCache, Source, is_whole
 from workers.jobs import MemberStore
+
+log = logging.getLogger("atoll.island")
 
 PATIENCE_S = 20.0
 
@@ -24,7 +29,12 @@ def open_pack(context: IslandContext, peers: Peers) -> PackReader:
         return PackReader(spec.pack)
     threaded = context.executor is not None
     path = spec.data.path
-    sources = [RemotePack(path).source()] if path is not None and is_uri(path) else []
+    sources = []
+    if path is not None and is_uri(path):
+        try:
+            sources.append(RemotePack(path).source())
+        except DataError as error:
+            log.warning("%s: shards come from the other islands", error)
     others = PeerShards(
         index.digest, context.transport, peers, timeout_s=spec.timeout_s, patience_s=PATIENCE_S if threaded else 0.0
     )

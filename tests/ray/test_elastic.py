@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
+from orchestrator.build import pack_path, resolve
 from orchestrator.ledger import ledger_command
 from orchestrator.metrics import SpanRow, read_rows
 from orchestrator.processes import WORKER_RESOURCE
 from orchestrator.summary import Summary
 from tests.ray.live_run import LiveRun
 from tests.small_run import small_config
+from workers.data.index import load_index
+from workers.data.shards import check_shard, map_shard
 from workers.records import LEFT, CommitRecord, FenceRecord, JoinRecord, MemberId, Record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -41,6 +45,7 @@ class Story:
     killed: MemberId
     replaced: MemberId
     lost_when_it_left: int
+    joiners_cache: Path
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +83,29 @@ def contributed(run: LiveRun, name: str, more_than: int) -> Callable[[], MemberI
 
 @pytest.fixture(scope="module")
 def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    values = [f"train.tokens={TOKENS}", "run.islands=auto", f"run.address={cluster.address}", "exchange.suspect_s=30"]
+    folder = tmp_path_factory.mktemp("elastic")
+    far, caches = folder / "far", {name: {"XDG_CACHE_HOME": str(folder / name)} for name in ("here", "there")}
+    shutil.copytree(pack_dir, far)
+    values = [
+        f"data.path={far.as_uri()}",
+        f"train.tokens={TOKENS}",
+        "run.islands=auto",
+        f"run.address={cluster.address}",
+        "exchange.suspect_s=30",
+    ]
     config = small_config(pack_dir, *values, "strategy.inner_steps=4", "exchange.quorum=0.5", "exchange.limbo_s=60")
-    run = LiveRun(config, pack_dir, tmp_path_factory.mktemp("elastic") / "run", pace_s=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", caches["here"]["XDG_CACHE_HOME"])
+        run = LiveRun(config, pack_path(resolve(config)), folder / "run", pace_s=0.2)
     assert (run.config.run.islands, run.config.run.elastic) == (1, True)
-    cluster.add_node(**NODE)
+    cluster.add_node(**NODE, env_vars=caches["here"])
     run.start()
     try:
         run.until(contributed(run, "island-0", 0), "the first machine's island in a commit")
 
+        shutil.rmtree(far)  # whoever joins from now on has to ask the others for the tokens
         began = time.monotonic()
-        second = cluster.add_node(**NODE)
+        second = cluster.add_node(**NODE, env_vars=caches["there"])
         left = run.until(contributed(run, "island-1", 0), "the second machine's island in a commit")
         contributed_after_s = time.monotonic() - began
 
@@ -97,14 +114,14 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
         lost = run.state().lost
         cluster.remove_node(second)
 
-        third = cluster.add_node(**NODE)
+        third = cluster.add_node(**NODE, env_vars=caches["there"])
         rejoined = run.until(contributed(run, "island-1", left.incarnation), "the third machine's island in a commit")
         cluster.remove_node(third, allow_graceful=False)
         run.until(
             lambda: any(isinstance(r, FenceRecord) and r.incarnation == rejoined.incarnation for r in run.records()),
             "the third machine's death to be noticed",
         )
-        cluster.add_node(**NODE)
+        cluster.add_node(**NODE, env_vars=caches["there"])
         replaced = run.until(contributed(run, "island-1", rejoined.incarnation), "its island on the fourth machine")
         unknown = ray.get(run.controller.leave.remote(["island-77"], None, False), timeout=30)
         assert unknown == {"leaving": [], "unknown": ["island-77"]}
@@ -121,6 +138,7 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
         killed=rejoined,
         replaced=replaced,
         lost_when_it_left=lost,
+        joiners_cache=folder / "there" / "atoll" / "packs",
     )
 
 
@@ -159,3 +177,12 @@ def test_time_away_is_no_time_dead(story: Story) -> None:
     spans = [row for row in read_rows(story.run_dir / "metrics.jsonl") if isinstance(row, SpanRow)]
     assert [span.member for span in spans if span.phase == "away"] == ["island-1"]
     assert [span.member for span in spans if span.phase == "dead"] == ["island-1"]
+
+
+def test_a_machine_without_the_tokens_gets_them_from_the_others(story: Story, pack_dir: Path) -> None:
+    (cached,) = story.joiners_cache.iterdir()
+    index = load_index(cached)
+    assert cached.name == index.digest == load_index(pack_dir).digest
+    for shard in index.splits["train"].shards:
+        file = cached / shard.file
+        check_shard(file, shard, map_shard(file, shard, index.token_type), index.vocab_size)

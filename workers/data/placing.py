@@ -24,10 +24,14 @@ def pack_here(data: DataConfig, pack: Path, ask: AskFiles, *, cache_dir: Path | 
     """The folder of the pack on this machine, and whether shards may be lacking there that can be had.
 
     Where the path of the run means nothing on this machine, or is a URI, it is a folder in the cache with the index
-    alone to begin with. Raises DataError.
+    alone to begin with; from the controller where the URI cannot be reached from here. Raises DataError.
     """
     if data.path is not None and is_uri(data.path):
-        return opened_pack(data.path, digest=data.digest, cache_dir=cache_dir), True
+        try:
+            return opened_pack(data.path, digest=data.digest, cache_dir=cache_dir), True
+        except DataError as error:
+            log.warning("%s: its index comes from the controller, its shards from the other islands", error)
+            return adopt(ask(), cache_dir=cache_dir), True
     if (pack / INDEX_FILE).is_file():
         return pack, False
     log.info("%s is not on this machine: its shards come from the other islands", pack)

@@ -195,6 +195,9 @@ def test_a_machine_that_has_the_path_asks_nobody(pack_dir: Path, tmp_path: Path)
     assert pack_here(config.data, pack_dir, refuse) == (pack_dir, False)
     folder, on_demand = pack_here(config.data, tmp_path / "not-here", lambda: pack_files(pack_dir), cache_dir=tmp_path)
     assert on_demand and load_index(folder).digest == load_index(pack_dir).digest
+    gone = small_config(pack_dir, f"data.path={(tmp_path / 'gone').as_uri()}")
+    found, on_demand = pack_here(gone.data, tmp_path, lambda: pack_files(pack_dir), cache_dir=tmp_path / "other")
+    assert on_demand and found.parent == tmp_path / "other" / "packs", "a URI that cannot be reached from here"
     with pytest.raises(DataError, match=r"no index\.json on the controller's machine either"):
         pack_here(config.data, tmp_path / "not-here", dict, cache_dir=tmp_path)
 
