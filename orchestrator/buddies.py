@@ -55,15 +55,18 @@ class Buddies:
     kept: dict[MemberId, tuple[Copy, ...]] = field(default_factory=dict)
     _told: dict[MemberId, tuple[Keeping, float]] = field(default_factory=dict)
 
-    def heard(self, member: MemberId, copy: Copy | None, kept: Sequence[Copy]) -> list[Copy]:
-        """A heartbeat; returns copies that this member has and had not before."""
-        if copy is not None and copy.member == member:
-            self.offered[member] = copy
-        elif copy is None:
+    def heard(self, member: MemberId, copy: Copy | None, kept: Sequence[Copy]) -> list[Copy] | None:
+        """A heartbeat; returns the copies that this member has and had not before, None where nothing is new."""
+        offered = copy if copy is not None and copy.member == member else None
+        had = self.kept.get(member)
+        if had == tuple(kept) and self.offered.get(member) == offered:
+            return None
+        if offered is not None:
+            self.offered[member] = offered
+        else:
             self.offered.pop(member, None)
-        had = self.kept.get(member, ())
         self.kept[member] = tuple(kept)
-        return [copy for copy in kept if copy not in had]
+        return [copy for copy in kept if copy not in (had or ())]
 
     def place(self, places: Mapping[MemberId, str]) -> None:
         """Assign anew; whoever is not in `places` keeps nothing any more that counts."""
@@ -89,8 +92,20 @@ class Buddies:
         for ward, buddy in sorted(self.of.items()):
             if ward in self.offered:
                 wards.setdefault(buddy, []).append(self.offered[ward])
+        mine: dict[MemberId, set[str]] = {}
+        for ward, buddy in self.of.items():
+            mine.setdefault(buddy, set()).add(ward.name)
+        holders: dict[str, list[tuple[MemberId, MemberId]]] = {}
+        for holder, kept in self.kept.items():
+            for copy in kept:
+                holders.setdefault(copy.member.name, []).append((copy.member, holder))
         for member in sorted({*self.of, *self.kept, *self._told}):
-            body = self._order(member, tuple(wards.get(member, ())))
+            needed = mine.get(member, set()) | {
+                copy.member.name
+                for copy in self.kept.get(member, ())
+                if not _has_other(holders[copy.member.name], member, copy)
+            }
+            body = self._order(member, tuple(wards.get(member, ())), tuple(sorted(needed)))
             told = self._told.get(member)
             again = told is not None and now - told[1] >= AGAIN_S and self._is_open(member, body)
             if told is None or told[0] != body or again:
@@ -98,21 +113,21 @@ class Buddies:
                 self._told[member] = (body, now)
         return out
 
-    def _order(self, member: MemberId, wards: tuple[Copy, ...]) -> Keeping:
+    def _order(self, member: MemberId, wards: tuple[Copy, ...], keep: tuple[str, ...]) -> Keeping:
         buddy = self.of.get(member)
         held = next((c.digest for c in self.kept.get(buddy, ()) if c.member == member), "") if buddy else ""
-        mine = {ward.name for ward, keeper in self.of.items() if keeper == member}
-        keep = tuple(sorted(c.member.name for c in self.kept.get(member, ()) if self._is_needed(member, c, mine)))
-        return Keeping(buddy=str(buddy or ""), held=held, wards=wards, keep=tuple(sorted({*keep, *mine})))
-
-    def _is_needed(self, holder: MemberId, copy: Copy, mine: set[str]) -> bool:
-        """A copy is kept by whoever is to have it, and by others until there is another one."""
-        newest = [entry for entry in self.copies_of(copy.member.name) if entry[1] != holder]
-        return copy.member.name in mine or not any(other.member >= copy.member for other, _ in newest)
+        return Keeping(buddy=str(buddy or ""), held=held, wards=wards, keep=keep)
 
     def _is_open(self, member: MemberId, body: Keeping) -> bool:
+        """Whether it seems not to have heard what it was told: messages may be lost."""
         have = self.kept.get(member, ())
         offered = self.offered.get(member)
         lacking = any(copy not in have for copy in body.wards)
         idle = any(copy.member.name not in body.keep for copy in have)
-        return lacking or idle or (offered is not None and offered.digest == body.held)
+        never = bool(body.buddy) and not body.held and offered is None
+        return lacking or idle or never or (offered is not None and offered.digest == body.held)
+
+
+def _has_other(holders: Sequence[tuple[MemberId, MemberId]], holder: MemberId, copy: Copy) -> bool:
+    """Whether somebody else has a copy of that island's state that is no older."""
+    return any(member >= copy.member and other != holder for member, other in holders)

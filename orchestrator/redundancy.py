@@ -31,7 +31,9 @@ class Redundancy(FaultBook):
         sources = [
             (copy, process.info.address)
             for copy, holder in self.buddies.copies_of(member.name)
-            if (process := self.roll.processes.get(holder)) is not None and copy.member < member
+            if (process := self.roll.processes.get(holder)) is not None
+            and process.status != "suspect"
+            and copy.member < member
         ]
         if sources:
             copy, holder = max(self.buddies.copies_of(member.name), key=lambda entry: sum(entry[0].versions))
@@ -48,7 +50,10 @@ class Redundancy(FaultBook):
     def _heard_of_copies(self, member: MemberId, hello: msg.Hello) -> None:
         if not self.plan.keeps_copies:
             return
-        for copy in self.buddies.heard(member, hello.copy, hello.kept):
+        news = self.buddies.heard(member, hello.copy, hello.kept)
+        if news is None:
+            return
+        for copy in news:
             made_by = copy.member
             self._copy_row(made_by.name, made_by.incarnation, "kept", str(member), max(copy.versions), copy.num_bytes)
         self._keep_copies()
@@ -60,7 +65,7 @@ class Redundancy(FaultBook):
         )  # fmt: skip
 
     def _keep_copies(self) -> None:
-        """Say who keeps what; on each heartbeat and tick, nothing where nothing is new."""
+        """Say who keeps what: after news and on each tick, nothing where nothing has changed."""
         if not self.plan.keeps_copies:
             return
         places = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.simulation import jobs
+from orchestrator.simulation.copies import Copies
 from orchestrator.simulation.requests import Busy, Fetch, FetchFailed, Job
 from orchestrator.simulation.symbols import (
     NonFinite,
@@ -62,6 +63,9 @@ class Island:
             sets_aside=scenario.plan.strategy.delay > 0,
         )
         self.store = Store()
+        exchange = scenario.plan.exchange
+        kept = Copies(self, staleness_limit=exchange.staleness_limit) if scenario.plan.keeps_copies else None
+        self.copies: Copies | None = kept
         self.offset_s = cluster.rng.uniform(0, 1000.0)
         self.rate = 1.0 + cluster.rng.uniform(-1, 1) * scenario.clock_skew
         self.bodies: list[msg.MemberBody] = []
@@ -153,6 +157,9 @@ class Island:
                 case ev.Order(body=order):
                     self.orders.append(order)
                     wake = True
+                case ev.Copies(body=told):
+                    if self.copies is not None:
+                        self.copies.told(told)
                 case ev.Forget():
                     self._forget(command)
                 case ev.BuildGenesis():
@@ -224,6 +231,9 @@ class Island:
         if not self.machine.holds_all() or self.machine.reset_wanted:
             self._wait("state")
             return
+        if self.copies is not None and self.copies.at_boundary():
+            self._wait("local state")
+            return
         if not self.machine.drop_asked:
             self._send_due()
         if self.machine.drop_asked:
@@ -243,6 +253,8 @@ class Island:
         if not self.machine.reset_wanted:
             return
         self.replica.reset()
+        if self.copies is not None:
+            self.copies.forget()
         self.steps_done.clear()
         self.store.discard("piece")
         if self.machine.dropped_to is not None:
