@@ -229,7 +229,7 @@ def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) 
     assert RunDir(job_run).state() == "stopped"
     before = commits(other)
     until(lambda: commits(other) > before + 1, "commits of the second run without the first")
-    head.atoll("stop", head.gcs, "--run", "other")
+    assert json.loads(head.atoll("stop", head.gcs, "--run", "other", "--json"))["over"]
     assert RunDir(other).state() == "stopped", (other / "logs" / "controller.log").read_text()[-2000:]
     log = json.loads(head.atoll("logs", "island-1", "--at", str(job_run), "--json"))
     assert log["name"].startswith("island-1.") and "is process" in log["text"]
