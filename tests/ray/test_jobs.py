@@ -27,7 +27,7 @@ from tests.ray.command import ROOT
 from tests.small_run import TOML
 from workers.records import CommitRecord, OperatorRecord, PauseRecord, Record, RollbackRecord, SettingRecord, TermRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(150)]
 
 WAIT_S = 90.0
 POLL_S = 0.1
