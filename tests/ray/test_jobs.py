@@ -161,17 +161,17 @@ def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
     until(lambda: any((job_run / "snapshots").glob("v*/manifest.json")), "the snapshot")
     version = min(int(path.parent.name[1:]) for path in (job_run / "snapshots").glob("v*/manifest.json"))
     assert version >= saved
-    refused = head.atoll("set", "train.lr=1", "--at", head.gcs, code=2)
+    refused = head.atoll("set", "train.lr=1", "--at", head.place, code=2)
     assert "cannot change while a run goes on" in refused
 
     assert json.loads(head.atoll("pause", str(job_run), "--json"))["paused"]
     until(lambda: {m.doing for m in Status.model_validate_json(
-        head.atoll("status", str(job_run), "--json")).members.values()} <= {"sync", "wait"}, "rest")  # fmt: skip
+        head.atoll("status", head.place, "--json")).members.values()} <= {"sync", "wait"}, "rest")  # fmt: skip
     still = commits(job_run)
-    back = json.loads(head.atoll("rollback", "--to", str(version), "--at", str(job_run), "--json"))
+    back = json.loads(head.atoll("rollback", "--to", str(version), "--at", head.place, "--json"))
     assert back["versions"] == [version] and back["samples_taken_back"] > 0
     assert commits(job_run) <= still + 1
-    head.atoll("resume", str(job_run))
+    head.atoll("resume", head.place)
     [rollback] = records(job_run, RollbackRecord)
     assert rollback.versions == (version,)
     assert [r.paused for r in records(job_run, PauseRecord)] == [True, False]
@@ -219,17 +219,17 @@ def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) 
     with refused.value as answer:
         assert answer.code == 401
     until(lambda: commits(other) > 0, "commits of the second run")
-    known = json.loads(head.atoll("runs", "--at", head.gcs, "--json"))
+    known = json.loads(head.atoll("runs", "--at", head.place, "--json"))
     assert {(run["run"], len(run["members"])) for run in known} == {("by-ray", 2), ("other", 1)}
-    assert "several runs go on there" in head.atoll("pause", head.gcs, code=2)
-    stack = json.loads(head.atoll("stack", "island-0", "--at", str(job_run), "--json"))
+    assert "several runs go on there" in head.atoll("pause", head.place, code=2)
+    stack = json.loads(head.atoll("stack", "island-0", "--at", head.place, "--run", "by-ray", "--json"))
     assert "Thread" in stack["text"] and Path(stack["file"]).read_text().startswith(stack["text"][:20])
     stopped = json.loads(head.atoll("stop", str(job_run), "--json"))
     assert stopped == {"run": "by-ray", "over": True, "reason": "stopped"}
     assert RunDir(job_run).state() == "stopped"
     before = commits(other)
     until(lambda: commits(other) > before + 1, "commits of the second run without the first")
-    assert json.loads(head.atoll("stop", head.gcs, "--run", "other", "--json"))["over"]
+    assert json.loads(head.atoll("stop", head.place, "--run", "other", "--json"))["over"]
     assert RunDir(other).state() == "stopped", (other / "logs" / "controller.log").read_text()[-2000:]
     log = json.loads(head.atoll("logs", "island-1", "--at", str(job_run), "--json"))
     assert log["name"].startswith("island-1.") and "is process" in log["text"]
