@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 class Progress:
     """A view of the controller's status; silent with `quiet`."""
 
-    def __init__(self, config: RunConfig, *, quiet: bool) -> None:
-        """Nothing is printed before it is entered."""
+    def __init__(self, config: RunConfig, *, quiet: bool, places: int | None = None) -> None:
+        """Nothing is printed before it is entered. `places`: of the cluster, all of which an elastic run takes."""
         self.config, self.quiet = config, quiet
+        elastic = config.run.elastic and places is not None
+        self._expected = max(places or 0, 1) if elastic else config.run.islands
         self._evaluations = -1
         self._members: set[str] = set()
         self._gone: set[str] = set()
@@ -30,7 +32,7 @@ class Progress:
         if self.config.pipeline.stages is not None:
             self.say(self._pipeline())
             return self
-        strategy, islands = self.config.strategy, self.config.run.islands
+        strategy, islands = self.config.strategy, self._expected
         steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
         self.say(
             f"{islands} {'island' if islands == 1 else 'islands'}, {self.config.train.tokens:,} tokens, "
@@ -119,7 +121,7 @@ class Progress:
         seconds, progress, members = status["seconds"], status["progress"], len(status["members"])
         if not progress:
             what = "processes" if self.config.pipeline.stages is not None else "islands"
-            return f"{seconds:7.1f} s  {members} of {self.config.run.islands} {what} are there"
+            return f"{seconds:7.1f} s  {members} of {self._expected} {what} are there"
         self._first = self._first or (seconds, progress)
         passed, made = seconds - self._first[0], progress - self._first[1]
         left = f"  {(1 - progress) * passed / made:,.0f} s left" if made > 0 and progress < 1 else ""

@@ -75,6 +75,13 @@ def test_progress_says_once_what_link_the_run_needs(capsys: pytest.CaptureFixtur
     assert told == ["   18.0 s  synchronising 35.2 kB every 2 s: needs 141 kbit/s at each island"]
 
 
+def test_a_run_that_takes_every_place_counts_the_places(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("debug", overrides=["run.islands=1", "run.elastic=true", "strategy.inner_steps=10"]).config
+    with Progress(config, quiet=False, places=2):
+        said = capsys.readouterr().out
+    assert said.startswith("2 islands, 40,960 tokens, strategy diloco, synchronising 35.2 kB every 10 steps")
+
+
 def test_progress_counts_one_as_one_and_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config("ddp", overrides=["run.islands=1"]).config
     with Progress(config, quiet=False):
