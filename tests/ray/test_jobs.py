@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ class Head:
     folder: Path
     place: str
     gcs: str
+    jobs_port: int
     state: Path
     pack: Path
 
@@ -92,16 +94,19 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory, pack_dir: Path) -> Iterator[Head]:
-    """A cluster of `atoll up`; nothing in it takes jobs until somebody asks."""
+    """A cluster of `atoll up`, with its job server at a port that is known beforehand."""
     folder = tmp_path_factory.mktemp("jobs")
     env = environment(folder / "state")
+    with socket.create_server(("127.0.0.2", 0)) as free:
+        port = int(free.getsockname()[1])
     command = [*ATOLL, "up", "--host", "127.0.0.1", "--workers", "4", "--label", "zone=b", "--background", "--json"]
+    command += ["--jobs-port", str(port)]
     up = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=folder)
     assert up.returncode == 0, up.stderr
     ready = json.loads(up.stdout)
     state = next((folder / "state").glob("head-*"))
     try:
-        yield Head(folder=folder, place=ready["join"], gcs=ready["address"], state=state, pack=pack_dir)
+        yield Head(folder=folder, place=ready["join"], gcs=ready["address"], jobs_port=port, state=state, pack=pack_dir)
     finally:
         subprocess.run([*ATOLL, "leave", "--now"], timeout=WAIT_S, env=env, check=True)
 
@@ -118,14 +123,25 @@ def commits(run_dir: Path) -> int:
     return len(records(run_dir, CommitRecord)) if run_dir.exists() and list(run_dir.glob("journal*")) else 0
 
 
+def kill_job_server(port: int) -> None:
+    """SIGKILL to the process that listens there."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = entry.read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if b"ray.dashboard.dashboard" in arguments and f"--port={port}".encode() in arguments:
+            os.kill(int(entry.parent.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"no job server at port {port}")
+
+
 @pytest.fixture(scope="module")
 def job_run(head: Head) -> Path:
     """A run that plain `ray job submit` started, and whose driver was killed."""
     run_dir = head.folder / "by-ray"
     ray = str(Path(sys.executable).with_name("ray"))
-    assert not list(head.state.glob("job_server*"))
-    jobs = job_place(parse(head.place)).address
-    command = [ray, "job", "submit", "--no-wait", "--address", jobs, "--"]
+    command = [ray, "job", "submit", "--no-wait", "--address", f"http://127.0.0.2:{head.jobs_port}", "--"]
     train = [*ATOLL, "train", str(head.toml("by-ray", islands=2)), "--run-dir", str(run_dir)]
     train += ["--set", "run.labels.zone=b"]
     head.run(*command, *train)
@@ -210,6 +226,7 @@ def test_the_dashboard_reads_and_asks_through_the_door(head: Head, job_run: Path
 
 
 def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) -> None:
+    kill_job_server(head.jobs_port)  # it is started again for who asks
     other = head.folder / "other"
     toml = head.toml("other", islands=1)
     job = json.loads(head.atoll("submit", str(toml), "--address", head.place, "--run-dir", str(other), "--json"))
