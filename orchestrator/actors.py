@@ -365,6 +365,7 @@ class ControllerActor(Hands, Keeper):
                     "status": process.status,
                     "reason": process.reason,
                     "steps": process.hello.steps if process.hello else 0,
+                    "step_s": process.hello.median_step_s if process.hello else 0.0,
                 }
                 for member, process in sorted(coordinator.roll.processes.items())
             },

@@ -49,7 +49,9 @@ class Stopped(Answer):
 
     run: str
     over: bool = Field(description="False with --no-wait, or where it did not stop in time.")
-    reason: str | None = Field(description="How it ended: stopped, done or failed.")
+    reason: str | None = Field(
+        description="How it ended: stopped, done or failed; null: its controller was gone before it said."
+    )
 
 
 class LogTail(Answer):

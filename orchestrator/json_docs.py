@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator import answers
+from orchestrator.pipeline.views import PipelineLedger, PipelineStatus
 from orchestrator.planning import Plan
 from orchestrator.status import Status
 from orchestrator.storm.figures import StormFigures
@@ -19,7 +20,9 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "atoll train --json": Summary,
     "atoll demo --json": Summary,
     "atoll status --json": Status,
+    "atoll status runs/swarm --json": PipelineStatus,
     "atoll ledger --json": answers.LedgerAnswer,
+    "atoll ledger runs/swarm --json": PipelineLedger,
     "atoll runs --json": answers.RunsHere,
     "atoll runs --at auto --json": answers.RunsThere,
     "atoll pause --json": answers.Asked,

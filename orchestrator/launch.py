@@ -112,6 +112,7 @@ class RaySession:
         """Nothing is started before the session is entered."""
         self.config = config
         self.connected_before = False
+        self.places: int | None = None
         self.controller: ActorHandle[Any] | None = None
         self.run_id = ""
         self.run_dir: Path | None = None
@@ -136,11 +137,11 @@ class RaySession:
             self.connected_before = True
             return self
         self._connect(known)
-        places = ray.cluster_resources().get(WORKER_RESOURCE, 0)  # type: ignore[no-untyped-call]
+        places = self.places = int(ray.cluster_resources().get(WORKER_RESOURCE, 0))  # type: ignore[no-untyped-call]
         if places < num_islands(self.config):
             ray.shutdown()
             raise UserError(
-                f"the cluster at {self.config.run.address!r} has room for {places:g} islands "
+                f"the cluster at {self.config.run.address!r} has room for {places} islands "
                 f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
                 place="run.address",
                 remedy="atoll up --workers N, or atoll join ... --workers N on another machine",
@@ -273,7 +274,7 @@ class RaySession:
     ) -> Summary:
         """Start, watch, and return the summary."""
         controller = self.start(run_dir, pack, faults, resume=resume)
-        with Progress(self.config, quiet=quiet) as progress:
+        with Progress(self.config, quiet=quiet, places=self.places) as progress:
             # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.
             own = self.config.run.address is None or self.connected_before
             watch(controller, progress, None if own else self.find_again)

@@ -143,17 +143,24 @@ def _check_devices(config: RunConfig, names: Sequence[str]) -> None:
     """Devices and precisions of the islands; those of a cluster elsewhere are known there only."""
     if config.run.address is not None:
         return
+    settings = [(index, config.train.for_island(name)) for index, name in enumerate(names)]
+    if not _may_have_gpu() and all(t.device in ("auto", "cpu") and t.precision == "fp32" for _, t in settings):
+        return  # every processor can do that: no need to import torch here, which takes a second or two
     from workers.device import check_precision, resolve_device
 
-    for index, name in enumerate(names):
-        train = config.train.for_island(name)
+    for index, train in settings:
         check_precision(train.precision, resolve_device(train.device, index=index))
+
+
+def _may_have_gpu() -> bool:
+    """Whether the system has the device of a driver: NVIDIA's, AMD's, or Windows' under Linux."""
+    device = Path("/dev")
+    return any(device.glob("nvidia[0-9]*")) or (device / "kfd").exists() or (device / "dxg").exists()
 
 
 def _check_model(config: RunConfig, pack: Path) -> None:
     """The shape of the built-in decoder for this vocabulary, and the weights that it starts from."""
     from workers.data.reader import PackReader
-    from workers.model.hf import check_hf_folder
     from workers.model.shape import resolve_shape
 
     reader = PackReader(pack)
@@ -162,4 +169,6 @@ def _check_model(config: RunConfig, pack: Path) -> None:
         return
     shape = resolve_shape(config.model, vocab_size=reader.index.vocab_size, seq_len=reader.index.seq_len)
     if config.model.init_from is not None:
+        from workers.model.hf import check_hf_folder
+
         check_hf_folder(Path(config.model.init_from).expanduser(), shape)

@@ -10,22 +10,20 @@ if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
 
-PACED_AFTER_ROUNDS = 3
-
-
 class Progress:
     """A view of the controller's status; silent with `quiet`."""
 
-    def __init__(self, config: RunConfig, *, quiet: bool) -> None:
-        """Nothing is printed before it is entered."""
+    def __init__(self, config: RunConfig, *, quiet: bool, places: int | None = None) -> None:
+        """Nothing is printed before it is entered. `places`: of the cluster, all of which an elastic run takes."""
         self.config, self.quiet = config, quiet
+        elastic = config.run.elastic and places is not None
+        self._expected = max(places or 0, 1) if elastic else config.run.islands
         self._evaluations = -1
         self._members: set[str] = set()
         self._gone: set[str] = set()
         self._first: tuple[float, float] | None = None
         self._live = sys.stdout.isatty() and not quiet
         self._width = 0
-        self._pace: tuple[float, int] | None = None  # seconds and rounds when the first round was over
         self._paced = False
         self._told = ""
 
@@ -34,7 +32,7 @@ class Progress:
         if self.config.pipeline.stages is not None:
             self.say(self._pipeline())
             return self
-        strategy, islands = self.config.strategy, self.config.run.islands
+        strategy, islands = self.config.strategy, self._expected
         steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
         self.say(
             f"{islands} {'island' if islands == 1 else 'islands'}, {self.config.train.tokens:,} tokens, "
@@ -104,26 +102,26 @@ class Progress:
         return "" if num is None else f"{show_bytes(num)} "
 
     def _say_pace(self, status: dict[str, Any]) -> None:
-        """Once some rounds have shown how long one takes: what link the run needs."""
+        """As soon as every island has timed its steps: what link the run needs, as the planner reckons it."""
         from orchestrator.planning import round_bytes, sentence
 
-        rounds, members = status["rounds"], len(status["members"])
-        if self.config.pipeline.stages is not None or self._paced or self.quiet or rounds < 1 or members < 2:
+        if self.config.pipeline.stages is not None or self._paced or self.quiet:
             return
-        seconds, first = self._pace = self._pace or (status["seconds"], rounds)
-        if rounds - first < PACED_AFTER_ROUNDS:
+        steps_s = [member["step_s"] for member in status["members"].values()]
+        if len(steps_s) < 2 or min(steps_s) <= 0:
             return
         self._paced = True
-        num = round_bytes(self.config, num_islands=members, num_params=status.get("params"))
+        num = round_bytes(self.config, num_islands=len(steps_s), num_params=status.get("params"))
         if num is not None:
-            self.say(f"{status['seconds']:7.1f} s  {sentence(num, (status['seconds'] - seconds) / (rounds - first))}")
+            seconds = self.config.strategy.inner_steps_at(1.0) * max(steps_s)
+            self.say(f"{status['seconds']:7.1f} s  {sentence(num, seconds)}")
 
     def _line(self, status: dict[str, Any]) -> str:
         """The live line; seconds left are reckoned from the first commit seen here on."""
         seconds, progress, members = status["seconds"], status["progress"], len(status["members"])
         if not progress:
             what = "processes" if self.config.pipeline.stages is not None else "islands"
-            return f"{seconds:7.1f} s  {members} of {self.config.run.islands} {what} are there"
+            return f"{seconds:7.1f} s  {members} of {self._expected} {what} are there"
         self._first = self._first or (seconds, progress)
         passed, made = seconds - self._first[0], progress - self._first[1]
         left = f"  {(1 - progress) * passed / made:,.0f} s left" if made > 0 and progress < 1 else ""

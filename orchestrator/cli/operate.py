@@ -11,6 +11,7 @@ import click
 
 from orchestrator.cli.cluster import hide_token, token_file_option
 from orchestrator.cli.options import Command, json_option
+from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.waiting import waiting
 
 STOP_S = 600.0
@@ -90,11 +91,19 @@ def stop(target: str | None, token_file: Path | None, run: str | None, now: bool
         standing = runs.ask("standing", run)
         name = standing.get("run") or run
         runs.ask("stop", run, save=not now)
-        deadline_s = time.monotonic() + STOP_S
+        deadline_s, silent = time.monotonic() + STOP_S, 0
         while not no_wait and not standing["over"] and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
-            standing = runs.ask("standing", run)
-    text = f"{name} is {standing['reason']}" if standing["over"] else f"{name} was asked to stop"
+            try:
+                standing, silent = runs.ask("standing", name), 0
+            except ClusterUnreachable:  # once: it may be ending at this moment
+                silent += 1
+                if silent > 1:
+                    raise
+            except UserError:  # who started it has ended its processes, as after every run
+                standing = {"over": True, "reason": None}
+    ended = f"is {standing['reason']}" if standing["reason"] else "has ended"
+    text = f"{name} {ended}" if standing["over"] else f"{name} was asked to stop"
     return _show("Stopped", {"run": name, "over": standing["over"], "reason": standing["reason"]}, as_json, text)
 
 

@@ -28,7 +28,8 @@ from orchestrator.run_state import JournalContradiction, RunState
 from workers import ranges
 from workers.records import CommitRecord, FaultRecord, FenceRecord, JoinRecord, OperatorRecord, Row, StopRecord
 
-STAGE_FIELDS = ("stage", "members", "tokens_per_s", "queue", "t_s")
+ALL_STAGES = "all stages"
+STAGE_FIELDS = ("stage", "params", "bytes", "peers", "buddies", "moving_here")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,7 @@ class RunBook:
         self.faults: dict[tuple[str, str, float | None], FaultEvent] = {}
         self.silences: list[SilenceRow] = []
         self.links: dict[tuple[str, str], list[LinkRow]] = {}
-        self.stages: list[dict[str, Any]] = []
+        self.stages: list[tuple[float, list[dict[str, Any]]]] = []  # moment of a pipeline's step, and its table
         self.state = RunState()
         self.happenings: list[Happening] = []
         self.totals: dict[tuple[int, int], Totals] = {}
@@ -111,6 +112,28 @@ class RunBook:
                 self.num_bad += bool(line.strip())
         self.version += 1
 
+    def add_pipeline(self, data: bytes) -> None:
+        """Whole lines of `pipeline.jsonl`: a step of all stages each, with the table of the stages."""
+        for line in data.splitlines():
+            try:
+                row = json.loads(line)
+                t_s, loss = float(row["t_s"]), row["loss"]
+                table = [{key: stage[key] for key in STAGE_FIELDS} for stage in row["stages"]]
+            except (ValueError, TypeError, KeyError):
+                self.num_bad += bool(line.strip())
+                continue
+            self.stages.append((t_s, table))
+            self.steps.append(
+                t_s=t_s,
+                member=self.place(ALL_STAGES),
+                loss=float("nan") if loss is None else float(loss),
+                tokens_per_s=0.0,
+                compute_s=0.0,
+                num_steps=1,
+            )
+            self._until(t_s)
+        self.version += 1
+
     def add_records(self, rows: Iterable[Row]) -> None:
         """Rows of the journal, in order."""
         for row in rows:
@@ -134,9 +157,6 @@ class RunBook:
         kind = values.get("kind")
         if kind == "step":
             self._step(values)
-            return
-        if kind == "stage":  # of a SWARM; no worker of this version writes them
-            self.stages.append({key: values.get(key) for key in STAGE_FIELDS})
             return
         match row_from_dict(values):
             case SpanRow() as row:

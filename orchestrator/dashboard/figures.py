@@ -338,8 +338,6 @@ def _ledger(book: RunBook, totals: Totals) -> dict[str, Any]:
 
 
 def _stages(book: RunBook, moment_s: float) -> list[dict[str, Any]]:
-    newest: dict[Any, dict[str, Any]] = {}
-    for row in book.stages:
-        if isinstance(row["t_s"], (int, float)) and row["t_s"] <= moment_s:
-            newest[row["stage"]] = row
-    return [newest[stage] for stage in sorted(newest, key=str)]
+    """The stages of a pipeline as its newest step until then shows them, what `atoll status` says."""
+    num = bisect_right(book.stages, moment_s, key=lambda row: row[0])
+    return book.stages[num - 1][1] if num else []

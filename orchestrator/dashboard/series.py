@@ -57,13 +57,25 @@ def _points(points: Sequence[tuple[float, float | None]], window: Window) -> lis
 
 def _band(loss: Floats, low: Floats, high: Floats) -> dict[str, Any]:
     """Extremes of single rows, and quantiles over members of their means: what many curves would show."""
-    known = np.isfinite(loss).any(axis=0)
-    quantiles = np.full((3, loss.shape[1]), np.nan)
-    if known.any():
-        quantiles[:, known] = np.nanquantile(loss[:, known], (0.1, 0.5, 0.9), axis=0)
-    names = ("p10", "p50", "p90")
-    curves: dict[str, Any] = {name: _numbers(row, 4) for name, row in zip(names, quantiles, strict=True)}
-    return {"low": _numbers(low, 4), "high": _numbers(high, 4), **curves}
+    curves: dict[str, Any] = {"low": _numbers(low, 4), "high": _numbers(high, 4)}
+    if len(loss) > FEW:  # fewer have a curve each
+        rows = column_quantiles(loss, (0.1, 0.5, 0.9))
+        curves |= {name: _numbers(row, 4) for name, row in zip(("p10", "p50", "p90"), rows, strict=True)}
+    return curves
+
+
+def column_quantiles(values: Floats, shares: Sequence[float]) -> list[Floats]:
+    """`numpy.nanquantile(values, shares, axis=0)`, in one sort: that goes through the columns one by one in Python."""
+    ordered, column = np.sort(values, axis=0), np.arange(values.shape[1])  # NaN comes last
+    last = np.maximum(np.isfinite(values).sum(axis=0) - 1, 0)
+    found = []
+    for share in shares:
+        at = share * last
+        below = np.floor(at).astype(np.int64)
+        above = np.minimum(below + 1, last)
+        low, high = ordered[below, column], ordered[above, column]
+        found.append(low + (high - low) * (at - below))
+    return found
 
 
 def _committed(book: RunBook, at_s: Floats) -> tuple[Floats, Floats]:

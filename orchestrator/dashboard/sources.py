@@ -8,6 +8,7 @@ from typing import Protocol
 from orchestrator.dashboard.book import About, RunBook
 from orchestrator.dashboard.feed import MOST_BYTES, read_part
 from orchestrator.errors import UserError
+from orchestrator.pipeline.figures import FILE_NAME as PIPELINE
 from orchestrator.rundir import RunDir, read_json
 from orchestrator.segments import link_problem, read_run, segment_paths
 from workers.records import Row, load_row
@@ -47,7 +48,7 @@ class FileSource:
     def _begin(self) -> None:
         self.book = RunBook()
         self.book.about = About(run_id=self.run_dir.path.resolve().name)
-        self._metrics_at = 0
+        self._metrics_at = self._pipeline_at = 0
         self._segments: tuple[str, ...] = ()
         self._journal_at = 0
         self._last: Row | None = None
@@ -77,8 +78,12 @@ class FileSource:
         more = self._read_journal()  # first, so that the totals of a commit are there with its row
         if data:
             self.book.add_metrics(data)
+        steps = read_part(self.run_dir.path / PIPELINE, self._pipeline_at)
+        if steps:
+            self._pipeline_at += len(steps)
+            self.book.add_pipeline(steps)
         self._look()
-        return more or len(data) > MOST_BYTES // 2
+        return more or max(len(data), len(steps)) > MOST_BYTES // 2
 
     def _look(self) -> None:
         about = self.book.about

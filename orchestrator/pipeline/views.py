@@ -51,6 +51,22 @@ class PipelineStatus(BaseModel):
     why_no_move: str = Field(description="What the rebalancer said when it last looked.")
 
 
+class PipelineLedger(BaseModel):
+    """What the journal of a run with stages adds up to."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = 1
+    steps: int = Field(description="Steps that are committed in every stage.")
+    stages: int
+    microbatches_per_step: int
+    samples: int = Field(description="Samples that are committed in every stage.")
+    steps_begun_again: int = Field(description="Steps that were begun anew: a trainer or the controller had died.")
+    steps_taken_back: int = Field(description="Steps that a snapshot took back.")
+    peers_fenced_for_a_step: int = Field(description="How often a peer was left out of a step.")
+    findings: list[str] = Field(description="What does not add up; empty if every microbatch counts once.")
+
+
 def is_pipeline_run(run_dir: Path) -> bool:
     """Whether the run in a directory has stages."""
     config = RunDir(run_dir).config
@@ -125,19 +141,18 @@ def pipeline_ledger(run_dir: Path, as_json: bool) -> int:
     """Print what a journal adds up to: each microbatch once in every stage; 5 if it does not, else 0."""
     history = read_history(run_dir)
     findings = [*history.findings, *_against_summary(run_dir, history)]
-    told = {
-        "schema": 1,
-        "steps": history.version,
-        "stages": history.num_stages,
-        "microbatches_per_step": history.num_microbatches,
-        "samples": history.num_samples,
-        "steps_begun_again": history.num_begun_again,
-        "steps_taken_back": history.num_taken_back,
-        "peers_fenced_for_a_step": len(history.fenced),
-        "findings": findings,
-    }
     if as_json:
-        print(json.dumps(told, indent=2))
+        told = PipelineLedger(
+            steps=history.version,
+            stages=history.num_stages,
+            microbatches_per_step=history.num_microbatches,
+            samples=history.num_samples,
+            steps_begun_again=history.num_begun_again,
+            steps_taken_back=history.num_taken_back,
+            peers_fenced_for_a_step=len(history.fenced),
+            findings=findings,
+        )
+        print(told.model_dump_json(indent=2))
         return EXIT_WRONG if findings else 0
     counted = history.version * history.num_stages * history.num_microbatches
     print(f"{history.version} steps of {history.num_microbatches} microbatches in {history.num_stages} stages")

@@ -101,8 +101,9 @@ class Experiment:
         """Begins a run there. Where it is stored, and as whom, the module reads from its own environment."""
         tracker: Any = importlib.import_module(module)
         # Both would sample this machine, which is not where training is, and trackio would open a page in a notebook.
-        own: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-        options = {"dir": str(run_dir)} if module == "wandb" else own
+        trackio: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        wandb: dict[str, Any] = {"dir": str(run_dir), "settings": {"x_disable_stats": True, "console": "off"}}
+        options = wandb if module == "wandb" else trackio
         self._run = tracker.init(project=project, name=run, config=dict(settings), **options)
 
     def write(self, values: Mapping[str, float], step: int) -> None:

@@ -107,8 +107,8 @@ def page(site: Site) -> Iterator[Page]:
 
 
 def test_first_paint_is_quick_and_the_page_is_small(site: Site) -> None:
-    paints = []  # of several: the machine may be busy with other tests
-    for _ in range(4):
+    paints = [float("inf")]  # the best of several: the machine may be busy with other tests
+    while min(paints) >= MAX_PAINT_MS and len(paints) < 5:
         page = site.open()
         paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
     assert min(paints) < MAX_PAINT_MS, paints
@@ -215,10 +215,23 @@ def test_the_slider_replays_the_run(page: Page) -> None:
 
 
 def test_the_replay_plays_by_itself_to_the_end(page: Page) -> None:
-    page.evaluate("document.getElementById('play').click()")
-    until(page, "document.getElementById('state').textContent === 'replay'", "the beginning")
-    until(page, "[...document.querySelectorAll('#members tbody tr')].some((r) => r.dataset.doing === 'dead')", "death")
+    dead = "[...document.querySelectorAll('#members tbody tr')].some((r) => r.dataset.doing === 'dead')"
+    play_from(page, 0.45)
+    assert page.evaluate("document.getElementById('state').textContent") == "replay" and not page.evaluate(dead)
+    until(page, dead, "death")
+    play_from(page, 0.9)
     until(page, "document.getElementById('state').textContent === 'done'", "the end")
+
+
+def play_from(page: Page, share: float) -> None:
+    """Move the slider there, wait for it to be shown, and let the replay go on."""
+    before = page.evaluate("document.documentElement.dataset.drawn")
+    page.evaluate(
+        f"(() => {{ const s = document.getElementById('slider'); s.value = {1000 * share};"
+        " s.dispatchEvent(new Event('input')); })()"
+    )
+    until(page, f"document.documentElement.dataset.drawn !== '{before}'", "the moment")
+    page.evaluate("document.getElementById('play').click()")
 
 
 def test_finished_runs_have_no_buttons(page: Page) -> None:

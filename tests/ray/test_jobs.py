@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from tests.ray.command import ROOT
 from tests.small_run import TOML
 from workers.records import CommitRecord, OperatorRecord, PauseRecord, Record, RollbackRecord, SettingRecord, TermRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(150)]
 
 WAIT_S = 90.0
 POLL_S = 0.1
@@ -52,6 +53,7 @@ class Head:
     folder: Path
     place: str
     gcs: str
+    jobs_port: int
     state: Path
     pack: Path
 
@@ -92,16 +94,19 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory, pack_dir: Path) -> Iterator[Head]:
-    """A cluster of `atoll up`; nothing in it takes jobs until somebody asks."""
+    """A cluster of `atoll up`, with its job server at a port that is known beforehand."""
     folder = tmp_path_factory.mktemp("jobs")
     env = environment(folder / "state")
+    with socket.create_server(("127.0.0.2", 0)) as free:
+        port = int(free.getsockname()[1])
     command = [*ATOLL, "up", "--host", "127.0.0.1", "--workers", "4", "--label", "zone=b", "--background", "--json"]
+    command += ["--jobs-port", str(port)]
     up = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=folder)
     assert up.returncode == 0, up.stderr
     ready = json.loads(up.stdout)
     state = next((folder / "state").glob("head-*"))
     try:
-        yield Head(folder=folder, place=ready["join"], gcs=ready["address"], state=state, pack=pack_dir)
+        yield Head(folder=folder, place=ready["join"], gcs=ready["address"], jobs_port=port, state=state, pack=pack_dir)
     finally:
         subprocess.run([*ATOLL, "leave", "--now"], timeout=WAIT_S, env=env, check=True)
 
@@ -118,14 +123,25 @@ def commits(run_dir: Path) -> int:
     return len(records(run_dir, CommitRecord)) if run_dir.exists() and list(run_dir.glob("journal*")) else 0
 
 
+def kill_job_server(port: int) -> None:
+    """SIGKILL to the process that listens there."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = entry.read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if b"ray.dashboard.dashboard" in arguments and f"--port={port}".encode() in arguments:
+            os.kill(int(entry.parent.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"no job server at port {port}")
+
+
 @pytest.fixture(scope="module")
 def job_run(head: Head) -> Path:
     """A run that plain `ray job submit` started, and whose driver was killed."""
     run_dir = head.folder / "by-ray"
     ray = str(Path(sys.executable).with_name("ray"))
-    assert not list(head.state.glob("job_server*"))
-    jobs = job_place(parse(head.place)).address
-    command = [ray, "job", "submit", "--no-wait", "--address", jobs, "--"]
+    command = [ray, "job", "submit", "--no-wait", "--address", f"http://127.0.0.2:{head.jobs_port}", "--"]
     train = [*ATOLL, "train", str(head.toml("by-ray", islands=2)), "--run-dir", str(run_dir)]
     train += ["--set", "run.labels.zone=b"]
     head.run(*command, *train)
@@ -161,17 +177,17 @@ def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
     until(lambda: any((job_run / "snapshots").glob("v*/manifest.json")), "the snapshot")
     version = min(int(path.parent.name[1:]) for path in (job_run / "snapshots").glob("v*/manifest.json"))
     assert version >= saved
-    refused = head.atoll("set", "train.lr=1", "--at", head.gcs, code=2)
+    refused = head.atoll("set", "train.lr=1", "--at", head.place, code=2)
     assert "cannot change while a run goes on" in refused
 
     assert json.loads(head.atoll("pause", str(job_run), "--json"))["paused"]
     until(lambda: {m.doing for m in Status.model_validate_json(
-        head.atoll("status", str(job_run), "--json")).members.values()} <= {"sync", "wait"}, "rest")  # fmt: skip
+        head.atoll("status", head.place, "--json")).members.values()} <= {"sync", "wait"}, "rest")  # fmt: skip
     still = commits(job_run)
-    back = json.loads(head.atoll("rollback", "--to", str(version), "--at", str(job_run), "--json"))
+    back = json.loads(head.atoll("rollback", "--to", str(version), "--at", head.place, "--json"))
     assert back["versions"] == [version] and back["samples_taken_back"] > 0
     assert commits(job_run) <= still + 1
-    head.atoll("resume", str(job_run))
+    head.atoll("resume", head.place)
     [rollback] = records(job_run, RollbackRecord)
     assert rollback.versions == (version,)
     assert [r.paused for r in records(job_run, PauseRecord)] == [True, False]
@@ -210,8 +226,9 @@ def test_the_dashboard_reads_and_asks_through_the_door(head: Head, job_run: Path
 
 
 def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) -> None:
+    kill_job_server(head.jobs_port)  # it is started again for who asks
     other = head.folder / "other"
-    toml = head.toml("other", islands=1, tokens=20_000)
+    toml = head.toml("other", islands=1)
     job = json.loads(head.atoll("submit", str(toml), "--address", head.place, "--run-dir", str(other), "--json"))
     assert job["run_dir"] == str(other) and job["address"] == job_place(parse(head.place)).address
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -219,16 +236,18 @@ def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) 
     with refused.value as answer:
         assert answer.code == 401
     until(lambda: commits(other) > 0, "commits of the second run")
-    known = json.loads(head.atoll("runs", "--at", head.gcs, "--json"))
+    known = json.loads(head.atoll("runs", "--at", head.place, "--json"))
     assert {(run["run"], len(run["members"])) for run in known} == {("by-ray", 2), ("other", 1)}
-    assert "several runs go on there" in head.atoll("pause", head.gcs, code=2)
-    stack = json.loads(head.atoll("stack", "island-0", "--at", str(job_run), "--json"))
+    assert "several runs go on there" in head.atoll("pause", head.place, code=2)
+    stack = json.loads(head.atoll("stack", "island-0", "--at", head.place, "--run", "by-ray", "--json"))
     assert "Thread" in stack["text"] and Path(stack["file"]).read_text().startswith(stack["text"][:20])
     stopped = json.loads(head.atoll("stop", str(job_run), "--json"))
     assert stopped == {"run": "by-ray", "over": True, "reason": "stopped"}
     assert RunDir(job_run).state() == "stopped"
-    until(lambda: RunDir(other).state() != "running", "the end of the second run")
-    assert RunDir(other).state() == "done", (other / "logs" / "controller.log").read_text()[-2000:]
+    before = commits(other)
+    until(lambda: commits(other) > before + 1, "commits of the second run without the first")
+    assert json.loads(head.atoll("stop", head.place, "--run", "other", "--json"))["over"]
+    assert RunDir(other).state() == "stopped", (other / "logs" / "controller.log").read_text()[-2000:]
     log = json.loads(head.atoll("logs", "island-1", "--at", str(job_run), "--json"))
     assert log["name"].startswith("island-1.") and "is process" in log["text"]
     told = [json.loads(line) for line in (head.folder / "told").read_text().splitlines()]

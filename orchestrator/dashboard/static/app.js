@@ -155,7 +155,7 @@ async function curves(force = false) {
 }
 
 function draw(series, range) {
-  const { x, faults, band } = series, names = Object.keys(series.loss), many = page.run.members.length > names.length;
+  const { x, faults, band } = series, names = Object.keys(series.loss), many = "p90" in band;
   const lines = [{ key: "high", quiet: true }, { key: "low", quiet: true }], values = [bridge(band.high), bridge(band.low)], bands = [[0, 1, "band"]];
   if (many) {
     lines.push({ key: "p90", quiet: true }, { key: "p10", quiet: true }, { key: "p50", label: "median of the members", colour: "s0", width: 1.8 });

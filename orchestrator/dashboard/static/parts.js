@@ -138,5 +138,6 @@ export function ledgerPart(ledger) {
 
 export function stagesPart(stages) {
   $("stages").hidden = !stages.length;
-  $("stages").querySelector("tbody").replaceChildren(...stages.map((one) => el("tr", {}, el("td", {}, String(one.stage)), el("td", {}, String(Array.isArray(one.members) ? one.members.join(", ") : one.members ?? UNKNOWN)), el("td", { class: "num" }, count(one.tokens_per_s)), el("td", { class: "num" }, count(one.queue)))));
+  const peers = (one) => Object.entries(one.peers).map(([name, rate]) => `${name} ${rate == null ? "not measured" : rate.toFixed(2)}`).concat(one.moving_here.map((name) => `${name} is coming`)).join(", ");
+  $("stages").querySelector("tbody").replaceChildren(...stages.map((one) => el("tr", {}, el("td", {}, String(one.stage)), el("td", { class: "num" }, count(one.params)), el("td", { class: "num" }, bytes(one.bytes)), el("td", { class: "wrap" }, peers(one) || UNKNOWN), el("td", { class: "wrap" }, one.buddies.join(", ") || UNKNOWN))));
 }

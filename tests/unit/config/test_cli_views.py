@@ -31,7 +31,7 @@ def finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def status_of(members: list[str], **values: Any) -> dict[str, Any]:
     numbers = {"seconds": 1.0, "progress": 0.0, "rounds": 0, "tokens": 0, "evaluations": 0, "val_loss": None}
-    return {**numbers, "members": {name: {} for name in members}, **values}
+    return {**numbers, "members": {name: {"step_s": 0.0} for name in members}, **values}
 
 
 def test_progress_tells_of_deaths_and_who_takes_the_place(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,10 +68,18 @@ def test_progress_says_once_what_link_the_run_needs(capsys: pytest.CaptureFixtur
     members = ["island-0.1", "island-1.1"]
     config = load_config("debug", overrides=["run.islands=2", "strategy.inner_steps=10"]).config
     with Progress(config, quiet=False) as progress:
-        for rounds in range(8):
-            progress.show(status_of(members, seconds=10.0 + 2 * rounds, rounds=rounds))
+        for step_s in ((0.0, 0.0), (0.1, 0.0), (0.1, 0.2), (0.3, 0.3)):  # timed by nobody, one, both
+            known = {name: {"step_s": seconds} for name, seconds in zip(members, step_s, strict=True)}
+            progress.show(status_of([], seconds=18.0) | {"members": known})
     told = [line for line in capsys.readouterr().out.splitlines() if "needs" in line]
     assert told == ["   18.0 s  synchronising 35.2 kB every 2 s: needs 141 kbit/s at each island"]
+
+
+def test_a_run_that_takes_every_place_counts_the_places(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("debug", overrides=["run.islands=1", "run.elastic=true", "strategy.inner_steps=10"]).config
+    with Progress(config, quiet=False, places=2):
+        said = capsys.readouterr().out
+    assert said.startswith("2 islands, 40,960 tokens, strategy diloco, synchronising 35.2 kB every 10 steps")
 
 
 def test_progress_counts_one_as_one_and_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:

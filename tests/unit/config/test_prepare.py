@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,3 +180,19 @@ def test_on_a_cluster_the_islands_follow_its_machines(tmp_path: Path) -> None:
     assert (run.islands, run.elastic) == (1, True)
     run = prepare(small_config(make_pack(tmp_path), "run.islands=3", "run.address=10.0.0.1:6379")).config.run
     assert (run.islands, run.elastic) == (3, False)
+
+
+def test_a_plain_run_is_checked_without_importing_torch_or_ray(folder: Path) -> None:
+    """Its driver would pay seconds for it at every start; islands import torch themselves."""
+    script = (
+        "import sys\n"
+        "from orchestrator import prepare\n"
+        "from orchestrator.config import load_config\n"
+        "prepare._may_have_gpu = lambda: False\n"
+        "config = load_config('demo', overrides=['data.path=pack', 'data.seq_len=16']).config\n"
+        "prepared = prepare.prepare(config, ['kill:island-1@round=15'])\n"
+        "assert prepared.pack is not None and prepared.faults\n"
+        "sys.exit(' '.join(sorted({'torch', 'ray'} & sys.modules.keys())) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr

@@ -172,15 +172,20 @@ def test_rows_that_cannot_be_read_are_counted_and_said(tmp_path: Path) -> None:
     assert run_figures(read(run_dir).book, None)["problem"] == "3 rows of metrics.jsonl could not be read"
 
 
-def test_stages_appear_when_there_are_rows_of_them(tmp_path: Path) -> None:
+def test_the_stages_of_a_pipeline_are_shown_as_of_each_step(tmp_path: Path) -> None:
     run_dir = write_run(SyntheticRun(rounds=3, inner_steps=4, kill_round=None), tmp_path / "run")
     assert run_figures(read(run_dir).book, None)["stages"] == []
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        for t_s, speed in ((1.0, 5), (2.0, 7)):
-            row = {"kind": "stage", "t_s": t_s, "stage": 0, "members": ["a", "b"], "tokens_per_s": speed, "queue": 3}
+    with (run_dir / "pipeline.jsonl").open("a") as file:
+        for t_s, rate in ((1.0, None), (2.0, 1.5)):
+            stage = {"stage": 0, "params": 10, "bytes": 80, "peers": {"a": rate}, "buddies": ["b"], "moving_here": []}
+            row = {"t_s": t_s, "step": 1, "loss": 4.5, "seconds": 1.0, "attempts": 1, "stages": [stage], "no_move": ""}
             file.write(json.dumps(row) + "\n")
-    assert [one["tokens_per_s"] for one in run_figures(read(run_dir).book, None)["stages"]] == [7]
-    assert [one["tokens_per_s"] for one in run_figures(read(run_dir).book, 1.5)["stages"]] == [5]
+        file.write("[]\n")
+    book = read(run_dir).book
+    assert [one["peers"] for one in run_figures(book, None)["stages"]] == [{"a": 1.5}]
+    assert [one["peers"] for one in run_figures(book, 1.5)["stages"]] == [{"a": None}]
+    assert run_figures(book, 0.5)["stages"] == [] and book.num_bad == 1
+    assert run_series(book, Window(start_s=0.0, end_s=3.0, num_bins=3), [])["loss"]["all stages"][1] == 4.5
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
 
 from orchestrator.dashboard.columns import Columns, Spans, Steps, Window
+from orchestrator.dashboard.series import column_quantiles
 
 NUM = 5
 
@@ -84,3 +86,14 @@ def test_columns_grow_and_keep_their_rows() -> None:
         columns.append(i, -i)
     assert len(columns) == 5000
     assert columns.column("b")[4321] == -4321
+
+
+def test_quantiles_of_columns_are_those_of_numpy() -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(20, 50))
+    values[rng.random(values.shape) < 0.6] = np.nan
+    values[:, 7], values[1:, 8] = np.nan, np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a column without a value
+        expected = np.nanquantile(values, (0.1, 0.5, 0.9), axis=0)
+    np.testing.assert_allclose(column_quantiles(values, (0.1, 0.5, 0.9)), expected, rtol=1e-12)

@@ -143,14 +143,14 @@ for line in sys.stdin:
 
 @pytest.fixture
 def operator() -> Operator:
-    return Operator(lambda: ([sys.executable, "-c", ECHO], dict(os.environ)), answer_s=3.0)
+    return Operator(lambda: ([sys.executable, "-c", ECHO], dict(os.environ)), answer_s=1.5)
 
 
 def test_the_child_answers_ends_and_is_started_again(operator: Operator) -> None:
     try:
         assert json.loads(operator.answer('{"do": "a"}')) == {"ok": {"do": "a"}}
         assert "has ended: exit code 3" in operator.answer('{"do": "die"}')
-        assert "within 3 s" in operator.answer('{"do": "hang"}')
+        assert "within 1.5 s" in operator.answer('{"do": "hang"}')
         assert json.loads(operator.answer('{"do":\n"b"}')) == {"ok": {"do": "b"}}
     finally:
         operator.close()

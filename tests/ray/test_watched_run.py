@@ -1,0 +1,356 @@
+"""One real run, looked at in every way: a browser on its dashboard, which also acts on it, and a real Prometheus.
+
+The dashboard is read from the controller; a kill and a drain are asked for by clicks. Every expression of the Grafana
+dashboard has data in Prometheus, and Ray's own agent exports the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.dashboard.actor import start_in_cluster
+from orchestrator.dashboard.controller_source import pick_run
+from orchestrator.dashboard.ray_source import RaySource, runs_here
+from orchestrator.dashboard.serve import on_thread
+from orchestrator.dashboard.server import Dashboard
+from orchestrator.ledger import ledger_command
+from orchestrator.summary import Summary
+from orchestrator.telemetry.catalogue import BY_NAME
+from orchestrator.telemetry.telemetry import target_file
+from tests.browser.chromium import NAMES, Chromium, Page, find_chromium
+from tests.ray.live_run import LiveRun
+from tests.small_run import small_config
+from workers.records import LEFT, FaultRecord, FenceRecord, OperatorRecord, Record
+
+BINARY = find_chromium()
+needs_browser = pytest.mark.skipif(BINARY is None, reason=f"no browser: none of {', '.join(NAMES)} is installed")
+pytestmark = [pytest.mark.ray, pytest.mark.browser, pytest.mark.timeout(200)]
+
+ROOT = Path(__file__).resolve().parents[2]
+MONITORING = ROOT / "cluster_configs" / "monitoring"
+POLL_S = 0.2
+DEAD_WITHIN_S = 3.0
+WAIT_S = 60.0
+# Notes when each state of each member is first shown after the click that asks for the kill.
+NOTE = """
+window.seen = [];
+new MutationObserver(() => {
+  for (const row of document.querySelectorAll("#members tbody tr"))
+    window.seen.push([performance.now(), row.dataset.member, row.dataset.doing]);
+}).observe(document.querySelector("#members tbody"), {subtree: true, childList: true, attributes: true});
+const ask = window.fetch;
+window.fetch = (...given) => { if (given[0] === "/api/act") window.asked = performance.now(); return ask(...given); };
+"""
+
+
+DISABLED = """
+Object.fromEntries([...document.querySelectorAll("#acts button")].map((one) => [one.textContent, one.disabled]))
+"""
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + WAIT_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for {what}"
+        time.sleep(POLL_S)
+    return found
+
+
+class Prometheus:
+    """Debian's Prometheus with our configuration, looking more often than there so that the test is short."""
+
+    def __init__(self, folder: Path) -> None:
+        program = shutil.which("prometheus")
+        assert program is not None, "no prometheus: apt-get install prometheus (.ci/run does it)"
+        text = (MONITORING / "prometheus.yml").read_text()
+        text, hurried = re.subn(r"scrape_interval: 2s", "scrape_interval: 250ms", text)
+        text, found = re.subn(r"refresh_interval: 5s", "refresh_interval: 250ms", text)
+        assert hurried == found == 1
+        (folder / "prometheus.yml").write_text(text)
+        self.log = folder / "prometheus.log"
+        # It can be told any free port (0), and does not tell which one it took.
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            self.address = "{}:{}".format(*free.getsockname())
+        arguments = ["--config.file=prometheus.yml", "--storage.tsdb.path=data"]
+        arguments += [f"--web.listen-address={self.address}"]
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen([program, *arguments], cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+
+    def wait_ready(self) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return "Server is ready" in self.log.read_text()
+
+        until(ready, "Prometheus to be ready")
+
+    def ask(self, path: str, **query: str) -> Any:
+        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            with error:
+                if error.code == 503:  # it replays its log
+                    return {}
+                raise AssertionError(f"{query}: {error.read().decode()}") from error
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=20)
+
+
+def dashboard_expressions() -> list[str]:
+    board = json.loads((MONITORING / "grafana-dashboard.json").read_text())
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    return [expr.replace("$run", ".*").replace("$__rate_interval", "15s") for expr in found]
+
+
+def wait_for(page: Page, condition: str, what: str, keep_going: Callable[[], object]) -> Any:
+    deadline = time.monotonic() + WAIT_S
+    while not (found := page.evaluate(condition)):
+        assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for {what}: {page.problems}"
+        keep_going()
+    return found
+
+
+def ask_actor(link: str) -> int:
+    address, _, token = link.partition("#token=")
+    request = urllib.request.Request(f"{address}api/run", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+        assert b"island-0" in answer.read()
+        return int(answer.status)
+
+
+def click(page: Page, selector: str) -> None:
+    page.evaluate(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+    left, top, width, height = page.evaluate(
+        f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect();"
+        " return [b.left, b.top, b.width, b.height]; })()"
+    )
+    page.click(left + width / 2, top + height / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """The run, and what looks at it."""
+
+    run: LiveRun
+    prometheus: Prometheus
+    page: Page | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    dead_after_s: float
+    loss_before: float
+    loss_after: float
+    toasts: list[str]
+    able: list[str]
+    disabled: dict[str, bool]
+    figures: dict[str, Any]
+    records: list[Record]
+    links: list[str]
+    status_of_actor: int
+
+
+@pytest.fixture(scope="module")
+def watched(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """A run in `runs/` of a folder in which Prometheus was started, with its page in a browser."""
+    folder = tmp_path_factory.mktemp("watched")
+    (folder / "runs").mkdir()
+    values = ("run.islands=3", "train.tokens=96_000", "strategy.inner_steps=4", "exchange.suspect_s=30")
+    values += ("metrics.port=0", "metrics.ray=true", "metrics.tensorboard=true")
+    config = small_config(pack_dir, *values)
+    with ExitStack() as stack:
+        prometheus = Prometheus(folder)
+        stack.callback(prometheus.stop)
+        run = LiveRun(config, pack_dir, folder / "runs" / "watched", pace_s=0.1)
+        run.start()
+        stack.callback(run.stop)
+        page = None
+        if BINARY is not None:
+            source = RaySource(pick_run(runs_here(), None), chaos=True)
+            link = stack.enter_context(on_thread(Dashboard(source)))
+            page = stack.enter_context(Chromium.launch(BINARY, folder / "profile")).open(link)
+        prometheus.wait_ready()
+        run.until_training()
+        yield Watched(run=run, prometheus=prometheus, page=page)
+
+
+@pytest.fixture(scope="module")
+def shown(watched: Watched) -> Shown:
+    """What the page showed of a kill and a drain that were asked for on it."""
+    run, page = watched.run, watched.page
+    assert page is not None
+    row = "#members tr[data-member='{}']"
+    wait_for(page, "document.querySelectorAll('#members tbody tr').length === 3", "three members", run.status)
+    wait_for(page, "document.documentElement.dataset.drawn > 1", "curves", run.status)
+    last_t = "(async () => { const end = (await (await fetch('/api/run')).json()).end_s;"
+    last_t += " const s = await (await fetch(`/api/series?from=0&to=${end}&bins=400`)).json();"
+    last_t += " return s.x[s.loss['island-0'].findLastIndex((v) => v !== null)]; })()"
+    loss_before = wait_for(page, last_t, "a loss in the curve", run.status)
+    page.evaluate(NOTE)
+    able = page.evaluate("fetch('/api/run').then((a) => a.json()).then((run) => run.able)")
+    click(page, f"{row.format('island-1')} button[data-act=kill]")
+    click(page, "#ask button[value=yes]")
+    dead = "window.seen.find(([, name, doing]) => name === 'island-1' && doing === 'dead')"
+    at_ms = wait_for(page, dead, "island-1 shown as dead", run.status)[0]
+    asked_ms = page.evaluate("window.asked")
+    toasts = [page.evaluate("document.getElementById('toast').textContent")]
+    again = f"document.querySelector(\"{row.format('island-1')} .pick\").textContent === 'island-1.2'"
+    wait_for(page, again, "island-1.2", run.status)
+    later = f"{last_t}.then((t) => t > {loss_before} && t)"
+    loss_after = wait_for(page, later, "the curve to go on", run.status)
+    click(page, f"{row.format('island-2')} button[data-act=drain]")
+    click(page, "#ask button[value=yes]")
+    left = "window.seen.find(([, name, doing]) => name === 'island-2' && doing === 'left')"
+    wait_for(page, left, "island-2 shown as gone", run.status)
+    toasts.append(page.evaluate("document.getElementById('toast').textContent"))
+    disabled = page.evaluate(DISABLED)
+    figures = page.evaluate("fetch('/api/run').then((answer) => answer.json())")
+    run_id = run.run_dir.name
+    links = [start_in_cluster(run_id, host="127.0.0.1", port=0, chaos=False) for _ in range(2)]
+    return Shown(
+        dead_after_s=(at_ms - asked_ms) / 1e3,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        toasts=toasts,
+        able=able,
+        disabled=disabled,
+        figures=figures,
+        records=run.records(),
+        links=links,
+        status_of_actor=ask_actor(links[0]),
+    )
+
+
+@pytest.fixture(scope="module")
+def there(request: pytest.FixtureRequest, watched: Watched) -> set[str]:
+    """Who is there after a death: the page's, or one that is caused where there is no browser."""
+    if BINARY is not None:
+        request.getfixturevalue("shown")
+        return {"island-0.1", "island-1.2"}
+    watched.run.kill_at("island-1", "offered")
+    return {"island-0.1", "island-1.2", "island-2.1"}
+
+
+@pytest.fixture(scope="module")
+def summary(request: pytest.FixtureRequest, watched: Watched, there: set[str]) -> Summary:
+    """The run is over."""
+    return watched.run.finish()
+
+
+@needs_browser
+def test_a_killed_island_shows_as_dead_within_three_seconds_and_the_curve_goes_on(shown: Shown) -> None:
+    killed = [r for r in shown.records if isinstance(r, FaultRecord) and r.injected]
+    assert [(r.fault, r.member) for r in killed] == [("kill", "island-1")]
+    fences = [r for r in shown.records if isinstance(r, FenceRecord) and r.member == "island-1"]
+    assert fences and fences[0].incarnation == 1
+    assert 0 < shown.dead_after_s < DEAD_WITHIN_S
+    assert shown.loss_after > shown.loss_before
+
+
+@needs_browser
+def test_actions_are_journalled_with_what_came_of_them(shown: Shown) -> None:
+    asked = [r for r in shown.records if isinstance(r, OperatorRecord)]
+    assert [(r.action, r.member, r.outcome) for r in asked] == [
+        ("kill", "island-1", "done"),
+        ("drain", "island-2", "asked"),
+    ]
+    assert all(r.by.startswith("dashboard, 127.0.0.1") for r in asked)
+    assert any(isinstance(r, FenceRecord) and r.member == "island-2" and r.why == LEFT for r in shown.records)
+    assert shown.toasts == ["kill island-1: done", "drain island-2: asked"]
+
+
+@needs_browser
+def test_buttons_are_there_for_what_the_controller_can_do(shown: Shown) -> None:
+    assert {"drain", "kill", "stop", "pause", "resume", "save"} <= set(shown.able)
+    assert shown.disabled == {name: name not in shown.able for name in ("pause", "resume", "save", "stop")}
+
+
+@needs_browser
+def test_the_page_shows_the_ledger_and_what_happened(shown: Shown) -> None:
+    assert shown.figures["ledger"]["committed"] > 0
+    kinds = {(event["kind"], event["member"]) for event in shown.figures["events"]}
+    assert {("kill", "island-1"), ("operator", "island-1"), ("operator", "island-2")} <= kinds
+
+
+@needs_browser
+def test_an_actor_of_the_cluster_serves_the_same_page(shown: Shown) -> None:
+    assert shown.status_of_actor == 200
+    assert shown.links[0] == shown.links[1]
+
+
+def test_every_expression_of_the_dashboard_returns_data(watched: Watched, there: set[str]) -> None:
+    run, prometheus = watched.run, watched.prometheus
+    expressions = dashboard_expressions()
+    assert len(expressions) >= 14
+    silent = set(expressions)
+
+    def all_answered() -> bool:
+        assert not run.status()["over"], f"the run ended while these had no data: {silent}"
+        for expression in list(silent):
+            if prometheus.ask("query", query=expression).get("result"):
+                silent.discard(expression)
+        return not silent
+
+    until(all_answered, f"data of {silent}")
+    names = {name for expression in expressions for name in re.findall(r"atoll_\w+", expression)}
+    assert names <= BY_NAME.keys()
+
+    def workers() -> set[str]:
+        return {entry["metric"]["worker"] for entry in prometheus.ask("query", query="atoll_island_up")["result"]}
+
+    until(lambda: workers() == there, "the successor, and no sample of the dead")
+    assert prometheus.ask("label/run/values") == ["watched"], "the variable of the dashboard"
+    (target,) = [one for one in prometheus.ask("targets")["activeTargets"] if one["labels"]["job"] == "atoll"]
+    assert target["health"] == "up" and f"http://{target['discoveredLabels']['__address__']}" in run.status()["metrics"]
+
+
+def test_ray_exports_the_same_with_its_tags(watched: Watched, there: set[str]) -> None:
+    run = watched.run
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def exported() -> list[str]:
+        assert not run.status()["over"]
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        ours = [line for line in lines if re.match(r"ray_atoll_island_(steps|sent_bytes)_total\{", line)]
+        return ours if any('worker="island-1.2"' in line for line in ours) else []
+
+    lines = until(exported, f"island-1.2 at {address}")
+    assert any('run="watched"' in line and 'island="island-0"' in line for line in lines)
+
+
+def test_the_run_ends_with_its_trackers_and_takes_its_address_away(watched: Watched, summary: Summary) -> None:
+    run_dir = watched.run.run_dir
+    assert summary.exit_reason == "done" and ledger_command(run_dir, False) == 0
+    assert list((run_dir / "tensorboard").glob("events*"))
+    assert not target_file(run_dir).exists()
+    assert "before open()" not in (run_dir / "logs" / "controller.log").read_text()
+
+
+@needs_browser
+def test_the_page_shows_the_end(watched: Watched, shown: Shown, summary: Summary) -> None:
+    page = watched.page
+    assert page is not None
+    wait_for(page, "document.getElementById('state').textContent === 'done'", "the end", lambda: None)
+    assert shown.figures["ledger"]["committed"] <= summary.tokens_committed
+    assert page.problems == []
