@@ -316,6 +316,7 @@ class PipelineBrain(StageKeeper):
             if peer.versions.get(target) == self.version:
                 peer.moving_to = None
                 if self.rebalancer.join(claim.number, self.roster.assignment()):
+                    peer.why = f"moved from stage {peer.stage}: {self.moves[-1]}"
                     peer.stage = None
                     peer.taking[target] = self.roster.next_name(peer.process)
         due = self.plan.snapshot_every_s > 0 and self._now_s >= self._saved_s + self.plan.snapshot_every_s

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import platform
@@ -48,9 +47,9 @@ from orchestrator.pipeline.commands import (
 )
 from orchestrator.pipeline.figures import Figures
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
-from orchestrator.pipeline.replay import MANIFEST, newest_snapshot, replay
+from orchestrator.pipeline.replay import newest_snapshot, replay, seal
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, island_actor_name
-from orchestrator.rundir import RunDir, RunDirInUse, write_atomically
+from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
 from workers.data.index import load_index
 from workers.pipeline.messages import FromTrainer, Reduce, Spread, TakeStage
@@ -230,9 +229,8 @@ class PipelineActor:
                         self.handles[process][1].deliver.remote(message)
                 case StepDone():
                     self.figures.step_done(command, self.brain, self._now_s())
-                case Sealed(folder=folder, version=version, digests=digests):
-                    manifest = {"schema": 1, "version": version, "digests": digests}
-                    write_atomically(Path(folder) / MANIFEST, json.dumps(manifest) + "\n")
+                case Sealed():
+                    seal(command)
                 case Finish():
                     self.finished = command
                     self._task(self._conclude(command))

@@ -195,9 +195,10 @@ class StageKeeper:
         del peer.taking[stage]
         if name is not None:
             before, peer.stage, peer.name = peer.stage, stage, name
+            why, peer.why = peer.why, "it serves again"
             peer.throughput = None
             self.rebalancer.changed()
-            self._write(ServeRecord(process=peer.process, peer=name, stage=stage, why=self.move_reason(peer, before)))
+            self._write(ServeRecord(process=peer.process, peer=name, stage=stage, why=why))
             if before is not None and before != stage:
                 peer.versions.pop(before, None)
                 self._order((peer.process, DropStage(stage=before), ("nothing",)))
@@ -205,10 +206,6 @@ class StageKeeper:
         if self.commit is not None:
             self.commit.ask(stage, peer)
             self.commit.retry()
-
-    def move_reason(self, peer: Peer, before: int | None) -> str:
-        """Why a peer serves the stage that it serves."""
-        return "placed" if before is None else f"moved from stage {before}: {self.moves[-1] if self.moves else ''}"
 
     def _want_buddies(self) -> None:
         """Each stage has a copy elsewhere, one and no more."""
@@ -242,7 +239,8 @@ class StageKeeper:
             peer = min(spare, key=lambda one: (one.versions.get(stage) != self.version, one.process))
             assert peer.stage is not None
             counts[peer.stage] -= 1
-            self.moves.append(f"{peer.process} from stage {peer.stage} to {stage}, which has nobody")
+            peer.why = f"moved from stage {peer.stage}: stage {stage} has nobody"
+            self.moves.append(f"{peer.process} {peer.why}")
             self._leave_stage(peer, f"it goes to stage {stage}, which has nobody")
             peer.taking[stage] = self.roster.next_name(peer.process)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from dataclasses import replace as dc_replace
+from typing import Any
 
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
@@ -21,6 +23,7 @@ from orchestrator.pipeline.commands import (
     Heard,
     Joined,
     Order,
+    Sealed,
     Start,
     StepDone,
     Tell,
@@ -29,6 +32,7 @@ from orchestrator.pipeline.commands import (
 )
 from orchestrator.pipeline.commands import Event as BrainEvent
 from orchestrator.pipeline.plan import PipelinePlan
+from orchestrator.pipeline.replay import replay, seal
 from workers.pipeline.host import PeerError, PeerHost
 from workers.pipeline.messages import FromTrainer, PeerPlace
 from workers.pipeline.microbatches import Call
@@ -62,6 +66,7 @@ class LocalSwarm:
     spec: PipelineSpec
     plan: PipelinePlan
     speeds: dict[str, float] = field(default_factory=dict)
+    memory_of: dict[str, int] = field(default_factory=dict)
     start_s: float = 2.0
     on_order: Callable[[Order], None] = lambda order: None
     on_call: Callable[[Call], None] = lambda call: None
@@ -78,6 +83,7 @@ class LocalSwarm:
         self._serial = 0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._begun = False
+        self._life = 0
 
     # ------------------------------------------------------------ time
 
@@ -131,13 +137,34 @@ class LocalSwarm:
             host = TrainerHost(self.spec, name, store, transport, hands, lambda: self.now_s)
         else:
             host = PeerHost(self.spec, name, store, transport, clock=lambda: self.now_s, sleep=lambda seconds: None)
-        self.processes[name] = _Process(name=name, nonce=nonce, transport=transport, host=host, free_at_s=self.now_s)
-        joined = Joined(process=name, nonce=nonce, address=transport.address, node="local", memory_bytes=1 << 40)
-        self._tell_brain(joined)
+        process = _Process(name=name, nonce=nonce, transport=transport, host=host, free_at_s=self.now_s)
+        self.processes[name] = process
+        self._tell_brain(self._joined(process))
+
+    def _joined(self, process: _Process) -> Joined:
+        present: dict[str, Any] = process.host.present() if isinstance(process.host, PeerHost) else {}
+        present["memory_bytes"] = self.memory_of.get(process.name, 1 << 40)
+        address = process.transport.address
+        return Joined(process=process.name, nonce=process.nonce, address=address, node="local", **present)
 
     def _is_alive(self, name: str, nonce: str) -> bool:
         process = self.processes.get(name)
         return process is not None and process.alive and process.nonce == nonce
+
+    def restart_controller(self) -> None:
+        """The controller dies and comes back: it knows the journal, and asks the processes what they hold."""
+        self._life += 1
+        history = replay(self.records)
+        plan = self.plan
+        if history.num_stages:
+            round_ = history.max_round.get(history.version, -1) + 1
+            plan = dc_replace(plan, version=history.version, round_=round_, digests=history.digests)
+        self.brain = PipelineBrain(plan, first_incarnations=history.incarnations)
+        starts = [one for one in self.brain.begin(self.now_s) if isinstance(one, Start)]
+        alive = {name: process for name, process in self.processes.items() if process.alive}
+        for _, process in sorted(alive.items()):
+            self._tell_brain(self._joined(process))
+        self._obey(one for one in starts if one.process not in alive)
 
     # ------------------------------------------------------------ the controller's hands
 
@@ -159,6 +186,8 @@ class LocalSwarm:
                     self._at(0.001, lambda one=command: self._tell(one))  # type: ignore[misc]
                 case StepDone():
                     self.steps.append(command)
+                case Sealed():
+                    seal(command)
                 case Finish():
                     self.finished = command
 
@@ -175,11 +204,12 @@ class LocalSwarm:
         host = self.processes[command.process].host
         assert isinstance(host, PeerHost), command
         event: BrainEvent
+        life = self._life
         try:
             event = Answered(ticket=command.ticket, answer=host.do(command.order))
         except (PeerError, TransportError) as error:
             event = Failed(ticket=command.ticket, why=str(error))
-        self._at(0.001, lambda: self._tell_brain(event))
+        self._at(0.001, lambda: self._tell_brain(event) if life == self._life else None)
 
     # ------------------------------------------------------------ what trainers ask for
 
@@ -213,9 +243,7 @@ class LocalSwarm:
             host.unreachable(call, round_, str(error))
             return
         seconds = call.size / self.speeds.get(place.process, 1.0)
-        from dataclasses import replace
-
-        host.replied(call, round_, replace(reply, seconds=seconds), data)
+        host.replied(call, round_, dc_replace(reply, seconds=seconds), data)
 
     def withdraw(self, trainer: str, place: PeerPlace, call: Call, round_: int) -> None:
         """A withdrawal."""
@@ -224,6 +252,7 @@ class LocalSwarm:
         if not process.alive:
             host.unreachable(call, round_, "it died")
             return
+        assert process.nonce == place.nonce, f"{place} was called before"
         reply = process.host.withdraw(call, round_)
         host.withdrawn(call, round_, reply, None if reply is None else host.fetch(place, reply))
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.pipeline.commands import Sealed
+from orchestrator.rundir import write_atomically
 from workers.pipeline.records import PipelineGenesisRecord, ServeRecord, StageCommitRecord, StepFenceRecord, StepRecord
 from workers.records import FenceRecord, JoinRecord, Record, StopRecord
 
@@ -65,7 +67,7 @@ class PipelineHistory:
                 self.incarnations[process] = max(self.incarnations.get(process, 0), int(peer.rpartition(".")[2]))
                 self.serving[process] = (peer, stage)
                 if why.startswith("moved"):
-                    self.moves.append(f"{peer} to stage {stage}, {why}")
+                    self.moves.append(f"{peer} to stage {stage}, {why.removeprefix('moved ')}")
             case FenceRecord(member=member):
                 self.serving.pop(member, None)
                 self.members.discard(member)
@@ -142,6 +144,12 @@ class Saved:
 
     folder: Path
     version: int
+
+
+def seal(command: Sealed) -> None:
+    """Write the manifest of a snapshot, all of whose stages are written."""
+    manifest = {"schema": 1, "version": command.version, "digests": command.digests}
+    write_atomically(Path(command.folder) / MANIFEST, json.dumps(manifest) + "\n")
 
 
 def newest_snapshot(snapshots: Path, *, at_most: int) -> Saved | None:

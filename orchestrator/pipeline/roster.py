@@ -25,6 +25,8 @@ class Peer:
     taking: dict[int, str | None] = field(default_factory=dict)
     """Stage -> the name it shall serve it under, None for a copy: what it was ordered to take."""
     moving_to: int | None = None
+    why: str = "placed"
+    """Why it serves, or is going to serve, its stage."""
     serves: int | None = None
     """What it served before the controller came back."""
     throughput: float | None = None

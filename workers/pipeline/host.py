@@ -200,7 +200,6 @@ class PeerHost:
             return
         spec = self.spec
         model = build_decoder_stage(spec.shape, spec.stages[state.stage], seed=spec.train.seed)
-        state.bind(model)
         peer = StagePeer(
             name=name,
             stage=state.stage,
@@ -215,9 +214,9 @@ class PeerHost:
             version=state.version,
         )
         with self._compute, self._moved:
-            before = self.serving
-            if before is not None and before.stage in self.held:
-                self.held[before.stage].bind_nothing()
+            for held in self.held.values():
+                held.bind_nothing()
+            state.bind(model)
             self.serving = peer
             self._moved.notify_all()
 

@@ -56,6 +56,8 @@ from workers.store import BlobStore
 from workers.transport.base import Transport
 
 LASTING = (Begin.DRAINING,)
+SMOOTHING = 0.3
+"""Of measured throughput: a step has few calls of each peer, and a peer that slows down must be noticed within some."""
 MAX_ERRORS = 30
 """Errors of peers in one round of a step, after which it is not their fault."""
 
@@ -93,7 +95,7 @@ class TrainerHost:
         self._boundary = Boundary(spec.pipeline.boundary, spec.train.seed)
         self.machine = Microbatches(
             num_stages=spec.num_stages,
-            router=Router(trainer=name),
+            router=Router(trainer=name, smoothing=SMOOTHING),
             max_in_flight=spec.pipeline.in_flight,
             forward_timeout_s=spec.pipeline.forward_timeout_s,
             backward_timeout_s=spec.pipeline.backward_timeout_s,

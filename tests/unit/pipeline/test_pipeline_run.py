@@ -1,0 +1,325 @@
+"""Whole pipeline runs in one thread: the model that is not split is the reference, and nothing that dies changes bits.
+
+The controller, peers and trainers are those of a run on Ray; the transport and the time are virtual.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.config import parse_config
+from orchestrator.pipeline.commands import Order, Rebalance, Stop
+from orchestrator.pipeline.local import LocalSwarm
+from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
+from orchestrator.pipeline.replay import newest_snapshot, replay
+from tests.small_run import make_pack
+from workers.data.permutation import sample_ids
+from workers.data.reader import PackReader
+from workers.model.factory import next_token_loss
+from workers.model.llama import Llama
+from workers.pipeline.host import PeerHost
+from workers.pipeline.messages import Apply, Collect, Reduce, Spread
+from workers.pipeline.microbatches import Call
+from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord
+from workers.pipeline.spec import TIED
+from workers.pipeline.state import PARAMS, Next, StageState
+
+NUM_STEPS = 5
+TOML = """
+[train]
+lr = 1e-2
+device = "cpu"
+[model]
+layers = 2
+dim = 16
+heads = 2
+[strategy]
+name = "ddp"
+inner_steps = 1
+[codec]
+name = "fp32"
+[exchange]
+chunk_values = 1024
+[pipeline]
+stages = 3
+peers = 2
+microbatches = 6
+microbatch_size = 2
+in_flight = 4
+boundary = "fp32"
+rebalance_s = 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("pack"))
+
+
+Make = Callable[..., LocalSwarm]
+
+
+@pytest.fixture
+def make(pack_dir: Path, tmp_path: Path) -> Make:
+    def build(*overrides: str, run_dir: Path = tmp_path) -> LocalSwarm:
+        tokens = f"train.tokens={NUM_STEPS * 12 * 16}"
+        config = parse_config(TOML, overrides=[f"data.path={pack_dir}", tokens, *overrides]).config
+        spec = pipeline_spec(config, run_id="local", run_dir=run_dir, pack=pack_dir)
+        return LocalSwarm(spec=spec, plan=pipeline_plan(config, spec, run_dir))
+
+    return build
+
+
+def parameters(swarm: LocalSwarm) -> dict[str, torch.Tensor]:
+    """Of the whole model, from whoever holds the newest version of each stage."""
+    found: dict[str, torch.Tensor] = {}
+    for process in swarm.processes.values():
+        if not process.alive or not isinstance(process.host, PeerHost):
+            continue
+        for stage, state in process.host.held.items():
+            if state.version == swarm.brain.version:
+                for unit in swarm.spec.units_of(stage):
+                    start = 0
+                    for name, shape in swarm.spec.slots(unit).items():
+                        size = int(np.prod(shape))
+                        found[name] = state.flats[unit, PARAMS][start : start + size].view(shape)
+                        start += size
+    return found
+
+
+Named = dict[str, torch.Tensor]
+
+
+def unsplit(swarm: LocalSwarm) -> tuple[list[float], list[Named], Named]:
+    """The same steps of the whole model with torch's own AdamW: losses, clipped gradients, parameters at the end."""
+    spec, train = swarm.spec, swarm.spec.train
+    model = Llama(spec.shape, seed=train.seed)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps)
+    reader, size = PackReader(spec.pack), spec.pipeline.samples_per_step
+    losses, gradients = [], []
+    for step in range(spec.total_steps):
+        positions = np.arange(step * size, (step + 1) * size, dtype=np.int64)
+        tokens = reader.batch(sample_ids(positions, size=reader.num_samples("train"), seed=train.seed))
+        for group in optimizer.param_groups:
+            group["lr"] = swarm.plan.rate(step)
+        optimizer.zero_grad()
+        loss = next_token_loss(model, torch.from_numpy(tokens))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, gradients, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def finish(swarm: LocalSwarm) -> tuple[str, ...]:
+    """Run to the end; the digests of all commits, with the ledger looked at."""
+    swarm.run()
+    assert swarm.finished is not None and swarm.finished.reason == "done", swarm.finished
+    history = replay(swarm.records)
+    assert history.findings == [] and history.version == swarm.spec.total_steps
+    last = history.commits
+    return tuple(last[step][stage].digest for step in sorted(last) for stage in sorted(last[step]))
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_losses_and_gradients_are_those_of_the_unsplit_model(
+    make: Make, tied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make(f"model.tie_embeddings={tied}")
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+    compute_next = StageState.compute_next
+
+    def record(state: StageState, gradients: dict[str, torch.Tensor], *, lr: float, scale: float) -> Next:
+        seen.update({(state.version, unit): flat * scale for unit, flat in gradients.items()})
+        return compute_next(state, gradients, lr=lr, scale=scale)
+
+    monkeypatch.setattr(StageState, "compute_next", record)
+    finish(swarm)
+    losses, gradients, reference = unsplit(swarm)
+    assert [step.loss for step in swarm.steps] == pytest.approx(losses, rel=1e-4)
+    for (step, unit), mine in seen.items():
+        wanted = torch.cat([gradients[step][name].reshape(-1) for name in swarm.spec.slots(unit)])
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6, msg=lambda m, n=unit: f"{n}: {m}")
+    assert seen.keys() == {(step, unit) for step in range(NUM_STEPS) for unit in swarm.spec.units}
+    held = parameters(swarm)
+    assert held.keys() == reference.keys()
+    for name, value in reference.items():
+        # Adam divides by the size of the gradient: where that is nothing, rounding is all that is left.
+        torch.testing.assert_close(held[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_both_holders_of_the_tied_matrix_have_the_same_bits(make: Make) -> None:
+    swarm = make()
+    finish(swarm)
+    held = [p.host.held for p in swarm.processes.values() if isinstance(p.host, PeerHost)]
+    states = [state for stages in held for state in stages.values()]
+    matrices = [state.flats[TIED, PARAMS] for state in states if (TIED, PARAMS) in state.flats]
+    assert len(matrices) >= 4 and all(torch.equal(matrices[0], matrix) for matrix in matrices)
+
+
+def test_int8_boundaries_train_as_well(make: Make) -> None:
+    tokens = f"train.tokens={20 * 12 * 16}"
+    exact, coarse = make(tokens), make(tokens, "pipeline.boundary=int8")
+    finish(exact)
+    finish(coarse)
+    assert coarse.steps[-1].loss == pytest.approx(exact.steps[-1].loss, rel=0.005)
+    assert coarse.steps[-1].loss != exact.steps[-1].loss
+
+
+# ---------------------------------------------------------------- nothing that dies changes bits
+
+
+@pytest.fixture(scope="module")
+def expected(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("expected")
+    config = parse_config(TOML, overrides=[f"data.path={pack_dir}", f"train.tokens={NUM_STEPS * 12 * 16}"]).config
+    spec = pipeline_spec(config, run_id="local", run_dir=folder, pack=pack_dir)
+    return finish(LocalSwarm(spec=spec, plan=pipeline_plan(config, spec, folder)))
+
+
+def test_speeds_change_who_does_what_and_no_bit(make: Make, expected: tuple[str, ...]) -> None:
+    swarm = make()
+    swarm.speeds = {"peer-0": 4.0, "peer-1": 1.0, "peer-2": 0.5, "peer-5": 2.0}
+    assert finish(swarm) == expected
+    commits = [r for r in swarm.records if isinstance(r, StageCommitRecord)]
+    counted = Counter(len(entry.split(",")) for commit in commits for entry in commit.counted)
+    assert len(counted) > 1, "speeds made no difference"
+
+
+@pytest.mark.parametrize("kind", [Collect, Reduce, Spread, Apply])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_peer_dies_at_an_order(make: Make, expected: tuple[str, ...], kind: type, when: str) -> None:
+    swarm = make()
+    killed: list[str] = []
+
+    def watch(order: Order) -> None:
+        if isinstance(order.order, kind) and order.order.step == 2 and not killed:
+            killed.append(order.process)
+            if when == "before":
+                swarm.kill(order.process)
+            else:
+                swarm._at(0.0005, lambda: swarm.kill(order.process))
+
+    swarm.on_order = watch
+    assert finish(swarm) == expected
+    assert killed
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_peer_dies_in_a_call(make: Make, expected: tuple[str, ...], direction: str, stage: int) -> None:
+    if (direction, stage) == ("forward", 2):
+        direction = "backward"  # the last stage's forward is in its backward
+    swarm = make()
+    killed: list[str] = []
+
+    def watch(call: Call) -> None:
+        if (call.step, call.stage, call.direction) == (2, stage, direction) and call.microbatch >= 2 and not killed:
+            killed.append(call.peer.partition(".")[0])
+            swarm.kill(killed[0])
+
+    swarm.on_call = watch
+    assert finish(swarm) == expected
+    assert killed
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_last_peers_of_a_stage_die_at_once(make: Make, expected: tuple[str, ...], stage: int) -> None:
+    swarm = make()
+    swarm.run(lambda: swarm.brain.version == 2 and bool(swarm.brain.roster.buddies(stage)))
+    swarm.run(lambda: all(not p.taking for p in swarm.brain.roster.peers.values()))
+    dead = [peer.process for peer in swarm.brain.roster.serving(stage)]
+    died_s, before = swarm.now_s, len(swarm.records)
+    for process in dead:
+        swarm.kill(process)
+    version = swarm.brain.version
+    swarm.run(lambda: swarm.brain.version > version)
+    assert len(dead) == 2 and swarm.now_s - died_s < 60
+    assert finish(swarm) == expected
+    # Its buddy, or a peer that another stage could spare, served it before anybody could have been started anew.
+    since = swarm.records[before:]
+    assert any(isinstance(r, ServeRecord) and r.stage == stage and r.process not in dead for r in since)
+
+
+def test_a_trainer_dies_and_its_microbatches_are_anothers(make: Make, expected: tuple[str, ...]) -> None:
+    swarm = make("pipeline.trainers=2")
+    swarm.run(lambda: swarm.brain.version == 1)
+    # In the middle of a step.
+    calls: list[Call] = []
+    swarm.on_call = calls.append
+    swarm.run(lambda: len(calls) == 9)
+    swarm.kill("trainer-1")
+    assert finish(swarm) == expected
+    assert replay(swarm.records).num_begun_again == 1
+
+
+def test_the_controller_comes_back(make: Make, expected: tuple[str, ...]) -> None:
+    swarm = make()
+    for version in (1, 3):
+        swarm.run(lambda wanted=version: swarm.brain.version == wanted)
+        swarm.restart_controller()
+    assert finish(swarm) == expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_deaths(make: Make, expected: tuple[str, ...], seed: int) -> None:
+    swarm = make("pipeline.trainers=2")
+    generator = np.random.default_rng(seed)
+    num_killed = 0
+
+    def watch(call: Call) -> None:
+        nonlocal num_killed
+        alive = [name for name, process in swarm.processes.items() if process.alive]
+        if num_killed < 6 and generator.random() < 0.03 and len(alive) > 5:
+            num_killed += 1
+            swarm.kill(alive[generator.integers(len(alive))])
+            if generator.random() < 0.3:
+                swarm.restart_controller()
+
+    swarm.on_call = watch
+    assert finish(swarm) == expected
+    assert num_killed > 0
+
+
+# ---------------------------------------------------------------- moves, snapshots, stops
+
+
+def test_a_peer_moves_to_the_slowest_stage(make: Make, expected: tuple[str, ...]) -> None:
+    swarm = make("pipeline.peers=3")
+    # Placed by parameters; then one stage turns out to be slow.
+    swarm.run(lambda: len(swarm.brain.roster.serving(1)) == 3)
+    for peer in swarm.brain.roster.serving(1):
+        swarm.speeds[peer.process] = 0.1
+    swarm.run(lambda: swarm.brain.version == 2)
+    swarm._tell_brain(Rebalance())
+    assert swarm.brain.rebalancer.open is not None, swarm.brain.why_no_move
+    assert finish(swarm) == expected
+    assert [move for _, move, how in swarm.brain.rebalancer.history if how == "joined" and move.target == 1]
+    assert replay(swarm.records).moves
+    assert not [r for r in swarm.records if isinstance(r, StepFenceRecord)], "a move costs nobody's work"
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(make: Make, expected: tuple[str, ...], tmp_path: Path) -> None:
+    swarm = make(run_dir=tmp_path / "run")
+    swarm.run(lambda: swarm.brain.version == 2)
+    swarm._tell_brain(Stop(save=True))
+    swarm.run()
+    assert swarm.finished is not None and swarm.finished.reason == "stopped"
+    saved = newest_snapshot(swarm.plan.snapshots, at_most=99)
+    assert saved is not None and saved.version == swarm.brain.version >= 2
+    again = make(run_dir=tmp_path / "run")
+    again.plan = replace(again.plan, version=saved.version, from_folder=str(saved.folder))
+    again.brain.__init__(again.plan)  # type: ignore[misc]
+    again.records = list(swarm.records)
+    assert finish(again) == expected
