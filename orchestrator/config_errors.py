@@ -18,6 +18,8 @@ from orchestrator.toml_writer import format_value
 
 CROSS_CHECK = "cross_check"
 MAX_SHOWN_CHARACTERS = 60
+LENGTHS = {"minItems": "at least", "maxItems": "at most"}
+KEY_ITSELF = "[key]"  # pydantic's last step to a key of a table that is wrong, where the others name a value
 
 Locate = Callable[[str], str]
 
@@ -47,9 +49,13 @@ def explain_one(details: ErrorDetails, model: type[BaseModel], locate: Locate) -
         key = str(context["key"])
         return key, UserError(str(context["message"]), place=locate(key), remedy=str(context["remedy"]))
     path, owner = _walk(model, details["loc"])
+    if path[-1] == KEY_ITSELF:
+        return _wrong_name(path[:-1], details, locate)
     key = ".".join(path)
     if details["type"] == "extra_forbidden":
         return key, unknown_key(path, owner, model, place=locate(key))
+    if isinstance(item := details["loc"][-1], int) and path[-1] in owner.model_fields:
+        return key, _wrong_item(f"{key}[{item}]", path[-1], owner, details["input"], place=locate(key))
     return key, _wrong_value(key, path[-1], owner, details["input"], place=locate(key))
 
 
@@ -65,7 +71,8 @@ def unknown_key(path: Sequence[str], owner: type[BaseModel], model: type[BaseMod
     same_name = [key for key in dotted if key.rpartition(".")[2] == name]
     sections = list(model.model_fields)
     anywhere = same_name[0] if same_name else (nearest(name, sections) if not prefix else None)
-    anywhere = anywhere or nearest(".".join(path), dotted) or _nearest_last_name(name, dotted)
+    if len(parents) < 2:  # a table with a name of the user's takes its own keys only
+        anywhere = anywhere or nearest(".".join(path), dotted) or _nearest_last_name(name, dotted)
     if anywhere is not None:
         return UserError(what, place=place, remedy=anywhere)
     choices = ", ".join(owner.model_fields if prefix else sections)
@@ -91,11 +98,21 @@ def _nearest_last_name(name: str, dotted: Sequence[str]) -> str | None:
     return None if near is None else by_last_name[near]
 
 
+def _wrong_name(path: Sequence[str], details: ErrorDetails, locate: Locate) -> tuple[str, UserError]:
+    """A table whose name, which is the user's to choose, is none."""
+    *parents, name = path
+    key, pattern = ".".join(path), details.get("ctx", {}).get("pattern")
+    remedy = f"text matching {pattern}" if pattern else "another name"
+    return key, UserError(f"{name!r} is no name for a table of [{'.'.join(parents)}]", place=locate(key), remedy=remedy)
+
+
 def _wrong_value(key: str, name: str, owner: type[BaseModel], value: Any, *, place: str) -> UserError:
     if name not in owner.model_fields:
         return UserError(f"{key} = {_shown(value)} has the wrong type", place=place)
     if _model_inside(owner.model_fields[name].annotation) is not None:
         remedy = f"[{key}] in a file, --set {key}.<name>=<value> on the command line"
+        if typing.get_origin(owner.model_fields[name].annotation) is dict:
+            remedy = f"[{key}.<name>] in a file, at least one"
         return UserError(f"{key} = {_shown(value)}: {key} is a table of settings", place=place, remedy=remedy)
     field, takes = owner.model_fields[name], allowed_values(owner, name)
     default = field.get_default(call_default_factory=True)
@@ -109,6 +126,12 @@ def _wrong_value(key: str, name: str, owner: type[BaseModel], value: Any, *, pla
     if isinstance(value, int | float) and takes.startswith("text"):
         remedy = f'quotes: {key} = "{value}" in a file, --set \'{key}="{value}"\' on the command line'
     return UserError(f"{key} = {_shown(value)} is not allowed: it takes {takes}", place=place, remedy=remedy)
+
+
+def _wrong_item(key: str, name: str, owner: type[BaseModel], value: Any, *, place: str) -> UserError:
+    """One value of a list that is not what the others have to be."""
+    takes = _describe(owner.model_json_schema()["properties"][name].get("items", {}))
+    return UserError(f"{key} = {_shown(value)} is not allowed", place=place, remedy=takes)
 
 
 def _nearest_bound(field: FieldInfo, value: object) -> float | None:
@@ -169,7 +192,10 @@ def _describe(schema: dict[str, Any]) -> str:
         return ("an integer" if kind == "integer" else "a number") + _range(schema)
     if kind == "string":
         return f"text matching {schema['pattern']}" if "pattern" in schema else "text"
-    return {"boolean": "true or false", "object": "a table", "array": "a list"}.get(str(kind), "another type")
+    if kind == "array":
+        limits = [f"{word} {schema[name]}" for name, word in LENGTHS.items() if name in schema]
+        return "a list" + " of" * bool(limits) + " " * bool(limits) + " and ".join(limits)
+    return {"boolean": "true or false", "object": "a table"}.get(str(kind), "another type")
 
 
 def _range(schema: dict[str, Any]) -> str:

@@ -1,17 +1,21 @@
-"""The faults that a run is given: a plan in TOML (`run.fault_plan`, `--faults`), and single ones (`--fault`)."""
+"""The faults that a run is given: a plan in TOML (`run.fault_plan`, `--faults`), and single ones (`--fault`).
+
+A plan may change the links of a lab as well, in `[[links]]` tables; those go with the machine and not with the members.
+"""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from faults.plan import PlannedFault, parse_fault, read_plan
 from orchestrator.build import island_name
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
+    from faults.lab.schedule import LinkChange
     from orchestrator.config import RunConfig
 
 ELASTIC_ISLANDS = 4096  # names that machines may bring which join later
@@ -29,12 +33,42 @@ def read_faults(config: RunConfig, single: Sequence[str], members: Collection[st
     return (*planned, *(parse_fault(text, members) for text in single))
 
 
-def load_plan(path: Path, members: Collection[str]) -> tuple[PlannedFault, ...]:
-    """Read a file of `[[fault]]` tables; raises as `read_faults`."""
+def read_link_changes(config: RunConfig) -> tuple[LinkChange, ...]:
+    """The `[[links]]` of the plan of a resolved configuration, checked against the lab that this machine is part of.
+
+    Raises:
+        UserError: the file cannot be read, or a change has an unknown key or a wrong value. LabError: there is no lab,
+            or a change names nobody in it.
+    """
+    if config.run.fault_plan is None or "links" not in (tables := _read(path := Path(config.run.fault_plan))):
+        return ()
+    from faults.lab.errors import LabError
+    from faults.lab.lab import Lab
+    from faults.lab.schedule import check_changes
+    from orchestrator.topology import read_changes
+
+    changes = read_changes(tables["links"], path)
     try:
-        tables = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+        check_changes(changes, Lab.around().topology, file=str(path))
+    except LabError as error:
+        place = error.place or f"{path}, [[links]]"
+        raise LabError(f"link changes are for a lab: {error.message}", place=place, remedy=error.remedy) from error
+    return tuple(changes)
+
+
+def load_plan(path: Path, members: Collection[str]) -> tuple[PlannedFault, ...]:
+    """Read the `[[fault]]` tables of a file, which may have `[[links]]` beside them; raises as `read_faults`."""
+    tables = _read(path)
+    if set(tables) == {"links"}:
+        return ()
+    faults = {key: value for key, value in tables.items() if key != "links"}
+    return read_plan(faults, members, place=str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the fault plan: {error}", place="run.fault_plan") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"not valid TOML: {error}", place=str(path)) from error
-    return read_plan(tables, members, place=str(path))

@@ -83,6 +83,11 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     with ExitStack() as stack:
         with waiting("starting Ray"):
             stack.enter_context(session)
+        if prepared.links:
+            from faults.lab.lab import Lab
+            from faults.lab.playing import Playing
+
+            stack.enter_context(Playing(Lab.around(), prepared.links, say=_warn))
         summary = session.run(run_dir.resolve(), prepared.pack, prepared.faults, resume=resume, quiet=quiet)
     if summary.tokens_committed and config.pipeline.stages is None:  # its journal has other rows
         from orchestrator.report.build import build_report
@@ -94,6 +99,10 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
 def _say(note: str) -> None:
     if note:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def python_path() -> list[str]:
@@ -144,7 +153,7 @@ class RaySession:
                 f"the cluster at {self.config.run.address!r} has room for {places} islands "
                 f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
                 place="run.address",
-                remedy="atoll up --workers N, or atoll join ... --workers N on another machine",
+                remedy="a smaller run.islands, atoll up --workers N, or atoll join ... --workers N on another machine",
             )
         return self
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from faults.plan import PlannedFault
 from orchestrator.build import island_name, num_islands, pack_path, resolve
 from orchestrator.errors import UserError
-from orchestrator.fault_plan import read_faults
+from orchestrator.fault_plan import read_faults, read_link_changes
 from orchestrator.preflight import check_files
 from orchestrator.telemetry.trackers import check_installed
 
 if TYPE_CHECKING:
+    from faults.lab.schedule import LinkChange
     from orchestrator.config import RunConfig
 
 
@@ -26,12 +27,13 @@ VERIFIED_BYTES = 2_000_000_000  # a second or two
 class Prepared:
     """A run that can start: its resolved configuration, the folder of its tokens, and the faults to cause.
 
-    `notes`: what the user should know of it before.
+    `links`: what to change of the links of the lab that it runs in. `notes`: what the user should know of it before.
     """
 
     config: RunConfig
     pack: Path | None
     faults: tuple[PlannedFault, ...]
+    links: tuple[LinkChange, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -56,7 +58,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
             raise UserError(
                 f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
             )
-    plan = read_faults(config, faults, names)
+    plan, links = read_faults(config, faults, names), read_link_changes(config)
     _import_from_here()
     config = _check_functions(config)
     _check_devices(config, names)
@@ -67,7 +69,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
         notes += _verify(pack)
         _check_model(config, pack)
         _check_pipeline(config, pack)
-    return Prepared(config=config, pack=pack, faults=plan, notes=notes)
+    return Prepared(config=config, pack=pack, faults=plan, links=links, notes=notes)
 
 
 def _verify(pack: Path) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from orchestrator.errors import UserError
 from orchestrator.names import nearest
 
 Model = TypeVar("Model", bound=BaseModel)
+EXAMPLE_CHANGE = '[[links]], then at_s = 20, action = "cut", target = "eu"'
 
 
 def load_topology(name: str | Path) -> Topology:
@@ -34,13 +35,19 @@ def load_schedule(path: Path) -> list[LinkChange]:
         UserError: it cannot be read, is not TOML, or has an unknown key or a wrong value.
     """
     tables = _read(path)
-    changes = tables.get("links")
-    if set(tables) != {"links"} or not isinstance(changes, list) or not changes:
+    if set(tables) != {"links"}:
         raise UserError(
             f"a schedule has [[links]] tables and nothing else, this one has {', '.join(tables) or 'nothing'}",
             place=str(path),
-            remedy='[[links]], then at_s = 20, action = "cut", target = "eu"',
+            remedy=f"{EXAMPLE_CHANGE}; a fault plan with both goes to atoll train --faults",
         )
+    return read_changes(tables["links"], path)
+
+
+def read_changes(changes: Any, path: Path) -> list[LinkChange]:
+    """The link changes of a file, from its tables `[[links]]`; raises as `load_schedule`."""
+    if not isinstance(changes, list) or not changes:
+        raise UserError("links is a list of tables [[links]]", place=str(path), remedy=EXAMPLE_CHANGE)
     return [_checked(LinkChange, change, f"{path}, links[{index}]") for index, change in enumerate(changes)]
 
 

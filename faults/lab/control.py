@@ -62,8 +62,11 @@ class LabStatus:
     cpu_s: float
 
     def link(self, name: str) -> LinkStatus:
-        """One direction by its name ("us-1 up", "us>eu")."""
-        return next(link for link in self.links if link.name == name)
+        """One direction by its name ("us-1 up", "us>eu"); raises `LabError` if there is none."""
+        by_name = {link.name: link for link in self.links}
+        if name not in by_name:
+            raise LabError(f"no link is called {name!r}", remedy=f"one of {', '.join(by_name)}")
+        return by_name[name]
 
 
 class SwitchControl:
@@ -89,12 +92,12 @@ class SwitchControl:
         """Have the switch go on when its owner is gone."""
         self._ask({"do": "detach"})
 
-    def status(self, overruns: dict[str, int]) -> LabStatus:
-        """What the switch says, with what the kernel counted beside it."""
+    def status(self) -> LabStatus:
+        """What the switch says; what the kernel counts beside it (`overruns`) is the caller's to add."""
         answer = self._ask({"do": "status"})
         links = tuple(LinkStatus(name=name, **values) for name, values in answer.pop("links").items())
         cut = tuple((source, target) for source, target in answer.pop("cut"))
-        return LabStatus(links=links, cut=cut, overruns=overruns, **answer)
+        return LabStatus(links=links, cut=cut, overruns={}, **answer)
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:

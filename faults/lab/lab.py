@@ -73,7 +73,7 @@ class Lab:
         self._started: list[subprocess.Popen[Any]] = []
         self._signal_before: Any = None
         if not re.fullmatch(NAME, self.name):
-            raise LabError(f"{self.name!r} is no name for a lab", remedy="small letters, digits and dashes")
+            raise LabError(f"{self.name!r} is no name for a lab", remedy="--name with small letters, digits and dashes")
 
     @classmethod
     def attach(cls, name: str | None = None, *, root: Path = STATE_ROOT) -> Self:
@@ -213,12 +213,12 @@ class Lab:
 
     def cut(self, target: str) -> None:
         """Let nothing pass, silently: to and from a node or region, between a pair (us:eu), or one way (us>eu)."""
-        self._control.cut(routes_of(parse_target(target, self.topology.members), self.topology.members))
+        self._wires().cut(routes_of(parse_target(target, self.topology.members), self.topology.members))
 
     def heal(self, target: str | None = None) -> None:
         """Let pass what `cut` of the same target closes, whichever cut closed it; None = everything."""
         members = self.topology.members
-        self._control.heal(None if target is None else routes_of(parse_target(target, members), members))
+        self._wires().heal(None if target is None else routes_of(parse_target(target, members), members))
 
     def set(self, target: str, **values: float | None) -> None:
         """Change the lines of a node or of all nodes of a region, or a link (us:eu, us>eu); None = the default.
@@ -226,7 +226,7 @@ class Lab:
         Raises:
             LabError: an unknown place, no such link, an unknown key, or a value out of range.
         """
-        self._control.set(link_changes(self.topology, target, values))
+        self._wires().set(link_changes(self.topology, target, values))
 
     def apply(self, change: LinkChange) -> None:
         """Do one change of a schedule now."""
@@ -238,26 +238,34 @@ class Lab:
             case "set":
                 self.set(change.target, **change.values)
 
-    def play(self, changes: Sequence[LinkChange]) -> None:
-        """Do all changes of a schedule at their times, counted from now; returns after the last one.
+    def play(self, changes: Sequence[LinkChange], *, over: threading.Event | None = None) -> list[LinkChange]:
+        """Do all changes of a schedule at their times, counted from now; returns after the last one, or when `over` is.
+
+        Returns:
+            Those whose time did not come.
 
         Raises:
             LabError: one of them names nobody; then none is done.
         """
         check_changes(changes, self.topology)
+        over = over or threading.Event()
         begin_s, done_until_s = time.monotonic(), -1.0
         for change in sorted(changes, key=lambda one: one.at_s):
-            time.sleep(max(0.0, begin_s + change.at_s - time.monotonic()))
+            if over.wait(max(0.0, begin_s + change.at_s - time.monotonic())):
+                return [one for one in changes if one.at_s > done_until_s]
             now_s = max(change.at_s, time.monotonic() - begin_s)
             for one in due(changes, after_s=done_until_s, until_s=now_s):
                 self.apply(one)
             done_until_s = max(done_until_s, now_s)
+        return []
 
     def status(self) -> LabStatus:
         """What every link is like and has carried, what is cut, and how well the emulation kept its times."""
         record = self._running()
+        # The switch first: without it there are no interfaces whose counts could be read.
+        now = self._control.status()
         overruns = {node: namespaces.dropped_by_kernel(name) for node, name in record.namespaces.items()}
-        return self._control.status(overruns)
+        return replace(now, overruns=overruns)
 
     def detach(self) -> None:
         """Leave the lab running after this process; `Lab.attach` finds it, `atoll lab down` removes it."""
@@ -265,6 +273,11 @@ class Lab:
         self._states.write(record)
         self._control.detach()
         self._record = None
+
+    def _wires(self) -> SwitchControl:
+        """What asks the switch of a lab that runs."""
+        self._running()
+        return self._control
 
     def _running(self) -> LabRecord:
         if self._record is None:
@@ -308,6 +321,7 @@ class Lab:
             if user is not None:
                 raise LabError(
                     f"network = {self.topology.network!r} is in use by {user}",
+                    place="network",
                     remedy="another network, or none: then a free one is taken",
                 )
             return self.topology.network

@@ -36,8 +36,14 @@ class LinkChange(Section):
         return f"{self.action} {self.target}{values} at {self.at_s:g} s"
 
 
-def check_changes(changes: Sequence[LinkChange], topology: Topology) -> None:
-    """Raise `LabError` for the first change that names nobody or sets what cannot be set in this topology."""
+def check_changes(changes: Sequence[LinkChange], topology: Topology, *, file: str | None = None) -> None:
+    """Raise `LabError` for the first change that names nobody or sets what cannot be set in this topology.
+
+    Args:
+        changes: of a schedule.
+        topology: the lab's.
+        file: where they were read from, for the message.
+    """
     for change in changes:
         try:
             if change.action == "set":
@@ -45,7 +51,8 @@ def check_changes(changes: Sequence[LinkChange], topology: Topology) -> None:
             else:
                 routes_of(parse_target(change.target, topology.members), topology.members)
         except LabError as error:
-            raise LabError(error.message, place=str(change), remedy=error.remedy) from error
+            place = str(change) if file is None else f"{file}, {change}"
+            raise LabError(error.message, place=place, remedy=error.remedy) from error
 
 
 def due(changes: Sequence[LinkChange], *, after_s: float, until_s: float) -> list[LinkChange]:

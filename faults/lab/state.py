@@ -88,7 +88,7 @@ class LabStates:
             except FileNotFoundError:
                 continue
             except PermissionError as error:
-                raise LabError("labs belong to root", place=str(self.root), remedy="sudo") from error
+                raise self._not_root() from error
             fcntl.flock(fd, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
                 # Whoever held it before may have removed the directory.
@@ -115,7 +115,13 @@ class LabStates:
 
     def names(self) -> list[str]:
         """The labs that are recorded."""
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+        try:
+            return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+        except PermissionError as error:
+            raise self._not_root() from error
+
+    def _not_root(self) -> LabError:
+        return LabError("labs belong to root", place=str(self.root), remedy="sudo")
 
     def records(self) -> list[LabRecord]:
         """All records that can be read."""
@@ -157,7 +163,8 @@ class LabStates:
             return records[0]
         others = ", ".join(record.name for record in self.records())
         if records:
-            raise LabError(f"there are several labs: {others}", remedy="name one with --lab")
+            remedy = "name one: --lab NAME; atoll lab down NAME, or --all"
+            raise LabError(f"there are several labs: {others}", remedy=remedy)
         if name is None:
             raise LabError("there is no lab", remedy="atoll lab up two-regions")
         raise LabError(f"there is no lab {name!r}", remedy=f"one of {others}" if others else "atoll lab up")

@@ -21,6 +21,7 @@ from faults.lab.targets import NAME, Regions, Target, duplicates, nodes_of, pars
 from strategies.config import Section
 
 MAX_NODES = 100
+NO_HOSTS = ipaddress.IPv4Network("0.0.0.0/8")
 # What orchestrator/config_errors.py looks for: a problem of several settings together, with its key and remedy.
 CROSS_CHECK = "cross_check"
 
@@ -194,7 +195,9 @@ def _checked(model: type[Section], target: Target, values: Mapping[str, Any]) ->
             raise LabError(
                 f"{target} has no setting {key!r}", remedy=f"one of {', '.join(model.model_fields)}"
             ) from error
-        raise LabError(f"{target}: {key} = {first['input']!r} is not allowed: {first['msg']}") from error
+        message = f"{target}: {key} = {first['input']!r} is not allowed: {first['msg']}"
+        remedy = f"{key}=none for the default; {str(model.model_fields[str(key)].description).rstrip('.')}"
+        raise LabError(message, remedy=remedy) from error
     unknown = [key for key in values if key not in model.model_fields]
     if unknown:
         raise LabError(f"{target} has no setting {unknown[0]!r}", remedy=f"one of {', '.join(model.model_fields)}")
@@ -273,7 +276,9 @@ def _check_network(topology: Topology) -> None:
     except ValueError as error:
         _refuse("network", f"network = {topology.network!r} is no IPv4 network: {error}", "10.201.7.0/24")
     num = len(topology.node_names())
-    if network.num_addresses - 2 < num or not network.is_private:
+    # Python calls these private too, and no host can have an address of theirs.
+    unusable = network.is_loopback or network.is_reserved or network.network_address in NO_HOSTS
+    if network.num_addresses - 2 < num or not network.is_private or unusable:
         problem = f"network = {topology.network!r} is not private, or too small for {num} nodes"
         _refuse("network", problem, "10.201.7.0/24")
 

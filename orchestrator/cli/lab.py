@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from faults.lab.schedule import LinkChange
 
 NONE = "none"
+BAD_INPUT = 2
 
 lab_option = click.option("--lab", "name", metavar="NAME", help="Which lab, where there are several.")
 
@@ -74,7 +75,7 @@ def up(topology: str, name: str | None, seed: int, workers: int, lan: bool, link
     click.echo(
         "atoll lab run RUN trains on it, " * (not links_only) + "atoll lab exec HOST COMMAND runs anything there"
     )
-    click.echo("atoll lab down removes all")
+    click.echo(f"atoll lab down {made.name} removes all")
     return 0
 
 
@@ -95,18 +96,24 @@ def run(name: str | None, schedule: Path | None, run: str, arguments: Sequence[s
     it: atoll lab run diloco --set train.tokens=100000.
     """
     from faults.lab.cluster import LabCluster
+    from faults.lab.playing import Playing
 
     attached = _attach(name)
     cluster = LabCluster.attach(attached)
     changes = _load_schedule(schedule, attached) if schedule is not None else ()
     process = cluster.atoll(cluster.head, ["train", run, "--set", "run.address=auto", *arguments])
-    if changes:
-        threading.Thread(target=attached.play, args=(changes,), daemon=True).start()
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # it has heard of it too, and ends in its own time
-            continue
+    # Ctrl-C reaches it too, as the terminal sends it to both; this one does not.
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+
+    def warn(text: str) -> None:
+        if process.poll() != BAD_INPUT:  # it says why nothing came of it
+            click.echo(f"warning: {text}", err=True)
+
+    try:
+        with Playing(attached, changes, say=warn):
+            return _end_of(process)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @lab.command()
@@ -205,12 +212,21 @@ def down(name: str | None, every: bool) -> int:
     return 0
 
 
+def _end_of(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code; Ctrl-C is for it to hear, and it ends in its own time."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
 def _load_schedule(path: Path, lab: Lab) -> Sequence[LinkChange]:
     from faults.lab.schedule import check_changes
     from orchestrator.topology import load_schedule
 
     changes = load_schedule(path)
-    check_changes(changes, lab.topology)
+    check_changes(changes, lab.topology, file=str(path))
     return changes
 
 

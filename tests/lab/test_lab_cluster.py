@@ -192,6 +192,9 @@ def test_starved_links_are_no_reason_for_suspicion(tmp_path: Path, pack_dir: Pat
     size = ["model.dim=128", "model.layers=2", "model.heads=4", "train.tokens=1280", "exchange.chunk_values=65536"]
     config = small_config(pack_dir, *size, "run.islands=2", "strategy.inner_steps=5")
     (tmp_path / "run.toml").write_text(config.to_toml())
+    # Once the run is there, and long after it: the links of a plan of faults are changed on its own clock.
+    plan = '[[links]]\nat_s = %d\naction = "set"\ntarget = "a:b"\nvalues = { queue_ms = %d }\n'
+    (tmp_path / "plan.toml").write_text(plan % (0, 500) + plan % (3600, 100))
     name = f"test-{secrets.token_hex(4)}"
 
     def atoll(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -202,13 +205,17 @@ def test_starved_links_are_no_reason_for_suspicion(tmp_path: Path, pack_dir: Pat
     try:
         assert up.returncode == 0, up.stderr
         assert json.loads(up.stdout)["cluster"].startswith(json.loads(up.stdout)["nodes"]["a"])
-        run = atoll("run", "--lab", name, str(tmp_path / "run.toml"), "--run-dir", str(tmp_path / "run"))
+        arguments = [str(tmp_path / "run.toml"), "--run-dir", str(tmp_path / "run")]
+        run = atoll("run", "--lab", name, *arguments, "--faults", str(tmp_path / "plan.toml"))
         assert run.returncode == 0, run.stdout + run.stderr
+        assert "did not come, as it was over before: set a:b queue_ms=100 at 3600 s" in run.stderr
         links = json.loads(atoll("status", "--lab", name, "--json").stdout)["links"]
     finally:
         down = atoll("down", name)
     assert f"lab {name} removed" in down.stdout
     assert load_summary(tmp_path / "run").tokens_committed == 1280
-    assert next(link["num_bytes"] for link in links if link["name"] == "a>b") > 4e6, "it was full for seconds"
+    link = next(link for link in links if link["name"] == "a>b")
+    assert link["num_bytes"] > 4e6, "it was full for seconds"
+    assert link["queue_ms"] == 500
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert latest_faults(row for row in rows if isinstance(row, FaultEvent)) == []

@@ -16,7 +16,9 @@ import pytest
 
 from faults.lab.errors import LabError
 from faults.lab.lab import Lab
+from faults.lab.playing import Playing
 from faults.lab.processes import ProcessId, identify
+from faults.lab.schedule import LinkChange
 from faults.lab.state import LabRecord, LabStates
 from faults.lab.tap import NETNS_DIR
 from faults.lab.topology import Topology
@@ -97,8 +99,9 @@ def test_everything_ends_with_the_lab(lab_root: Path) -> None:
     assert sleeper.returncode == -signal.SIGKILL
     assert [process for process in processes if process.is_alive] == []
     assert [path for path in namespaces_of(record) if path.exists()] == []
-    with pytest.raises(LabError, match="is not running"):
-        lab.run("a", ["true"])
+    for ask in (lambda: lab.run("a", ["true"]), lambda: lab.cut("a"), lab.heal, lab.status):
+        with pytest.raises(LabError, match="is not running"):
+            ask()
     lab.stop()
 
 
@@ -179,8 +182,23 @@ def test_a_lab_whose_switch_was_killed_says_so_and_goes(lab_root: Path) -> None:
         record = LabStates(lab_root).read(lab.name)
         assert record is not None and record.switch is not None
         record.switch.kill()
-        with pytest.raises(LabError, match=r"the switch of lab .* does not answer"):
-            wait_for(lambda: lab.heal(), what="an error")  # type: ignore[func-returns-value]
+        wait_for(lambda: not record.switch.is_alive, what="the switch to end")
+        for ask in (lab.heal, lab.status):
+            with pytest.raises(LabError, match=r"the switch of lab .* does not answer"):
+                ask()
+        said: list[str] = []
+        with Playing(lab, [LinkChange(at_s=0, action="cut", target="a")], say=said.append):
+            wait_for(lambda: said, what="a word of it")
+        assert "the schedule of link changes ended: the switch of lab" in said[0]
+
+
+def test_a_schedule_beside_a_block_ends_with_it_and_names_what_did_not_come(lab_root: Path) -> None:
+    said: list[str] = []
+    changes = [LinkChange(at_s=at_s, action="cut", target=target) for at_s, target in ((600, "b>a"), (0, "a>b"))]
+    with Lab(pair(), root=lab_root) as lab, Playing(lab, changes, say=said.append):
+        wait_for(lambda: lab.status().cut, what="the first change")
+        assert lab.status().cut == (("a", "b"),)
+    assert said == ["link changes that did not come, as it was over before: cut b>a at 600 s"]
 
 
 def test_sigkill_in_the_middle_of_making_a_lab_leaves_nothing(lab_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

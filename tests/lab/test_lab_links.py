@@ -182,6 +182,8 @@ def test_a_cut_is_silent_and_a_connection_survives_it(lab_root: Path) -> None:
                 assert client.wait(timeout=20) == 0
             assert len(server.stdout.read().strip()) == 64
         assert lab.status().link("a up").dropped_cut > 0
+        with pytest.raises(LabError, match=r"no link is called 'a>c'.*one of a up, a down"):
+            lab.status().link("a>c")
         assert lab.status().link("a>b").rate_mbit == 50
 
 

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from faults.lab.errors import LabError
+from faults.lab.schedule import LinkChange
+from faults.lab.state import LabRecord, LabStates
 from faults.plan import KINDS, FaultPlanError, PlannedFault, parse_fault, read_plan
+from orchestrator.config import RunConfig, load_config
 from orchestrator.errors import UserError
-from orchestrator.fault_plan import load_plan
+from orchestrator.fault_plan import load_plan, read_link_changes
 
+DEMO = load_config("demo").config
 NAMES = ("island-0", "island-1", "island-2")
 
 
@@ -121,3 +126,59 @@ def test_every_kind_can_be_written_down_and_read_again() -> None:
         assert parse_fault(str(fault), NAMES) == fault
         table = {"kind": name, "round": 1} | ({"target": "island-0"} if target else {})
         assert read_plan({"fault": [table]}, NAMES, place="here") == (fault,)
+
+
+LINKS = '[[links]]\nat_s = 20\naction = "cut"\ntarget = "eu"\n'
+
+
+@pytest.fixture
+def in_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node of a lab with the regions us and eu; nothing of it is made."""
+    states = LabStates(tmp_path / "labs")
+    regions = {"us": {"nodes": ["us-1"]}, "eu": {"nodes": ["eu-1"]}}
+    record = LabRecord(
+        name="one",
+        namespaces={},
+        network="10.201.0.0/24",
+        topology={"regions": regions},
+        owner=None,
+        switch=None,
+        scratch="",
+    )
+    states.root.mkdir()
+    states.write(record)
+    monkeypatch.setenv("ATOLL_LAB", str(states.path("one")))
+
+
+def planned(tmp_path: Path, content: str) -> RunConfig:
+    (tmp_path / "plan.toml").write_text(content)
+    return DEMO.with_values({"run.fault_plan": str(tmp_path / "plan.toml")})
+
+
+def test_a_plan_holds_changes_of_links_beside_faults(tmp_path: Path, in_lab: None) -> None:
+    config = planned(tmp_path, LINKS + '[[fault]]\nkind = "kill"\ntarget = "island-1"\nround = 15\n')
+    assert load_plan(tmp_path / "plan.toml", NAMES) == (parse_fault("kill:island-1@round=15", NAMES),)
+    assert read_link_changes(config) == (LinkChange(at_s=20, action="cut", target="eu"),)
+    config = planned(tmp_path, LINKS)
+    assert (load_plan(tmp_path / "plan.toml", NAMES), len(read_link_changes(config))) == ((), 1)
+    assert read_link_changes(DEMO) == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (LINKS.replace("eu", "mars"), "no node or region is called 'mars' (place: {path}, cut mars at 20 s"),
+        (LINKS.replace("cut", "snip"), 'action = "snip" is not allowed: it takes one of cut, heal, set'),
+        ("links = 3", "links is a list of tables [[links]]"),
+    ],
+)
+def test_a_wrong_change_of_links_is_one_clear_error(tmp_path: Path, in_lab: None, content: str, error: str) -> None:
+    with pytest.raises((LabError, UserError)) as caught:
+        read_link_changes(planned(tmp_path, content))
+    assert error.format(path=tmp_path / "plan.toml") in str(caught.value)
+
+
+def test_changes_of_links_are_refused_where_there_is_no_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOLL_LAB", str(tmp_path / "labs" / "gone"))
+    with pytest.raises(LabError, match="link changes are for a lab: there is no lab 'gone'"):
+        read_link_changes(planned(tmp_path, LINKS))

@@ -147,7 +147,7 @@ def test_what_set_changes() -> None:
     [
         ("us:eu", {"up_mbit": 5}, "us:eu has no setting 'up_mbit'"),
         ("us:eu", {"bogus": None}, "us:eu has no setting 'bogus'"),
-        ("us", {"rate_mbit": -1}, "rate_mbit = -1 is not allowed"),
+        ("us", {"rate_mbit": -1}, "rate_mbit = -1 is not allowed.*try: rate_mbit=none for the default"),
         ("us", {"loss": 1.5}, "loss = 1.5 is not allowed"),
         ("us-1:us-2", {"delay_ms": 5}, "no link 'us-1>us-2'"),
         ("us-9", {"delay_ms": 5}, "no node or region is called 'us-9'"),
@@ -172,10 +172,14 @@ def test_what_cannot_be_set(target: str, values: dict[str, Any], message: str) -
         (PLAIN + "[links.'us:us-1']\ndelay_ms = 2", "share a node"),
         (PLAIN + "[links.'us:eu']\n[links.'eu:us']\n", "are the same link"),
         (PLAIN + "[regions.asia]\nnodes = ['us-1']", "'us-1' is the name of two"),
-        (PLAIN + "[regions.asia]\nnodes = []", "regions.asia.nodes"),
-        (PLAIN + "[regions.Asia]\nnodes = ['x']", "Asia"),
+        (PLAIN + "[regions.asia]\nnodes = []", "regions.asia.nodes = .* a list of at least 1"),
+        (PLAIN + "[regions.asia]\nnodes = ['X_1']", r"regions.asia.nodes\[0\] = \"X_1\" is not allowed"),
+        (PLAIN + "[regions.Asia]\nnodes = ['x']", "'Asia' is no name for a table of .regions."),
         ("network = '10.0.0.1/8'\n" + PLAIN, "is no IPv4 network"),
         ("network = '8.8.8.0/24'\n" + PLAIN, "not private"),
+        ("network = '0.0.0.0/24'\n" + PLAIN, "not private"),
+        ("network = '240.0.0.0/24'\n" + PLAIN, "not private"),
+        ("network = '127.7.0.0/24'\n" + PLAIN, "not private"),
         ("network = '10.9.9.0/30'\n" + PLAIN, "too small for 3 nodes"),
         ("network = 'fd00::/64'\n" + PLAIN, "is no IPv4 network"),
         ("regions = 3", "regions"),
@@ -190,6 +194,13 @@ def test_a_wrong_file_gives_one_clear_error(text: str, message: str, tmp_path: P
         load_topology(path)
     assert str(path) in str(caught.value.place)
     assert "\n" not in caught.value.message
+
+
+def test_an_unknown_key_of_a_link_is_answered_with_those_of_a_link(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(PLAIN + "[links.'us:eu']\nspeed = 2", encoding="utf-8")
+    with pytest.raises(UserError, match="try: one of rate_mbit, delay_ms, jitter_ms, loss, queue_ms"):
+        load_topology(path)
 
 
 def test_a_name_that_is_no_topology() -> None:
