@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -9,26 +10,30 @@ from orchestrator.storm.figures import StormFigures, Times
 
 
 def show(figures: StormFigures, console: Console) -> None:
-    """Print them."""
-    table = Table("fault", "injected", "detected", "detection", "next commit", "back", "contributed")
+    """Print them; the table fits into 80 columns."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("fault", "noticed", "detection", "next commit", "back", "contributed"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "fault" else "right")
     for kind, row in figures.kinds.items():
-        found = ", ".join(f"{num} {verdict}" for verdict, num in sorted(row.detected_as.items()))
         table.add_row(
             kind,
-            str(row.injected),
-            f"{row.detected} ({found})" if found else str(row.detected),
+            f"{row.detected} of {row.injected}",
             *(_times(times) for times in (row.detection, row.next_commit, row.back, row.contributed)),
         )
     console.print(table)
-    console.print("times: median / 95th percentile after the injection", highlight=False)
+    console.print("seconds after the injection: median / 95th percentile", highlight=False)
+    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, value in lines(figures):
-        console.print(f"{name:<22}{value}", highlight=False)
+        facts.add_row(name, value)
+    console.print(facts, highlight=False)
 
 
 def lines(figures: StormFigures) -> list[tuple[str, str]]:
     """The figures that are not of one kind of fault."""
     ledger = "adds up" if not figures.ledger_findings else f"{figures.ledger_findings} contradictions"
+    verdicts = (f"{kind}: {', '.join(sorted(row.detected_as))}" for kind, row in figures.kinds.items())
     return [
+        ("noticed as", "; ".join(verdicts)),
         ("islands", f"{figures.islands}, {figures.seconds:.0f} s, {figures.rate_per_hour:g} faults an hour"),
         ("throughput", f"{figures.throughput:.3f} of the fault-free run, for the seconds that islands were alive"),
         ("tokens", f"{figures.tokens_per_s:,.0f} a second, fault-free {figures.fault_free_tokens_per_s:,.0f}"),
@@ -47,4 +52,4 @@ def lines(figures: StormFigures) -> list[tuple[str, str]]:
 def _times(times: Times) -> str:
     if times.median_s is None or times.p95_s is None:
         return "-"
-    return f"{times.median_s:.2f} / {times.p95_s:.2f} s"
+    return " / ".join(f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in (times.median_s, times.p95_s))
