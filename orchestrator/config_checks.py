@@ -112,6 +112,9 @@ def check_islands(config: RunConfig) -> Iterator[Problem]:
     if islands != "auto" and least is not None and least > islands:
         message = f"exchange.min_members = {config.exchange.min_members} is more than run.islands = {islands}"
         yield Problem(key="exchange.min_members", message=message, remedy=f"at most {islands}")
+    if config.run.redundancy == "buddy" and islands == 1 and not config.run.elastic:
+        message = "run.redundancy = 'buddy', and run.islands = 1 has nobody who could keep a copy"
+        yield Problem(key="run.redundancy", message=message, remedy="run.redundancy = 'none', or more islands")
 
 
 def check_exchange(config: RunConfig) -> Iterator[Problem]:

@@ -191,7 +191,7 @@ class Hands:
 
     def _let_standby(self, name: str, why: str, node: str | None) -> bool:
         """Whether a process that waits takes the island's place."""
-        taken = self.pool.take(node or self.place_of.get(name)) if node is None else None
+        taken = self.pool.take(self.place_of.get(name), self.leaving_nodes) if node is None else None
         if taken is None or taken[1] not in self.handles:
             return False
         waited_as, nonce, where = taken

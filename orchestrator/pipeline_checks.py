@@ -80,6 +80,7 @@ def _others(config: RunConfig) -> Iterator[Problem]:
         "data.samples": (config.data.samples, None),
         "run.elastic": (config.run.elastic, False),
         "run.standby": (config.run.standby, 0),
+        "run.redundancy": (config.run.redundancy, "none"),
         "run.snapshots": (config.run.snapshots, None),
         "run.fault_plan": (config.run.fault_plan, None),
         "codec.error_feedback": (config.codec.error_feedback, False),

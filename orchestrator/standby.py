@@ -6,7 +6,7 @@ next incarnation of an island by joining like any new process, only that everyth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -53,14 +53,16 @@ class StandbyPool:
         self.nodes.pop(name, None)
         self.ready.discard(name)
 
-    def take(self, near: str | None = None) -> tuple[str, str, str | None] | None:
+    def take(self, near: str | None = None, avoid: Collection[str] = ()) -> tuple[str, str, str | None] | None:
         """`(name, nonce, node)` of who takes a place: one that is ready, on the node `near` if there is one there.
 
-        One that is not ready yet is ahead of a process that has not been started. None where nobody waits.
+        One that is not ready yet is ahead of a process that has not been started. None where nobody waits; who waits on
+        a node of `avoid`, which goes, goes with it.
         """
-        if not self.nonces:
+        staying = [name for name in self.nonces if self.nodes.get(name) not in avoid]
+        if not staying:
             return None
-        order = sorted(self.nonces, key=lambda name: (name not in self.ready, self._distance(name, near), name))
+        order = sorted(staying, key=lambda name: (name not in self.ready, self._distance(name, near), name))
         name = order[0]
         nonce, node = self.nonces[name], self.nodes.get(name)
         self.gone(name)

@@ -143,11 +143,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         known_clusters(root)
 
 
-def until(condition: Callable[[], bool], what: str, process: subprocess.Popen[bytes], said: Path) -> None:
+def until(
+    condition: Callable[[], bool], what: str, process: subprocess.Popen[bytes] | None = None, said: Path | None = None
+) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while not condition():
-        assert process.poll() is None, f"ended before {what}:\n{said.read_text()}"
-        assert time.monotonic() < deadline_s, f"waited {WAIT_S:g} s for {what}:\n{said.read_text()}"
+        told = said.read_text() if said is not None else ""
+        assert process is None or process.poll() is None, f"ended before {what}:\n{told}"
+        assert time.monotonic() < deadline_s, f"waited {WAIT_S:g} s for {what}:\n{told}"
         time.sleep(0.05)
 
 
@@ -234,6 +237,14 @@ def test_nobody_at_the_door(cluster: Cluster) -> None:
 def test_leaving_waits_for_the_islands_and_ends_only_its_own_processes(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.drive(CONTROLLER) == []
     before = our_processes()
+    told = cluster.join()
+    os.kill(told.supervisor.pid, signal.SIGTERM)
+    until(
+        lambda: "to leave: island-0" in (told.folder / "supervisor.log").read_text(),
+        "SIGTERM to ask its islands to leave",
+    )
+    os.kill(told.supervisor.pid, signal.SIGTERM)  # again: at once
+    until(lambda: not told.folder.exists(), "its machine to have left")
     node = cluster.join()
     done = cluster.atoll("leave")
     assert done.returncode == 2
@@ -259,6 +270,10 @@ def test_leaving_waits_for_the_islands_and_ends_only_its_own_processes(cluster: 
     assert "no run has a member 'island-9'" in one_error(done)
     heard = cluster.drive(WHAT_IT_HEARD)
     assert isinstance(heard, list)
+    by_signal = [call for call in heard if call[1] == told.node_id]
+    assert [at_once for _, _, at_once in by_signal] == sorted(at_once for _, _, at_once in by_signal)
+    assert {at_once for _, _, at_once in by_signal} == {False, True}, "one path for a signal and a command"
+    heard = heard[len(by_signal) :]
     by_machine = [call for call in heard if call[1] is not None]
     assert by_machine[-3:] == [[[], node.node_id, True]] * 3
     assert by_machine[:-3] == [[[], node.node_id, False]] * (len(by_machine) - 3) != []

@@ -208,6 +208,7 @@ def test_several_wrong_values_are_all_named() -> None:
         (["strategy.name=ddp", "strategy.inner_steps=1", "train.optimizer=muon"], "is not available"),
         (["exchange.suspect_s=0.1"], "exchange.suspect_s = 0.1 is not longer than exchange.heartbeat_s = 0.5"),
         (["exchange.limbo_s=2"], "exchange.limbo_s = 2 is not longer than exchange.suspect_s = 2.5"),
+        (["run.redundancy=buddy", "run.islands=1"], "has nobody who could keep a copy"),
         (["exchange.chunk_values=100"], "is no multiple of codec.block = 4096"),
     ],
 )
