@@ -151,9 +151,13 @@ class LocalCopies:
     def _settle_owed(self) -> None:
         """A residual is added once it is certain that nobody has sent it; not while an own offer is under way."""
         for fragment, (manifest, residual) in list(self.owed.items()):
-            fate = residual_fate(manifest, fragment, self.machine.log)
+            state = self.machine.fragments[fragment]
+            assert self.machine.incarnation is not None
+            fate = residual_fate(
+                manifest, fragment, self.machine.log, incarnation=self.machine.incarnation, held=state.n
+            )
             part = self.sync.replica.parts[fragment]
-            if fate == "wait" or part.sent or self.machine.fragments[fragment].pending is not None:
+            if fate == "wait" or part.sent or state.pending is not None:
                 continue
             del self.owed[fragment]
             if fate == "yes":
@@ -182,7 +186,7 @@ class LocalCopies:
         for fragment, (state, part) in enumerate(zip(machine.fragments, self.sync.replica.parts, strict=True)):
             if part.residual is not None:
                 tensors[f"residual/{fragment}"] = part.residual.detach().to("cpu", copy=True)
-            seq = last_seq(machine.log, fragment, machine.id)
+            seq = last_seq(machine.log, fragment, machine.id, upto=state.n)
             fragments.append(
                 KeptFragment(n=state.n, chain=state.chain, seq=seq, has_residual=part.residual is not None)
             )

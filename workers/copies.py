@@ -8,7 +8,7 @@ may use is decided by the journal alone:
     moments   nothing that is counted depends on them: of any copy whose versions are in the history, and that is not
               too old. Never after a refused update: they may be what made it unfit (H4)
     residual  is owed to the run exactly once (C8): only if the last offer of its maker that was committed is the one
-              that left it, which is known when the samples of the maker have got their fates
+              that left it, and nobody who had the place since had one committed (`residual_fate`)
 """
 
 from __future__ import annotations
@@ -125,9 +125,12 @@ def piece_key(digest_hex: str, piece: int) -> str:
 # ---------------------------------------------------------------- what may be used
 
 
-def last_seq(log: RecordLog, fragment: int, member: MemberId) -> int:
-    """Number of the newest offer of `member` that the history of a fragment has; 0 = none."""
-    for n in range(log.head(fragment), 0, -1):
+def last_seq(log: RecordLog, fragment: int, member: MemberId, upto: int | None = None) -> int:
+    """Number of the newest offer of `member` that the history of a fragment has; 0 = none.
+
+    `upto`: no newer version than this one. What a member has applied may be behind the journal.
+    """
+    for n in range(log.head(fragment) if upto is None else upto, 0, -1):
         record = log.commit(fragment, n)
         found = [entry.offer.seq for entry in record.roster if entry.offer.member == member] if record else []
         if found:
@@ -151,14 +154,22 @@ def why_unfit(manifest: Manifest, log: RecordLog, *, incarnation: int, staleness
     return ""
 
 
-def residual_fate(manifest: Manifest, fragment: int, log: RecordLog) -> Fate:
-    """Whether the residual of a fragment is still owed: known once no open exchange can list its maker any more."""
+def residual_fate(manifest: Manifest, fragment: int, log: RecordLog, *, incarnation: int, held: int) -> Fate:
+    """Whether `incarnation`, which holds version `held` of a fragment, owes its residual.
+
+    Known once no open exchange can list its maker any more, nor those between the two, who may have inherited it as
+    well: if one of them has had an offer committed, the residual may have been in it. Not before the version that left
+    it is held: should that one be taken back, whoever holds it begins anew, and so does not send the residual of
+    work that is in no anchor.
+    """
     maker, part = manifest.member, manifest.fragments[fragment]
     if not part.has_residual:
         return "no"
-    if (maker.name, maker.incarnation) not in log.settled:
+    lives = [MemberId(name=maker.name, incarnation=i) for i in range(maker.incarnation, incarnation)]
+    if held < part.n or any((life.name, life.incarnation) not in log.settled for life in lives):
         return "wait"
-    return "yes" if last_seq(log, fragment, maker) == part.seq and log.on_path(fragment, part.chain) else "no"
+    sent_on = last_seq(log, fragment, maker) != part.seq or any(last_seq(log, fragment, life) for life in lives[1:])
+    return "no" if sent_on or not log.on_path(fragment, part.chain) else "yes"
 
 
 def newest_first(copies: Sequence[Copy]) -> list[Copy]:

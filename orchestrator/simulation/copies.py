@@ -87,8 +87,10 @@ class Copies:
                 counts["copies restored"] += 1
                 self.owed = {f: found for f, part in enumerate(found.manifest.fragments) if part.has_residual}
         for fragment, found in list(self.owed.items()):
-            fate = residual_fate(found.manifest, fragment, machine.log)
-            if fate != "wait" and machine.fragments[fragment].pending is None:
+            state = machine.fragments[fragment]
+            assert machine.incarnation is not None
+            fate = residual_fate(found.manifest, fragment, machine.log, incarnation=machine.incarnation, held=state.n)
+            if fate != "wait" and state.pending is None:
                 del self.owed[fragment]
                 counts[f"residuals owed: {fate}"] += 1
                 if fate == "yes":
@@ -104,7 +106,10 @@ class Copies:
         self.made = versions
         fragments = tuple(
             KeptFragment(
-                n=state.n, chain=state.chain, seq=last_seq(machine.log, f, machine.id), has_residual=part.e > 0
+                n=state.n,
+                chain=state.chain,
+                seq=last_seq(machine.log, f, machine.id, upto=state.n),
+                has_residual=part.e > 0,
             )
             for f, (state, part) in enumerate(zip(machine.fragments, parts, strict=True))
         )

@@ -163,6 +163,10 @@ def manifest_at(n: int, *, seq: int, who: MemberId = A, residual: bool = True) -
     return Manifest(run_id="r", member=who, steps=8, fragments=(part,), pieces=("ab",), num_bytes=8)
 
 
+def fate(manifest: Manifest, fragment: int, log: RecordLog, *, incarnation: int = 2, held: int = 9) -> str:
+    return residual_fate(manifest, fragment, log, incarnation=incarnation, held=held)
+
+
 FENCE = FenceRecord(member="a", incarnation=1, why="died")
 SETTLE = SettleRecord(member="a", incarnation=1)
 
@@ -170,26 +174,27 @@ SETTLE = SettleRecord(member="a", incarnation=1)
 def test_a_residual_waits_for_the_fate_of_its_makers_last_offer() -> None:
     records = history({A: 1, B: 1})
     manifest = manifest_at(1, seq=1)
-    assert residual_fate(manifest, 0, log_of(*records)) == "wait"
-    assert residual_fate(manifest, 0, log_of(*records, FENCE)) == "wait", "a fixed roster may still list it"
-    assert residual_fate(manifest, 0, log_of(*records, FENCE, SETTLE)) == "yes"
-    assert residual_fate(manifest_at(1, seq=1, residual=False), 0, log_of(*records)) == "no"
+    assert fate(manifest, 0, log_of(*records)) == "wait"
+    assert fate(manifest, 0, log_of(*records, FENCE)) == "wait", "a fixed roster may still list it"
+    assert fate(manifest, 0, log_of(*records, FENCE, SETTLE)) == "yes"
+    assert fate(manifest_at(1, seq=1, residual=False), 0, log_of(*records)) == "no"
 
 
 def test_a_residual_that_went_into_a_later_offer_is_not_owed_twice() -> None:
     records = history({A: 1, B: 1}, {A: 2, B: 2})
     assert last_seq(log_of(*records), 0, A) == 2
-    assert residual_fate(manifest_at(1, seq=1), 0, log_of(*records, FENCE, SETTLE)) == "no"
-    assert residual_fate(manifest_at(2, seq=2), 0, log_of(*records, FENCE, SETTLE)) == "yes"
+    assert last_seq(log_of(*records), 0, A, upto=1) == 1, "of what is applied, not of what is known"
+    assert fate(manifest_at(1, seq=1), 0, log_of(*records, FENCE, SETTLE)) == "no"
+    assert fate(manifest_at(2, seq=2), 0, log_of(*records, FENCE, SETTLE)) == "yes"
     others = history({A: 1, B: 1}, {B: 2})
-    assert residual_fate(manifest_at(1, seq=1), 0, log_of(*others, FENCE, SETTLE)) == "yes", "not its own commit"
+    assert fate(manifest_at(1, seq=1), 0, log_of(*others, FENCE, SETTLE)) == "yes", "not its own commit"
 
 
 def test_a_residual_of_a_version_that_was_taken_back_is_void() -> None:
     records = history({A: 1}, {A: 2})
     revoke = RevokeRecord(fragment=0, n=2, chain="chain-2")
     log = log_of(*records, revoke, FENCE, SETTLE)
-    assert residual_fate(manifest_at(2, seq=2), 0, log) == "no"
+    assert fate(manifest_at(2, seq=2), 0, log) == "no"
     assert "not in the history" in why_unfit(manifest_at(2, seq=2), log, incarnation=2, staleness_limit=16)
 
 
@@ -223,3 +228,19 @@ def test_sizes_and_order() -> None:
     ordered = newest_first([copy_of(A, 3), copy_of(member("a", 2), 1), copy_of(A, 5)])
     assert [(c.member.incarnation, c.versions[0]) for c in ordered] == [(2, 1), (1, 5), (1, 3)]
     assert all(x != y for x, y in pairwise(ordered))
+
+
+def test_a_residual_that_somebody_between_may_have_sent_is_not_owed_again() -> None:
+    records = history({A: 1, B: 1}, {member("a", 2): 1, B: 2})
+    between = [FENCE, SETTLE, replace(FENCE, incarnation=2)]
+    settled = [*between, replace(SETTLE, incarnation=2)]
+    manifest = manifest_at(1, seq=1)
+    assert fate(manifest, 0, log_of(*records, *between), incarnation=3) == "wait"
+    assert fate(manifest, 0, log_of(*records, *settled), incarnation=3) == "no"
+    nothing_sent = history({A: 1, B: 1}, {B: 2})
+    assert fate(manifest, 0, log_of(*nothing_sent, *settled), incarnation=3) == "yes"
+
+
+def test_a_residual_waits_for_the_version_that_left_it() -> None:
+    log = log_of(*history({B: 1}, {A: 1}), FENCE, SETTLE)
+    assert [fate(manifest_at(2, seq=1), 0, log, held=n) for n in (-1, 1, 2)] == ["wait", "wait", "yes"]
