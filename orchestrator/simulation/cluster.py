@@ -16,7 +16,7 @@ from orchestrator.simulation.requests import Fetch, FetchFailed, Job
 from orchestrator.simulation.scenario import Scenario
 from orchestrator.simulation.symbols import Names, Snapshots, must
 from workers.messages import Batch, Envelope
-from workers.records import Row
+from workers.records import CommitRecord, Row
 
 HEAD = "head"
 
@@ -45,6 +45,7 @@ class Cluster:
         self.faulty = scenario.rates is not None
         self.steps = 0
         self.exchange_rows: list[dict[str, Any]] = []
+        self._samples_in: dict[tuple[int, str], int] = {}
 
     def start(self) -> None:
         """One controller, all islands."""
@@ -294,6 +295,13 @@ class Cluster:
         self.time.after(self.network.delay_s(), island.run, island.resume, job, error)
 
     # ------------------------------------------------------------ notes
+
+    def samples_in(self, record: CommitRecord) -> int:
+        """Samples that a commit counts: every member asks."""
+        key = (record.fragment, record.chain)
+        if key not in self._samples_in:
+            self._samples_in[key] = sum(entry.upto - entry.since for entry in record.roster)
+        return self._samples_in[key]
 
     def metric(self, row: dict[str, Any]) -> None:
         """A row for metrics.jsonl: the simulator keeps those about exchanges."""

@@ -315,7 +315,7 @@ class Island:
 
     def _moved(self, record: CommitRecord | None) -> None:
         if record is not None:
-            added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
+            added = self.cluster.samples_in(record) if len(self.machine.fragments) == 1 else 0
             self.base_samples = max(self.base_samples, record.base_samples + added)
 
     def _count_again(self) -> None:
