@@ -80,6 +80,7 @@ class Scenario:
     restart_s: float = 1.5
     max_faults: int | None = None
     calm_commits: int = 0
+    standby: int = 0
     clock_skew: float = 0.1
     check_every: int = 100
 
@@ -215,7 +216,7 @@ def brief(seed: int, *, members: int | None = None, samples: int | None = None) 
         plan=replace(long.plan, total_samples=samples or total, strategy=strategy, exchange=exchange),
         calm_commits=calm, fault_s=rng.choice((3.0, 5.0)), max_faults=rng.randint(5, 8),
         rates=replace(long.rates, mean_gap_s=rng.choice((0.05, 0.1, 0.15))),
-        spawn_s=0.3, restart_s=0.4,
+        spawn_s=0.3, restart_s=0.4, standby=rng.choice((0, 0, 1, 2)),
     )  # fmt: skip
 
 

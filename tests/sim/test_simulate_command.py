@@ -34,7 +34,14 @@ def test_many_seeds_break_no_invariant() -> None:
         counts.update(block.counts)
     kinds = {f.name for f in fields(FaultRates)} - {"mean_gap_s", *ONLY_IN_OTHER_TESTS}
     assert {kind for kind in kinds if counts[f"fault {kind}"] < SEEDS / 500} == set(), "hardly ever"
-    rare = ("results held back", "steps with several exchanges under way", "row revoke", "row drop", "states loaded")
+    rare = (
+        "results held back",
+        "steps with several exchanges under way",
+        "row revoke",
+        "row drop",
+        "states loaded",
+        "places taken by a standby with a state",
+    )
     assert min(counts[what] for what in rare) > SEEDS / 100, counts
     assert counts["commits"] > 5 * SEEDS, "most of them never begin to train"
 
@@ -45,10 +52,10 @@ def test_seeds_that_once_failed() -> None:
 
 def test_every_seed_has_enough_in_it() -> None:
     """Those that are over too soon at the first attempt are made longer."""
-    results = [run_seed(seed) for seed in (5, 10, 17, 18, 19)]
+    results = [run_seed(seed) for seed in (5, 10, 19, 26, 31)]
     assert all(result.num_events >= MIN_EVENTS and result.num_faults >= MIN_FAULTS for result in results)
     assert all(result.counts["attempts of the seed"] > 1 for result in results)
-    again = run_seed(19)
+    again = run_seed(31)
     assert (again.digest, again.num_faults) == (results[-1].digest, results[-1].num_faults)
 
 
