@@ -93,10 +93,10 @@ class Spread:
 
     def has_outlier(self, value: float, *, factor: float, deviations: float, among: bool = False) -> bool:
         """`is_outlier` of a value against these; `among`: it is one of them, and is compared with the rest."""
-        without = bisect_left(self.values, value) if among else len(self.values)
         num = len(self.values) - among
-        if num < 1:
+        if num < 1 or value <= factor * self.values[(num - 1) // 2]:  # the middle of the others is no less than that
             return False
+        without = bisect_left(self.values, value) if among else len(self.values)
         middle = self._mean_of_middle(num, lambda place: self._at(place, without))
         if value <= factor * middle:
             return False

@@ -35,7 +35,7 @@ from workers.records import (
 __all__ = ["Coordinator", "RunPlan"]
 
 LOOK_S_PER_MEMBER = 1e-4
-"""All members are looked at at most so often: with each tick up to a thousand, once a second for ten thousand."""
+"""All members are looked at no more often than this: a thousand with each tick, ten thousand once a second."""
 
 
 class Coordinator(Operations):
@@ -232,6 +232,8 @@ class Coordinator(Operations):
             self._tell(member, msg.LeaseGrant(index=hello.num_leased, ranges=rest))
         if not was_ready and process.ready():
             self._peers()
+            for exchange in self.exchanges:
+                self._effects(exchange, exchange.welcome(member))
         for exchange in self.exchanges:
             self._repeat(member, exchange, process.report(exchange.fragment), had)
             self.revocations.release_barred(member, exchange.fragment, process.report(exchange.fragment), self._tell)
@@ -316,6 +318,9 @@ class Coordinator(Operations):
                     self._tell_all(body)
                 case ex.ToOne(member=member, body=body):
                     self._tell(member, body) if body is not None else self._sync(member)
+                case ex.ToSome(members=members, bodies=bodies):
+                    for member in members:
+                        self._tell(member, *bodies)
                 case ex.Journal(record=record):
                     self._log(record)
                     self.after_flush.append((self._last_seq(), record))

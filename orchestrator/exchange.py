@@ -27,7 +27,9 @@ from workers.records import (
     version_chain,
 )
 
-ANNOUNCED_TO_ALL = 3
+ANNOUNCED_TO_ALL = 2
+MEMBERS_AN_ANNOUNCEMENT = 64
+"""Owners hear of so many times fewer offers at once than there are members; of what is left with the next tick."""
 PARTED_S = 30.0
 """How long an owner is kept from parts after it could not reach a contributor; then it is tried again."""
 
@@ -47,6 +49,14 @@ class ToOne:
 
     member: MemberId
     body: msg.ControllerBody | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToSome:
+    """Send bodies to some members."""
+
+    members: tuple[MemberId, ...]
+    bodies: tuple[msg.ControllerBody, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +93,7 @@ class Note:
     member: str = ""
 
 
-Effect = ToAll | ToOne | Journal | Fence | Drop | Note
+Effect = ToAll | ToOne | ToSome | Journal | Fence | Drop | Note
 
 
 # ---------------------------------------------------------------- the machine
@@ -153,11 +163,25 @@ class FragmentExchange:
         if not open_.likely:
             expected = [m.id for m in rules.expected_members(open_, fleet)]
             open_.likely = rules.deal_chunks(self.num_chunks, self._reaching(fleet, expected, now) or [sender])
-        owners = tuple(str(owner) for owner in open_.likely)
-        body = msg.Announce(offer_by=sender, address=open_.offers[sender][0], offer=offer, owners=owners)
+            open_.likely_names = tuple(str(owner) for owner in open_.likely)
+        body = msg.Announce(offer_by=sender, address=open_.offers[sender][0], offer=offer, owners=open_.likely_names)
+        open_.first = open_.first or body
         if len(open_.offers) <= ANNOUNCED_TO_ALL:
             return [ToAll(body=body)]
-        return [ToOne(member=owner, body=body) for owner in dict.fromkeys(open_.likely)]
+        open_.unannounced.append(body)
+        enough = len(open_.unannounced) >= len(fleet.members) // MEMBERS_AN_ANNOUNCEMENT
+        return self._tell_owners(open_) if enough else []
+
+    def welcome(self, member: MemberId) -> list[Effect]:
+        """Who comes while an exchange is open hears of it as everybody did: it offers before its time, to be in it."""
+        open_ = self.open
+        if open_ is None or open_.state != "open" or open_.first is None:
+            return []
+        return [ToOne(member=member, body=open_.first)]
+
+    def _tell_owners(self, open_: OpenExchange) -> list[Effect]:
+        bodies, open_.unannounced = tuple(open_.unannounced), []
+        return [ToSome(members=tuple(dict.fromkeys(open_.likely)), bodies=bodies)] if bodies and open_.likely else []
 
     def _waits_for_more(self, open_: OpenExchange, fleet: Fleet, now: float) -> bool:
         """Whether one more offer closes nothing, by the last look at everybody: only what may is worth another look."""
@@ -409,8 +433,12 @@ class FragmentExchange:
                 return self._close(open_, fleet, now, because)
             awaited = rules.awaited_members(open_, fleet) if open_.quorum_s is not None else ()
             slowest = max(awaited, key=lambda m: (m.step_s, m.id), default=None)
-            open_.waits_for, open_.likely = slowest.id if slowest is not None else None, ()
-            return []
+            open_.waits_for = slowest.id if slowest is not None else None
+            told = self._tell_owners(open_)
+            views = [fleet.members.get(owner) for owner in set(open_.likely)]
+            if any(view is None or view.suspect or not view.ready for view in views):
+                open_.likely = ()  # others will own the parts
+            return told
         if open_.state == "spread":
             return self._try_commit(open_, fleet, now) or self._unstick(open_, fleet, now)
         for owner in sorted(set(open_.owners)):

@@ -14,7 +14,7 @@ import numpy as np
 
 from orchestrator.settings import ExchangeConfig
 from workers import ranges
-from workers.messages import Assign, ExchangeId, Offer, Version
+from workers.messages import Announce, Assign, ExchangeId, Offer, Version
 from workers.records import MemberId, RosterEntry, Term
 
 Pair = tuple[MemberId, MemberId]
@@ -62,7 +62,8 @@ class OpenExchange:
     """An exchange between its first offer and its end. Lost at a restart, harmlessly.
 
     By the last look at everybody: `needed` offers make a quorum, `waits_for` is one whose offer is still to come (the
-    slowest), `likely` would own the parts, chunk by chunk. `assignment`: what the present attempt was announced with.
+    slowest), `likely` would own the parts, chunk by chunk, and have `unannounced` still to hear of. `first`: what
+    told of this exchange; `assignment`: what told of its present attempt.
     """
 
     id: ExchangeId
@@ -89,6 +90,9 @@ class OpenExchange:
     needed: int = 0
     waits_for: MemberId | None = None
     likely: tuple[MemberId, ...] = ()
+    likely_names: tuple[str, ...] = ()
+    first: Announce | None = None
+    unannounced: list[Announce] = field(default_factory=list)
     assignment: Assign | None = None
 
 

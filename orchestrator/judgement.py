@@ -180,7 +180,7 @@ class Judgement(Lifecycle):
                     self.commands.append(ev.Spawn(name=name, why=why))
 
     def _miss_the_fenced(self) -> None:
-        """A process that was told of its fence and is silent ever since hangs, or died unseen: it is replaced too."""
+        """A process that is silent since it was told of its fence hangs, or died unseen: it is replaced as well."""
         for name, fenced_s in list(self.fenced_s.items()):
             if name in self.state.current or self.now - fenced_s > self.plan.exchange.limbo_s:
                 del self.fenced_s[name]

@@ -98,6 +98,8 @@ class Lifecycle(Redundancy):
         self.peers_due, self.peers_told_s = False, float("-inf")
         self.peers_made: tuple[float, msg.Peers] | None = None
         self.start_waits_for = ""
+        self.granted_at = -1  # rows of the journal when leases were last granted, and the plan then
+        self.lease_plan: leases.Plan | None = None
 
     # ------------------------------------------------------------ joining
 
@@ -306,6 +308,8 @@ class Lifecycle(Redundancy):
         """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
         if not self.started or self.stopping is not None:
             return
+        if only is not None and self.granted_at == len(self.rows) and not self._wants(only):
+            return
         processes = self.roll.processes
         asked = processes.items() if only is None else [(only, processes[only])] if only in processes else []
         members = {
@@ -314,6 +318,7 @@ class Lifecycle(Redundancy):
             if p.ready() and not p.is_suspect() and m.name not in self.leaving
         }
         plan, by_speed = self._lease_plan(), self.state.shares
+        self.lease_plan = plan
         steps = {m: round_steps(by_speed, str(m), plan.inner_steps) for m in members} if by_speed is not None else {}
         records = leases.grant(self.state, members, plan, steps)
         for record in records:
@@ -324,6 +329,17 @@ class Lifecycle(Redundancy):
         if tail != self.tail:
             self.tail = tail
             self._tell_all(msg.Tail(active=tail))
+        self.granted_at = len(self.rows)
+
+    def _wants(self, member: MemberId) -> bool:
+        """Whether a member should be given samples, while the journal is as it was when leases were last granted."""
+        process = self.roll.processes.get(member)
+        if process is None or not process.ready():
+            return False
+        plan, by_speed = self.lease_plan, self.state.shares
+        if plan is None or by_speed is not None:
+            return True
+        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, plan) > 0
 
     # ------------------------------------------------------------ fences
 

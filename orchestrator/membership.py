@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from faults.detector import SilenceDetector
-from faults.stragglers import Progress, SlowJudge, hang, has_shared_cause
+from faults.stragglers import HANG_S, Progress, SlowJudge, hang, has_shared_cause
 from workers.messages import FragmentReport, Hello, ProcessInfo
 from workers.records import MemberId
 
 Status = Literal["joining", "healthy", "slow", "suspect", "draining"]
-COMPARE_EVERY_S = 1.0
+COMPARE_EVERY_S, COMPARE_S_PER_MEMBER = 1.0, 1e-3
 
 
 DRIFT = 1e-4
@@ -246,7 +246,8 @@ class Roll:
         if not self.judges_hangs:
             return []
         talking = [p for p in self.processes.values() if not p.silence and p.hello is not None]
-        found = [hang(p.told, self.limbo_s) for p in talking]
+        least_s = min(HANG_S, self.limbo_s)  # nothing that takes no longer is a hang
+        found = [hang(p.told, self.limbo_s) if p.told.for_s > least_s else None for p in talking]
         shared = has_shared_cause(len(talking) - found.count(None), len(talking))
         out: list[Verdict] = []
         for process, story in zip(talking, found, strict=True):
@@ -264,7 +265,7 @@ class Roll:
 
     def _compare(self, now: float) -> list[Verdict]:
         """Whose steps take much longer than everybody else's."""
-        if now - self.compared_s < COMPARE_EVERY_S:
+        if now - self.compared_s < max(COMPARE_EVERY_S, COMPARE_S_PER_MEMBER * len(self.processes)):
             return []
         self.compared_s = now
         known = {str(p.id): p for p in self.processes.values() if p.told.step_s > 0 and not p.is_suspect()}

@@ -346,7 +346,7 @@ class MemberMachine(ExchangeSide):
         if self.consumed:
             self._want_reset("the run went back to an older version")
         self.fragments = [FragmentState() for _ in self.fragments]
-        self.peers = {}  # what was known of them was before
+        self.hear_of_peers(())  # what was known of them was before
         self.out.append(ev.Wake())
 
     def _confirm_genesis(self) -> None:
@@ -374,7 +374,7 @@ class MemberMachine(ExchangeSide):
                     ranges.append(self.leases, ranges.cut(granted, have - index, ranges.count(granted)))
                     self.out.append(ev.Wake())
             case msg.Peers(peers=peers) if self._is_news(body, batch):
-                self.peers = {name: (address, held) for name, address, held in peers}
+                self.hear_of_peers(peers)
                 for fragment in range(len(self.fragments)):
                     self._advance(fragment)
             case msg.Tail(active=active) if self._is_news(body, batch):

@@ -36,7 +36,8 @@ class MemberCore:
         self.tail = False
         self.leaving = self.dismissed = False
         self.told: dict[type, tuple[tuple[int, int], int]] = {}
-        self.peers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.told_peers: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+        self._peers: dict[str, tuple[str, tuple[int, ...]]] | None = None
         self.reset_wanted = ""
         self.building = False
         self.built: msg.GenesisMade | None = None
@@ -71,6 +72,17 @@ class MemberCore:
         """Name and incarnation; only after `Welcome`."""
         assert self.incarnation is not None, "not a member yet"
         return MemberId(name=self.name, incarnation=self.incarnation)
+
+    @property
+    def peers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Address of each member by name, with the version that it has of each fragment; made when it is asked for."""
+        if self._peers is None:
+            self._peers = {name: (address, held) for name, address, held in self.told_peers}
+        return self._peers
+
+    def hear_of_peers(self, peers: tuple[tuple[str, str, tuple[int, ...]], ...]) -> None:
+        """Who is here, as the controller tells it."""
+        self.told_peers, self._peers = peers, None
 
     def num_leased(self) -> int:
         """Samples leased to this incarnation."""

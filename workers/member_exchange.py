@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 
 from workers import member_events as ev
@@ -11,6 +12,9 @@ from workers.fragment_state import KEEP_RESULTS, FragmentState
 from workers.member_core import MemberCore
 from workers.messages import Assign, Offer
 from workers.records import CommitRecord, MemberId, OfferId
+
+MAX_DONORS = 32
+"""A whole state is fetched from so many peers at most."""
 
 
 class ExchangeSide(MemberCore):
@@ -239,7 +243,7 @@ class ExchangeSide(MemberCore):
             self.out.append(ev.Wake())
             return
         behind = self.log.head(fragment) - state.n
-        if behind > KEEP_RESULTS or state.tries > 2 * max(len(self.peers), 1):
+        if behind > KEEP_RESULTS or state.tries > 2 * max(len(self.told_peers), 1):
             state.catching_up = True
             self._fetch_state(fragment)
         else:
@@ -268,14 +272,17 @@ class ExchangeSide(MemberCore):
         state = self.fragments[fragment]
         if state.fetching_state or state.staged is not None or self.incarnation is None:
             return
-        donors = tuple(
+        mine = str(self.id)
+        donors = [
             (name, address)
-            for name, (address, held) in sorted(self.peers.items())
-            if name != str(self.id) and len(held) > fragment and held[fragment] > state.n
-        )
+            for name, address, held in self.told_peers
+            if len(held) > fragment and held[fragment] > state.n and name != mine
+        ]
         if donors:
             state.fetching_state = True
-            self.out.append(ev.FetchState(fragment=fragment, donors=donors))
+            begin = bisect(donors, (mine, "")) if len(donors) > MAX_DONORS else 0  # not everybody asks the same ones
+            chosen = tuple([*donors[begin:], *donors[:begin]][:MAX_DONORS])
+            self.out.append(ev.FetchState(fragment=fragment, donors=chosen))
 
     def _decide(self, fragment: int, record: CommitRecord) -> None:
         """Fate of the pending offer: in (watermark moves) or out (it rebases and is offered again)."""

@@ -22,6 +22,11 @@ from workers.records import (
 )
 
 GENESIS_CHAIN = "genesis"
+HEEDED = {
+    GenesisRecord, CommitRecord, RevokeRecord, RollbackRecord, SettingRecord, PauseRecord, StopRecord, FenceRecord,
+    JoinRecord, SharesRecord,
+}  # fmt: skip
+"""Records that a member asks questions of; the others, leases above all, it keeps for the controller."""
 
 
 class RecordLog:
@@ -78,6 +83,10 @@ class RecordLog:
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
+        if type(row.record) in HEEDED:
+            self._heed(row)
+
+    def _heed(self, row: Row) -> None:
         match row.record:
             case GenesisRecord() as genesis:
                 self.genesis = genesis

@@ -49,12 +49,17 @@ def run_seed(seed: int, *, members: int | None = None, trace: bool = False) -> S
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """What came of some consecutive seeds; `violations` are `(seed, invariant, problem)`."""
+    """What came of some consecutive seeds; `violations` are `(seed, invariant, problem)`.
+
+    `least_events`, `least_faults`: of that one of them which had the fewest.
+    """
 
     first: int
     num: int
     num_events: int
     num_faults: int
+    least_events: int
+    least_faults: int
     seconds: float
     counts: dict[str, int]
     violations: tuple[tuple[int, int, str], ...]
@@ -68,17 +73,18 @@ def run_block(first: int, num: int, members: int | None) -> Block:
     """Some seeds one after the other, in this process; `seconds` is its own time."""
     began_s = _cpu_s()
     counts: Counter[str] = Counter()
-    events = faults = 0
+    events, faults = [], []
     violations = []
     for seed in range(first, first + num):
         result = run_seed(seed, members=members)
-        events += result.num_events
-        faults += result.num_faults
+        events.append(result.num_events)
+        faults.append(result.num_faults)
         counts.update(result.counts)
         if not result.ok:
             violations.append((seed, result.invariant, result.problem))
     return Block(
-        first=first, num=num, num_events=events, num_faults=faults, seconds=_cpu_s() - began_s,
+        first=first, num=num, num_events=sum(events), num_faults=sum(faults), least_events=min(events),
+        least_faults=min(faults), seconds=_cpu_s() - began_s,
         counts=dict(sorted(counts.items())), violations=tuple(violations),
     )  # fmt: skip
 

@@ -239,9 +239,10 @@ class Bookkeeping:
             together |= bits
         must(together == (1 << self.cursor) - 1, 5, "a sample has no fate")
         for what, theirs, mine in (
-            ("free", state.free, self.free), ("partial", state.partial, partial),
+            ("free", state.free, self.free),
+            ("partial", state.partial, partial),
             ("dropped", state.dropped, self.dropped),
-        ):  # fmt: skip
+        ):
             if bits_of(theirs) != mine:
                 must(False, 5, f"{what} samples differ: by the controller {theirs}, here {spans_of(mine)}")
         num = full.bit_count()

@@ -14,9 +14,11 @@ from orchestrator.simulation.controller import Controller
 from orchestrator.simulation.island import Island
 from orchestrator.simulation.requests import Fetch, FetchFailed, Job
 from orchestrator.simulation.scenario import Scenario
+from orchestrator.simulation.standbys import Standbys, States
 from orchestrator.simulation.symbols import Names, Snapshots, must
 from workers.messages import Batch, Envelope
-from workers.records import Row
+from workers.record_log import RecordLog
+from workers.records import CommitRecord, Row
 
 HEAD = "head"
 
@@ -35,6 +37,7 @@ class Cluster:
         self.snapshots = Snapshots()
         self.counts: Counter[str] = Counter()
         self.checks = Checks(self)
+        self.standbys = Standbys(self, scenario.standby)
         self.islands: dict[str, list[Island]] = {name: [] for name in scenario.plan.islands}
         self.by_address: dict[str, Island] = {}
         self.controllers: list[Controller] = []
@@ -45,10 +48,12 @@ class Cluster:
         self.faulty = scenario.rates is not None
         self.steps = 0
         self.exchange_rows: list[dict[str, Any]] = []
+        self._samples_in: dict[tuple[int, str], int] = {}
 
     def start(self) -> None:
         """One controller, all islands."""
         self.start_controller()
+        self.standbys.start()
         for name in self.islands:
             self.time.after(0.1 * self.rng.random(), self.spawn, name)
 
@@ -59,14 +64,17 @@ class Cluster:
 
     # ------------------------------------------------------------ processes
 
-    def spawn(self, name: str) -> Island:
-        """A new process of a member."""
+    def spawn(self, name: str, standby: tuple[RecordLog, States] | None = None) -> Island:
+        """A new process of a member; `standby`: what it has at hand if it has waited."""
         self.num_spawned += 1
         index = self.scenario.plan.islands.index(name)
         island = Island(self, name=name, nonce=f"{name}#{self.num_spawned}", index=index)
         self.islands[name].append(island)
         self.by_address[island.address] = island
         self.note(f"{island.first_nonce} starts on {island.node}")
+        if standby is not None and standby[1]:
+            self.counts["places taken by a standby with a state"] += 1
+            island.begin_with(*standby)
         island.start()
         return island
 
@@ -81,7 +89,7 @@ class Cluster:
         """The controller asks for a new process; the supervisor starts it, and sometimes ends the old one first."""
         self.note(f"spawn {name}: {why}")
         self.counts["spawns"] += 1
-        delay = self.scenario.spawn_s * (0.5 + self.rng.random())
+        delay = self.scenario.spawn_s * (0.5 + self.rng.random()) * (0.1 if self.standbys.waits() else 1.0)
         self.time.after(delay, self._spawn_now, name, self.rng.random() < 0.5)
 
     def _spawn_now(self, name: str, end_old: bool) -> None:
@@ -89,7 +97,7 @@ class Cluster:
             for island in self.islands[name]:
                 if island.alive and self.may_kill(island):
                     self.kill(island)
-        self.spawn(name)
+        self.spawn(name, self.standbys.take())
 
     def end_process(self, name: str, nonce: str, why: str) -> None:
         """The controller asks that a process be ended."""
@@ -294,6 +302,13 @@ class Cluster:
         self.time.after(self.network.delay_s(), island.run, island.resume, job, error)
 
     # ------------------------------------------------------------ notes
+
+    def samples_in(self, record: CommitRecord) -> int:
+        """Samples that a commit counts: every member asks."""
+        key = (record.fragment, record.chain)
+        if key not in self._samples_in:
+            self._samples_in[key] = sum(entry.upto - entry.since for entry in record.roster)
+        return self._samples_in[key]
 
     def metric(self, row: dict[str, Any]) -> None:
         """A row for metrics.jsonl: the simulator keeps those about exchanges."""

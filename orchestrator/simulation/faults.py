@@ -61,7 +61,7 @@ class Chaos:
             self.begun_s = cluster.time.now
             self._next()
         else:
-            cluster.time.after(0.05, self._begin)
+            cluster.time.after(0.2, self._begin)
 
     def _next(self) -> None:
         gap = self.cluster.rng.expovariate(1.0 / self.rates.mean_gap_s)

@@ -8,7 +8,7 @@ belongs here too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.simulation import jobs
@@ -30,6 +30,7 @@ from workers import ranges
 from workers.member import MemberMachine
 from workers.open_steps import OpenSteps
 from workers.orders import can_obey
+from workers.record_log import RecordLog
 from workers.records import CommitRecord, OfferId
 
 if TYPE_CHECKING:
@@ -93,6 +94,13 @@ class Island:
     def clock(self) -> float:
         """This process's own clock."""
         return self.offset_s + self.cluster.time.now * self.rate
+
+    def begin_with(self, log: RecordLog, states: Mapping[int, list[StateChunk]]) -> None:
+        """Before `start`: what a standby has gathered, of a version that may be old."""
+        for fragment, chunks in states.items():
+            self.replica.install(fragment, chunks, included=False, fresh=True)
+            self._moved(log.commit(fragment, chunks[0].n))
+        self.machine.begin_with(log, {f: (chunks[0].n, chunks[0].chain) for f, chunks in states.items()})
 
     def start(self) -> None:
         """Ask to be a member; start the heartbeat and the training thread."""
@@ -315,7 +323,7 @@ class Island:
 
     def _moved(self, record: CommitRecord | None) -> None:
         if record is not None:
-            added = sum(e.upto - e.since for e in record.roster) if len(self.machine.fragments) == 1 else 0
+            added = self.cluster.samples_in(record) if len(self.machine.fragments) == 1 else 0
             self.base_samples = max(self.base_samples, record.base_samples + added)
 
     def _count_again(self) -> None:

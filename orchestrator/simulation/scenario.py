@@ -52,8 +52,8 @@ class FaultRates:
 class Scenario:
     """Everything that a simulated run depends on, besides the order of random draws. Times in virtual seconds.
 
-    Faults begin after `calm_commits` commits (or after as many seconds), and stop `fault_s` later, or after
-    `max_faults` of them. `restart_s`: longest time without a controller.
+    Faults begin after `calm_commits` commits (or as many seconds), and stop `fault_s` later, or after `max_faults` of
+    them. `restart_s`: longest time without a controller.
     """
 
     seed: int
@@ -80,6 +80,7 @@ class Scenario:
     restart_s: float = 1.5
     max_faults: int | None = None
     calm_commits: int = 0
+    standby: int = 0
     clock_skew: float = 0.1
     check_every: int = 100
 
@@ -193,22 +194,51 @@ def draw(seed: int, *, members: int | None = None, faults: bool = True, samples:
 def brief(seed: int, *, members: int | None = None, samples: int | None = None) -> Scenario:
     """The same kinds of runs and faults in less: a run that has just enough rounds for its faults to hit.
 
-    Processes and controllers are back sooner, so that there are commits between faults, and faults stop before most of
-    the run is a drain that nothing disturbs. A seed in fifty is as long as `draw` has it; a few have many members.
+    Processes and controllers are back sooner, and the lost are given up sooner, so that there are commits between
+    faults; these begin once the run has begun, and stop before most of it is a drain that nothing disturbs. A seed in
+    fifty is as long as `draw` has it; a few have many members.
     """
     rng = random.Random(f"brief {seed}")
     if members is None and seed % 50 == 7:
         return draw(seed, samples=samples)
-    crowd = {311: 100, 61: 24, 161: 24}.get(seed % 500)
+    crowd = {811: 100, 61: 24, 561: 24}.get(seed % 1000)
     long = draw(seed, members=members or crowd)
     assert long.rates is not None
     num = long.num_members
-    each = rng.randint(10, 18) + (16 if num == 1 else 8 if num == 2 else 0) if num < 20 else 6
-    calm = rng.choice((0, 1, 2, 3)) * (2 if long.plan.strategy.own_pace else 1)
+    total = rng.randint(14, 24) + (12 if num < 3 else num) if num < 20 else 4 * num
+    calm = rng.choice((0, 1, 2)) * (2 if long.plan.strategy.own_pace else 1)
+    strategy = long.plan.strategy
+    if num >= 20 and strategy.own_pace:  # each push is a version that everybody fetches
+        strategy = StrategyConfig(inner_steps=strategy.inner_steps)
+    exchange = long.plan.exchange.model_copy(update={"limbo_s": rng.choice((1.5, 2.5)), "suspect_s": 0.8})
     return replace(
         long,
-        plan=replace(long.plan, total_samples=samples or each * num),
+        plan=replace(long.plan, total_samples=samples or total, strategy=strategy, exchange=exchange),
         calm_commits=calm, fault_s=rng.choice((3.0, 5.0)), max_faults=rng.randint(5, 8),
-        rates=replace(long.rates, mean_gap_s=rng.choice((0.06, 0.12, 0.25))),
-        spawn_s=0.3, restart_s=0.4,
+        rates=replace(long.rates, mean_gap_s=rng.choice((0.05, 0.1, 0.15))),
+        spawn_s=0.3, restart_s=0.4, standby=rng.choice((0, 0, 1, 2)),
+    )  # fmt: skip
+
+
+def crowd(members: int, *, rounds: int = 3, seed: int = 0) -> Scenario:
+    """Many members, each alone on its node, over slow links, that train for some rounds without faults: what it costs.
+
+    Rounds of eight steps of 1 to 1.5 s; heartbeats every 5 s, since those of ten thousand are 2,000 messages a second
+    then; a tick a second, which is as often as the controller looks at ten thousand members.
+    """
+    rng = random.Random(f"crowd {seed}")
+    exchange = ExchangeConfig(
+        heartbeat_s=5.0, suspect_s=20.0, limbo_s=120.0, grace_s=2.0, wait_s=60.0, progress_timeout_s=30.0
+    )
+    plan = RunPlan(
+        run_id="sim", islands=tuple(f"island-{i:05d}" for i in range(members)), total_samples=8 * members * rounds,
+        seq_len=8, exchange=exchange, strategy=StrategyConfig(inner_steps=8), eval_every=0.5, start_timeout_s=60.0,
+        snapshot_every_s=1e9, replace_dead=True, max_restarts=10,
+    )  # fmt: skip
+    return Scenario(
+        seed=seed, num_members=members, num_nodes=members, num_chunks=(8,), plan=plan, batch_sizes=(1,) * members,
+        step_s=tuple(rng.uniform(1.0, 1.5) for _ in range(members)), overlap=False, inline=False, feedback=True,
+        devices=1, link=LinkQuality(min_delay_s=0.02, max_delay_s=0.2), fault_s=0.0, rates=None, drain_s=600.0,
+        heartbeat_s=exchange.heartbeat_s, tick_s=1.0, timeout_s=10.0, wait_s=exchange.wait_s, clock_skew=0.01,
+        check_every=100 * members,
     )  # fmt: skip

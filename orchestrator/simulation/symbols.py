@@ -317,8 +317,11 @@ class Store:
 
     def discard(self, prefix: str) -> None:
         """Drop the groups at and below a prefix."""
+        self.changed = True
+        if self.groups.pop(prefix, None) is not None:  # a whole name: nothing is below it
+            return
         below = prefix + "/"
-        for group in [g for g in self.groups if g == prefix or g.startswith(below)]:
+        for group in [g for g in self.groups if g.startswith(below)]:
             del self.groups[group]
 
 

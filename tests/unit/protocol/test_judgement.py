@@ -225,7 +225,7 @@ def test_profiles_fill_in_what_is_not_set() -> None:
 
 
 def test_who_was_fenced_and_never_comes_back_is_replaced() -> None:
-    """Simulator, seed 174: a process died unseen between its refusal and its next incarnation; nobody missed it."""
+    """The simulator found it: who died unseen between its refusal and its next incarnation was missed by nobody."""
     control = started()
     limbo_s = control.coordinator.plan.exchange.limbo_s
     control.say("island-1", msg.DropRequest(upto=0, why="its update is not finite"))
