@@ -45,19 +45,21 @@ def dashboard(
     if address is not None and run_dir is not None:
         raise click.UsageError("RUN_DIR or --address, not both")
     from orchestrator.dashboard.serve import serve
-    from orchestrator.dashboard.server import Dashboard
+    from orchestrator.dashboard.server import POLL_S, Dashboard
     from orchestrator.dashboard.sources import FileSource, Source
 
     source: Source
+    poll_s = POLL_S
     if address is not None and (address.startswith(SCHEME) or token_file is not None):
         from orchestrator.cluster.tokens import read_place
+        from orchestrator.dashboard.door_source import POLL_S as DOOR_POLL_S
         from orchestrator.dashboard.door_source import DoorSource
 
         if background:
             raise click.UsageError("--background: an actor serves, which a machine of the cluster has to start")
         hide_token(address)
         source = DoorSource(read_place(address, token_file, os.environ), run_name, chaos=chaos)
-        what = source.run_id
+        what, poll_s = source.run_id, DOOR_POLL_S
     elif address is not None:
         from orchestrator.dashboard.ray_source import RaySource, connect
 
@@ -73,5 +75,5 @@ def dashboard(
 
         directory = open_run_dir(run_dir).path
         source, what = FileSource(directory), str(shown(directory))
-    serve(Dashboard(source, host=host, port=port), lambda link: click.echo(f"{what}: {link}"))
+    serve(Dashboard(source, host=host, port=port, poll_s=poll_s), lambda link: click.echo(f"{what}: {link}"))
     return 0

@@ -47,7 +47,7 @@ class ControllerSource(ABC):
         if self.book.about.state == "no answer":
             self.book.problem = ""
         self._able = part.able
-        self.book.about.config = part.config
+        self.book.about.config = part.config or self.book.about.config
         self.book.about.state = part.ended or "running"
         self.book.view = part.view
         self.book.add_records(part.rows)

@@ -31,7 +31,7 @@ async def feed_part(controller: Any, metrics_at: int, journal_at: int, guard: Gu
     with guard():
         return FeedPart(
             run_id=controller.run_id,
-            config=controller.config.to_tables(),
+            config=controller.config.to_tables() if metrics_at == journal_at == 0 else {},
             metrics=data,
             rows=tuple(host.journal.rows[journal_at : journal_at + MOST_ROWS]),
             view=None if controller.over.is_set() else live_view(host.coordinator, host.clock()),

@@ -10,6 +10,9 @@ from orchestrator.dashboard.controller_source import ControllerSource, NoAnswer,
 from orchestrator.dashboard.feed import FeedPart, part_from_json
 from orchestrator.errors import UserError
 
+# A question takes two connections and passes through one more process: half as often as of a neighbour.
+POLL_S = 1.4
+
 
 class DoorSource(ControllerSource):
     """Asks at `place`, with the cluster's token; neither Ray nor a place in the cluster is needed here."""

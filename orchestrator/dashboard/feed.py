@@ -19,7 +19,11 @@ NEEDED: Mapping[str, str] = {"drain": "leave"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeedPart:
-    """What came since the last question. `able`: actions that this controller knows; `ended`: why the run is over."""
+    """What came since the last question.
+
+    `config`: with the first part only, else empty. `able`: actions that this controller knows. `ended`: why the run is
+    over.
+    """
 
     run_id: str
     config: dict[str, Any]

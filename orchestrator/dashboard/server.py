@@ -52,9 +52,9 @@ def static_files() -> dict[str, tuple[bytes, str]]:
 class Dashboard:
     """Serves one run."""
 
-    def __init__(self, source: Source, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Nothing is opened before `start`; `port` 0: any free one."""
-        self.source, self.host, self.port = source, host, port
+    def __init__(self, source: Source, *, host: str = "127.0.0.1", port: int = 0, poll_s: float = POLL_S) -> None:
+        """Nothing is opened before `start`. `port` 0: any free one; `poll_s`: how often the source is asked."""
+        self.source, self.host, self.port, self.poll_s = source, host, port, poll_s
         self.gate: Gate | None = None
         self._files = static_files()
         self._lock = threading.Lock()
@@ -110,7 +110,7 @@ class Dashboard:
 
     async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(self.poll_s)
             if not self._viewers and time.monotonic() - self._asked_s > WATCHED_S:
                 continue
             before = self._standing()
