@@ -49,6 +49,8 @@ class StageKeeper:
         self._out: list[Command] = []
         self._ticket = 0
         self._open: dict[int, tuple[str, tuple[object, ...]]] = {}
+        self._ordered_s: dict[int, float] = {}
+        self._strikes: dict[str, int] = {}  # process -> times in a row that it did not answer
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._now_s = self._step_since_s = self._look_s = self._saved_s = 0.0
         self._failures = 0
@@ -67,6 +69,7 @@ class StageKeeper:
             return
         self._ticket += 1
         self._open[self._ticket] = (process, about)
+        self._ordered_s[self._ticket] = self._now_s
         self._out.append(Order(process=process, nonce=peer.nonce, ticket=self._ticket, order=order))
 
     def _tell_all(self, message: OpenStep | Peers | PeerFenced | StepCommitted) -> None:

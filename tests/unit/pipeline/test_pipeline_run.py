@@ -30,6 +30,7 @@ from workers.pipeline.microbatches import Call
 from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord
 from workers.pipeline.spec import TIED
 from workers.pipeline.state import PARAMS, Next, StageState
+from workers.records import FenceRecord
 
 NUM_STEPS = 5
 TOML = """
@@ -270,6 +271,17 @@ def test_the_controller_comes_back(make: Make, expected: tuple[str, ...]) -> Non
         swarm.run(lambda wanted=version: swarm.brain.version == wanted)
         swarm.restart_controller()
     assert finish(swarm) == expected
+
+
+def test_a_peer_that_hangs_is_ended_and_replaced(make: Make, expected: tuple[str, ...]) -> None:
+    swarm = make()
+    swarm.run(lambda: swarm.brain.version == 1)
+    victim = swarm.brain.roster.serving(1)[0]
+    swarm.hang(victim.process)
+    assert finish(swarm) == expected
+    fences = [r for r in swarm.records if isinstance(r, FenceRecord)]
+    assert [fence.member for fence in fences] == [victim.process] and "it hangs" in fences[0].why
+    assert swarm.processes[victim.process].nonce != victim.nonce
 
 
 @pytest.mark.parametrize("seed", range(6))
