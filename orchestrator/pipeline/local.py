@@ -194,7 +194,7 @@ class LocalSwarm:
                 case StepDone():
                     self.steps.append(command)
                 case Sealed():
-                    seal(command)
+                    seal(command, keep=8)
                 case Finish():
                     self.finished = command
 

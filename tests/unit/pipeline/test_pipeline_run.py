@@ -30,6 +30,7 @@ from workers.pipeline.microbatches import Call
 from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord
 from workers.pipeline.spec import TIED
 from workers.pipeline.state import PARAMS, Next, StageState
+from workers.pipeline.whole import load_whole
 from workers.records import FenceRecord
 
 NUM_STEPS = 5
@@ -335,3 +336,6 @@ def test_a_stopped_run_goes_on_with_the_same_bits(make: Make, expected: tuple[st
     again.brain.__init__(again.plan)  # type: ignore[misc]
     again.records = list(swarm.records)
     assert finish(again) == expected
+    whole = load_whole(again.spec, Path(again.plan.snapshot_folder(NUM_STEPS)))
+    held = parameters(again)
+    assert whole.keys() == held.keys() and all(torch.equal(whole[name], held[name]) for name in held)

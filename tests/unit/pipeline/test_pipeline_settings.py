@@ -10,8 +10,9 @@ import pytest
 from orchestrator.build import num_islands, resolve
 from orchestrator.config import load_config
 from orchestrator.errors import UserError
+from orchestrator.pipeline.commands import Sealed
 from orchestrator.pipeline.plan import check_memory
-from orchestrator.pipeline.replay import newest_snapshot, replay
+from orchestrator.pipeline.replay import newest_snapshot, replay, seal
 from orchestrator.pipeline.views import pipeline_ledger
 from strategies.errors import SettingError
 from workers.config import ModelConfig
@@ -125,6 +126,15 @@ def test_the_newest_complete_snapshot_that_is_committed(tmp_path: Path) -> None:
     found = newest_snapshot(tmp_path, at_most=8)
     assert found is not None and found.version == 2
     assert newest_snapshot(tmp_path / "nothing", at_most=8) is None
+
+
+def test_older_snapshots_go(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        folder = tmp_path / ("final" if version == 3 else f"v{version}")
+        folder.mkdir()
+        (folder / "stage-0.safetensors").touch()
+        seal(Sealed(folder=str(folder), version=version, digests=("a",)), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "v2"]
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
