@@ -23,6 +23,7 @@ from workers.pipeline.messages import (
     StepCommitted,
     TakeStage,
 )
+from workers.pipeline.microbatches import BACKWARD_SIZE, FORWARD_SIZE
 from workers.pipeline.records import ServeRecord, StepFenceRecord
 from workers.records import Record, StopRecord
 
@@ -97,8 +98,10 @@ class StageKeeper:
     # ------------------------------------------------------------ stages
 
     def _needs(self) -> list[StageNeed]:
-        pairs = zip(self.layout.params, self.layout.stage_bytes, strict=True)
-        return [StageNeed(work=float(params), bytes=num_bytes) for params, num_bytes in pairs]
+        """What a microbatch costs: forward and backward, in the last stage a backward alone, which runs its forward."""
+        calls = [FORWARD_SIZE + BACKWARD_SIZE] * (self.layout.num_stages - 1) + [BACKWARD_SIZE]
+        three = zip(self.layout.params, self.layout.stage_bytes, calls, strict=True)
+        return [StageNeed(work=params * size, bytes=num_bytes) for params, num_bytes, size in three]
 
     def _powers(self) -> list[PeerPower]:
         """Peers with their speeds: measured where they served, else as configured."""
