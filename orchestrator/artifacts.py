@@ -67,9 +67,32 @@ def _reader(config: RunConfig, what: str) -> PackReader:
 
 def load_anchor(run_dir: Path, snapshot: str | None = None) -> dict[str, Tensor]:
     """The trained parameters of a run by name, from its newest or the named snapshot, checked against their digest."""
+    config = _load(run_dir)
+    if config.pipeline.stages is not None:
+        return _of_stages(config, run_dir, snapshot)
     from workers import snapshot as snapshots
 
     return snapshots.load_anchor(_snapshot(run_dir, snapshot))
+
+
+def _of_stages(config: RunConfig, run_dir: Path, name: str | None) -> dict[str, Tensor]:
+    """The same of a pipeline: its snapshots have a file for each stage."""
+    from orchestrator.pipeline.plan import pipeline_spec
+    from orchestrator.pipeline.replay import saved_snapshots
+    from workers.pipeline.whole import load_whole
+
+    folder = RunDir(run_dir).snapshots
+    found = [saved for saved in saved_snapshots(folder) if name in (None, saved.folder.name)]
+    if not found:
+        raise UserError(
+            f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of its stages yet",
+            place=str(folder),
+            remedy="wait for the first one (run.snapshot_every_s), or for the end of the run",
+        )
+    pack = pack_path(config)
+    assert pack is not None, "a pipeline has a pack"
+    spec = pipeline_spec(config, run_id=run_dir.resolve().name, run_dir=run_dir, pack=pack)
+    return load_whole(spec, max(found, key=lambda saved: saved.version).folder)
 
 
 def export(run_dir: Path, out: Path) -> Path:

@@ -82,7 +82,13 @@ def answer(request: Mapping[str, Any]) -> Any:
     name = choose(controllers(), wanted)
     try:
         controller = ray.get_actor(f"{CONTROLLER_PREFIX}{name}", namespace=NAMESPACE)
-        reply = ray.get(getattr(controller, METHODS[what]).remote(**args), timeout=CALL_S)
+        method = getattr(controller, METHODS[what], None)
+        if method is None:
+            raise UserError(
+                f"{name} is a pipeline (pipeline.stages), which cannot be asked to {what}",
+                remedy="atoll stop, and atoll status or atoll ledger with its directory",
+            )
+        reply = ray.get(method.remote(**args), timeout=CALL_S)
         return part_to_json(reply) if isinstance(reply, FeedPart) else reply
     except RayTaskError as error:
         if isinstance(error.cause, ValueError):
@@ -92,6 +98,8 @@ def answer(request: Mapping[str, Any]) -> Any:
                 place=getattr(cause, "place", None),
                 remedy=getattr(cause, "remedy", None),
             ) from error
+        raise
+    except UserError:
         raise
     except (ValueError, RayActorError, GetTimeoutError) as error:
         raise ClusterUnreachable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.errors import UserError
+from orchestrator.pipeline.replay import PipelineHistory, is_pipeline, newest_snapshot, replay
 from orchestrator.run_state import RunState
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
@@ -23,9 +24,12 @@ def check_resumable(run_dir: RunDir, *, snapshots: str | None = None, elsewhere:
     """
     if not run_dir.journal.exists():
         return ""  # stopped before its controller began: it starts now
+    records = [row.record for row in read_run(run_dir.path).rows]
+    if is_pipeline(records):
+        return _check_pipeline(run_dir, replay(records))
     state = RunState()
-    for row in read_run(run_dir.path).rows:
-        state.apply(row.record)
+    for record in records:
+        state.apply(record)
     if state.stopped is not None and state.stopped.reason == "done":
         message = f"the run in {run_dir.path} is done: there is nothing to go on with"
         raise UserError(message, remedy=f"atoll report {run_dir.path}, or a new run with more train.tokens")
@@ -33,6 +37,19 @@ def check_resumable(run_dir: RunDir, *, snapshots: str | None = None, elsewhere:
     if saved:
         return _without_local_state(saved, state)
     return _check_snapshots(run_dir, state, snapshots, elsewhere=elsewhere) if state.heads else ""
+
+
+def _check_pipeline(run_dir: RunDir, history: PipelineHistory) -> str:
+    """The same of a pipeline, which goes on from the newest snapshot of all its stages, or from the beginning."""
+    if history.stopped is not None and history.stopped.reason == "done":
+        message = f"the run in {run_dir.path} is done: there is nothing to go on with"
+        raise UserError(message, remedy="a new run with more train.tokens")
+    saved = newest_snapshot(run_dir.snapshots, at_most=history.version)
+    version = saved.version if saved is not None else 0
+    if version == history.version:
+        return ""
+    place = f"goes on from {saved.folder}" if saved is not None else "has no snapshot and begins anew"
+    return f"{place}: {history.version - version} committed steps after it are made again"
 
 
 def _local_states(run_dir: RunDir) -> list[str]:

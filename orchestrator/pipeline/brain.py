@@ -49,6 +49,7 @@ from workers.records import FenceRecord, JoinRecord, Record, SnapshotRecord
 RETRY_S = 0.5
 SPREAD_GRACE_S = 5.0
 MAX_FAILURES = 3
+MAX_STRIKES, TAKE_FACTOR = 2, 10
 
 
 class PipelineBrain(StageKeeper):
@@ -76,6 +77,7 @@ class PipelineBrain(StageKeeper):
                 self._died(event)
             case Answered(ticket=ticket, answer=answer):
                 process, about = self._open.pop(ticket, ("", ()))
+                self._strikes.pop(process, None)
                 if about and process in self.roster.peers:
                     self._answered(self.roster.peers[process], about, answer)
             case Failed(ticket=ticket, why=why):
@@ -400,6 +402,7 @@ class PipelineBrain(StageKeeper):
             known = self.roster.by_name(message.peer)
             owner = known.process if known is not None else message.peer.rpartition(".")[0]
             self._fence_for_step(message.peer, owner, message.reason)
+            self._strike(owner, message.reason)
 
     # ------------------------------------------------------------ time, moves, snapshots
 
@@ -408,6 +411,7 @@ class PipelineBrain(StageKeeper):
         self._later = [(time_s, what) for time_s, what in self._later if time_s > self._now_s]
         for what in due:
             what()
+        self._look_for_silence()
         if self.begun and not self.roster.trainers and self.commit is not None:
             self.commit.stop_spreading()
         late = self.rebalancer.expire(self._now_s)
@@ -417,6 +421,31 @@ class PipelineBrain(StageKeeper):
         if period_s and self._now_s >= self._look_s + period_s:
             self._look_s = self._now_s
             self._rebalance()
+
+    def _look_for_silence(self) -> None:
+        """Orders that are not answered in time: a process that hangs must not hold a step up."""
+        self._ordered_s = {ticket: at_s for ticket, at_s in self._ordered_s.items() if ticket in self._open}
+        limit_s = self.plan.pipeline.forward_timeout_s
+        for ticket, at_s in sorted(self._ordered_s.items()):
+            process, about = self._open.get(ticket, ("", ("",)))
+            # A state takes as long as it takes, within reason.
+            most_s = limit_s * (TAKE_FACTOR if about[0] == "take" else 1)
+            if about[0] in ("offer", "sums", "have", "take") and self._now_s > at_s + most_s:
+                del self._open[ticket]
+                if (peer := self.roster.peers.get(process)) is not None:
+                    self._failed(peer, about, f"no answer for {most_s:g} s")
+                    self._strike(process, f"no answer to {about[0]!r} for {most_s:g} s")
+
+    def _strike(self, process: str, why: str) -> None:
+        """A peer that does not answer again and again, and says nothing in between, is ended and replaced."""
+        peer = self.roster.peers.get(process)
+        if peer is None:
+            return
+        self._strikes[process] = self._strikes.get(process, 0) + 1
+        if self._strikes[process] >= MAX_STRIKES:
+            del self._strikes[process]
+            self._out.append(End(process=process, nonce=peer.nonce))
+            self._died(Died(process=process, nonce=peer.nonce, why=f"it hangs: {why}"))
 
     _saved_version = -1
 

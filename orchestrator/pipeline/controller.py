@@ -230,7 +230,7 @@ class PipelineActor:
                 case StepDone():
                     self.figures.step_done(command, self.brain, self._now_s())
                 case Sealed():
-                    seal(command)
+                    seal(command, keep=self.config.run.keep_anchors)
                 case Finish():
                     self.finished = command
                     self._task(self._conclude(command))

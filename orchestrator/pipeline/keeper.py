@@ -23,6 +23,7 @@ from workers.pipeline.messages import (
     StepCommitted,
     TakeStage,
 )
+from workers.pipeline.microbatches import BACKWARD_SIZE, FORWARD_SIZE
 from workers.pipeline.records import ServeRecord, StepFenceRecord
 from workers.records import Record, StopRecord
 
@@ -49,6 +50,8 @@ class StageKeeper:
         self._out: list[Command] = []
         self._ticket = 0
         self._open: dict[int, tuple[str, tuple[object, ...]]] = {}
+        self._ordered_s: dict[int, float] = {}
+        self._strikes: dict[str, int] = {}  # process -> times in a row that it did not answer
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._now_s = self._step_since_s = self._look_s = self._saved_s = 0.0
         self._failures = 0
@@ -67,6 +70,7 @@ class StageKeeper:
             return
         self._ticket += 1
         self._open[self._ticket] = (process, about)
+        self._ordered_s[self._ticket] = self._now_s
         self._out.append(Order(process=process, nonce=peer.nonce, ticket=self._ticket, order=order))
 
     def _tell_all(self, message: OpenStep | Peers | PeerFenced | StepCommitted) -> None:
@@ -94,8 +98,10 @@ class StageKeeper:
     # ------------------------------------------------------------ stages
 
     def _needs(self) -> list[StageNeed]:
-        pairs = zip(self.layout.params, self.layout.stage_bytes, strict=True)
-        return [StageNeed(work=float(params), bytes=num_bytes) for params, num_bytes in pairs]
+        """What a microbatch costs: forward and backward, in the last stage a backward alone, which runs its forward."""
+        calls = [FORWARD_SIZE + BACKWARD_SIZE] * (self.layout.num_stages - 1) + [BACKWARD_SIZE]
+        three = zip(self.layout.params, self.layout.stage_bytes, calls, strict=True)
+        return [StageNeed(work=params * size, bytes=num_bytes) for params, num_bytes, size in three]
 
     def _powers(self) -> list[PeerPower]:
         """Peers with their speeds: measured where they served, else as configured."""

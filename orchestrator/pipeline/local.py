@@ -55,6 +55,7 @@ class _Process:
     host: PeerHost | TrainerHost
     free_at_s: float = 0.0
     alive: bool = True
+    hangs: bool = False
 
 
 @dataclass(kw_only=True)
@@ -121,6 +122,10 @@ class LocalSwarm:
         process.transport.stop()
         self._at(0.05, lambda: self._tell_brain(Died(process=name, nonce=process.nonce, why="killed")))
 
+    def hang(self, name: str) -> None:
+        """From now on a process answers nothing, and does not end."""
+        self.processes[name].hangs = True
+
     def close(self) -> None:
         """End everything."""
         for process in self.processes.values():
@@ -178,8 +183,10 @@ class LocalSwarm:
                     self.records += records
                 case Start(process=name):
                     self._at(self.start_s, lambda name=name: self._start(name))  # type: ignore[misc]
-                case End(process=name):
-                    self.kill(name)
+                case End(process=name, nonce=nonce):
+                    if self._is_alive(name, nonce):
+                        self.processes[name].alive = False
+                        self.processes[name].transport.stop()
                 case Order():
                     self._at(0.001, lambda one=command: self._do(one))  # type: ignore[misc]
                 case Tell():
@@ -187,7 +194,7 @@ class LocalSwarm:
                 case StepDone():
                     self.steps.append(command)
                 case Sealed():
-                    seal(command)
+                    seal(command, keep=8)
                 case Finish():
                     self.finished = command
 
@@ -199,7 +206,7 @@ class LocalSwarm:
 
     def _do(self, command: Order) -> None:
         self.on_order(command)
-        if not self._is_alive(command.process, command.nonce):
+        if not self._is_alive(command.process, command.nonce) or self.processes[command.process].hangs:
             return
         host = self.processes[command.process].host
         assert isinstance(host, PeerHost), command
@@ -234,6 +241,8 @@ class LocalSwarm:
         if not self._is_alive(place.process, peer_nonce):
             host.unreachable(call, round_, "it died")
             return
+        if self.processes[place.process].hangs:
+            return
         peer = self.processes[place.process].host
         assert isinstance(peer, PeerHost), place
         try:
@@ -251,6 +260,8 @@ class LocalSwarm:
         assert isinstance(host, TrainerHost) and isinstance(process.host, PeerHost), trainer
         if not process.alive:
             host.unreachable(call, round_, "it died")
+            return
+        if process.hangs:
             return
         assert process.nonce == place.nonce, f"{place} was called before"
         reply = process.host.withdraw(call, round_)

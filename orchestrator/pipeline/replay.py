@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,17 +147,25 @@ class Saved:
     version: int
 
 
-def seal(command: Sealed) -> None:
-    """Write the manifest of a snapshot, all of whose stages are written."""
+def seal(command: Sealed, *, keep: int) -> None:
+    """Write the manifest of a snapshot, all of whose stages are written; of the numbered ones `keep` stay."""
+    folder = Path(command.folder)
     manifest = {"schema": 1, "version": command.version, "digests": command.digests}
-    write_atomically(Path(command.folder) / MANIFEST, json.dumps(manifest) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps(manifest) + "\n")
+    numbered = [saved for saved in saved_snapshots(folder.parent) if saved.folder.name.startswith("v")]
+    for old in sorted(numbered, key=lambda saved: saved.version)[:-keep]:
+        # The manifest first: half a snapshot is none.
+        (old.folder / MANIFEST).unlink()
+        shutil.rmtree(old.folder)
+
+
+def saved_snapshots(snapshots: Path) -> list[Saved]:
+    """The complete snapshots in a folder, in no order."""
+    paths = snapshots.glob(f"*/{MANIFEST}") if snapshots.is_dir() else ()
+    return [Saved(folder=path.parent, version=json.loads(path.read_text())["version"]) for path in paths]
 
 
 def newest_snapshot(snapshots: Path, *, at_most: int) -> Saved | None:
     """The newest complete snapshot that is not newer than what is committed."""
-    found = []
-    for path in snapshots.glob(f"*/{MANIFEST}") if snapshots.is_dir() else ():
-        version = json.loads(path.read_text())["version"]
-        if version <= at_most:
-            found.append(Saved(folder=path.parent, version=version))
+    found = [saved for saved in saved_snapshots(snapshots) if saved.version <= at_most]
     return max(found, key=lambda saved: saved.version, default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,20 @@ import pytest
 from orchestrator.build import num_islands, resolve
 from orchestrator.config import load_config
 from orchestrator.errors import UserError
+from orchestrator.journal import open_segment
+from orchestrator.pipeline.commands import Sealed
 from orchestrator.pipeline.plan import check_memory
-from orchestrator.pipeline.replay import newest_snapshot, replay
+from orchestrator.pipeline.replay import newest_snapshot, replay, seal
 from orchestrator.pipeline.views import pipeline_ledger
+from orchestrator.resume import check_resumable
+from orchestrator.rundir import RunDir
 from strategies.errors import SettingError
 from workers.config import ModelConfig
 from workers.model.shape import resolve_shape
 from workers.pipeline.config import PipelineConfig
 from workers.pipeline.records import PipelineGenesisRecord, StageCommitRecord, StepFenceRecord, StepRecord
 from workers.record_base import Record
+from workers.records import StopRecord
 
 
 def complaint(*overrides: str) -> str:
@@ -125,6 +131,36 @@ def test_the_newest_complete_snapshot_that_is_committed(tmp_path: Path) -> None:
     found = newest_snapshot(tmp_path, at_most=8)
     assert found is not None and found.version == 2
     assert newest_snapshot(tmp_path / "nothing", at_most=8) is None
+
+
+def test_what_a_resumed_pipeline_goes_on_from_is_said(tmp_path: Path) -> None:
+    def journal(*more: Record) -> RunDir:
+        with suppress(FileNotFoundError):
+            (tmp_path / "journal.jsonl").unlink()
+        journal = open_segment(tmp_path, controller="c")
+        journal.append([*rows(), *more])
+        journal.close(merge=True)
+        return RunDir(tmp_path)
+
+    assert "has no snapshot and begins anew: 1 committed steps" in check_resumable(journal())
+    seal(Sealed(folder=str(_folder(tmp_path / "snapshots" / "v1")), version=1, digests=("d",)), keep=8)
+    assert check_resumable(RunDir(tmp_path)) == ""
+    with pytest.raises(UserError, match="is done"):
+        check_resumable(journal(StopRecord(reason="done")))
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def test_older_snapshots_go(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        folder = tmp_path / ("final" if version == 3 else f"v{version}")
+        folder.mkdir()
+        (folder / "stage-0.safetensors").touch()
+        seal(Sealed(folder=str(folder), version=version, digests=("a",)), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "v2"]
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
