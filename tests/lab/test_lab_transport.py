@@ -6,7 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,13 @@ def test_a_blob_crosses_a_slow_link_at_its_speed_and_unharmed(lab_root: Path) ->
 @pytest.mark.parametrize("name", ["two-regions", "slow-pair"])
 def test_our_transport_is_as_fast_as_plain_flight(name: str, lab_root: Path) -> None:
     """What an exchange does with its links: both ways at once, over as many warm connections, digests checked."""
-    with Lab(load_topology(name), root=lab_root) as lab:
+    with Lab(load_topology(name), root=lab_root) as lab, ThreadPoolExecutor() as pool, ExitStack() as stack:
         a, b = lab.nodes
+        at_a, at_b = (stack.enter_context(serving(lab, node)) for node in (a, b))
 
         def ratio() -> float:
-            with serving(lab, a) as at_a, serving(lab, b) as at_b, ThreadPoolExecutor() as pool:
-                ways = [pool.submit(fetched, lab, here, there) for here, there in ((a, at_b), (b, at_a))]
-                ours = max(way.result()["seconds"] for way in ways)
+            ways = [pool.submit(fetched, lab, here, there) for here, there in ((a, at_b), (b, at_a))]
+            ours = max(way.result()["seconds"] for way in ways)
             plain = both_ways(lab, a, b, num_bytes=NUM_BYTES, connections=CONNECTIONS, repeats=2)
             return plain[1] / ours  # the first one warms
 
