@@ -54,8 +54,14 @@ def explain_one(details: ErrorDetails, model: type[BaseModel], locate: Locate) -
     key = ".".join(path)
     if details["type"] == "extra_forbidden":
         return key, unknown_key(path, owner, model, place=locate(key))
+    if details["type"] == "missing":
+        takes = allowed_values(owner, path[-1])
+        return key, UserError(f"{key} is missing", place=locate(key), remedy=f"{key} = {takes}")
     if isinstance(item := details["loc"][-1], int) and path[-1] in owner.model_fields:
         return key, _wrong_item(f"{key}[{item}]", path[-1], owner, details["input"], place=locate(key))
+    if len(path) > 1 and path[-1] not in owner.model_fields and path[-2] in owner.model_fields:
+        takes = _describe(owner.model_json_schema()["properties"][path[-2]].get("additionalProperties", {}))
+        return key, UserError(f"{key} = {_shown(details['input'])} is not allowed", place=locate(key), remedy=takes)
     return key, _wrong_value(key, path[-1], owner, details["input"], place=locate(key))
 
 

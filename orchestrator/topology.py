@@ -46,7 +46,7 @@ def load_schedule(path: Path) -> list[LinkChange]:
 
 def read_changes(changes: Any, path: Path) -> list[LinkChange]:
     """The link changes of a file, from its tables `[[links]]`; raises as `load_schedule`."""
-    if not isinstance(changes, list) or not changes:
+    if not isinstance(changes, list) or not changes or not all(isinstance(change, dict) for change in changes):
         raise UserError("links is a list of tables [[links]]", place=str(path), remedy=EXAMPLE_CHANGE)
     return [_checked(LinkChange, change, f"{path}, links[{index}]") for index, change in enumerate(changes)]
 

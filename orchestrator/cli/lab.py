@@ -150,6 +150,8 @@ def set_command(target: str, values: Sequence[str], name: str | None) -> int:
     sets a key back to its default (rate_mbit=none: no limit).
     """
     changes = dict(map(_key_value, values))
+    if len(changes) < len(values):
+        raise click.UsageError(f"a key is given twice: {' '.join(values)}")
     _attach(name).set(target, **changes)
     return 0
 

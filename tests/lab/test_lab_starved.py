@@ -17,7 +17,7 @@ from tests.lab.support import first_good, python
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK_BYTES_PER_S = 10e6 / 8
-NUM_BYTES = 3 << 20
+NUM_BYTES = 2 << 20
 SERVE = """
 import sys
 import numpy as np

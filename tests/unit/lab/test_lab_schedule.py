@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from faults.lab.errors import LabError
 from faults.lab.schedule import LinkChange, check_changes, due
 from faults.lab.topology import Topology
+from orchestrator.errors import UserError
+from orchestrator.topology import load_schedule
 
 PAIR = Topology.model_validate({"regions": {"p": {"nodes": ["a", "b"]}}, "links": {"a:b": {"rate_mbit": 10}}})
 CUT = LinkChange(at_s=20, action="cut", target="a")
@@ -53,3 +57,37 @@ def test_a_plan_that_names_nobody_is_refused_before_it_starts(change: LinkChange
     with pytest.raises(LabError, match=message):
         check_changes([SLOW, change], PAIR)
     check_changes([SLOW, CUT, HEAL], PAIR)
+
+
+CUT_TEXT = '[[links]]\nat_s = 1\naction = "cut"\ntarget = "a"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a schedule has .* this one has nothing"),
+        (CUT_TEXT + "[[fault]]\n", "this one has links, fault .*atoll train --faults"),
+        ("links = [3]", "links is a list of tables"),
+        (
+            CUT_TEXT.replace('target = "a"', ""),
+            r"target is missing \(place: .*, links\[0\], target; try: target = text",
+        ),
+        (CUT_TEXT + "when = 3", "unknown section or key 'when'.*one of at_s, action, target, values"),
+        (
+            CUT_TEXT.replace("cut", "set") + 'values = { loss = "x" }',
+            r'values.loss = "x" is not allowed.*try: a number',
+        ),
+        ("[[links", "not valid TOML"),
+    ],
+)
+def test_a_wrong_file_gives_one_clear_error(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "changes.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        load_schedule(path)
+    assert str(path) in str(caught.value.place)
+
+
+def test_a_file_is_named_with_the_change_that_does_not_fit() -> None:
+    with pytest.raises(LabError, match=r"place: plan.toml, cut c at 1 s"):
+        check_changes([LinkChange(at_s=1, action="cut", target="c")], PAIR, file="plan.toml")
