@@ -37,6 +37,8 @@ __all__ = ["Coordinator", "RunPlan"]
 LOOK_S_PER_MEMBER = 1e-4
 """All members are looked at at most so often: with each tick up to a thousand, once a second for ten thousand."""
 
+ExchangeBody = msg.Missing | msg.Refused | msg.Reduced | msg.Measured | msg.Have
+
 
 class Coordinator(Operations):
     """All decisions of one run in one controller life."""
@@ -81,6 +83,8 @@ class Coordinator(Operations):
                     self._settings_requested(event)
                 case ev.PauseRequested():
                     self._pause_requested(event)
+                case ev.UnbanRequested(member=name):
+                    self._unban_requested(name)
                 case ev.SaveRequested():
                     self._save_requested()
                 case ev.RollbackRequested():
@@ -165,7 +169,9 @@ class Coordinator(Operations):
                 self._mark_consumed(member, body.upto)
                 exchange = self.exchanges[body.fragment]
                 self._effects(exchange, exchange.on_offer(member, body, self._fleet(body.fragment), self.now))
-            case msg.Missing() | msg.Refused() | msg.Reduced() | msg.Have() if body.fragment < len(self.exchanges):
+            case msg.Missing() | msg.Refused() | msg.Reduced() | msg.Measured() | msg.Have() if body.fragment < len(
+                self.exchanges
+            ):
                 self._exchange_body(member, body)
             case msg.RevokeAnswer():
                 self.revocations.answer(member, body)
@@ -195,7 +201,7 @@ class Coordinator(Operations):
             case _:
                 self.stale_messages += 1
 
-    def _exchange_body(self, member: MemberId, body: msg.Missing | msg.Refused | msg.Reduced | msg.Have) -> None:
+    def _exchange_body(self, member: MemberId, body: ExchangeBody) -> None:
         exchange, fleet = self.exchanges[body.fragment], self._fleet(body.fragment)
         if exchange.open is None or exchange.open.id != body.exchange:
             self.stale_messages += 1
@@ -207,6 +213,8 @@ class Coordinator(Operations):
                 effects = exchange.on_refused(member, body, fleet, self.now)
             case msg.Reduced():
                 effects = exchange.on_reduced(member, body, fleet, self.now)
+            case msg.Measured():
+                effects = exchange.on_measured(member, body, fleet, self.now)
             case msg.Have():
                 effects = exchange.on_have(member, body, fleet, self.now)
         self._effects(exchange, effects)
@@ -327,6 +335,8 @@ class Coordinator(Operations):
                         continue
                     self._lose(member, "fenced", why)
                     self._fence(member, why, refused=False)
+                case ex.Blame(member=member, why=why):
+                    self._blame(member, why)
                 case ex.Drop(member=member, upto=upto, why=why):
                     self._drop(member, upto, why)
                 case ex.Note(text=text, fault=fault, member=name):
@@ -367,6 +377,7 @@ class Coordinator(Operations):
         for entry in record.roster:
             self.refusals.pop(entry.member, None)
             self._track(entry.offer.member, "contributed_s")
+        self._judge_standings()
         self._settle_all()
         self._plan_shares()
         self._grant()

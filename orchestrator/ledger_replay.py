@@ -308,8 +308,10 @@ class Replay:
         if any(first >= second for first, second in pairwise(names)):
             self.fail("commit", "the roster is not ascending by member and incarnation")
         shares = [entry.coefficient for entry in roster]
-        if not all(math.isfinite(share) and share > 0 for share in shares) or sum(shares) > 1 + COEFFICIENT_SLACK:
-            self.fail("commit", f"coefficients {shares} are not above 0 with a sum of at most 1")
+        # 0: a robust rule heard a contribution and did not choose it. All 0 would be a commit of nothing.
+        sound = all(math.isfinite(share) and share >= 0 for share in shares)
+        if not sound or not 0 < sum(shares) <= 1 + COEFFICIENT_SLACK:
+            self.fail("commit", f"coefficients {shares} are not 0 or more with a sum above 0 and of at most 1")
 
     def _commit_entry(self, fragment: int, entry: RosterEntry) -> None:
         inc = self._find("commit", entry.member, entry.incarnation)

@@ -121,10 +121,12 @@ def all_reduce(case: Case, config: RunConfig) -> Traffic:
     fragments = fragment_values(case, config)
     contribution, result = codecs_of(config.codec)
     sizes = [(payload_bytes(contribution, n, chunk), payload_bytes(result, n, chunk)) for n, chunk in fragments]
-    members = case.num_islands
+    members, owners = case.num_islands, 2 if config.robust.verify else 1
     steps = config.strategy.inner_steps_at(1.0)
     return Traffic(
-        exchanges=tuple(-(-(pieces + results) * (members - 1) // members) for pieces, results in sizes),
+        exchanges=tuple(
+            -(-(owners * pieces * (members - 1) + results * (members - owners)) // members) for pieces, results in sizes
+        ),
         values=tuple(n for n, _ in fragments),
         inner_steps=steps,
         overlap_steps=overlap_of(config),

@@ -10,8 +10,9 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+from orchestrator.bans import STANDINGS, Bans, Standing, StandingChange
 from workers import ranges
 from workers.live_settings import LiveSettings, holds_at_once
 from workers.messages import Version
@@ -27,11 +28,13 @@ from workers.records import (
     MemberId,
     PauseRecord,
     Record,
+    RefusalRecord,
     RevokeRecord,
     RollbackRecord,
     SettingRecord,
     SettleRecord,
     SharesRecord,
+    StandingRecord,
     StopRecord,
     Term,
     TermRecord,
@@ -115,6 +118,10 @@ class RunState:
         self.shares: SharesRecord | None = None
         self._live: list[MemberId] = []
         self._num_committed: int | None = None
+        self.bans = Bans()
+        self.refusals: list[RefusalRecord] = []
+        self.refused_since: dict[str, str] = {}  # the last commit: who, and why
+        self.num_commits = 0
 
     # ------------------------------------------------------------ questions
 
@@ -225,6 +232,9 @@ class RunState:
             self.committed[r.fragment] += entry.upto - entry.since
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
         self.history[r.fragment].append(r)
+        self.num_commits += 1
+        self.bans.count(self.num_commits, {**{entry.member: "" for entry in r.roster}, **self.refused_since})
+        self.refused_since = {}
         self.digests[r.fragment][r.n] = r.digest
 
     def _settle(self, r: SettleRecord) -> None:
@@ -315,6 +325,16 @@ class RunState:
     def _shares(self, r: SharesRecord) -> None:
         self.shares = r
 
+    def _refusal(self, r: RefusalRecord) -> None:
+        self.refusals.append(r)
+        self.refused_since[r.member] = r.why
+
+    def _standing(self, r: StandingRecord) -> None:
+        _must(r.standing in STANDINGS, f"{r.member} is to be {r.standing!r}, which is nothing")
+        self.bans.replay(
+            StandingChange(member=r.member, standing=cast(Standing, r.standing), serial=r.serial, why=r.why)
+        )
+
     def _stop(self, r: StopRecord) -> None:
         self.stopped, self.paused = r, False
 
@@ -344,6 +364,8 @@ class RunState:
         PauseRecord: _pause,
         EvaluationRecord: _evaluation,
         SharesRecord: _shares,
+        RefusalRecord: _refusal,
+        StandingRecord: _standing,
         StopRecord: _stop,
     }
 

@@ -49,7 +49,8 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
     """Reduce chunks under a roster, and publish."""
     yield busy(island)
     done: list[tuple[int, str]] = []
-    fragment = c.assign.fragment
+    measured: list[tuple[int, tuple[float, ...]]] = []
+    fragment, recipe = c.assign.fragment, c.assign.recipe
     for chunk in c.chunks:
         pieces: list[tuple[Payload, float]] = []
         for entry in c.assign.roster:
@@ -57,6 +58,10 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
             if payload is None:  # superseded meanwhile
                 return None
             pieces.append((payload, entry.coefficient))
+        if recipe is not None and c.assign.measures:
+            num = len(recipe.rows) + bool(recipe.center)
+            measured.append((chunk, (1.0,) * (num * (num - 1) // 2)))
+            continue
         try:
             result = island.replica.reduce(fragment, chunk, pieces, island.device, c.assign.base.n)
         except BadPiece as error:
@@ -64,6 +69,8 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
             return ev.PieceRejected(fragment=fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
         publish_result(island, fragment, c.assign.roster_digest, chunk, result)
         done.append((chunk, result.digest))
+    if c.assign.measures:
+        return ev.ChunksMeasured(fragment=fragment, roster_digest=c.assign.roster_digest, chunks=tuple(measured))
     return ev.ChunksReduced(fragment=fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
 
 

@@ -31,7 +31,7 @@ def complaint(*overrides: str, run: str = "demo") -> UserError:
 
 def test_presets_are_the_documented_ones() -> None:
     strategies = ["async-dn", "decoupled", "delayed", "diloco", "eager", "muloco", "sparseloco", "streaming", "swarm"]
-    assert list(list_presets()) == sorted(["ddp", "debug", "demo", "storm", *strategies])
+    assert list(list_presets()) == sorted(["ddp", "debug", "demo", "robust", "storm", *strategies])
 
 
 @pytest.mark.parametrize("name", list_presets())

@@ -29,6 +29,8 @@ from workers.records import (
     OperatorRecord,
     Record,
     RecordError,
+    RefusalRecord,
+    StandingRecord,
     StopRecord,
     Term,
     canonical,
@@ -55,6 +57,8 @@ ROWS = [
             *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
             *PIPELINE,
+            RefusalRecord(member="island-1", incarnation=1, why="too long"),
+            StandingRecord(member="island-1", standing="banned", serial=3, why="refused 3 times"),
             StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode'),
         ]
     )
