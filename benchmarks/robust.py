@@ -25,10 +25,11 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from benchmarks.quality import RunsFile, corpus_digest
-from benchmarks.robust_plan import NUM_ISLANDS, RULES, SEEDS, STEPS, Job, all_jobs, judge, table
+from benchmarks.robust_plan import NUM_ISLANDS, PRESET, RULES, SEEDS, STEPS, Goal, Job, all_jobs, judge, table
 
 RUNS = "robust_runs.jsonl"
 NUM_VALUES, REPEATS = 1 << 20, 7
+SIZES = (4, 8, 16, 64, 256, 1024)
 
 
 def run_one(job: Job) -> dict[str, Any]:
@@ -72,9 +73,36 @@ def reduce_seconds(rules: Sequence[str], num_values: int = NUM_VALUES, repeats: 
     return {rule: statistics.median(values) for rule, values in times.items()}
 
 
-def write_report(records: list[dict[str, Any]], out: Path, seconds: dict[str, float]) -> tuple[str, bool]:
+def sync_seconds(sizes: Sequence[int] = SIZES) -> dict[int, float]:
+    """Simulated seconds of a pair's exchange at 50 Mbit/s a member, by the number of members."""
+    from faults.virtual import LinkQuality
+    from orchestrator.simulation.pairs import PairScenario, simulate_pairs
+
+    out = {}
+    for num in sizes:
+        scenario = PairScenario(
+            seed=1, num_members=num, rounds=4, drain_rounds=2, link=LinkQuality(), fault_gap_s=None,
+            line_bytes_per_s=50e6 / 8,
+        )  # fmt: skip
+        result = simulate_pairs(scenario)
+        assert result.ok, result.problem
+        out[num] = result.sync_s()
+    return out
+
+
+def write_report(
+    records: list[dict[str, Any]], out: Path, seconds: dict[str, float], sync_s: dict[int, float]
+) -> tuple[str, bool]:
     """Write `robust.md`; return it, and whether every goal that was run is met."""
     goals = judge(records)
+    if sync_s:
+        slope = max(sync_s.values()) / min(sync_s.values()) - 1
+        text = f"time of a pair's exchange, {min(sync_s)} to {max(sync_s)} members (simulated, 50 Mbit/s): under 5 %"
+        goals.append(Goal(text=text, found=f"{100 * slope:.2f} %", met=slope < 0.05))
+    if seconds:
+        cost = seconds[PRESET] / seconds["mean"] - 1
+        text = "an owner's work under the preset's rule: at most 10 % more"
+        goals.append(Goal(text=text, found=f"{100 * cost:+.1f} %", met=cost <= 0.1))
     lines = ["# Members that do wrong", "", f"{len(records)} runs, {NUM_ISLANDS} islands, 2 attackers.", ""]
     lines += ["| goal | found | met |", "|---|---|---|"]
     lines += [f"| {g.text} | {g.found} | {'-' if g.met is None else 'yes' if g.met else 'no'} |" for g in goals]
@@ -143,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("interrupted; finished runs are kept: start again to go on", file=sys.stderr)
             return 130
     records = [r for r in runs.of_corpus(corpus_digest()) if r["steps"] == options.steps and r["seed"] in options.seeds]
-    text, met = write_report(records, options.out, reduce_seconds(RULES))
+    text, met = write_report(records, options.out, reduce_seconds(RULES), sync_seconds())
     print(text)
     return int(not met)
 

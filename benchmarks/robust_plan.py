@@ -15,6 +15,10 @@ STEALTHY = ("little_is_enough", "inner_product", "copy_cat", "label_flip")
 RULES = ("mean", "clip", "median", "trimmed", "krum", "centered_clip", "nnm")
 PRESET = "clip"  # of robust.toml
 STEPS, INNER_STEPS, SEEDS = 600, 30, (1, 2, 3)
+BETA = 0.9  # of NoLoCo: the learning rate of DiLoCo here, so that the means make the same steps
+GOSSIP = {"noloco": ("noloco", "random"), "exponential": ("gossip", "exponential"), "pairs": ("gossip", "random")}
+"""Row -> what a pair does, and who meets whom; beside them DiLoCo, which is the row `mean/clean`."""
+
 REFUSED_ALREADY = ("nan",)  # plain averaging refuses what is not finite, too
 
 
@@ -28,10 +32,13 @@ class Job:
     attack: str = ""
     verify: bool = False
     skewed: bool = False
+    gossip: str = ""
 
     @property
     def name(self) -> str:
         """What the table calls it, whatever its seed."""
+        if self.gossip:
+            return f"gossip/{self.gossip}"
         parts = (self.rule, "verify" * self.verify, self.attack or "clean", "skewed" * self.skewed)
         return "/".join(part for part in parts if part)
 
@@ -66,6 +73,8 @@ def all_jobs(steps: int, seeds: Sequence[int], rules: Sequence[str] = RULES) -> 
     for seed in seeds:
         for rule, verify in (("mean", False), (PRESET, False), (PRESET, True)):
             yield Job(rule=rule, verify=verify, seed=seed, steps=steps)
+        for gossip in GOSSIP:
+            yield Job(rule="mean", gossip=gossip, seed=seed, steps=steps)
         for attack in GROSS:
             yield Job(rule=PRESET, verify=True, attack=attack, seed=seed, steps=steps)
             if attack not in REFUSED_ALREADY:
@@ -116,6 +125,12 @@ def judge(records: Sequence[Mapping[str, Any]]) -> list[Goal]:
 
     at_most("without attackers the rule costs under 1 %", f"{PRESET}/clean", "mean/clean", 1.01)
     at_most("... with verify too", f"{PRESET}/verify/clean", "mean/clean", 1.01)
+    at_most("NoLoCo, 8 islands: the full merge within 3 % of DiLoCo", "gossip/noloco", "mean/clean", 1.03)
+    met = [record for record in records if record["job"].startswith("gossip/")]
+    alone = all(record["group_sizes"] in ([2], [2, NUM_ISLANDS]) for record in met)
+    found = str(sorted({size for record in met for size in record["group_sizes"]}))
+    text = "no exchange has more than its pair, but for the full merge at the end"
+    out.append(Goal(text=text, found=found, met=alone if met else None))
     for attack in GROSS:
         name = f"{PRESET}/verify/{attack}"
         at_most(f"{attack}: within 3 % of the clean run", name, "mean/clean", 1.03)

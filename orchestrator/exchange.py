@@ -138,10 +138,12 @@ class FragmentExchange(OwnersWork):
         refused = rules.refused_lengths(open_.offers, self.robust.refuse_times) if self.robust.rule != "mean" else {}
         if refused:
             fleet = replace(fleet, members={m: view for m, view in fleet.members.items() if m not in refused})
+        fences = [Fence(member=m, why=f"contribution refused: {why}", refused=True) for m, why in refused.items()]
+        able = self._reaching(fleet, open_.offers.keys() - refused.keys(), now)
+        if self.robust.verify and len(able) == 1:
+            return []  # nobody is there to check it: it stays open until somebody is
         for member in refused:
             del open_.offers[member]
-        fences = [Fence(member=m, why=f"contribution refused: {why}", refused=True) for m, why in refused.items()]
-        able = self._reaching(fleet, open_.offers, now)
         if not able:
             return [*fences, *self.discard(f"no member can own a part of fragment {self.fragment}")]
         open_.roster = tuple(

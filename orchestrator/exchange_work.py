@@ -201,6 +201,10 @@ class OwnersWork:
 
     def _blame(self, open_: OpenExchange, liar: MemberId, chunk: int, fleet: Fleet, now: float) -> list[Effect]:
         what = "measured" if open_.state == "measuring" else "reduced"
+        for part in range(self.num_chunks):  # whom it agreed with elsewhere may be another one that lies
+            if liar in open_.workers(part):
+                open_.reduced.pop(part, None)
+                open_.measured.pop(part, None)
         blame = Blame(member=liar, why=f"it {what} part {chunk} otherwise than two others")
         return [*self._remove_owner(open_, liar, fleet, now), blame]
 

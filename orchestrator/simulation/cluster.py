@@ -16,7 +16,7 @@ from orchestrator.simulation.requests import Fetch, FetchFailed, Job
 from orchestrator.simulation.scenario import Scenario
 from orchestrator.simulation.symbols import Names, Snapshots, must
 from workers.messages import Batch, Envelope
-from workers.records import Row
+from workers.records import MemberId, Row
 
 HEAD = "head"
 
@@ -41,6 +41,8 @@ class Cluster:
         self.num_controllers = 0
         self.num_spawned = 0
         self.leaving: set[str] = set()
+        self.distorted: set[str] = set()  # digests of results that were reduced wrongly on purpose
+        self.liars: set[MemberId] = set()
         self.finished = self.gave_up = False
         self.faulty = scenario.rates is not None
         self.steps = 0

@@ -51,6 +51,9 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
     done: list[tuple[int, str]] = []
     measured: list[tuple[int, tuple[float, ...]]] = []
     fragment, recipe = c.assign.fragment, c.assign.recipe
+    bits = -island.cluster.rng.randrange(1, 1 << 30) if island.distorts else island.device
+    if island.distorts and island.machine.incarnation is not None:
+        island.cluster.liars.add(island.machine.id)
     for chunk in c.chunks:
         pieces: list[tuple[Payload, float]] = []
         for entry in c.assign.roster:
@@ -63,7 +66,9 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
             measured.append((chunk, (1.0,) * (num * (num - 1) // 2)))
             continue
         try:
-            result = island.replica.reduce(fragment, chunk, pieces, island.device, c.assign.base.n)
+            result = island.replica.reduce(fragment, chunk, pieces, bits, c.assign.base.n)
+            if island.distorts:
+                island.cluster.distorted.add(result.digest)
         except BadPiece as error:
             offer = c.assign.roster[error.args[1]].offer
             return ev.PieceRejected(fragment=fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")

@@ -194,6 +194,30 @@ def test_a_lying_owner_is_found_by_a_third_and_nobody_else_is_blamed(liar: str) 
     assert control.head() == 1 and liar in control.state.current
 
 
+def test_two_liars_that_agree_on_one_part_are_found_by_their_others() -> None:
+    control = Control(members=5, chunks=5, robust={"verify": True})
+    control.start()
+    offer_all(control)
+    open_ = control.open()
+    pair = next(tuple(sorted(w.name for w in open_.workers(c))) for c in range(5))
+    for _ in range(6):
+        for name in sorted(control.state.current, key=lambda name: (name not in pair, name)):
+            if open_.state == "reducing":
+                control.say(name, answers(control, name, "lie" if name in pair else "r"))
+    assert open_.state == "spread" and open_.reduced == {c: f"r{c}" for c in range(5)}
+    assert {r.member for r in control.records(RefusalRecord) if isinstance(r, RefusalRecord)} == set(pair)
+
+
+def test_an_exchange_stays_open_while_nobody_can_check() -> None:
+    control = Control(members=3, exchange={"quorum": 0.3, "grace_s": 0.0}, robust={"verify": True})
+    control.start()
+    control.tick(5.0, quiet=["island-1", "island-2"])
+    control.offer("island-0")
+    assert control.open().state == "open", "the other two are suspect: nobody could check a part"
+    control.tick(1.0)
+    assert control.open().state == "reducing"
+
+
 def test_a_checker_that_dies_is_replaced() -> None:
     control = Control(members=4, chunks=4, robust={"verify": True})
     control.start()
