@@ -14,7 +14,7 @@ This is no run of `atoll train` yet: no journal on disk, no snapshots, no proces
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,11 +47,17 @@ from workers.transport.loopback import LoopbackNetwork, LoopbackTransport
 
 TURN_S = 0.05
 MAX_TURNS = 1_000_000
+FROM_CONTROLLER = (p.Recorded, p.Asked, p.Gone)
+TOPOLOGIES = ("random", "exponential", "ring", "near")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GossipSettings:
-    """Who meets whom, and what they do. `step`: `noloco` or `gossip` (D-SGD); `pair_timeout_s` in virtual time."""
+    """Who meets whom, and what they do. `step`: `noloco` or `gossip` (D-SGD); `pair_timeout_s` in virtual time.
+
+    `topology`: `random`, `exponential`, `ring`, or `near`: within `regions` (member -> region), but for the share
+    `keep_gap` of the rounds, which keeps so much of the spectral gap.
+    """
 
     step: str = "noloco"
     topology: str = "random"
@@ -63,6 +69,8 @@ class GossipSettings:
     merge_every: int = 0
     pair_timeout_s: float = p.PAIR_TIMEOUT_S
     seed: int = 0
+    regions: Mapping[str, str] = field(default_factory=dict)
+    keep_gap: float = 0.5
 
     def build_step(self) -> NoLoCo | Averaging:
         """The outer step. Raises SettingError, with the bound, for one that is not stable."""
@@ -75,15 +83,18 @@ class GossipSettings:
     def check(self, num_members: int) -> None:
         """Raise SettingError, with the reason, for what cannot converge."""
         self.build_step()
-        if self.topology not in ("random", "exponential", "ring"):
-            raise SettingError(f"topology = {self.topology!r} is not known; known are random, exponential, ring")
-        if self.topology != "random" and self.group_size != 2:
+        if self.topology not in TOPOLOGIES:
+            raise SettingError(f"topology = {self.topology!r} is not known; known are {', '.join(TOPOLOGIES)}")
+        if self.topology in ("exponential", "ring") and self.group_size != 2:
             raise SettingError(f"topology = {self.topology!r} has pairs, group_size = {self.group_size}")
         if self.merge_every < 0 or self.inner_steps < 1:
             raise SettingError(f"merge_every = {self.merge_every}, inner_steps = {self.inner_steps}: at least 0 and 1")
         topo.check_group_size(num_members, self.group_size)
-        if self.topology != "random":
-            names = [island_name(i) for i in range(num_members)]
+        names = [island_name(i) for i in range(num_members)]
+        if self.topology == "near":
+            topo.check_keep_gap(self.keep_gap)
+            self.groups(names, 0, pairs_only=True)
+        if self.topology in ("exponential", "ring"):
             period = topo.period_of_exponential(num_members) if self.topology == "exponential" else 2
             rounds = [self.groups(names, round_, pairs_only=True) for round_ in range(period)]
             topo.check_converges([topo.group_matrix(names, groups) for groups in rounds])
@@ -98,6 +109,11 @@ class GossipSettings:
             return topo.exponential_pairs(names, round_=round_)
         if self.topology == "ring":
             return topo.ring_pairs(names, round_=round_)
+        if self.topology == "near":
+            return topo.near_groups(
+                names, regions=self.regions, seed=self.seed, round_=round_, size=self.group_size,
+                keep_gap=self.keep_gap,
+            )  # fmt: skip
         return topo.random_groups(names, seed=self.seed, round_=round_, size=self.group_size)
 
     def is_merge(self, round_: int) -> bool:
@@ -210,6 +226,13 @@ class GossipRun:
         """The controller's final verdict on a member's incarnation."""
         self._obey_book(self.book.fence(self.members[name].me))
         self._settle()
+
+    def restart_controller(self) -> None:
+        """The controller dies and another one reads its rows; what was on the way to it or from it is lost."""
+        self.book = PairBook(topology=lambda names, round_: self._groups(list(names), round_))
+        self.book.replay(self.rows)
+        self.queue = deque((to, event) for to, event in self.queue if not isinstance(event, FROM_CONTROLLER))
+        self.published_s = self.now_s
 
     def alive(self) -> list[Member]:
         """Members whose processes live, in order."""

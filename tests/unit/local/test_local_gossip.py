@@ -95,6 +95,28 @@ def test_a_dead_member_costs_its_partner_one_timeout_and_its_open_work_only(tmp_
         assert {str(span.member) for span in last.spans} == {"island-0.1", "island-1.1", "island-2.2", "island-3.1"}
 
 
+def test_a_controller_that_restarts_reads_what_was_committed(tmp_path: Path) -> None:
+    with gossip(tmp_path, 4, 6, pair_timeout_s=1.0) as run:
+        for _ in range(5):
+            for _ in range(11):
+                run.turn()
+            run.restart_controller()
+        run.run()
+        check_ledger(run)
+        assert run.merged()
+
+
+def test_near_peers_meet_more_often_and_far_ones_still_do(tmp_path: Path) -> None:
+    regions = {f"island-{i}": "east" if i < 2 else "west" for i in range(4)}
+    with gossip(tmp_path, 4, 8, topology="near", regions=regions, keep_gap=0.25) as run:
+        run.run()
+        pairs = [row.spans for row in run.rows if isinstance(row, PairRecord) and len(row.spans) == 2]
+        near = [spans for spans in pairs if len({regions[s.member.name] for s in spans}) == 1]
+        assert len(pairs) / 2 < len(near) < len(pairs)
+    with pytest.raises(SettingError, match="no region is known of island-1"):
+        GossipSettings(topology="near", regions={"island-0": "east"}).check(2)
+
+
 def test_a_payload_that_is_damaged_is_in_no_average(tmp_path: Path) -> None:
     with gossip(tmp_path, 2, 6, pair_timeout_s=0.5) as run:
         while not any(isinstance(row, PairRecord) for row in run.rows):
