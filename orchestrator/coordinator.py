@@ -18,10 +18,11 @@ from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet
 from orchestrator.fleet import LiveMembers
 from orchestrator.membership import MemberClock, Process
-from orchestrator.operations import Operations
+from orchestrator.pair_desk import PairDesk
 from orchestrator.revocation import Revocations
 from orchestrator.run_state import Head
 from workers import messages as msg
+from workers.pair_messages import PairSay, PairTell
 from workers.records import (
     CommitRecord,
     FenceRecord,
@@ -40,7 +41,7 @@ LOOK_S_PER_MEMBER = 1e-4
 ExchangeBody = msg.Missing | msg.Refused | msg.Reduced | msg.Measured | msg.Have
 
 
-class Coordinator(Operations):
+class Coordinator(PairDesk):
     """All decisions of one run in one controller life."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -173,6 +174,8 @@ class Coordinator(Operations):
                 self.exchanges
             ):
                 self._exchange_body(member, body)
+            case PairSay() | PairTell():
+                self._pair_body(member, body)
             case msg.RevokeAnswer():
                 self.revocations.answer(member, body)
                 self._revocations()
@@ -425,6 +428,7 @@ class Coordinator(Operations):
         self.looked_s = self.now
         self._tell_peers()
         self._judge()
+        self._pair_tick()
         for exchange in self.exchanges:
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
         if self.exchanges:

@@ -15,6 +15,7 @@ from orchestrator.ledger_model import Deviation, DeviationKind, Finding, Head, I
 from orchestrator.segments import link_problem
 from workers import ranges as spans
 from workers.live_settings import holds_at_once
+from workers.pair_records import PairCommitRecord
 from workers.ranges import Range
 from workers.records import (
     CommitRecord,
@@ -88,6 +89,7 @@ class Replay:
             EvaluationRecord: self._evaluation,
             SnapshotRecord: self._snapshot,
             SharesRecord: self._shares,
+            PairCommitRecord: self._pair_commit,
         }
 
     @property
@@ -299,6 +301,27 @@ class Replay:
         head.commits.append(r)
         for entry in r.roster:
             self._commit_entry(r.fragment, entry)
+        self._most_full = max(self._most_full, self.num_full)
+
+    def _pair_commit(self, r: PairCommitRecord) -> None:
+        """A group's samples are in; what a roster's entry must fulfil, each of its spans must."""
+        if self.num_fragments != 1:
+            self.fail("pair_commit", f"a pair in a run of {self.num_fragments} fragments")
+            return
+        spans = zip(r.members, r.incarnations, r.since, r.upto, strict=True)
+        for name, incarnation, since, upto in sorted(spans):
+            inc = self._find("pair_commit", name, incarnation)
+            if inc is None or since == upto:
+                continue
+            ranges = inc.cut(since, upto) if 0 <= since < upto <= inc.num_leased else ()
+            entry = RosterEntry(
+                member=name, incarnation=incarnation, seq=0, since=since, upto=upto, ranges=ranges, num_steps=1,
+                coefficient=1.0,
+            )  # fmt: skip
+            again = set(inc.after_fence)  # one that is fenced may have been in a pair, and in the roster of a merge
+            inc.after_fence.clear()
+            self._commit_entry(0, entry)
+            inc.after_fence |= again
         self._most_full = max(self._most_full, self.num_full)
 
     def _check_roster(self, roster: Sequence[RosterEntry]) -> None:

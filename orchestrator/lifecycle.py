@@ -393,7 +393,7 @@ class Lifecycle(Standings):
     def _settle_all(self) -> None:
         for member in ended_members(self.state, self.roll):
             entry = self.state.members[member]
-            if not entry.settled and may_settle(member, self.exchanges):
+            if not entry.settled and may_settle(member, self.exchanges) and not self._in_open_pair(member):
                 trained = self.consumed_at_end.get(member, 0)
                 lost = max(trained - max(entry.watermarks, default=0), 0)
                 self._log(SettleRecord(member=member.name, incarnation=member.incarnation, lost=lost))
@@ -423,6 +423,10 @@ class Lifecycle(Standings):
         self._fence(member, why, refused=True)
         if name in self.given_up and not self.state.live():
             self._end("failed", self.given_up[name])
+
+    def _in_open_pair(self, member: MemberId) -> bool:
+        """Whether a partner may yet report a commit that this member's work is in."""
+        raise NotImplementedError
 
     def _replace(self, name: str, kind: Kind, why: str, *, stepped: bool) -> None:
         """The process of a member ended: another one, or the verdict that it is given up."""

@@ -16,6 +16,7 @@ from orchestrator.bans import STANDINGS, Bans, Standing, StandingChange
 from workers import ranges
 from workers.live_settings import LiveSettings, holds_at_once
 from workers.messages import Version
+from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.ranges import Range
 from workers.records import (
     CommitRecord,
@@ -119,6 +120,7 @@ class RunState:
         self._live: list[MemberId] = []
         self._num_committed: int | None = None
         self.bans = Bans()
+        self.pair_rows: list[PairRosterRecord | PairCommitRecord] = []
         self.refusals: list[RefusalRecord] = []
         self.refused_since: dict[str, str] = {}  # the last commit: who, and why
         self.num_commits = 0
@@ -325,6 +327,20 @@ class RunState:
     def _shares(self, r: SharesRecord) -> None:
         self.shares = r
 
+    def _pair_roster(self, r: PairRosterRecord) -> None:
+        self.pair_rows.append(r)
+
+    def _pair_commit(self, r: PairCommitRecord) -> None:
+        _must(self.num_fragments == 1, "a pair in a run of several fragments")
+        for name, incarnation, since, upto in zip(r.members, r.incarnations, r.since, r.upto, strict=True):
+            member = self.members[MemberId(name=name, incarnation=incarnation)]
+            _must(not member.settled, f"a pair commit names {member.id}, which is settled")
+            _must(member.watermarks[0] == since, f"gap or overlap in what {member.id} has in pairs")
+            _must(since <= upto <= member.num_leased, f"{member.id} was not leased that")
+            member.watermarks[0] = upto
+            self.committed[0] += upto - since
+        self.pair_rows.append(r)
+
     def _refusal(self, r: RefusalRecord) -> None:
         self.refusals.append(r)
         self.refused_since[r.member] = r.why
@@ -364,6 +380,8 @@ class RunState:
         PauseRecord: _pause,
         EvaluationRecord: _evaluation,
         SharesRecord: _shares,
+        PairRosterRecord: _pair_roster,
+        PairCommitRecord: _pair_commit,
         RefusalRecord: _refusal,
         StandingRecord: _standing,
         StopRecord: _stop,

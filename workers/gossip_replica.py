@@ -88,19 +88,23 @@ class GossipReplica:
         """How far local training has moved since the anchor: anchor minus live parameters."""
         return torch.sub(self.anchor_N, gather(self.spec, self.tensors))
 
-    def publish(self) -> np.ndarray:
-        """At the send point: the bytes of what this member offers, which it remembers until `apply` or `skip`."""
+    def publish(self, *, momentum: bool = True) -> np.ndarray:
+        """At the send point: the bytes of what this member offers, which it remembers until `apply` or `skip`.
+
+        `momentum`: with it; only a full merge of all needs that of others.
+        """
         self.offered_N = self.displacement()
-        whole = torch.cat([self.anchor_N, self.offered_N, self.momentum_N])
-        return whole.view(torch.uint8).numpy()
+        whole = torch.cat([self.anchor_N, self.offered_N, *((self.momentum_N,) if momentum else ())])
+        return whole.cpu().view(torch.uint8).numpy()
 
     def parse(self, data: np.ndarray) -> Shared:
         """What another member published. Raises PayloadDamaged for other sizes."""
         num = self.spec.numel
-        if len(data) != 3 * 4 * num:
-            raise PayloadDamaged(f"{len(data)} bytes, expected {12 * num}")
-        flat = torch.from_numpy(np.frombuffer(data, dtype=np.float32).copy())
-        anchor_N, displacement_N, momentum_N = flat.view(3, num)
+        if len(data) not in (8 * num, 12 * num):
+            raise PayloadDamaged(f"{len(data)} bytes, expected {8 * num} or {12 * num}")
+        flat = torch.from_numpy(np.frombuffer(data, dtype=np.float32).copy()).to(self.anchor_N.device)
+        anchor_N, displacement_N, *rest = flat.view(-1, num)
+        momentum_N = rest[0] if rest else torch.zeros_like(anchor_N)
         return Shared(anchor_N=anchor_N, displacement_N=displacement_N, momentum_N=momentum_N)
 
     def apply(self, shared: Sequence[Shared], own: int, *, merge: bool) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from strategies.robust import Recipe
 from workers.copies import Copy
+from workers.pair_messages import PairHear, PairRoster, PairSay, PairTell
 from workers.ranges import Range
 from workers.records import MemberId, OfferId, RosterEntry, Row, Term, canonical, chain_hash
 
@@ -258,7 +259,7 @@ class Inherited:
 
 MemberBody = (
     Join | GenesisMade | Hello | Offer | Missing | Refused | Reduced | Measured | Have | RevokeAnswer | Evaluated
-    | DropRequest | Saved | Observed | FaultSeen | Inherited
+    | DropRequest | Saved | Observed | FaultSeen | Inherited | PairSay | PairTell
 )  # fmt: skip
 
 
@@ -464,6 +465,7 @@ class Stop:
 ControllerBody = (
     Welcome | Rejoin | Fenced | MakeGenesis | LeaseGrant | Peers | Keeping | Inherit | Announce | Assign | Spread
     | Verify | Discarded | RevokeQuery | RevokeCancel | Restore | Evaluate | Save | Tail | Leave | Stop
+    | PairHear | PairRoster
 )  # fmt: skip
 
 

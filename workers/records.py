@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, get_type_hints
 from blake3 import blake3
 
 from strategies.robust import Recipe
+from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.pipeline.records import (
     PipelineGenesisRecord,
     ServeRecord,
@@ -341,6 +342,7 @@ KINDS: dict[str, type[Record]] = {
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
         StageCommitRecord, RefusalRecord, StandingRecord,
+        PairRosterRecord, PairCommitRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
