@@ -130,6 +130,8 @@ class PairDesk(Operations):
             return
         for member, process in self.roll.processes.items():
             self.book.suspected(member, process.is_suspect() or not process.ready())
+        if len(self.book.live.keys()) - len(self.book.suspect) < 2:
+            return  # nobody could meet anybody
         waited_s = self.now - self.roster_s
         if not self.book.open or waited_s > STALLED_TIMEOUTS * self.plan.strategy.pair_timeout_s:
             self._obey_book(self.book.next_round())

@@ -19,6 +19,7 @@ from orchestrator.ledger import recompute
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary
 from tests.ray.live_run import Kill, LiveRun
+from workers.pair_records import PairCommitRecord
 from workers.records import CommitRecord, FenceRecord, MemberId, Record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -133,6 +134,12 @@ def test_everybody_holds_the_anchors_that_were_sealed(story: Story) -> None:
     held = [(f, n, digest) for lines in story.anchors.values() for f, n, digest in lines if n > 0]
     assert len(held) > 4
     assert [(f, n) for f, n, digest in held if sealed[f, n] != digest] == []
+
+
+def test_members_that_gossip_have_met_before_the_kill_and_after_it(stories: dict[str, Story]) -> None:
+    pairs = [r for r in stories["noloco"].records if isinstance(r, PairCommitRecord)]
+    lives = {dict(zip(r.members, r.incarnations, strict=True))["island-1"] for r in pairs}
+    assert lives == {1, 2} and {len(r.members) for r in pairs} == {2}
 
 
 def test_fragments_are_sent_one_after_the_other_and_exchanges_overlap(stories: dict[str, Story]) -> None:
