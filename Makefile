@@ -3,6 +3,7 @@
 # make check          lint, types, layers
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
+# make bench-robust   what attackers do to a run under each rule (about an hour, resumable)
 # make bench-lab      what emulated links do and cost, and runs on them (root; 25 minutes, resumable)
 # make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about half an hour, resumable)
@@ -32,7 +33,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Images set it to stay small; without compiled modules each process of a run would compile all of torch and Ray again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check bench bench-quality bench-lab storm simulate soak docs clean distclean
+.PHONY: help demo test check bench bench-quality bench-robust bench-lab storm simulate soak docs clean distclean
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
@@ -60,6 +61,9 @@ bench: $(DEV_STAMP)
 
 bench-quality: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+bench-robust: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.robust $(ARGS)
 
 bench-lab: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.lab $(ARGS)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar, cast
 
-from faults.plan import PlannedFault
+from faults.plan import ATTACKS, PlannedFault
 from faults.process import FullDisk, JumpClock, die, pause, run_out_of_memory
 from workers.context import IslandContext
 from workers.messages import Batch, Envelope, Offer, Peers
@@ -102,7 +102,7 @@ class Chaos:
     def apply(self, fault: PlannedFault) -> None:
         """Begin a fault of this member, or a cut of a link to it. Raises ValueError for one that is not for members."""
         log.warning("injected: %s", fault)
-        match fault.kind:
+        match "attack" if fault.kind in ATTACKS else fault.kind:
             case "kill":
                 die()
             case "oom":
@@ -119,7 +119,7 @@ class Chaos:
                 self._corrupt = True
             case "heal":
                 self._set(fault, on=False)
-            case "hang" | "slow" | "cut" | "delay" | "disk_full":
+            case "hang" | "slow" | "cut" | "delay" | "disk_full" | "attack":
                 self._set(fault, on=True)
             case _:
                 raise ValueError(f"{fault.kind} is no fault of a member")
@@ -127,7 +127,8 @@ class Chaos:
     def _set(self, fault: PlannedFault, *, on: bool) -> None:
         """Begin or end what lasts; what has a length ends by itself."""
         peers = [name for name in fault.targets if name != self.name]
-        what = f"cut:{'+'.join(peers)}" if fault.kind in ("cut", "heal") else fault.kind
+        kind = "attack" if fault.kind in ATTACKS else fault.kind
+        what = f"cut:{'+'.join(peers)}" if fault.kind in ("cut", "heal") else kind
         with self._changed:
             serial = self._serial[what] = self._serial.get(what, 0) + 1
             self._change(fault, peers, on=on)
@@ -150,6 +151,8 @@ class Chaos:
                 self._factor = (fault.factor or 1.0) if on else 1.0
             case "delay":
                 self._delay_s = (fault.by_s or 0.0) if on else 0.0
+            case attack if attack in ATTACKS:
+                _attack(self._inner, fault.kind if on else None)
             case "disk_full":
                 self.disk.fill() if on else self.disk.free()
             case "cut" | "heal" if self.name not in fault.targets or peers:
@@ -224,6 +227,18 @@ def _lose_numbers(context: IslandContext) -> None:
     with replica.lock:
         tensor = next(iter(replica.tensors.values()))
         tensor.view(-1)[0] = float("nan")
+
+
+def _attack(context: IslandContext, kind: str | None) -> None:
+    """It sends wrong updates, or right ones again."""
+    from faults.attacker import begin_attack, end_attack
+
+    replica = getattr(context.store, "replica", None)
+    assert replica is not None, "an island that takes part has a replica"
+    if kind is None:
+        end_attack(replica)
+    else:
+        begin_attack(replica, kind)
 
 
 def _flip_a_byte(context: IslandContext, offer: Offer, envelope: Envelope) -> None:

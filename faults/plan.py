@@ -4,6 +4,8 @@
     hang:island-2@t=30s,for=6s              its training thread stands still for 6 s, 30 s into the run
     cut:island-0+island-1@round=5,for=10s   these two cannot fetch from each other
     disk_full@t=20s,for=5s                  the controller's disk
+    sign_flip:island-3@round=5,for=60s      it sends wrong updates (also scale, noise, send_nan, inner_product),
+                                            or reduces wrongly for others (lying_owner)
     storm@round=2,rate=240,seed=1           random faults, 240 an hour
 
 A file says the same in tables, `[[fault]]` with `kind`, `target`, `round` or `at_s`, `for_s`, and so on (`TABLE_KEYS`).
@@ -37,6 +39,9 @@ class Kind:
     ends: bool = False
 
 
+ATTACKS = ("sign_flip", "scale", "noise", "send_nan", "lying_owner", "inner_product")
+"""Wrong updates on purpose (`faults/attacker.py`)."""
+
 KINDS: dict[str, Kind] = {
     "kill": Kind(targets="member", ends=True),
     "oom": Kind(targets="member", ends=True),
@@ -48,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "delay": Kind(targets="member", options=("for_s", "by_s"), defaults=(("by_s", 0.5),)),
     "corrupt": Kind(targets="member", ends=True),
     "nan": Kind(targets="member", ends=True),
+    **{attack: Kind(targets="member", options=("for_s",)) for attack in ATTACKS},
     "disk_full": Kind(targets="place", options=("for_s",), defaults=(("for_s", 5.0),)),
     "clock_jump": Kind(targets="place", options=("by_s",), defaults=(("by_s", 3600.0),)),
     "controller_kill": Kind(targets="nobody"),
@@ -57,7 +63,9 @@ KINDS: dict[str, Kind] = {
     ),
 }
 STORM_KINDS = ("kill", "hang", "cut")
-IN_STORMS = tuple(name for name, kind in KINDS.items() if kind.targets in ("member", "link") and name != "heal")
+IN_STORMS = tuple(
+    name for name, kind in KINDS.items() if kind.targets in ("member", "link") and name not in ("heal", *ATTACKS)
+)
 OPTIONS = {"for": "for_s", "factor": "factor", "by": "by_s", "rate": "rate", "seed": "seed", "kinds": "kinds"}
 TABLE_KEYS = ("kind", "target", "round", "at_s", *OPTIONS.values())
 _FORM = re.compile(r"(?P<kind>\w+)(?::(?P<target>[^@,\s]+))?(?:@(?P<when>\w+)=(?P<at>[^,\s]+))?(?P<rest>(?:,[^,]+)*)")

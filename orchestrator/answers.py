@@ -37,6 +37,13 @@ class SettingsSet(Asked):
     set: dict[str, Scalar] = Field(description="Values by key, as the journal has them.")
 
 
+class Unbanned(Asked):
+    """`atoll unban`."""
+
+    member: str = Field(description="Name of the member.")
+    standing: str = Field(description="What it is now: probation.")
+
+
 class RolledBackTo(Asked):
     """`atoll rollback`."""
 

@@ -18,6 +18,7 @@ BAN_EXCHANGES = 20
 PROBATION_WEIGHT = 0.1
 
 Standing = Literal["member", "banned", "probation"]
+STANDINGS = ("member", "banned", "probation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +50,27 @@ class Bans:
 
     def exchange(self, serial: int, verdicts: dict[str, str]) -> list[StandingChange]:
         """An exchange is over. `verdicts`: of each contribution why it was refused, or nothing. Serials rise."""
-        changes = []
+        self.count(serial, verdicts)
+        return self.due(serial)
+
+    def count(self, serial: int, verdicts: dict[str, str]) -> None:
+        """Remember what became of the contributions to an exchange. Whoever is banned is not counted: what it sent
+        before, to an exchange that ended after, is judged already.
+        """
         for member in sorted(verdicts):
             entry = self.entries.setdefault(member, _Entry())
-            assert entry.standing != "banned", f"{member} is banned, and took part in exchange {serial}"
-            entry.recent.append((serial, verdicts[member]))
+            if entry.standing != "banned":
+                entry.recent.append((serial, verdicts[member]))
+
+    def due(self, serial: int) -> list[StandingChange]:
+        """Whose standing changes by what was counted up to exchange `serial`, and is changed by this call."""
+        changes = []
+        for member, entry in sorted(self.entries.items()):
             refused = entry.refusals()
-            if entry.standing == "probation" and verdicts[member]:
-                changes.append(self._change(member, "banned", serial, f"refused on probation: {verdicts[member]}"))
+            if entry.standing == "banned":
+                continue
+            if entry.standing == "probation" and refused:
+                changes.append(self._change(member, "banned", serial, f"refused on probation: {refused[-1]}"))
             elif len(refused) >= BAN_REFUSALS:
                 why = f"refused {len(refused)} times in its last {len(entry.recent)} exchanges: {refused[-1]}"
                 changes.append(self._change(member, "banned", serial, why))

@@ -97,6 +97,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         warmup=config.train.warmup,
         load=config.run.load,
         keeps_copies=config.run.redundancy == "buddy",
+        robust=config.robust,
     )
 
 

@@ -22,7 +22,7 @@ from orchestrator.config_checks import find_problems
 from orchestrator.config_errors import CROSS_CHECK, Locate, dotted_keys, explain
 from orchestrator.errors import UserError
 from orchestrator.names import nearest
-from orchestrator.settings import ExchangeConfig, MetricsConfig, RunSection
+from orchestrator.settings import ExchangeConfig, MetricsConfig, RobustConfig, RunSection
 from orchestrator.toml_writer import format_tables
 from strategies.config import CodecConfig, Section, StrategyConfig
 from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
@@ -49,6 +49,7 @@ class RunConfig(Section):
         default_factory=PipelineConfig, description="Stages of a model that no single worker holds."
     )
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig, description="How a synchronisation is agreed on.")
+    robust: RobustConfig = Field(default_factory=RobustConfig, description="Members that send wrong updates.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Validation of the anchor.")
     notify: NotifyConfig = Field(default_factory=NotifyConfig, description="A command to run when something happens.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What leaves for monitoring systems.")

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from orchestrator.config_problem import Problem
 from orchestrator.pipeline_checks import check_pipeline_settings
 from orchestrator.strategy_checks import check_strategy
+from strategies.robust import FUNCTION_OF, RULE_MINIMA
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
+MIN_ISLANDS = 3  # with fewer nobody can be outvoted
 MEMBER_NAME = re.compile(r"island-(0|[1-9][0-9]*)")
 
 
@@ -27,6 +29,7 @@ def find_problems(config: RunConfig) -> Iterator[Problem]:
     yield from check_strategy(config)
     yield from check_exchange(config)
     yield from check_pipeline_settings(config)
+    yield from check_robust(config)
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
@@ -132,6 +135,29 @@ def check_exchange(config: RunConfig) -> Iterator[Problem]:
     if codec.name == "topk" and (block % 64 or block > 4096):
         message = f"codec.block = {block}: codec.name = 'topk' keeps one of 64 values and has 12 bits for an index"
         yield Problem(key="codec.block", message=message, remedy=str(min(max(round(block / 64), 1), 64) * 64))
+
+
+def check_robust(config: RunConfig) -> Iterator[Problem]:
+    """Enough members for the rule, and only rules that fit what the strategy makes of contributions."""
+    robust, islands = config.robust, config.run.islands
+    if robust.rule != "mean" and config.strategy.aggregate != "mean":
+        message = f"robust.rule = {robust.rule!r} takes the place of strategy.aggregate = {config.strategy.aggregate!r}"
+        yield Problem(key="robust.rule", message=message, remedy="one of the two: set the other to 'mean'")
+    if robust.rule != "mean" and config.strategy.own_pace:
+        message = f"robust.rule = {robust.rule!r}: with strategy.name = {config.strategy.name!r} each push is alone"
+        yield Problem(key="robust.rule", message=message, remedy="'mean': there is nobody to compare a push with")
+    if islands == "auto":
+        return
+    least = MIN_ISLANDS if robust.watches else 1
+    if robust.rule in FUNCTION_OF and robust.rule != "median":
+        times, plus = RULE_MINIMA[FUNCTION_OF[robust.rule]]
+        least = max(least, (times * robust.num_wrong + plus - 1) * robust.bucket + 1)
+    if islands < least:
+        what = f"robust.rule = {robust.rule!r}" if robust.rule != "mean" else "robust.verify = true"
+        against = f" against robust.num_wrong = {robust.num_wrong}" if robust.rule in FUNCTION_OF else ""
+        in_buckets = f" in buckets of {robust.bucket}" if robust.bucket > 1 else ""
+        message = f"{what}{against}{in_buckets} needs at least {least} islands, run.islands = {islands}"
+        yield Problem(key="robust.rule", message=message, remedy=f"run.islands = {least}, or a smaller num_wrong")
 
 
 def _divisors(number: int) -> str:

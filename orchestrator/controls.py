@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
-from orchestrator.events import Event, PauseRequested, RollbackRequested, SaveRequested, SettingsRequested
+from orchestrator.events import (
+    Event,
+    PauseRequested,
+    RollbackRequested,
+    SaveRequested,
+    SettingsRequested,
+    UnbanRequested,
+)
 from orchestrator.live import check_changes
 from orchestrator.rollback import find_target, pin, store_of
 from orchestrator.status import read_status
@@ -109,6 +116,18 @@ class Controls:
             "versions": list(target.versions),
             "samples_taken_back": before - state.samples_committed(),
         }
+
+    async def unban(self, member: str) -> dict[str, Any]:
+        """A banned member's contributions count again, with a small weight for a while."""
+        await self._ready()
+        state = self.host.coordinator.state
+        if member not in state.last_incarnation:
+            raise UserError(f"the run has no member {member!r}", remedy=", ".join(sorted(state.last_incarnation)))
+        standing = state.bans.standing(member)
+        if standing != "banned":
+            raise UserError(f"{member} is not banned", remedy="atoll status shows who is")
+        self._do(UnbanRequested(member=member))
+        return {**self._said(), "member": member, "standing": state.bans.standing(member)}
 
     async def rows(self, since: int, max_rows: int = 200) -> list[str]:
         """Durable rows of the journal from number `since` on, as their JSON lines: every event of the run, in order."""

@@ -18,10 +18,11 @@ from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet
 from orchestrator.fleet import LiveMembers
 from orchestrator.membership import MemberClock, Process
-from orchestrator.operations import Operations
+from orchestrator.pair_desk import PairDesk
 from orchestrator.revocation import Revocations
 from orchestrator.run_state import Head
 from workers import messages as msg
+from workers.pair_messages import PairSay, PairTell
 from workers.records import (
     CommitRecord,
     FenceRecord,
@@ -37,8 +38,10 @@ __all__ = ["Coordinator", "RunPlan"]
 LOOK_S_PER_MEMBER = 1e-4
 """All members are looked at no more often than this: a thousand with each tick, ten thousand once a second."""
 
+ExchangeBody = msg.Missing | msg.Refused | msg.Reduced | msg.Measured | msg.Have
 
-class Coordinator(Operations):
+
+class Coordinator(PairDesk):
     """All decisions of one run in one controller life."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -81,6 +84,8 @@ class Coordinator(Operations):
                     self._settings_requested(event)
                 case ev.PauseRequested():
                     self._pause_requested(event)
+                case ev.UnbanRequested(member=name):
+                    self._unban_requested(name)
                 case ev.SaveRequested():
                     self._save_requested()
                 case ev.RollbackRequested():
@@ -165,8 +170,12 @@ class Coordinator(Operations):
                 self._mark_consumed(member, body.upto)
                 exchange = self.exchanges[body.fragment]
                 self._effects(exchange, exchange.on_offer(member, body, self._fleet(body.fragment), self.now))
-            case msg.Missing() | msg.Refused() | msg.Reduced() | msg.Have() if body.fragment < len(self.exchanges):
+            case msg.Missing() | msg.Refused() | msg.Reduced() | msg.Measured() | msg.Have() if body.fragment < len(
+                self.exchanges
+            ):
                 self._exchange_body(member, body)
+            case PairSay() | PairTell():
+                self._pair_body(member, body)
             case msg.RevokeAnswer():
                 self.revocations.answer(member, body)
                 self._revocations()
@@ -195,7 +204,7 @@ class Coordinator(Operations):
             case _:
                 self.stale_messages += 1
 
-    def _exchange_body(self, member: MemberId, body: msg.Missing | msg.Refused | msg.Reduced | msg.Have) -> None:
+    def _exchange_body(self, member: MemberId, body: ExchangeBody) -> None:
         exchange, fleet = self.exchanges[body.fragment], self._fleet(body.fragment)
         if exchange.open is None or exchange.open.id != body.exchange:
             self.stale_messages += 1
@@ -207,6 +216,8 @@ class Coordinator(Operations):
                 effects = exchange.on_refused(member, body, fleet, self.now)
             case msg.Reduced():
                 effects = exchange.on_reduced(member, body, fleet, self.now)
+            case msg.Measured():
+                effects = exchange.on_measured(member, body, fleet, self.now)
             case msg.Have():
                 effects = exchange.on_have(member, body, fleet, self.now)
         self._effects(exchange, effects)
@@ -332,6 +343,8 @@ class Coordinator(Operations):
                         continue
                     self._lose(member, "fenced", why)
                     self._fence(member, why, refused=False)
+                case ex.Blame(member=member, why=why):
+                    self._blame(member, why)
                 case ex.Drop(member=member, upto=upto, why=why):
                     self._drop(member, upto, why)
                 case ex.Note(text=text, fault=fault, member=name):
@@ -372,6 +385,7 @@ class Coordinator(Operations):
         for entry in record.roster:
             self.refusals.pop(entry.member, None)
             self._track(entry.offer.member, "contributed_s")
+        self._judge_standings()
         self._settle_all()
         self._plan_shares()
         self._grant()
@@ -419,6 +433,7 @@ class Coordinator(Operations):
         self.looked_s = self.now
         self._tell_peers()
         self._judge()
+        self._pair_tick()
         for exchange in self.exchanges:
             self._effects(exchange, exchange.tick(self._fleet(exchange.fragment), self.now))
         if self.exchanges:

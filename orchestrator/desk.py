@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from faults.recovery import OWN_FAULTS, Budgets
 from orchestrator import events as ev
 from orchestrator.membership import Roll
 from orchestrator.run_state import RunState
-from orchestrator.settings import ExchangeConfig
+from orchestrator.settings import ExchangeConfig, RobustConfig
 from strategies.config import StrategyConfig
 from workers import messages as msg
 from workers.live_settings import with_changes
@@ -46,6 +46,7 @@ class RunPlan:
     warmup: float = 0.0
     load: Literal["equal", "by_speed"] = "equal"
     keeps_copies: bool = False
+    robust: RobustConfig = field(default_factory=RobustConfig)
 
     def budgets(self) -> Budgets:
         """What may fail how often; what is taken away from a member may be taken away any number of times."""

@@ -110,6 +110,13 @@ class SaveRequested:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UnbanRequested:
+    """The user wants a banned member's contributions again."""
+
+    member: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RollbackRequested:
     """The user wants to go on from an older snapshot: its name, and version and chain of each fragment."""
 
@@ -142,6 +149,7 @@ Event = (
     | SettingsRequested
     | PauseRequested
     | SaveRequested
+    | UnbanRequested
     | RollbackRequested
     | Recovered
     | Tick

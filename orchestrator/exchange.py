@@ -1,31 +1,34 @@
 """The controller's side of one exchange: how a group agrees on one synchronisation of one fragment.
 
-`IDLE -> OPEN -> REDUCING -> SPREAD -> commit -> IDLE` (protocol 1.3). The machine is pure: events and the fleet's
-present state come in, effects come out; the clock is an argument. The rules that keep the result right are in
-`orchestrator/exchange_rules.py`.
+`IDLE -> OPEN -> (MEASURING ->) REDUCING -> SPREAD -> commit -> IDLE` (protocol 1.3). The machine is pure: events and
+the fleet's present state come in, effects come out; the clock is an argument. What owners are asked to do is in
+`orchestrator/exchange_work.py`, the rules that keep the result right in `orchestrator/exchange_rules.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from orchestrator import exchange_rules as rules
+from orchestrator.checking import deal_checkers
 from orchestrator.closing import Closing
+from orchestrator.exchange_effects import Blame, Drop, Effect, Fence, Journal, Note, ToAll, ToOne, ToSome
 from orchestrator.exchange_rules import Fleet, OpenExchange
-from orchestrator.settings import ExchangeConfig
+from orchestrator.exchange_work import OwnersWork
+from orchestrator.settings import ExchangeConfig, RobustConfig
 from workers import messages as msg
 from workers.messages import Offer
 from workers.records import (
     CommitRecord,
     MemberId,
-    OfferId,
-    Record,
     RosterEntry,
     Term,
     roster_digest,
     version_chain,
 )
+
+__all__ = ["Blame", "Drop", "Effect", "Fence", "FragmentExchange", "Journal", "Note", "ToAll", "ToOne", "ToSome"]
 
 ANNOUNCED_TO_ALL = 2
 MEMBERS_AN_ANNOUNCEMENT = 64
@@ -33,87 +36,32 @@ MEMBERS_AN_ANNOUNCEMENT = 64
 PARTED_S = 30.0
 """How long an owner is kept from parts after it could not reach a contributor; then it is tried again."""
 
-# ---------------------------------------------------------------- effects
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToAll:
-    """Send a body to every live member."""
-
-    body: msg.ControllerBody
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToOne:
-    """Send a body (or, with `None`, only the journal rows it lacks) to one member."""
-
-    member: MemberId
-    body: msg.ControllerBody | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToSome:
-    """Send bodies to some members."""
-
-    members: tuple[MemberId, ...]
-    bodies: tuple[msg.ControllerBody, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Journal:
-    """Append a record; whoever hears of it hears after the flush."""
-
-    record: Record
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fence:
-    """End an incarnation."""
-
-    member: MemberId
-    why: str
-    refused: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drop:
-    """Drop a living member's uncommitted work by rule."""
-
-    member: MemberId
-    upto: int
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Note:
-    """A decision with its reason, for the log; `fault` when something misbehaved."""
-
-    text: str
-    fault: str = ""
-    member: str = ""
-
-
-Effect = ToAll | ToOne | ToSome | Journal | Fence | Drop | Note
-
-
 # ---------------------------------------------------------------- the machine
 
 
-class FragmentExchange:
+class FragmentExchange(OwnersWork):
     """Exchanges of one fragment, one after the other."""
 
     def __init__(
-        self, *, fragment: int, num_chunks: int, config: ExchangeConfig, term: Term, closing: Closing | None = None
+        self,
+        *,
+        fragment: int,
+        num_chunks: int,
+        config: ExchangeConfig,
+        term: Term,
+        closing: Closing | None = None,
+        robust: RobustConfig | None = None,
     ) -> None:
         """`num_chunks`: parts that owners reduce; `term`: the controller life that names the exchanges.
 
-        `closing`: when they close, by quorum and grace if nothing is said.
+        `closing`: when they close, by quorum and grace if nothing is said; `robust`: what is done about wrong updates.
         """
         self.fragment = fragment
         self.num_chunks = num_chunks
         self.config = config
         self.term = term
         self.closing = closing or Closing()
+        self.robust = robust or RobustConfig()
         self.serial = 0
         self.open: OpenExchange | None = None
         self.discards = 0
@@ -197,69 +145,45 @@ class FragmentExchange:
             return False
         return bool(rules.awaited_members(open_, replace(fleet, members={awaited: fleet.members[awaited]})))
 
-    def _able(self, fleet: Fleet) -> list[MemberId]:
-        able = rules.able_owners(fleet)
-        if self.open is None or self.open.state == "open":
-            return able
-        return [m for m in able if m in self.open.candidates and m not in self.open.removed_owners]
-
     def _reaching(self, fleet: Fleet, roster: Iterable[MemberId], now: float) -> list[MemberId]:
         """Who can own parts of what this roster offers, as far as is known of cuts between members."""
         self.parted = {pair: at_s for pair, at_s in self.parted.items() if now - at_s <= PARTED_S}
         return rules.reaching_owners(self._able(fleet), set(roster), self.parted)
 
     def _close(self, open_: OpenExchange, fleet: Fleet, now: float, because: str) -> list[Effect]:
-        able = self._reaching(fleet, open_.offers, now)
+        refused = rules.refused_lengths(open_.offers, self.robust.refuse_times) if self.robust.rule != "mean" else {}
+        if refused:
+            fleet = replace(fleet, members={m: view for m, view in fleet.members.items() if m not in refused})
+        fences = [Fence(member=m, why=f"contribution refused: {why}", refused=True) for m, why in refused.items()]
+        able = self._reaching(fleet, open_.offers.keys() - refused.keys(), now)
+        if self.robust.verify and len(able) == 1:
+            return []  # nobody is there to check it: it stays open until somebody is
+        for member in refused:
+            del open_.offers[member]
         if not able:
-            return self.discard(f"no member can own a part of fragment {self.fragment}")
-        offers = [(member, open_.offers[member][1]) for member in sorted(open_.offers)]
-        shares = rules.coefficients(offers, fleet)
+            return [*fences, *self.discard(f"no member can own a part of fragment {self.fragment}")]
         open_.roster = tuple(
             RosterEntry(
                 member=member.name, incarnation=member.incarnation, seq=offer.seq, since=offer.since, upto=offer.upto,
-                ranges=offer.ranges, num_steps=offer.num_steps, coefficient=share,
+                ranges=offer.ranges, num_steps=offer.num_steps, coefficient=0.0,
             )
-            for (member, offer), share in zip(offers, shares, strict=True)
+            for member, (_, offer) in sorted(open_.offers.items())
         )  # fmt: skip
         open_.state, open_.closed_s, open_.closed_because = "reducing", now, because
         open_.base_samples = fleet.samples_committed
         self.turned_away = (self.turned_away - set(open_.offers)) & set(fleet.members)
         open_.candidates = frozenset(able)  # the set of owners only shrinks, so that attempts are bounded (H1)
         open_.owners = rules.deal_chunks(self.num_chunks, able)
-        return [Note(text=f"exchange {open_.id} closes: {because}"), *self._assign(open_, fleet, now)]
+        open_.checkers = deal_checkers(open_.owners, able) if self.robust.verify else []
+        note = Note(text=f"exchange {open_.id} closes: {because}")
+        return [note, *self._begin_work(open_, fleet, now), *fences]
 
-    # ------------------------------------------------------------ REDUCING
-
-    def _assign(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:
-        open_.attempt += 1
-        open_.state = "reducing"
-        open_.roster_digest = roster_digest(open_.roster)
-        open_.haves = {}
-        open_.progress_s = {owner: now for owner in open_.owners}
-        open_.assignment = self._assignment(open_, fleet)
-        return [ToAll(body=open_.assignment)]
-
-    def _assignment(self, open_: OpenExchange, fleet: Fleet) -> msg.Assign:
-        included = {entry.offer.member for entry in open_.roster}
-        return msg.Assign(
-            fragment=self.fragment,
-            exchange=open_.id,
-            attempt=open_.attempt,
-            base=open_.base,
-            base_samples=open_.base_samples,
-            roster=open_.roster,
-            roster_digest=open_.roster_digest,
-            owners=open_.owners,
-            owner_addresses=tuple(
-                (str(m), fleet.members[m].address) for m in sorted(set(open_.owners)) if m in fleet.members
-            ),
-            offers=tuple((m, *open_.offers[m]) for m in sorted(open_.offers) if m in included),
-        )
+    # ------------------------------------------------------------ what owners cannot do
 
     def on_missing(self, sender: MemberId, body: msg.Missing, fleet: Fleet, now: float) -> list[Effect]:
         """An owner lacks a piece: another owner if the contributor lives and one can reach it (H7), else it leaves."""
         open_ = self.open
-        if open_ is None or not rules.is_current(open_, body.exchange, body.attempt) or sender not in open_.owners:
+        if open_ is None or not rules.is_current(open_, body.exchange, body.attempt) or not self._works(sender):
             return []
         lost = body.offer.member
         if lost not in {entry.offer.member for entry in open_.roster}:
@@ -277,56 +201,10 @@ class FragmentExchange:
     def on_refused(self, sender: MemberId, body: msg.Refused, fleet: Fleet, now: float) -> list[Effect]:
         """An owner found bad content: a roster without it for all parts, and the contributor is fenced (H4)."""
         open_ = self.open
-        if open_ is None or not rules.is_current(open_, body.exchange, body.attempt) or sender not in open_.owners:
+        if open_ is None or not rules.is_current(open_, body.exchange, body.attempt) or not self._works(sender):
             return []
         fence = Fence(member=body.offer.member, why=f"contribution refused: {body.why}", refused=True)
         return [fence, *self._shrink(open_, body.offer, body.why, fleet, now)]
-
-    def _shrink(self, open_: OpenExchange, offer: OfferId, why: str, fleet: Fleet, now: float) -> list[Effect]:
-        left = tuple(entry for entry in open_.roster if entry.offer != offer)
-        if left == open_.roster:
-            return []
-        if not left:
-            return self.discard(f"nobody is left in the roster ({why})")
-        note = Note(text=f"exchange {open_.id}: {offer} leaves the roster: {why}", member=offer.member.name)
-        kept = [(e.offer.member, open_.offers[e.offer.member][1]) for e in left]
-        shares = rules.coefficients(kept, fleet)
-        open_.roster = tuple(replace(e, coefficient=share) for e, share in zip(left, shares, strict=True))
-        open_.reduced = rules.parts_after_roster_change(open_.reduced)
-        return [note, *self._assign(open_, fleet, now)]
-
-    def _remove_owner(self, open_: OpenExchange, owner: MemberId, fleet: Fleet, now: float) -> list[Effect]:
-        open_.removed_owners.add(owner)
-        if owner not in open_.owners:
-            return []
-        able = self._able(fleet)
-        if not able:
-            return self.discard("no owner is left")
-        for chunk, holder in enumerate(open_.owners):
-            if holder == owner:
-                open_.reduced.pop(chunk, None)
-        open_.owners = rules.redeal_chunks(open_.owners, owner, able)
-        return self._assign(open_, fleet, now)
-
-    def on_reduced(self, sender: MemberId, body: msg.Reduced, fleet: Fleet, now: float) -> list[Effect]:
-        """An owner finished chunks of the present roster."""
-        open_ = self.open
-        if open_ is None or open_.id != body.exchange or body.roster_digest != open_.roster_digest:
-            return []
-        if open_.state != "reducing":
-            return []
-        for chunk, digest in body.chunks:
-            if 0 <= chunk < self.num_chunks and open_.owners[chunk] == sender:
-                open_.reduced.setdefault(chunk, digest)
-        open_.progress_s[sender] = now
-        if len(open_.reduced) < self.num_chunks:
-            return []
-        open_.state, open_.spread_s = "spread", now
-        return [ToAll(body=self._spread(open_))]
-
-    def _spread(self, open_: OpenExchange) -> msg.Spread:
-        digests = tuple(open_.reduced[chunk] for chunk in range(self.num_chunks))
-        return msg.Spread(fragment=self.fragment, exchange=open_.id, attempt=open_.attempt, chunk_digests=digests)
 
     # ------------------------------------------------------------ SPREAD
 
@@ -334,6 +212,8 @@ class FragmentExchange:
         """A member holds the whole result; commit once enough copies agree on the next anchor."""
         open_ = self.open
         if open_ is None or not rules.is_current(open_, body.exchange, body.attempt):
+            return []
+        if sender in fleet.members and fleet.members[sender].trust == 0.0:  # banned: its word counts as little
             return []
         if open_.state != "spread" or body.results != self._results(open_):
             return []
@@ -360,14 +240,14 @@ class FragmentExchange:
 
     def _commit_record(self, open_: OpenExchange, next_digest: str) -> CommitRecord:
         chunk_digests = tuple(open_.reduced[chunk] for chunk in range(self.num_chunks))
-        n = open_.base.n + 1
+        n, of_roster = open_.base.n + 1, roster_digest(open_.roster)
         chain = version_chain(
             open_.base.chain,
-            {"f": self.fragment, "n": n, "roster": open_.roster_digest, "chunks": chunk_digests, "digest": next_digest},
+            {"f": self.fragment, "n": n, "roster": of_roster, "chunks": chunk_digests, "digest": next_digest},
         )
         return CommitRecord(
             fragment=self.fragment, n=n, prev_chain=open_.base.chain, chain=chain, serial=open_.id.serial,
-            attempt=open_.attempt, roster=open_.roster, roster_digest=open_.roster_digest,
+            attempt=open_.attempt, roster=open_.roster, roster_digest=of_roster,
             chunk_digests=chunk_digests, digest=next_digest, base_samples=open_.base_samples,
         )  # fmt: skip
 
@@ -396,7 +276,7 @@ class FragmentExchange:
     def needs(self, member: MemberId) -> bool:
         """Whether `member` has a share in the open exchange: its offer, or parts that it owns."""
         open_ = self.open
-        return open_ is not None and (member in open_.offers or member in open_.owners)
+        return open_ is not None and (member in open_.offers or self._works(member))
 
     def on_gone(self, member: MemberId, fleet: Fleet, now: float) -> list[Effect]:
         """An incarnation was fenced: its open offer leaves, its parts move; a fixed roster keeps it."""
@@ -409,7 +289,7 @@ class FragmentExchange:
                 return self.discard("the only offer was of a fenced member")
             return self.tick(fleet, now)
         open_.haves.pop(member, None)
-        if member in open_.owners:
+        if self._works(member):
             if open_.state == "spread" and any(m in fleet.members for m in open_.haves):
                 return []
             return self._remove_owner(open_, member, fleet, now)
@@ -441,8 +321,11 @@ class FragmentExchange:
             return told
         if open_.state == "spread":
             return self._try_commit(open_, fleet, now) or self._unstick(open_, fleet, now)
-        for owner in sorted(set(open_.owners)):
-            pending = any(o == owner and c not in open_.reduced for c, o in enumerate(open_.owners))
+        for owner in sorted(open_.progress_s):
+            pending = any(
+                owner in open_.workers(c) and c not in open_.done and owner not in open_.answers.get(c, {})
+                for c in range(self.num_chunks)
+            )
             view = fleet.members.get(owner)
             stuck = now - open_.progress_s.get(owner, now) > self.config.progress_timeout_s
             if pending and (view is None or view.suspect or stuck):

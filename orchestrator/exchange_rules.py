@@ -6,13 +6,14 @@ Each says what it decides and, where it is a judgement, why. The machine in `orc
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from orchestrator.settings import ExchangeConfig
+from strategies.robust import Recipe, too_long
 from workers import ranges
 from workers.messages import Announce, Assign, ExchangeId, Offer, Version
 from workers.records import MemberId, RosterEntry, Term
@@ -26,6 +27,7 @@ class MemberView:
     """What the exchange needs to know of one live member.
 
     `behind`: versions to the head, by its last heartbeat; `step_s`: of an inner step, 0 where that is not measured.
+    `trust`: by what its weight is multiplied, 0 if it is banned.
     """
 
     id: MemberId
@@ -41,6 +43,7 @@ class MemberView:
     leaving: bool = False
     behind: int = 0
     step_s: float = 0.0
+    trust: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +72,7 @@ class OpenExchange:
     id: ExchangeId
     base: Version
     opened_s: float
-    state: Literal["open", "reducing", "spread"] = "open"
+    state: Literal["open", "measuring", "reducing", "spread"] = "open"
     offers: dict[MemberId, tuple[str, Offer]] = field(default_factory=dict)
     quorum_s: float | None = None
     closed_s: float = 0.0
@@ -94,6 +97,20 @@ class OpenExchange:
     first: Announce | None = None
     unannounced: list[Announce] = field(default_factory=list)
     assignment: Assign | None = None
+    base_shares: tuple[float, ...] = ()
+    recipe: Recipe | None = None
+    checkers: list[list[MemberId]] = field(default_factory=list)
+    answers: dict[int, dict[MemberId, Hashable]] = field(default_factory=dict)
+    measured: dict[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def workers(self, chunk: int) -> list[MemberId]:
+        """Who works on a part, its owner first."""
+        return [self.owners[chunk], *(self.checkers[chunk] if self.checkers else ())]
+
+    @property
+    def done(self) -> dict[int, str] | dict[int, tuple[float, ...]]:
+        """What is known of parts in this state."""
+        return self.measured if self.state == "measuring" else self.reduced
 
 
 # ---------------------------------------------------------------- rules
@@ -169,7 +186,7 @@ def push_factor(staleness: int) -> float:
 
 def eligible_weight(fleet: Fleet, roster: Iterable[Offer]) -> float:
     """Divisor of the coefficients: tokens per step of **all** live members that have made a step (C9)."""
-    return float(sum(m.weight for m in fleet.members.values() if m.stepped))
+    return float(sum(m.weight * m.trust for m in fleet.members.values() if m.stepped))
 
 
 def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list[float]:
@@ -178,12 +195,30 @@ def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list
     outside = sum(o.weight for m, o in offers if m not in fleet.members or not fleet.members[m].stepped)
     divisor += outside
     factor = push_factor if fleet.own_pace else staleness_factor
-    raw = [o.weight * factor(o.base.n - o.born) / divisor for _, o in offers]
+    trust = [fleet.members[m].trust if m in fleet.members else 1.0 for m, _ in offers]
+    raw = [t * o.weight * factor(o.base.n - o.born) / divisor for t, (_, o) in zip(trust, offers, strict=True)]
     effective = sum(c * o.num_steps for c, (_, o) in zip(raw, offers, strict=True))
     limit = 2.0 * fleet.inner_steps
     if effective > limit:
         raw = [c * limit / effective for c in raw]
-    return [float(np.float32(c)) for c in raw]
+    return [as_fp32(c) for c in raw]
+
+
+def as_fp32(value: float) -> float:
+    """Rounded once, to what owners calculate with."""
+    return float(np.float32(value))
+
+
+def refused_lengths(offers: Mapping[MemberId, tuple[str, Offer]], times: float) -> dict[MemberId, str]:
+    """Who is refused when an exchange closes, with the reason: by the announced length, which owners compare."""
+    lengths = {str(m): length_of(offer) for m, (_, offer) in offers.items()}
+    found = too_long(lengths, {str(m): offer.num_steps for m, (_, offer) in offers.items()}, times)
+    return {m: found[str(m)] for m in sorted(offers) if str(m) in found}
+
+
+def length_of(offer: Offer) -> float:
+    """The norm of a contribution, all its chunks together."""
+    return math.sqrt(math.fsum(offer.sumsq)) if all(math.isfinite(s) and s >= 0 for s in offer.sumsq) else math.nan
 
 
 def far_behind(member: MemberView) -> bool:
@@ -197,7 +232,7 @@ def far_behind(member: MemberView) -> bool:
 
 def able_owners(fleet: Fleet) -> list[MemberId]:
     """Who can own parts; those who are about to leave, or far behind, only where nobody else is there."""
-    able = [m for m in fleet.members.values() if m.ready and not m.suspect]
+    able = [m for m in fleet.members.values() if m.ready and not m.suspect and m.trust > 0.0]
     return [m.id for m in able if not m.leaving and not far_behind(m)] or [m.id for m in able]
 
 

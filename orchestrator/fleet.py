@@ -54,7 +54,7 @@ class LiveMembers(Mapping[MemberId, MemberView]):
         if process is None:
             return MemberView(
                 id=member, node=entry.node, address="", suspect=True, ready=False, stepped=False, weight=0,
-                watermark=watermark, leases=entry.leases, leaving=leaving,
+                watermark=watermark, leases=entry.leases, leaving=leaving, trust=self._state.bans.weight(member.name),
             )  # fmt: skip
         hello, head = process.hello, self._state.heads[fragment].version.n
         return MemberView(
@@ -62,4 +62,5 @@ class LiveMembers(Mapping[MemberId, MemberView]):
             ready=process.ready(), stepped=process.stepped, weight=process.info.weight, watermark=watermark,
             leases=entry.leases, blocked=process.blocked(fragment, head, watermark), leaving=leaving,
             behind=process.behind(fragment, head), step_s=hello.median_step_s if hello is not None else 0.0,
+            trust=self._state.bans.weight(member.name),
         )  # fmt: skip

@@ -30,6 +30,7 @@ OUTPUTS: Mapping[str, type[BaseModel]] = {
     "atoll save --json": answers.SaveAsked,
     "atoll set codec.name=int4 --json": answers.SettingsSet,
     "atoll rollback --to 12 --json": answers.RolledBackTo,
+    "atoll unban island-1 --json": answers.Unbanned,
     "atoll stop --json": answers.Stopped,
     "atoll logs --json": answers.LogTail,
     "atoll stack island-0 --json": answers.StackDump,

@@ -15,6 +15,7 @@ from orchestrator.ledger_model import Deviation, DeviationKind, Finding, Head, I
 from orchestrator.segments import link_problem
 from workers import ranges as spans
 from workers.live_settings import holds_at_once
+from workers.pair_records import PairCommitRecord
 from workers.ranges import Range
 from workers.records import (
     CommitRecord,
@@ -88,6 +89,7 @@ class Replay:
             EvaluationRecord: self._evaluation,
             SnapshotRecord: self._snapshot,
             SharesRecord: self._shares,
+            PairCommitRecord: self._pair_commit,
         }
 
     @property
@@ -301,6 +303,27 @@ class Replay:
             self._commit_entry(r.fragment, entry)
         self._most_full = max(self._most_full, self.num_full)
 
+    def _pair_commit(self, r: PairCommitRecord) -> None:
+        """A group's samples are in; what a roster's entry must fulfil, each of its spans must."""
+        if self.num_fragments != 1:
+            self.fail("pair_commit", f"a pair in a run of {self.num_fragments} fragments")
+            return
+        spans = zip(r.members, r.incarnations, r.since, r.upto, strict=True)
+        for name, incarnation, since, upto in sorted(spans):
+            inc = self._find("pair_commit", name, incarnation)
+            if inc is None or since == upto:
+                continue
+            ranges = inc.cut(since, upto) if 0 <= since < upto <= inc.num_leased else ()
+            entry = RosterEntry(
+                member=name, incarnation=incarnation, seq=0, since=since, upto=upto, ranges=ranges, num_steps=1,
+                coefficient=1.0,
+            )  # fmt: skip
+            again = set(inc.after_fence)  # one that is fenced may have been in a pair, and in the roster of a merge
+            inc.after_fence.clear()
+            self._commit_entry(0, entry)
+            inc.after_fence |= again
+        self._most_full = max(self._most_full, self.num_full)
+
     def _check_roster(self, roster: Sequence[RosterEntry]) -> None:
         if not roster:
             self.fail("commit", "the roster is empty")
@@ -308,8 +331,10 @@ class Replay:
         if any(first >= second for first, second in pairwise(names)):
             self.fail("commit", "the roster is not ascending by member and incarnation")
         shares = [entry.coefficient for entry in roster]
-        if not all(math.isfinite(share) and share > 0 for share in shares) or sum(shares) > 1 + COEFFICIENT_SLACK:
-            self.fail("commit", f"coefficients {shares} are not above 0 with a sum of at most 1")
+        # 0: a robust rule heard a contribution and did not choose it. All 0 would be a commit of nothing.
+        sound = all(math.isfinite(share) and share >= 0 for share in shares)
+        if not sound or not 0 < sum(shares) <= 1 + COEFFICIENT_SLACK:
+            self.fail("commit", f"coefficients {shares} are not 0 or more with a sum above 0 and of at most 1")
 
     def _commit_entry(self, fragment: int, entry: RosterEntry) -> None:
         inc = self._find("commit", entry.member, entry.incarnation)

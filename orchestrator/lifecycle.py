@@ -12,8 +12,8 @@ from orchestrator import leases, leaving
 from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
 from orchestrator.membership import Process, Roll, Verdict
-from orchestrator.redundancy import Redundancy
 from orchestrator.run_state import Membership, RunState
+from orchestrator.standing import Standings
 from workers import messages as msg
 from workers.records import (
     HUNG,
@@ -23,6 +23,7 @@ from workers.records import (
     GenesisRecord,
     JoinRecord,
     MemberId,
+    RefusalRecord,
     Row,
     SettleRecord,
     Term,
@@ -75,7 +76,7 @@ def outlived(successor: Process | None, asked_s: float) -> bool:
     return well and successor is not None and successor.heard_s > asked_s
 
 
-class Lifecycle(Redundancy):
+class Lifecycle(Standings):
     """The lives of incarnations."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -243,6 +244,7 @@ class Lifecycle(Redundancy):
                     config=self.exchange_at(f),
                     term=self.term,
                     closing=closing_of(self.strategy_at(f)),
+                    robust=self.plan.robust,
                 )
                 for f, n in enumerate(self.state.num_chunks)
             ]
@@ -315,7 +317,10 @@ class Lifecycle(Redundancy):
         members = {
             m: (p.info.batch_size, p.consumed)
             for m, p in asked
-            if p.ready() and not p.is_suspect() and m.name not in self.leaving
+            if p.ready()
+            and not p.is_suspect()
+            and m.name not in self.leaving
+            and self.state.bans.may_contribute(m.name)
         }
         plan, by_speed = self._lease_plan(), self.state.shares
         self.lease_plan = plan
@@ -404,7 +409,7 @@ class Lifecycle(Redundancy):
     def _settle_all(self) -> None:
         for member in ended_members(self.state, self.roll):
             entry = self.state.members[member]
-            if not entry.settled and may_settle(member, self.exchanges):
+            if not entry.settled and may_settle(member, self.exchanges) and not self._in_open_pair(member):
                 trained = self.consumed_at_end.get(member, 0)
                 lost = max(trained - max(entry.watermarks, default=0), 0)
                 self._log(SettleRecord(member=member.name, incarnation=member.incarnation, lost=lost))
@@ -426,13 +431,18 @@ class Lifecycle(Redundancy):
         if entry is None or not entry.live:
             return
         name = member.name
+        self._log(RefusalRecord(member=name, incarnation=member.incarnation, why=why))
         self.refusals[name] += 1
-        if self.refusals[name] >= self.plan.max_refusals:
+        if self.refusals[name] >= self.plan.max_refusals and not self.plan.robust.watches:
             self._give_up(name, f"{name} is given up after {self.refusals[name]} refused updates in a row: {why}")
         self._lose(member, "refused", why)
         self._fence(member, why, refused=True)
         if name in self.given_up and not self.state.live():
             self._end("failed", self.given_up[name])
+
+    def _in_open_pair(self, member: MemberId) -> bool:
+        """Whether a partner may yet report a commit that this member's work is in."""
+        raise NotImplementedError
 
     def _replace(self, name: str, kind: Kind, why: str, *, stepped: bool) -> None:
         """The process of a member ended: another one, or the verdict that it is given up."""

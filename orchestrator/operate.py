@@ -29,6 +29,7 @@ METHODS = {
     "stop": "stop",
     "set": "set",
     "rollback": "rollback",
+    "unban": "unban",
     "leave": "leave",
     "logs": "logs",
     "stack": "stack",

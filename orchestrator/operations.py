@@ -16,6 +16,8 @@ def rollback_problem(state: RunState, versions: Sequence[int], chains: Sequence[
     """Why a run cannot go back to these versions; None if it can."""
     if not state.heads:
         return "the run has no version yet"
+    if state.pair_rows:
+        return "the run gossips: what pairs have committed since cannot be taken back"
     if len(versions) != state.num_fragments:
         return f"the snapshot has {len(versions)} fragments, the run has {state.num_fragments}"
     for fragment, (n, chain) in enumerate(zip(versions, chains, strict=True)):

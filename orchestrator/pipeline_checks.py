@@ -84,6 +84,8 @@ def _others(config: RunConfig) -> Iterator[Problem]:
         "run.snapshots": (config.run.snapshots, None),
         "run.fault_plan": (config.run.fault_plan, None),
         "codec.error_feedback": (config.codec.error_feedback, False),
+        "robust.rule": (config.robust.rule, "mean"),
+        "robust.verify": (config.robust.verify, False),
     }
     for key, (value, wanted) in needed.items():
         if value != wanted:

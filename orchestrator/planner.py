@@ -11,7 +11,7 @@ A strategy is one entry in `COSTS`; `tests/unit/config/test_planner.py` fails fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -121,10 +121,12 @@ def all_reduce(case: Case, config: RunConfig) -> Traffic:
     fragments = fragment_values(case, config)
     contribution, result = codecs_of(config.codec)
     sizes = [(payload_bytes(contribution, n, chunk), payload_bytes(result, n, chunk)) for n, chunk in fragments]
-    members = case.num_islands
+    members, owners = case.num_islands, 2 if config.robust.verify else 1
     steps = config.strategy.inner_steps_at(1.0)
     return Traffic(
-        exchanges=tuple(-(-(pieces + results) * (members - 1) // members) for pieces, results in sizes),
+        exchanges=tuple(
+            -(-(owners * pieces * (members - 1) + results * (members - owners)) // members) for pieces, results in sizes
+        ),
         values=tuple(n for n, _ in fragments),
         inner_steps=steps,
         overlap_steps=overlap_of(config),
@@ -153,6 +155,25 @@ def pushes(case: Case, config: RunConfig) -> Traffic:
     )
 
 
+def pairs(case: Case, config: RunConfig) -> Traffic:
+    """What a member of a group sends between two full merges, at their mean: anchor and displacement, fp32.
+
+    The merge itself is one exchange of all in `strategy.merge_every` rounds.
+    """
+    merge = all_reduce(case, config)
+    strategy, values = config.strategy, sum(merge.values)
+    every = strategy.merge_every
+    sent = 8 * values * (strategy.group_size - 1) * (every - 1)
+    return replace(
+        merge,
+        exchanges=(-(-(sum(merge.exchanges) + sent) // every),),
+        values=(values,),
+        inner_steps=strategy.inner_steps,
+        memory_bytes=merge.memory_bytes + 12 * values * (strategy.group_size + 1),
+        peers=strategy.group_size - 1,
+    )
+
+
 COSTS: Mapping[str, Entry] = {
     "ddp": Entry(traffic=all_reduce, departs=0, purpose="gradients averaged after every step: one machine's training"),
     "diloco": Entry(traffic=all_reduce, departs=1, purpose="one outer step for H local ones"),
@@ -162,6 +183,8 @@ COSTS: Mapping[str, Entry] = {
     "delayed": Entry(traffic=all_reduce, departs=4, purpose="a whole round to send in, applied one round late"),
     "decoupled": Entry(traffic=all_reduce, departs=3, purpose="streaming with whoever is there: nobody is waited for"),
     "async-dn": Entry(traffic=pushes, departs=4, purpose="each island at its own pace, every push a version"),
+    "noloco": Entry(traffic=pairs, departs=5, purpose="pairs that pull towards each other, merged now and then"),
+    "gossip": Entry(traffic=pairs, departs=5, purpose="pairs that average, merged now and then"),
     "sparseloco": Entry(traffic=all_reduce, departs=4, purpose="one value of 64 is sent, the rest is kept for later"),
 }
 # Their results are due when the next contribution is made, whatever `overlap_steps` says.

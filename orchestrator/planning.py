@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
 # Toys: priced like the others, never proposed for anything else.
+FOR_A_REASON = frozenset({"robust"})  # chosen for what it bears, not for what it costs
 EXAMPLES = frozenset({"debug", "demo"})
 COLUMNS = ("preset", "strategy", "H", "bytes a round", "exchange", "round", "utilisation", "needs", "memory")
 POINTS = 61
@@ -121,7 +122,7 @@ def make_plan(case: Case, own: Mapping[str, RunConfig]) -> Plan:
     real = [cost for cost in costs if cost.preset not in EXAMPLES and cost.preset not in own]
     if not real:
         raise UserError(f"no preset fits this model: {'; '.join(misfits.values())}")
-    best = choose(real)
+    best = choose([cost for cost in real if cost.preset not in FOR_A_REASON])
     return Plan(
         params=case.num_params,
         islands=case.num_islands,

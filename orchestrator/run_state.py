@@ -10,11 +10,13 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+from orchestrator.bans import STANDINGS, Bans, Standing, StandingChange
 from workers import ranges
 from workers.live_settings import LiveSettings, holds_at_once
 from workers.messages import Version
+from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.ranges import Range
 from workers.records import (
     CommitRecord,
@@ -27,11 +29,13 @@ from workers.records import (
     MemberId,
     PauseRecord,
     Record,
+    RefusalRecord,
     RevokeRecord,
     RollbackRecord,
     SettingRecord,
     SettleRecord,
     SharesRecord,
+    StandingRecord,
     StopRecord,
     Term,
     TermRecord,
@@ -115,6 +119,11 @@ class RunState:
         self.shares: SharesRecord | None = None
         self._live: list[MemberId] = []
         self._num_committed: int | None = None
+        self.bans = Bans()
+        self.pair_rows: list[PairRosterRecord | PairCommitRecord] = []
+        self.refusals: list[RefusalRecord] = []
+        self.refused_since: dict[str, str] = {}  # the last commit: who, and why
+        self.num_commits = 0
 
     # ------------------------------------------------------------ questions
 
@@ -225,6 +234,9 @@ class RunState:
             self.committed[r.fragment] += entry.upto - entry.since
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
         self.history[r.fragment].append(r)
+        self.num_commits += 1
+        self.bans.count(self.num_commits, {**{entry.member: "" for entry in r.roster}, **self.refused_since})
+        self.refused_since = {}
         self.digests[r.fragment][r.n] = r.digest
 
     def _settle(self, r: SettleRecord) -> None:
@@ -315,6 +327,30 @@ class RunState:
     def _shares(self, r: SharesRecord) -> None:
         self.shares = r
 
+    def _pair_roster(self, r: PairRosterRecord) -> None:
+        self.pair_rows.append(r)
+
+    def _pair_commit(self, r: PairCommitRecord) -> None:
+        _must(self.num_fragments == 1, "a pair in a run of several fragments")
+        for name, incarnation, since, upto in zip(r.members, r.incarnations, r.since, r.upto, strict=True):
+            member = self.members[MemberId(name=name, incarnation=incarnation)]
+            _must(not member.settled, f"a pair commit names {member.id}, which is settled")
+            _must(member.watermarks[0] == since, f"gap or overlap in what {member.id} has in pairs")
+            _must(since <= upto <= member.num_leased, f"{member.id} was not leased that")
+            member.watermarks[0] = upto
+            self.committed[0] += upto - since
+        self.pair_rows.append(r)
+
+    def _refusal(self, r: RefusalRecord) -> None:
+        self.refusals.append(r)
+        self.refused_since[r.member] = r.why
+
+    def _standing(self, r: StandingRecord) -> None:
+        _must(r.standing in STANDINGS, f"{r.member} is to be {r.standing!r}, which is nothing")
+        self.bans.replay(
+            StandingChange(member=r.member, standing=cast(Standing, r.standing), serial=r.serial, why=r.why)
+        )
+
     def _stop(self, r: StopRecord) -> None:
         self.stopped, self.paused = r, False
 
@@ -344,6 +380,10 @@ class RunState:
         PauseRecord: _pause,
         EvaluationRecord: _evaluation,
         SharesRecord: _shares,
+        PairRosterRecord: _pair_roster,
+        PairCommitRecord: _pair_commit,
+        RefusalRecord: _refusal,
+        StandingRecord: _standing,
         StopRecord: _stop,
     }
 

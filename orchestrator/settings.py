@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from strategies.config import LIVE, Section
+from strategies.robust import Rule
 
 
 class RunSection(Section):
@@ -147,6 +148,30 @@ class ExchangeConfig(Section):
         if isinstance(values, dict) and isinstance(profile := values.get("profile", "lan"), str):
             return {**PROFILES.get(profile, {}), **values}
         return values
+
+
+class RobustConfig(Section):
+    """`[robust]`: what is done about members that send wrong updates; nothing, unless it is asked for."""
+
+    rule: Rule = Field(
+        "mean",
+        description="What becomes of the contributions: mean, their weighted sum; clip, no longer than their median; "
+        "then the coordinate median, trimmed mean, multi-Krum, CenteredClip, or nnm: nearest-neighbour mixing and the "
+        "trimmed mean.",
+    )
+    num_wrong: int = Field(1, ge=0, le=2048, description="Wrong contributions that trimmed, krum and nnm are to bear.")
+    bucket: int = Field(1, ge=1, le=64, description="Contributions that are averaged at random before the rule.")
+    refuse_times: float = Field(
+        4.0, gt=1, le=1000, description="A contribution that is longer than so many times the median is refused."
+    )
+    verify: bool = Field(
+        False, description="Two members reduce each part; where they differ, a third says which of them is wrong."
+    )
+
+    @property
+    def watches(self) -> bool:
+        """Whether members whose contributions are refused again and again are banned."""
+        return self.rule != "mean" or self.verify
 
 
 class MetricsConfig(Section):

@@ -30,6 +30,7 @@ from orchestrator.segments import read_run
 from workers.records import Scalar
 
 REFRESH_S = 1.0
+SHOWN_REFUSALS = 10
 
 
 class MemberStatus(BaseModel):
@@ -53,6 +54,12 @@ class MemberStatus(BaseModel):
     seen_before_s: float | None = Field(description="Age of its newest row, seconds before the run's newest row.")
     local_state: str = Field(
         description="Who keeps a copy of its local state, of which version (run.redundancy); else empty."
+    )
+    standing: str = Field(
+        "member", description="member, banned (nothing it sends counts), or probation (it counts little)."
+    )
+    refusals: list[str] = Field(
+        default_factory=list, description="Why contributions of it, or what it reduced, were refused: the last ten."
     )
 
 
@@ -208,6 +215,8 @@ def _members(state: RunState, newest: _Newest, now: float, *, running: bool) -> 
             tokens_per_s=step.tokens_per_s if step and fresh else None,
             seen_before_s=now - step.t_s if step and fresh else None,
             local_state=_kept(newest.copies.get(name), state) if running else "",
+            standing=state.bans.standing(name),
+            refusals=[r.why for r in state.refusals if r.member == name][-SHOWN_REFUSALS:],
         )
     return out
 
@@ -283,6 +292,11 @@ def render(status: Status) -> Any:
     for name, member in status.members.items():
         if member.status in ("slow", "suspect", "draining"):
             parts.append(Text(f"{name}.{member.incarnation} is {member.status}: {member.reason}"))
+        if member.standing != "member":
+            remedy = f"; atoll unban {name} ends it" if member.standing == "banned" else ""
+            parts.append(Text(f"{name} is {member.standing}{remedy}"))
+        if member.refusals:
+            parts.append(Text(f"{name}: {len(member.refusals)} refused, last because {member.refusals[-1]}"))
     parts += [Text(f"{name}: {member.local_state}") for name, member in status.members.items() if member.local_state]
     if status.quorum:
         parts.append(Text(status.quorum))

@@ -9,7 +9,7 @@ from orchestrator.config_problem import Problem
 from orchestrator.settings import ExchangeConfig
 from strategies.config import DELAYED, OVERLAPPING, StrategyConfig
 from strategies.schedule import periods_that_divide
-from strategies.stability import largest_lr, largest_lr_of_pushes, nearest_lr
+from strategies.stability import largest_gamma, largest_lr, largest_lr_of_pushes, nearest_lr
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -22,7 +22,12 @@ def check_strategy(config: RunConfig) -> Iterator[Problem]:
         return
     yield from check_fragments(config.strategy)
     yield from check_overlap(config.strategy)
-    yield from check_outer(config.strategy)
+    if config.strategy.in_pairs:
+        yield from check_in_pairs(config)
+    else:
+        yield from check_outer(config.strategy)
+        for key in ("merge_every", "topology", "group_size", "gamma", "pair_timeout_s"):
+            yield from _only_in_pairs(config.strategy, key)
     yield from check_own_pace(config)
     yield from check_decoupled(config.strategy)
     yield from check_quadratic_rule(config)
@@ -104,6 +109,52 @@ def check_outer(strategy: StrategyConfig) -> Iterator[Problem]:
             f"{strategy.name!r} would apply a step late"
         )
         yield Problem(key="strategy.warmup_sync", message=message, remedy="strategy.warmup_sync = 0")
+
+
+def check_in_pairs(config: RunConfig) -> Iterator[Problem]:
+    """Pairs come together, their mean does not diverge, and nothing is asked of them that needs more than two."""
+    strategy, islands = config.strategy, config.run.islands
+    if strategy.name == "noloco":
+        bound = largest_gamma(strategy.outer_momentum, 2)
+        if strategy.gamma >= bound:
+            message = (
+                f"strategy.gamma = {strategy.gamma:g} with strategy.outer_momentum = {strategy.outer_momentum:g}: "
+                f"members drift apart from {bound:.3g} on"
+            )
+            yield Problem(key="strategy.gamma", message=message, remedy=f"below {bound:.3g}; published: 0.7 with 0.5")
+        limit = largest_lr("heavy-ball", strategy.outer_momentum)
+        if strategy.outer_lr >= limit:
+            message = f"strategy.outer_lr = {strategy.outer_lr:g}: the mean of all members diverges from {limit:.3g} on"
+            yield Problem(key="strategy.outer_lr", message=message, remedy=f"{nearest_lr(limit):g} or less")
+    if strategy.topology != "random" and strategy.group_size != 2:
+        message = f"strategy.group_size = {strategy.group_size}: strategy.topology = {strategy.topology!r} has pairs"
+        yield Problem(key="strategy.group_size", message=message, remedy="2, or strategy.topology = 'random'")
+    if islands != "auto" and islands < strategy.group_size:
+        message = f"strategy.group_size = {strategy.group_size} needs so many islands, run.islands = {islands}"
+        yield Problem(key="run.islands", message=message, remedy=f"{strategy.group_size} or more")
+    wanted = {
+        "strategy.num_fragments": (strategy.total_fragments, 1),
+        "strategy.warmup_sync": (strategy.warmup_sync, 0.0),
+        "run.load": (config.run.load, "equal"),
+        "run.elastic": (config.run.elastic, False),
+        "run.redundancy": (config.run.redundancy, type(config.run).model_fields["redundancy"].default),
+        "robust.rule": (config.robust.rule, "mean"),
+    }
+    for key, (value, needed) in wanted.items():
+        if value != needed:
+            message = (
+                f"{key} = {value!r} is not possible with strategy.name = {strategy.name!r}, whose members meet in pairs"
+            )
+            yield Problem(key=key, message=message, remedy=f"{key} = {needed!r}")
+
+
+def _only_in_pairs(strategy: StrategyConfig, key: str) -> Iterator[Problem]:
+    value, default = getattr(strategy, key), StrategyConfig.model_fields[key].default
+    if value != default:
+        message = f"strategy.{key} = {value!r} has no meaning with strategy.name = {strategy.name!r}"
+        yield Problem(
+            key=f"strategy.{key}", message=message, remedy=f"{default!r}: it belongs to 'noloco' and 'gossip'"
+        )
 
 
 def check_own_pace(config: RunConfig) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ and distances are sums over parts, and scalars): clipping each part on its own i
 
 Bits: fp32, one rounding per operation; scalars (norms, distances) fp64 in one order of additions. Median, trimmed mean
 and Krum's choice do not depend on the order of contributions, the means only in their last bit.
+What is decided from lengths and distances alone is in `robust.py`.
 Every rule takes finite values only: `finite` first. Suffixes: P contributions, N values.
 """
 
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from hashlib import blake2b
 from statistics import median
 from typing import NamedTuple
 
@@ -31,13 +31,14 @@ from torch import Tensor
 from strategies.codecs.base import Codec
 from strategies.elementwise import new_scratch, passes, scalar_like
 from strategies.errors import SettingError
-from strategies.norm import CLIP_EPS, SquareSum, sum_of_squares
+from strategies.norm import SquareSum, sum_of_squares
+from strategies.robust import Squares, buckets, check_enough, clip_factors, krum_order, nearest
 
-Squares = list[list[float]]
-"""Squared distances between contributions, `[i][j]`; those of parts of a vector add up to those of the whole."""
-
-RULE_MINIMA = {"trimmed_mean": (2, 1), "multi_krum": (2, 3), "nearest_mixing": (2, 1), "centered_clip": (2, 1)}
-"""Least number of contributions with f wrong ones: `a f + b`."""
+__all__ = [
+    "Accumulated", "Squares", "accumulate", "bucket_means", "buckets", "centered_clip", "check_enough", "clip_factors",
+    "clip_to_median", "coordinate_median", "decode_accumulate", "finite", "krum_order", "multi_krum", "nearest",
+    "nearest_mixing", "norms", "pairwise_squares", "trimmed_mean", "weighted_sum",
+]  # fmt: skip
 
 
 class Accumulated(NamedTuple):
@@ -93,19 +94,6 @@ def weighted_sum(decoded: Sequence[Tensor], coefficients: Sequence[float]) -> Te
 # ---------------------------------------------------------------- robust rules
 
 
-def check_enough(rule: str, num: int, num_wrong: int) -> None:
-    """Raise SettingError, with the reason, if a rule of `RULE_MINIMA` cannot bear so many wrong ones of `num`."""
-    if num_wrong < 0:
-        raise SettingError(f"num_wrong = {num_wrong}; it cannot be negative")
-    times, plus = RULE_MINIMA[rule]
-    least = times * num_wrong + plus
-    if num < least:
-        raise SettingError(
-            f"{rule} against {num_wrong} wrong contributions needs at least {least}, there are {num}: the others could "
-            f"not outvote them; lower it to {max((num - plus) // times, 0)}, or wait for more members"
-        )
-
-
 def finite(updates: Sequence[Tensor]) -> list[bool]:
     """Of each contribution, whether all its values are finite. One that is not would poison every rule for good."""
     return [bool(torch.isfinite(update_N).all()) for update_N in updates]
@@ -117,14 +105,6 @@ def finite(updates: Sequence[Tensor]) -> list[bool]:
 def norms(updates: Sequence[Tensor]) -> list[float]:
     """The L2 norms, fp64."""
     return [math.sqrt(float(sum_of_squares(update_N))) for update_N in updates]
-
-
-def clip_factors(lengths: Sequence[float]) -> list[float]:
-    """By what each contribution is multiplied so that none is longer than the median of their norms."""
-    if not lengths:
-        return []
-    limit = median(lengths)
-    return [min(1.0, limit / (length + CLIP_EPS)) if length > limit else 1.0 for length in lengths]
 
 
 def clip_to_median(updates: Sequence[Tensor]) -> list[Tensor]:
@@ -168,17 +148,6 @@ def pairwise_squares(updates: Sequence[Tensor]) -> Squares:
     return squares
 
 
-def krum_order(squares: Squares, num_wrong: int) -> list[int]:
-    """Contributions from the most central one on: by the sum of squares to their n - f - 2 nearest others."""
-    num = len(squares)
-    check_enough("multi_krum", num, num_wrong)
-    scores = [
-        math.fsum(sorted(square for j, square in enumerate(row) if j != i)[: num - num_wrong - 2])
-        for i, row in enumerate(squares)
-    ]
-    return sorted(range(num), key=lambda i: (scores[i], i))
-
-
 def multi_krum(
     updates: Sequence[Tensor], num_wrong: int, *, num_kept: int | None = None, squares: Squares | None = None
 ) -> Tensor:
@@ -190,15 +159,6 @@ def multi_krum(
             f"num_kept = {num_kept}; multi-Krum keeps at least 1 and at most n - f = {len(updates) - num_wrong}"
         )
     return _mean([updates[i] for i in sorted(order[:num_kept])])
-
-
-def nearest(squares: Squares, num_wrong: int) -> list[list[int]]:
-    """Of each contribution its n - f nearest, itself among them, by rank."""
-    num = len(squares)
-    check_enough("nearest_mixing", num, num_wrong)
-    # Itself first, also among copies of itself at distance 0.
-    rows = [sorted(range(num), key=lambda j, i=i: (squares[i][j], j != i, j)) for i in range(num)]  # type: ignore[misc]
-    return [sorted(row[: num - num_wrong]) for row in rows]
 
 
 def nearest_mixing(updates: Sequence[Tensor], num_wrong: int, *, squares: Squares | None = None) -> list[Tensor]:
@@ -232,14 +192,6 @@ def centered_clip(
 
 
 # ---------------------------------------------------------------- buckets
-
-
-def buckets(num: int, size: int, *, seed: int) -> list[list[int]]:
-    """Ranks dealt at random (by hash) to buckets of `size`, the last one perhaps smaller."""
-    if size < 1:
-        raise SettingError(f"buckets of {size}; at least 1")
-    order = sorted(range(num), key=lambda i: (blake2b(f"{seed}/{i}".encode(), digest_size=16).digest(), i))
-    return [sorted(order[start : start + size]) for start in range(0, num, size)]
 
 
 def bucket_means(updates: Sequence[Tensor], size: int, *, seed: int, num_wrong: int = 0) -> list[Tensor]:

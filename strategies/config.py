@@ -20,12 +20,25 @@ class Section(BaseModel):
 
 
 StrategyName = Literal[
-    "diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco", "async-dn", "decoupled"
+    "diloco",
+    "ddp",
+    "streaming",
+    "eager",
+    "delayed",
+    "muloco",
+    "sparseloco",
+    "async-dn",
+    "decoupled",
+    "noloco",
+    "gossip",
 ]
 Patterns = list[Annotated[list[str], Field(min_length=1)]]
 
 DELAYED = ("eager", "delayed")
 """Strategies whose contributions are applied a whole round later."""
+
+GOSSIP = ("noloco", "gossip")
+"""Strategies whose members meet in pairs or groups between two exchanges of all."""
 
 OVERLAPPING = ("streaming", "decoupled")
 """Strategies that train on for `overlap_steps` while a fragment is under way."""
@@ -84,6 +97,17 @@ class StrategyConfig(Section):
         le=1,
         description="decoupled: share of the time to spare until a result is due in which late members are waited for.",
     )
+    merge_every: int = Field(
+        10, ge=2, le=1_000_000, description="noloco, gossip: rounds of inner_steps from one full merge to the next."
+    )
+    topology: Literal["random", "exponential", "ring"] = Field(
+        "random", description="noloco, gossip: who meets whom: random groups, one-peer exponential, or a ring in turns."
+    )
+    group_size: int = Field(2, ge=2, le=64, description="noloco, gossip: members of a group, with random groups.")
+    gamma: float = Field(0.7, gt=0, le=10, description="noloco: pull of a member's anchor towards its group's mean.")
+    pair_timeout_s: float = Field(
+        3.0, gt=0, le=600, description="noloco, gossip: seconds after which a partner that does not come is skipped."
+    )
     qsr_alpha: float = Field(
         0.0,
         ge=0,
@@ -106,6 +130,11 @@ class StrategyConfig(Section):
         return self.name == "async-dn"
 
     @property
+    def in_pairs(self) -> bool:
+        """Whether members meet in pairs or groups between two exchanges of all."""
+        return self.name in GOSSIP
+
+    @property
     def delay(self) -> int:
         """Rounds between a contribution and the outer step that has it."""
         return 1 if self.name in DELAYED else 0
@@ -118,6 +147,8 @@ class StrategyConfig(Section):
         """
         if self.name == "ddp" or progress < self.warmup_sync:
             return 1
+        if self.in_pairs:
+            return self.inner_steps * self.merge_every
         if rate is None or self.qsr_alpha == 0:
             return self.inner_steps
         return quadratic_steps(

@@ -24,16 +24,10 @@ from torch import Tensor
 from strategies.aggregate import accumulate, weighted_sum
 from strategies.elementwise import new_scratch, passes, scalar_like
 from strategies.errors import SettingError
-from strategies.stability import largest_lr, nearest_lr
+from strategies.stability import largest_gamma, largest_lr, nearest_lr
 from strategies.topology import Matrix, check_stochastic
 
-
-def largest_gamma(alpha: float, group_size: int = 2) -> float:
-    """Where NoLoCo's consensus ceases to be mean-square stable: `2 (1 - a^2) / (1 - a + 2 a / n)`; pairs: 2 (1 - a^2).
-
-    Derived for replicas that are independent and do not drift; a larger group is stable further out.
-    """
-    return 2.0 * (1.0 - alpha * alpha) / (1.0 - alpha + 2.0 * alpha / group_size)
+__all__ = ["NoLoCo", "check_group", "gossip_steps", "group_mean", "largest_gamma", "mix"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ from strategies.delayed import build_delayed
 from strategies.diloco import build_diloco
 from strategies.eager import build_eager
 from strategies.errors import SettingError
+from strategies.in_pairs import build_in_pairs
 from strategies.muloco import build_muloco
 from strategies.sparseloco import build_sparseloco
 from strategies.strategy import Strategy
@@ -67,6 +68,8 @@ STRATEGIES: Mapping[str, Builder] = {
     "sparseloco": lambda config, codecs, codec, rounds, lr_at, train: build_sparseloco(config, codecs, codec, rounds),
     "async-dn": lambda config, codecs, codec, rounds, lr_at, train: build_async_dn(config, codecs, codec, rounds),
     "decoupled": lambda config, codecs, codec, rounds, lr_at, train: build_decoupled(config, codecs, codec, rounds),
+    "noloco": lambda config, codecs, codec, rounds, lr_at, train: build_in_pairs(config, codecs, codec, rounds),
+    "gossip": lambda config, codecs, codec, rounds, lr_at, train: build_in_pairs(config, codecs, codec, rounds),
     "ddp": lambda config, codecs, codec, rounds, lr_at, train: build_ddp(
         config, codecs, codec, lr_at=lr_at, train=train
     ),

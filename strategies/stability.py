@@ -41,6 +41,14 @@ def largest_lr(outer: Outer, momentum: float, *, delay: int = 0, eps: float = 0.
     return low
 
 
+def largest_gamma(alpha: float, group_size: int = 2) -> float:
+    """Where NoLoCo's consensus ceases to be mean-square stable: `2 (1 - a^2) / (1 - a + 2 a / n)`; pairs: 2 (1 - a^2).
+
+    Derived for replicas that are independent and do not drift; a larger group is stable further out.
+    """
+    return 2.0 * (1.0 - alpha * alpha) / (1.0 - alpha + 2.0 * alpha / group_size)
+
+
 def largest_lr_of_pushes(momentum: float, *, every: int, spread: float = 0.0) -> float:
     """Return the learning rate at which delayed Nesterov ceases to be stable, the lesser of two cases.
 

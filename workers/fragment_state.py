@@ -41,6 +41,7 @@ class FragmentState:
     assign: Assign | None = None
     reducing: set[int] = field(default_factory=set)
     reduced: dict[int, str] = field(default_factory=dict)
+    measured: dict[int, tuple[float, ...]] = field(default_factory=dict)
     results: dict[int, str] = field(default_factory=dict)
     fetching_results: set[int] = field(default_factory=set)
     spread: msg.Spread | None = None

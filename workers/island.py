@@ -43,6 +43,7 @@ from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer
 from workers.pace import Pace
 from workers.pack_access import open_pack
+from workers.pair_sync import PairSync
 from workers.record_log import RecordLog
 from workers.records import StopRecord
 from workers.replica import Replica, StateChunk
@@ -220,7 +221,8 @@ class Island:
         )
         follow_settings(replica, spec, lambda: machine.log)
         assert isinstance(context.store, MemberStore)
-        return sy.IslandSync(
+        kind = PairSync if spec.strategy.in_pairs else sy.IslandSync
+        sync = kind(
             machine=machine,
             replica=replica,
             store=context.store,
@@ -233,6 +235,9 @@ class Island:
             on_reset=self._forget_moments,
             copies=LocalCopies(self.model, self.optimizer, spec.staleness_limit) if spec.keeps_copies else None,
         )
+        if isinstance(sync, PairSync):
+            sync.begin_pairs(spec.strategy)
+        return sync
 
     def _forget_moments(self) -> None:
         """After a reset the inner optimizer starts afresh: its moments belong to work that was dropped (H4)."""

@@ -158,9 +158,10 @@ class Jobs:
         return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
 
     def reduce(self, c: ev.Reduce) -> ev.Event | None:
-        """Reduce own chunks of the roster and publish the results."""
+        """Reduce own chunks of the roster and publish the results, or measure its distances."""
         offers = {(m, o.seq): o for m, _, o in c.assign.offers}
         done: list[tuple[int, str]] = []
+        measured: list[tuple[int, tuple[float, ...]]] = []
         for chunk in c.chunks:
             pieces: list[Piece] = []
             for entry in c.assign.roster:
@@ -172,12 +173,20 @@ class Jobs:
                 pieces.append(
                     Piece(payload=_tensor(data), coefficient=entry.coefficient, sumsq=sumsq, num_samples=samples)
                 )
+            recipe = c.assign.recipe
             try:
-                payload = self.replica.reduce(c.assign.fragment, chunk, pieces, n=c.assign.base.n)
+                if recipe is not None and c.assign.measures:
+                    measured.append((chunk, self.replica.measure(c.assign.fragment, chunk, pieces, recipe)))
+                    continue
+                payload = self.replica.reduce(c.assign.fragment, chunk, pieces, n=c.assign.base.n, recipe=recipe)
             except BadPiece as error:
                 offer = c.assign.roster[error.args[1]].offer
                 return ev.PieceRejected(fragment=c.assign.fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
             done.append((chunk, self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, payload)))
+        if c.assign.measures:
+            return ev.ChunksMeasured(
+                fragment=c.assign.fragment, roster_digest=c.assign.roster_digest, chunks=tuple(measured)
+            )
         return ev.ChunksReduced(fragment=c.assign.fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
 
     def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Tensor) -> str:

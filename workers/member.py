@@ -67,6 +67,8 @@ class MemberMachine(ExchangeSide):
                 self._pieces_failed(event)
             case ev.PieceRejected():
                 self._piece_rejected(event)
+            case ev.ChunksMeasured():
+                self._chunks_measured(event)
             case ev.ChunksReduced():
                 self._chunks_reduced(event)
             case ev.ResultsFetched(fragment=f, chunks=fetched):

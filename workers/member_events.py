@@ -68,6 +68,15 @@ class ChunksReduced:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChunksMeasured:
+    """Distances between the contributions to own chunks: `(chunk, squared distances)` each."""
+
+    fragment: int
+    roster_digest: str
+    chunks: tuple[tuple[int, tuple[float, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResultsFetched:
     """Result chunks are in the store: `(chunk, digest)` each."""
 
@@ -125,8 +134,8 @@ class StateFailed:
 
 
 Event = (
-    Delivered | Tick | GenesisBuilt | PiecesFetched | PiecesFailed | PieceRejected | ChunksReduced | ResultsFetched
-    | ResultsFailed | NextComputed | AnchorVerified | StateStaged | StateFailed
+    Delivered | Tick | GenesisBuilt | PiecesFetched | PiecesFailed | PieceRejected | ChunksReduced | ChunksMeasured
+    | ResultsFetched | ResultsFailed | NextComputed | AnchorVerified | StateStaged | StateFailed
 )  # fmt: skip
 
 # ---------------------------------------------------------------- commands
@@ -157,7 +166,7 @@ class FetchPieces:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reduce:
-    """Reduce own chunks under the assignment's roster, encode once, publish."""
+    """Reduce own chunks under the assignment's roster, encode once, publish; or measure them, where it says so."""
 
     assign: Assign
     chunks: tuple[int, ...]

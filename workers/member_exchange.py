@@ -48,7 +48,7 @@ class ExchangeSide(MemberCore):
         if not rules.supersedes(body, state.assign):
             return
         if state.assign is None or state.assign.roster_digest != body.roster_digest:
-            state.results, state.reduced, state.reducing = {}, {}, set()
+            state.results, state.reduced, state.measured, state.reducing = {}, {}, {}, set()
         state.assign, state.spread, state.have, state.computing = body, None, None, None
         state.fetching_results = set()
         mine = self._own_chunks(state)
@@ -57,14 +57,15 @@ class ExchangeSide(MemberCore):
         if state.reduced:
             kept = tuple((c, d) for c, d in sorted(state.reduced.items()) if c in mine)
             self._post_reduced(body, kept)
+        self._post_measured(body, tuple((c, s) for c, s in sorted(state.measured.items()) if c in mine))
         self._reduce(body.fragment)
         self._fetch_results(body.fragment)
 
     def _own_chunks(self, state: FragmentState) -> tuple[int, ...]:
         if state.assign is None or self.incarnation is None:
             return ()
-        mine = self.id
-        return tuple(c for c, owner in enumerate(state.assign.owners) if owner == mine)
+        mine, assign = self.id, state.assign
+        return tuple(c for c in range(len(assign.owners)) if assign.works_on(mine, c))
 
     def _reduce(self, fragment: int) -> None:
         state = self.fragments[fragment]
@@ -128,18 +129,35 @@ class ExchangeSide(MemberCore):
                 )
             )  # fmt: skip
 
+    def _chunks_measured(self, event: ev.ChunksMeasured) -> None:
+        state = self.fragments[event.fragment]
+        if state.assign is not None and state.assign.roster_digest == event.roster_digest:
+            state.measured.update(event.chunks)
+            self._post_measured(state.assign, event.chunks)
+
+    def _post_measured(self, assign: Assign, chunks: tuple[tuple[int, tuple[float, ...]], ...]) -> None:
+        if chunks:
+            self._post(
+                msg.Measured(
+                    fragment=assign.fragment, exchange=assign.exchange, attempt=assign.attempt,
+                    roster_digest=assign.roster_digest, chunks=chunks,
+                )
+            )  # fmt: skip
+
     # ------------------------------------------------------------ results
 
     def _fetch_results(self, fragment: int) -> None:
         """Pull result chunks straight from the owners as soon as they are named; by content once `Spread` is known."""
         state = self.fragments[fragment]
         assign = state.assign
-        if assign is None or state.have is not None:
+        if assign is None or state.have is not None or assign.measures:
             return
         addresses = dict(assign.owner_addresses)
         wanted: dict[MemberId, list[int]] = {}
         for chunk, owner in enumerate(assign.owners):
-            if self.incarnation is not None and owner == self.id:
+            if self.incarnation is not None and (
+                owner == self.id or (not state.spread and assign.works_on(self.id, chunk))
+            ):
                 continue
             known = state.results.get(chunk)
             right = known is not None and (state.spread is None or state.spread.chunk_digests[chunk] == known)
@@ -305,7 +323,7 @@ class ExchangeSide(MemberCore):
         state.pieces = {(oid, c) for oid, c in state.pieces if oid not in gone}
         if state.assign is not None and state.assign.base.n < state.n:
             state.assign = state.spread = state.have = state.computing = None
-            state.results, state.reduced, state.reducing = {}, {}, set()
+            state.results, state.reduced, state.measured, state.reducing = {}, {}, {}, set()
             state.fetching_results = set()
         for n in [n for n in state.recent if n <= state.n - KEEP_RESULTS]:
             del state.recent[n]
@@ -339,7 +357,7 @@ class ExchangeSide(MemberCore):
         state = self.fragments[fragment]
         if state.assign is not None and state.assign.exchange == exchange:
             state.assign = state.spread = state.have = state.computing = None
-            state.results, state.reduced, state.reducing = {}, {}, set()
+            state.results, state.reduced, state.measured, state.reducing = {}, {}, {}, set()
         if state.pending is not None and state.pending.published:
             state.posted_s = self.now
             self._post(state.pending.offer)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from strategies.robust import Recipe
 from workers.copies import Copy
+from workers.pair_messages import PairHear, PairRoster, PairSay, PairTell
 from workers.ranges import Range
 from workers.records import MemberId, OfferId, RosterEntry, Row, Term, canonical, chain_hash
 
@@ -170,6 +172,17 @@ class Reduced:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """An owner measured chunks: `(chunk, squared distances)` each, in the order of `measure_pieces`."""
+
+    fragment: int
+    exchange: ExchangeId
+    attempt: int
+    roster_digest: str
+    chunks: tuple[tuple[int, tuple[float, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Have:
     """A member holds every result chunk and computed the digest of the next anchor, without applying it."""
 
@@ -245,22 +258,9 @@ class Inherited:
 
 
 MemberBody = (
-    Join
-    | GenesisMade
-    | Hello
-    | Offer
-    | Missing
-    | Refused
-    | Reduced
-    | Have
-    | RevokeAnswer
-    | Evaluated
-    | DropRequest
-    | Saved
-    | Observed
-    | FaultSeen
-    | Inherited
-)
+    Join | GenesisMade | Hello | Offer | Missing | Refused | Reduced | Measured | Have | RevokeAnswer | Evaluated
+    | DropRequest | Saved | Observed | FaultSeen | Inherited | PairSay | PairTell
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,7 +346,11 @@ class Announce:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assign:
-    """Roster, coefficients and owners of one attempt. `owners[chunk]` names a member incarnation."""
+    """Roster, coefficients and owners of one attempt. `owners[chunk]` names a member incarnation.
+
+    `recipe`: what is made of the pieces where that is not their sum; `checkers[chunk]`: who works on it as well, to be
+    compared. `roster_digest` names the work: roster and recipe.
+    """
 
     fragment: int
     exchange: ExchangeId
@@ -358,6 +362,17 @@ class Assign:
     owners: tuple[MemberId, ...]
     owner_addresses: tuple[tuple[str, str], ...]
     offers: tuple[tuple[MemberId, str, Offer], ...]
+    recipe: Recipe | None = None
+    checkers: tuple[tuple[MemberId, ...], ...] = ()
+
+    def works_on(self, member: MemberId, chunk: int) -> bool:
+        """Whether a member owns a chunk, or checks who does."""
+        return self.owners[chunk] == member or (bool(self.checkers) and member in self.checkers[chunk])
+
+    @property
+    def measures(self) -> bool:
+        """Whether distances are measured, and nothing is added up yet."""
+        return self.recipe is not None and self.recipe.finish == "measure"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -448,28 +463,10 @@ class Stop:
 
 
 ControllerBody = (
-    Welcome
-    | Rejoin
-    | Fenced
-    | MakeGenesis
-    | LeaseGrant
-    | Peers
-    | Keeping
-    | Inherit
-    | Announce
-    | Assign
-    | Spread
-    | Verify
-    | Discarded
-    | RevokeQuery
-    | RevokeCancel
-    | Restore
-    | Evaluate
-    | Save
-    | Tail
-    | Leave
-    | Stop
-)
+    Welcome | Rejoin | Fenced | MakeGenesis | LeaseGrant | Peers | Keeping | Inherit | Announce | Assign | Spread
+    | Verify | Discarded | RevokeQuery | RevokeCancel | Restore | Evaluate | Save | Tail | Leave | Stop
+    | PairHear | PairRoster
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,11 +8,13 @@ was deleted, doubled, swapped or edited breaks the chain at its place.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 from blake3 import blake3
 
+from strategies.robust import Recipe
+from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.pipeline.records import (
     PipelineGenesisRecord,
     ServeRecord,
@@ -231,6 +233,28 @@ class FaultRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RefusalRecord(Record):
+    """A contribution of a member did not count, or (`as_owner`) what it reduced for others was wrong: why."""
+
+    kind: ClassVar[str] = "refusal"
+    member: str
+    incarnation: int
+    why: str
+    as_owner: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StandingRecord(Record):
+    """What a member is from now on, `member`, `banned` or `probation`, after `serial` commits; and why."""
+
+    kind: ClassVar[str] = "standing"
+    member: str
+    standing: str
+    serial: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRecord(Record):
     """Validation loss of the anchor at `versions` (one number per fragment), nats per token.
 
@@ -317,7 +341,8 @@ KINDS: dict[str, type[Record]] = {
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
-        StageCommitRecord,
+        StageCommitRecord, RefusalRecord, StandingRecord,
+        PairRosterRecord, PairCommitRecord,
     )
 }  # fmt: skip
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
@@ -358,6 +383,12 @@ def chain_hash(prev: str, payload: bytes) -> str:
 def roster_digest(roster: tuple[RosterEntry, ...]) -> str:
     """Digest of a roster with its coefficients: names what a reduced part was made of."""
     return chain_hash("roster", canonical({"roster": [_entry_body(entry) for entry in roster]}))
+
+
+def work_digest(roster: tuple[RosterEntry, ...], recipe: Recipe | None) -> str:
+    """What owners are asked to do: the digest of the roster, and of the recipe where there is one."""
+    of_roster = roster_digest(roster)
+    return of_roster if recipe is None else chain_hash(of_roster, canonical(asdict(recipe)))
 
 
 def version_chain(prev_chain: str, record_fields: dict[str, Any]) -> str:

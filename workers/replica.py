@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from strategies.aggregate import decode_accumulate
+from strategies.codecs.base import Codec
 from strategies.codecs.feedback import encode_with_feedback
 from strategies.codecs.stochastic import keyed
 from strategies.decoupled import RadialSum, direction_weight
@@ -26,10 +27,12 @@ from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.merge import advance_included, carry_over, rebase
 from strategies.norm import sum_of_squares
 from strategies.registry import decode_payload, decoder_of
+from strategies.robust import Recipe
 from strategies.strategy import Strategy
 from workers.digest import combine, digest
 from workers.in_flight import Part, displacement_of, own_anchor, set_aside
 from workers.member_rules import aside_after, residual_after
+from workers.robust import measure_pieces, mix_pieces
 
 
 class BadPiece(ValueError):
@@ -77,7 +80,8 @@ class Replica:
         """`tensors`: the live parameters by name, fp32; they are read and written in place.
 
         `variants` may be replaced: `(fragment, n)` -> the strategy of its transition from version `n`, which is the
-        given one but for settings that were changed since.
+        given one but for settings that were changed since. `tamper` and `distort` are for faults: what is sent in the
+        place of a contribution's payload, and of a result.
         """
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
@@ -88,6 +92,8 @@ class Replica:
         self.specs, self.strategy, self.tensors = tuple(specs), strategy, tensors
         self.total_samples = total_samples
         self.variants: Callable[[int, int], Strategy] = lambda fragment, n: strategy
+        self.tamper: Callable[[int, slice, Codec, Tensor, Tensor], Tensor] | None = None
+        self.distort: Callable[[Tensor], Tensor] | None = None
         self.lock = threading.RLock()
         device = next(iter(tensors.values())).device
         self.parts = [
@@ -163,7 +169,11 @@ class Replica:
                 if part.residual is not None and not lossless:  # of a codec that was changed for one that keeps all
                     values_C = values_C + strategy.feedback_decay * part.residual[where]
                 payload = codec.encode(values_C)
-            sent_C = codec.decode(payload, num_values=values_C.numel()) if codec.lossy else values_C
+            if self.tamper is not None:
+                payload = self.tamper(fragment, where, codec, values_C, payload)
+                sent_C = self._decode(payload, where, fragment)
+            else:
+                sent_C = codec.decode(payload, num_values=values_C.numel()) if codec.lossy else values_C
             sums.append(float(sum_of_squares(sent_C)))
             payloads.append(payload.cpu())
         part.next_residual, part.displacement, part.due, part.sent = next_residual, None, None, True
@@ -202,11 +212,45 @@ class Replica:
 
     # ------------------------------------------------------------ reducing
 
-    def reduce(self, fragment: int, chunk: int, pieces: Sequence[Piece], *, n: int) -> Tensor:
-        """Result payload of one chunk from the pieces in roster order, for version `n`.
+    def reduce(
+        self, fragment: int, chunk: int, pieces: Sequence[Piece], *, n: int, recipe: Recipe | None = None
+    ) -> Tensor:
+        """Result payload of one chunk from the pieces in roster order, for version `n`; `recipe` None: their sum.
 
         Raises `BadPiece`, whose second argument is the place in `pieces`, for a piece that must not count.
         """
+        if recipe is not None:
+            total = mix_pieces(self._checked(fragment, chunk, pieces), recipe)
+        else:
+            total = self._sum(fragment, chunk, pieces)
+        if self.distort is not None:
+            total = self.distort(total)
+        return self.variants(fragment, n).result_codec.encode(total).cpu()
+
+    def measure(self, fragment: int, chunk: int, pieces: Sequence[Piece], recipe: Recipe) -> tuple[float, ...]:
+        """Squared distances between the pieces of one chunk, as `recipe` has them. Raises `BadPiece`."""
+        return measure_pieces(self._checked(fragment, chunk, pieces), recipe)
+
+    def _checked(self, fragment: int, chunk: int, pieces: Sequence[Piece]) -> list[Tensor]:
+        """What the pieces decode to, each looked at as `_sum` does."""
+        where, out = self.specs[fragment].chunk_slice(chunk), []
+        for place, piece in enumerate(pieces):
+            try:
+                values_C = self._decode(piece.payload, where, fragment)
+            except ValueError as error:
+                raise BadPiece(f"it cannot be decoded: {error}", place) from error
+            self._check(float(sum_of_squares(values_C)), piece.sumsq, place)
+            out.append(values_C)
+        return out
+
+    @staticmethod
+    def _check(found: float, announced: float, place: int) -> None:
+        if not np.isfinite(found):
+            raise BadPiece("it is not finite", place)
+        if found != announced:
+            raise BadPiece(f"its sum of squares is {found!r}, announced was {announced!r}", place)
+
+    def _sum(self, fragment: int, chunk: int, pieces: Sequence[Piece]) -> Tensor:
         spec = self.specs[fragment]
         where = spec.chunk_slice(chunk)
         num = where.stop - where.start
@@ -224,14 +268,10 @@ class Replica:
                     acc, squares = decode_accumulate(codec, piece, coefficient, acc, num_values=num)
             except ValueError as error:
                 raise BadPiece(f"it cannot be decoded: {error}", place) from error
-            found = float(squares)
-            if not np.isfinite(found):
-                raise BadPiece("it is not finite", place)
-            if found != sumsq:
-                raise BadPiece(f"its sum of squares is {found!r}, announced was {sumsq!r}", place)
+            self._check(float(squares), sumsq, place)
         total = acc if radial is None else radial.result()
         assert total is not None, "a roster without contributions"
-        return self.variants(fragment, n).result_codec.encode(total).cpu()
+        return total
 
     # ------------------------------------------------------------ the next version
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "save": LazyCommand(target="orchestrator.cli.operate:save", help="Write a snapshot of a run now."),
     "set": LazyCommand(target="orchestrator.cli.operate:set_", help="Change settings of a run that goes on."),
     "rollback": LazyCommand(target="orchestrator.cli.operate:rollback", help="Let a run go on from an older version."),
+    "unban": LazyCommand(target="orchestrator.cli.operate:unban", help="Let a banned member contribute again."),
     "logs": LazyCommand(target="orchestrator.cli.operate:logs", help="Show the log of a member or of the controller."),
     "stack": LazyCommand(target="orchestrator.cli.operate:stack", help="Show what an island does at this moment."),
     "submit": LazyCommand(target="orchestrator.cli.submit:submit", help="Start a run as a job of a Ray cluster."),

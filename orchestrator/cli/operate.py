@@ -1,4 +1,4 @@
-"""`atoll pause`, `resume`, `stop`, `save`, `set`, `rollback`, `logs`, `stack`: a run that goes on, from any machine."""
+"""`atoll pause`, `resume`, `stop`, `save`, `set`, `rollback`, `unban`, `logs`, `stack`: a run that goes on."""
 
 from __future__ import annotations
 
@@ -158,6 +158,18 @@ def rollback(target: str | None, version: int, token_file: Path | None, run: str
     again = f"{answer['samples_taken_back']} samples are trained on again"
     text = f"{answer['run']} goes on from version {version}; {again}"
     return _show("RolledBackTo", answer, as_json, text)
+
+
+@click.command()
+@click.argument("member")
+@at_option
+@token_file_option
+@run_option
+@json_option
+def unban(member: str, target: str | None, token_file: Path | None, run: str | None, as_json: bool) -> int:
+    """Let a banned MEMBER contribute again: with a small weight, until it was not refused for a while."""
+    answer = _ask(target, token_file, run, "unban", member=member)
+    return _show("Unbanned", answer, as_json, f"{answer['run']}: {member} is on {answer['standing']}")
 
 
 @click.command()

@@ -17,7 +17,7 @@ from workers import member_events as ev
 from workers import messages as msg
 from workers import ranges
 from workers.fragment_state import KEEP_RESULTS
-from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId, Row
+from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId, RefusalRecord, Row
 
 if TYPE_CHECKING:
     from orchestrator.simulation.cluster import Cluster
@@ -92,7 +92,12 @@ class Checks:
         for row in rows:
             record = row.record
             if isinstance(record, CommitRecord):
+                wrong = self.cluster.distorted & set(record.chunk_digests)
+                must(not wrong, 11, f"version {record.n} has a result that one member made wrongly")
                 self._commit(controller, record)
+            elif isinstance(record, RefusalRecord) and record.as_owner:
+                who = MemberId(name=record.member, incarnation=record.incarnation)
+                must(who in self.cluster.liars, 11, f"{who} is blamed for what it reduced, and never lied")
 
     def _commit(self, controller: Controller, record: CommitRecord) -> None:
         coordinator = controller.coordinator

@@ -18,7 +18,7 @@ from orchestrator.simulation.standbys import Standbys, States
 from orchestrator.simulation.symbols import Names, Snapshots, must
 from workers.messages import Batch, Envelope
 from workers.record_log import RecordLog
-from workers.records import CommitRecord, Row
+from workers.records import CommitRecord, MemberId, Row
 
 HEAD = "head"
 
@@ -44,6 +44,8 @@ class Cluster:
         self.num_controllers = 0
         self.num_spawned = 0
         self.leaving: set[str] = set()
+        self.distorted: set[str] = set()  # digests of results that were reduced wrongly on purpose
+        self.liars: set[MemberId] = set()
         self.finished = self.gave_up = False
         self.faulty = scenario.rates is not None
         self.steps = 0

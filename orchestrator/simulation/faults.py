@@ -47,6 +47,7 @@ class Chaos:
             ("change_settings", rates.change_settings, self._change_settings),
             ("pause", rates.pause, self._pause),
             ("rollback", rates.rollback, self._rollback),
+            ("distort", rates.distort, self._distort),
         ]
         self._names = [name for name, _, _ in kinds]
         self._weights = [weight for _, weight, _ in kinds]
@@ -98,6 +99,7 @@ class Chaos:
         cluster.disk.full = False
         for island in list(cluster.processes()):
             island.poison, island.replica.wrong_once, island.slowdown = 0, 0, 1.0
+            island.distorts = False
             if island.frozen:
                 island.thaw()
         if not cluster.controllers:
@@ -377,6 +379,16 @@ class Chaos:
             return False
         self.cluster.note(f"FAULT {island.first_nonce} announces what it does not send")
         island.poison, island.lies = 1, True
+        return True
+
+    def _distort(self) -> bool:
+        """One member at a time reduces wrongly for others: two that do it alike could not be told from honest ones."""
+        island = self._pick()
+        if island is None or any(other.distorts for other in self.cluster.processes()):
+            return False
+        self.cluster.note(f"FAULT {island.first_nonce} reduces wrongly for others")
+        island.distorts = True
+        self.cluster.time.after(self._span_s(), setattr, island, "distorts", False)
         return True
 
     def _corrupt_anchor(self) -> bool:

@@ -82,6 +82,7 @@ class Island:
         self.stuck = False  # its training thread never comes back from a step, everything else goes on
         self.stuck_step: tuple[int, tuple[ranges.Range, ...]] | None = None
         self.lies = False
+        self.distorts = False
         self.corrupt = False
         self.floors = [0 for _ in scenario.num_chunks]
         self.seen_content: list[object] = [None for _ in scenario.num_chunks]  # by `Checks`

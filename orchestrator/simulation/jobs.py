@@ -49,7 +49,11 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
     """Reduce chunks under a roster, and publish."""
     yield busy(island)
     done: list[tuple[int, str]] = []
-    fragment = c.assign.fragment
+    measured: list[tuple[int, tuple[float, ...]]] = []
+    fragment, recipe = c.assign.fragment, c.assign.recipe
+    bits = -island.cluster.rng.randrange(1, 1 << 30) if island.distorts else island.device
+    if island.distorts and island.machine.incarnation is not None:
+        island.cluster.liars.add(island.machine.id)
     for chunk in c.chunks:
         pieces: list[tuple[Payload, float]] = []
         for entry in c.assign.roster:
@@ -57,13 +61,21 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
             if payload is None:  # superseded meanwhile
                 return None
             pieces.append((payload, entry.coefficient))
+        if recipe is not None and c.assign.measures:
+            num = len(recipe.rows) + bool(recipe.center)
+            measured.append((chunk, (1.0,) * (num * (num - 1) // 2)))
+            continue
         try:
-            result = island.replica.reduce(fragment, chunk, pieces, island.device, c.assign.base.n)
+            result = island.replica.reduce(fragment, chunk, pieces, bits, c.assign.base.n)
+            if island.distorts:
+                island.cluster.distorted.add(result.digest)
         except BadPiece as error:
             offer = c.assign.roster[error.args[1]].offer
             return ev.PieceRejected(fragment=fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
         publish_result(island, fragment, c.assign.roster_digest, chunk, result)
         done.append((chunk, result.digest))
+    if c.assign.measures:
+        return ev.ChunksMeasured(fragment=fragment, roster_digest=c.assign.roster_digest, chunks=tuple(measured))
     return ev.ChunksReduced(fragment=fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
 
 

@@ -46,6 +46,7 @@ class FaultRates:
     change_settings: float = 0.0  # nor are these: what the user asks of a run
     pause: float = 0.0
     rollback: float = 0.0
+    distort: float = 0.0  # a member that reduces wrongly for others, for a while: only with robust.verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

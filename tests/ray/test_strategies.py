@@ -19,12 +19,13 @@ from orchestrator.ledger import recompute
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary
 from tests.ray.live_run import Kill, LiveRun
+from workers.pair_records import PairCommitRecord
 from workers.records import CommitRecord, FenceRecord, MemberId, Record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 PACE_S = 0.1
-AT_ONCE = 3  # runs of two islands: the cluster has room for six islands
+AT_ONCE = 3  # runs of two islands, one of three: the cluster has room for seven
 TOKENS = 48_000
 SMALL = (
     "run.islands=2", f"train.tokens={TOKENS}", "train.batch_size=4", "train.threads=1", "train.device=cpu",
@@ -34,6 +35,8 @@ SMALL = (
 )  # fmt: skip
 # What a preset has too much of for two layers; and where the island dies.
 CASES: dict[str, tuple[Point, tuple[str, ...]]] = {
+    "robust": ("reducing", ("run.islands=3",)),  # a member that checks another one's part dies
+    "noloco": ("reducing", ("strategy.merge_every=3", "strategy.pair_timeout_s=1")),
     "streaming": ("offered", ("strategy.num_fragments=2", "strategy.overlap_steps=6")),
     "eager": ("committed", ()),
     "delayed": ("before_offer", ()),
@@ -131,6 +134,12 @@ def test_everybody_holds_the_anchors_that_were_sealed(story: Story) -> None:
     held = [(f, n, digest) for lines in story.anchors.values() for f, n, digest in lines if n > 0]
     assert len(held) > 4
     assert [(f, n) for f, n, digest in held if sealed[f, n] != digest] == []
+
+
+def test_members_that_gossip_have_met_before_the_kill_and_after_it(stories: dict[str, Story]) -> None:
+    pairs = [r for r in stories["noloco"].records if isinstance(r, PairCommitRecord)]
+    lives = {dict(zip(r.members, r.incarnations, strict=True))["island-1"] for r in pairs}
+    assert lives == {1, 2} and {len(r.members) for r in pairs} == {2}
 
 
 def test_fragments_are_sent_one_after_the_other_and_exchanges_overlap(stories: dict[str, Story]) -> None:

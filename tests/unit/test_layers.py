@@ -42,6 +42,7 @@ SHELLS = {
     "orchestrator.pipeline.controller": {"ray"},
     "orchestrator.pipeline.local": {"torch"},
     "orchestrator.local": {"torch"},
+    "orchestrator.gossip_local": {"torch"},
 }
 
 IMPURE_MODULES = {

@@ -60,8 +60,9 @@ def test_a_strategy_without_an_entry_is_named() -> None:
         (3, ("codec.name=topk", "codec.block=1024")),
         (2, ("codec.name=int4", "strategy.num_fragments=2", "model.layers=2")),
         (3, ("strategy.name=ddp", "strategy.inner_steps=1")),
+        (3, ("codec.name=int8", "codec.block=64", "robust.verify=true")),
     ],
-    ids=["fp32", "int8", "topk", "fragments", "ddp"],
+    ids=["fp32", "int8", "topk", "fragments", "ddp", "verify"],
 )
 def test_bytes_are_those_that_a_run_sends(tmp_path: Path, islands: int, values: tuple[str, ...]) -> None:
     changes = (f"run.islands={islands}", "train.tokens=2560", "strategy.inner_steps=4", "exchange.copies=1", *values)

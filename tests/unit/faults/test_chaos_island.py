@@ -286,3 +286,17 @@ def test_it_stands_around_what_a_test_has_put_there(tmp_path: Path) -> None:
     assert (posted, len(heard), steps) == ([envelope], 1, [1])
     chaos.context.ended = "done"
     assert chaos.context.ended == "done"
+
+
+def test_an_attack_lasts_as_long_as_it_was_asked_for(islands: dict[str, Island]) -> None:
+    island = islands["island-1"]
+    replica = SimpleNamespace(tamper=None, distort=None)
+    cast(Any, island.context.store).replica = replica
+    island.apply("sign_flip:island-1,for=100ms")
+    assert replica.tamper is not None and replica.distort is None
+    until(lambda: replica.tamper is None, "the attack to end")
+    island.apply("lying_owner:island-1")
+    assert replica.distort is not None
+    assert torch.equal(replica.distort(torch.ones(2)), torch.full((2,), -10.0))
+    island.apply("scale:island-1")
+    assert replica.tamper is not None and replica.distort is None, "one attack at a time"

@@ -15,14 +15,17 @@ from journal_histories import SEQ_LEN, Story, chain_rows
 from orchestrator.ledger import recompute
 from orchestrator.ledger_view import Verdict, anchor_digest, judge
 from orchestrator.segments import segment_name
+from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.records import (
     KINDS,
     CommitRecord,
     LeaseRecord,
     OperatorRecord,
     Record,
+    RefusalRecord,
     RollbackRecord,
     Row,
+    StandingRecord,
     StopRecord,
     TermRecord,
     canonical,
@@ -38,11 +41,14 @@ def history() -> list[Row]:
     """Two fragments, three members, several controllers; every kind of row is in it."""
     for seed in range(1000):
         asked = OperatorRecord(action="drain", member="island-1", by="dashboard", outcome="asked", t_s=12.5)
+        roster = PairRosterRecord(round_=0, groups=("island-0.1+island-1.1",))
+        refused = RefusalRecord(member="island-1", incarnation=1, why="too long")
+        banned = StandingRecord(member="island-1", standing="banned", serial=3, why="refused 3 times")
         story = Story(seed, num_fragments=2, operations=True).run(90).records
-        rows = chain_rows([*story, asked, StopRecord(reason="done")])
-        if {row.record.kind for row in rows} == set(KINDS) - OF_PIPELINES and len(
-            {type(r.record) for r in rows[-6:]}
-        ) > 3:
+        rows = chain_rows([*story, roster, refused, banned, asked, StopRecord(reason="done")])
+        if {row.record.kind for row in rows} == set(KINDS) - OF_PIPELINES - {PairCommitRecord.kind} and len(
+            {type(r.record) for r in rows[-8:]}
+        ) > 5:
             return rows
     raise AssertionError("no seed gives every kind of row")
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from journal_histories import Story, chain_rows
 
+from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.pipeline.records import (
     PipelineGenesisRecord,
     ServeRecord,
@@ -29,6 +30,8 @@ from workers.records import (
     OperatorRecord,
     Record,
     RecordError,
+    RefusalRecord,
+    StandingRecord,
     StopRecord,
     Term,
     canonical,
@@ -55,6 +58,12 @@ ROWS = [
             *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
             *PIPELINE,
+            PairRosterRecord(round_=0, groups=("island-0.1+island-1.1",)),
+            PairCommitRecord(
+                round_=0, members=("island-0", "island-1"), incarnations=(1, 1), since=(0, 0), upto=(4, 4)
+            ),
+            RefusalRecord(member="island-1", incarnation=1, why="too long"),
+            StandingRecord(member="island-1", standing="banned", serial=3, why="refused 3 times"),
             StopRecord(reason="done", detail='a "quoted" \n detail, ünïcode'),
         ]
     )

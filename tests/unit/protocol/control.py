@@ -10,7 +10,7 @@ from orchestrator import events as ev
 from orchestrator.coordinator import Coordinator, RunPlan
 from orchestrator.exchange_rules import OpenExchange
 from orchestrator.run_state import Membership, RunState
-from orchestrator.settings import ExchangeConfig
+from orchestrator.settings import ExchangeConfig, RobustConfig
 from strategies.config import StrategyConfig
 from workers import messages as msg
 from workers.records import GENESIS_HASH, MemberId, OfferId, Record, Row, Term, TermRecord, make_row
@@ -49,6 +49,7 @@ class Control:
     load: Literal["equal", "by_speed"] = "equal"
     step_s: dict[str, float] = field(default_factory=dict)  # what members measured
     strategy: dict[str, object] = field(default_factory=dict)
+    robust: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.plan = run_plan(
@@ -60,6 +61,7 @@ class Control:
         )
         strategy = self.plan.strategy.model_dump() | self.strategy
         self.plan = replace(self.plan, load=self.load, strategy=StrategyConfig.model_validate(strategy))
+        self.plan = replace(self.plan, robust=RobustConfig.model_validate(self.robust))
         self.now = 0.0
         self.hold = False  # rows are written but not flushed
         self.rows: list[Row] = []

@@ -14,6 +14,7 @@ import test_exchange
 import test_leave
 import test_member
 import test_revocation
+import test_robust_exchange
 
 from orchestrator import exchange_rules, leaving
 from workers import member_rules
@@ -41,6 +42,9 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.exchange_rules.redeal_chunks": lambda owners, lost, left: (min(left),) * len(owners),
     "orchestrator.exchange_rules.copies_needed": lambda config, fleet: (1, 1),
     "orchestrator.exchange_rules.enough_copies": lambda holders, config, fleet: bool(list(holders)),
+    "orchestrator.exchange_rules.refused_lengths": lambda offers, times: {},
+    "orchestrator.exchange_rules.length_of": lambda offer: 1.0,
+    "orchestrator.exchange_rules.as_fp32": lambda value: value,
     "orchestrator.exchange_rules.is_current": lambda open_, exchange, attempt: open_ is not None,
     "orchestrator.exchange_rules.parts_after_roster_change": dict,
     "orchestrator.exchange_rules.make_exchange_id": lambda term, serial: ExchangeId(
@@ -66,7 +70,15 @@ ELSEWHERE = {"workers.member_rules.residual_after", "workers.member_rules.aside_
 
 
 def traces() -> Iterator[Callable[[], None]]:
-    for module in (test_closing, test_exchange, test_coordinator, test_member, test_revocation, test_leave):
+    for module in (
+        test_closing,
+        test_exchange,
+        test_coordinator,
+        test_member,
+        test_revocation,
+        test_leave,
+        test_robust_exchange,
+    ):
         for name, function in vars(module).items():
             if name.startswith("test_") and not inspect.signature(function).parameters:
                 yield function

@@ -145,6 +145,7 @@ def test_ddp_refuses_what_it_cannot_do() -> None:
 
 def test_every_strategy_of_the_configuration_is_registered() -> None:
     names = {"diloco", "ddp", "streaming", "eager", "delayed", "muloco", "sparseloco", "async-dn", "decoupled"}
+    names |= {"noloco", "gossip"}
     assert set(STRATEGIES) == names == set(get_args(StrategyName))
     sparse = CodecConfig(name="topk", error_feedback=True)
     for name in names:

@@ -1,0 +1,180 @@
+"""Members that do wrong, under each rule: `python -m benchmarks.robust` (`make bench-robust`).
+
+8 islands in one process, 2 of them attackers, paired seeds, production code. Every finished run is a line of
+`benchmarks/results/robust_runs.jsonl`, and a run that is there already is skipped: interrupt and start again at will.
+Then the report: goals, what stealthy attacks cost under each rule, what rules cost an owner in time.
+
+    python -m benchmarks.robust                                   # what is missing, then the report
+    python -m benchmarks.robust --report                          # only the report
+    python -m benchmarks.robust --steps 150 --seeds 1 --rules mean clip --out /tmp/short
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from benchmarks.quality import RunsFile, corpus_digest
+from benchmarks.robust_plan import NUM_ISLANDS, PRESET, RULES, SEEDS, STEPS, Goal, Job, all_jobs, judge, table
+
+RUNS = "robust_runs.jsonl"
+NUM_VALUES, REPEATS = 1 << 20, 7
+SIZES = (4, 8, 16, 64, 256, 1024)
+
+
+def run_one(job: Job) -> dict[str, Any]:
+    """In a worker process: imports torch there and not here."""
+    from benchmarks.robust_run import run_job
+
+    return run_job(job)
+
+
+def reduce_seconds(rules: Sequence[str], num_values: int = NUM_VALUES, repeats: int = REPEATS) -> dict[str, float]:
+    """Median seconds in which an owner works on one part of 8 contributions, by rule; rules take turns."""
+    import torch
+
+    from strategies.codecs.int8 import Int8
+    from strategies.norm import sum_of_squares
+    from strategies.robust import decide, to_measure, whole_squares
+    from workers.robust import measure_pieces, mix_pieces
+
+    generator = torch.Generator().manual_seed(0)
+    codec = Int8(backend="torch")
+    payloads = [codec.encode(torch.randn(num_values, generator=generator)) for _ in range(NUM_ISLANDS)]
+    lengths = [float(sum_of_squares(codec.decode(p, num_values=num_values))) ** 0.5 for p in payloads]
+    shares = [1 / NUM_ISLANDS] * NUM_ISLANDS
+    times: dict[str, list[float]] = {rule: [] for rule in rules}
+    for _ in range(repeats):
+        for rule in rules:
+            began = time.perf_counter()
+            pieces = [codec.decode(p, num_values=num_values) for p in payloads]
+            for piece in pieces:
+                sum_of_squares(piece)
+            wanted = to_measure(rule, lengths)  # type: ignore[arg-type]
+            squares = whole_squares([measure_pieces(pieces, wanted)]) if wanted is not None else None
+            decision = decide(rule, shares, lengths, squares, num_wrong=2)  # type: ignore[arg-type]
+            if decision.recipe is not None:
+                codec.encode(mix_pieces(pieces, decision.recipe))
+            else:
+                from strategies.aggregate import weighted_sum
+
+                codec.encode(weighted_sum(pieces, decision.weights))
+            times[rule].append(time.perf_counter() - began)
+    return {rule: statistics.median(values) for rule, values in times.items()}
+
+
+def sync_seconds(sizes: Sequence[int] = SIZES) -> dict[int, float]:
+    """Simulated seconds of a pair's exchange at 50 Mbit/s a member, by the number of members."""
+    from faults.virtual import LinkQuality
+    from orchestrator.simulation.pairs import PairScenario, simulate_pairs
+
+    out = {}
+    for num in sizes:
+        scenario = PairScenario(
+            seed=1, num_members=num, rounds=4, drain_rounds=2, link=LinkQuality(), fault_gap_s=None,
+            line_bytes_per_s=50e6 / 8,
+        )  # fmt: skip
+        result = simulate_pairs(scenario)
+        assert result.ok, result.problem
+        out[num] = result.sync_s()
+    return out
+
+
+def write_report(
+    records: list[dict[str, Any]], out: Path, seconds: dict[str, float], sync_s: dict[int, float]
+) -> tuple[str, bool]:
+    """Write `robust.md`; return it, and whether every goal that was run is met."""
+    goals = judge(records)
+    if sync_s:
+        slope = max(sync_s.values()) / min(sync_s.values()) - 1
+        text = f"time of a pair's exchange, {min(sync_s)} to {max(sync_s)} members (simulated, 50 Mbit/s): under 5 %"
+        goals.append(Goal(text=text, found=f"{100 * slope:.2f} %", met=slope < 0.05))
+    if seconds:
+        cost = seconds[PRESET] / seconds["mean"] - 1
+        text = "an owner's work under the preset's rule: at most 10 % more"
+        goals.append(Goal(text=text, found=f"{100 * cost:+.1f} %", met=cost <= 0.1))
+    lines = ["# Members that do wrong", "", f"{len(records)} runs, {NUM_ISLANDS} islands, 2 attackers.", ""]
+    lines += ["| goal | found | met |", "|---|---|---|"]
+    lines += [f"| {g.text} | {g.found} | {'-' if g.met is None else 'yes' if g.met else 'no'} |" for g in goals]
+    lines += ["", "Final loss against plain averaging without attackers:", "", table(records), ""]
+    if seconds:
+        base = seconds["mean"]
+        lines += [
+            "An owner's time for a part of 8 contributions, against the mean:",
+            "",
+            "| rule | time |",
+            "|---|---|",
+        ]
+        lines += [f"| {rule} | {value / base:.2f} |" for rule, value in seconds.items()]
+    text = "\n".join(lines) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "robust.md").write_text(text)
+    return text, all(goal.met is not False for goal in goals)
+
+
+def work(runs: RunsFile, jobs: list[Job], workers: int) -> None:
+    """Run what is missing, several at a time."""
+    corpus = corpus_digest()
+    done = {(r["job"], r["seed"], r["steps"]) for r in runs.of_corpus(corpus)}
+    todo = list({(job.name, job.seed, job.steps): job for job in jobs}.items())
+    waiting = [job for key, job in todo if key not in done]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            open_ = {pool.submit(run_one, job): job for job in waiting}
+            while open_:
+                finished, _ = wait(open_, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    job, record = open_.pop(future), future.result()
+                    runs.append(record)
+                    loss = "diverged" if record["final"] is None else f"{record['final']:.4f}"
+                    print(
+                        f"{job.name} seed {job.seed}: {loss} ({record['seconds']:.0f} s; {len(open_)} left)", flush=True
+                    )
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs and report")
+    parser.add_argument("--workers", type=int, default=max(len(os.sched_getaffinity(0)), 1), help="processes at a time")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the report")
+    parser.add_argument("--steps", type=int, default=STEPS, help="inner steps of each island")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="beside those of the goals")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing and write the report; 1 if a goal is missed."""
+    options = parse(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    runs = RunsFile(options.out / RUNS)
+    if not options.report:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            work(runs, list(all_jobs(options.steps, options.seeds, options.rules)), options.workers)
+        except KeyboardInterrupt:
+            print("interrupted; finished runs are kept: start again to go on", file=sys.stderr)
+            return 130
+    records = [r for r in runs.of_corpus(corpus_digest()) if r["steps"] == options.steps and r["seed"] in options.seeds]
+    text, met = write_report(records, options.out, reduce_seconds(RULES), sync_seconds())
+    print(text)
+    return int(not met)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

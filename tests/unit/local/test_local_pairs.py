@@ -1,0 +1,126 @@
+"""Runs that gossip: pairs between full merges, with the journal, the ledger and everything else of an ordinary run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.ledger import recompute
+from orchestrator.local import LocalRun
+from orchestrator.segments import read_run
+from tests.small_run import make_pack, small_config
+from workers.pair_records import PairCommitRecord
+from workers.pair_sync import PairSync
+from workers.records import CommitRecord, Record, SettleRecord
+
+ROUND_TOKENS = 8 * 4 * 16
+NOLOCO = ("strategy.name=noloco", "strategy.merge_every=4", "strategy.outer_lr=0.7", "strategy.outer_momentum=0.5")
+
+
+def start(tmp_path: Path, *values: str, islands: int = 4, rounds: int = 12, resume: bool = False) -> LocalRun:
+    pack = tmp_path / "pack" if (tmp_path / "pack").exists() else make_pack(tmp_path)
+    tokens = f"train.tokens={islands * rounds * ROUND_TOKENS}"
+    config = small_config(pack, f"run.islands={islands}", tokens, "eval.every=0.3", *(values or NOLOCO))
+    run = LocalRun(config, tmp_path / "run", resume=resume)
+    run.start()
+    return run
+
+
+def sync_of(run: LocalRun, name: str) -> PairSync:
+    sync = run.islands[name].loop.island.sync
+    assert isinstance(sync, PairSync)
+    return sync
+
+
+def finish(run: LocalRun) -> list[Record]:
+    ended = run.run(max_turns=20_000)
+    run.close()
+    assert ended is not None and ended.reason == "done", ended
+    rows = read_run(run.run_dir).rows
+    ledger = recompute(rows)
+    assert not ledger.findings, ledger.findings
+    fates = ledger.samples()
+    assert fates["full"] == run.host.plan.total_samples and fates["partial"] == fates["dropped"] == 0
+    return [row.record for row in rows]
+
+
+def pairs_of(records: list[Record]) -> list[PairCommitRecord]:
+    return [record for record in records if isinstance(record, PairCommitRecord)]
+
+
+@pytest.mark.parametrize(
+    "values", [NOLOCO, ("strategy.name=gossip", "strategy.merge_every=4", "strategy.topology=ring")]
+)
+def test_members_meet_in_pairs_between_full_merges(tmp_path: Path, values: tuple[str, ...]) -> None:
+    run = start(tmp_path, *values)
+    records = finish(run)
+    merges = [record for record in records if isinstance(record, CommitRecord)]
+    assert [len(record.roster) for record in merges] == [4, 4, 4], "a merge has everybody, one in four rounds"
+    pairs = pairs_of(records)
+    assert {len(record.members) for record in pairs} == {2}, "no exchange involves more than its pair"
+    assert len(pairs) >= 14
+    in_pairs = sum(b - a for record in pairs for a, b in zip(record.since, record.upto, strict=True))
+    in_merges = sum(entry.upto - entry.since for record in merges for entry in record.roster)
+    assert in_pairs > 2 * in_merges and in_pairs + in_merges == run.host.plan.total_samples
+    losses = [e.val_loss for e in run.host.coordinator.state.evaluations]
+    assert losses[0] is not None and losses[-1] is not None and losses[-1] < losses[0] - 1.0
+
+
+def test_a_member_that_dies_loses_what_it_did_since_its_last_pair(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    state = run.host.coordinator.state
+    run.run(max_turns=20_000, until=lambda: len(state.pair_rows) > 6)
+    for _ in range(3):
+        run.turn()
+    victim = state.current["island-2"]
+    committed = state.members[victim].watermarks[0]
+    trained = sync_of(run, "island-2").machine.consumed
+    assert trained > committed > 0
+    run.kill("island-2")
+    records = finish(run)
+    settled = next(r for r in records if isinstance(r, SettleRecord) and (r.member, r.incarnation) == ("island-2", 1))
+    assert settled.lost <= trained - committed
+    assert state.members[victim].watermarks[0] == committed, "what was in a pair counts, and no more"
+    later = [r for r in pairs_of(records) if ("island-2", 2) in zip(r.members, r.incarnations, strict=True)]
+    assert later, "its successor meets others"
+
+
+def test_a_controller_that_restarts_goes_on_with_the_pairs_of_its_journal(tmp_path: Path) -> None:
+    run = start(tmp_path, *NOLOCO, "strategy.pair_timeout_s=0.3", rounds=24)
+    for _ in range(2):
+        known = len(run.host.coordinator.state.pair_rows)
+        run.run(max_turns=20_000, until=lambda known=known: len(run.host.coordinator.state.pair_rows) > known + 2)  # type: ignore[misc]
+        run.restart_controller()
+    records = finish(run)
+    rounds = [record.round_ for record in pairs_of(records)]
+    assert rounds == sorted(rounds) and len(rounds) > 8
+
+
+def test_a_run_that_is_stopped_goes_on_with_every_sample(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    state = run.host.coordinator.state
+    run.run(max_turns=20_000, until=lambda: len(state.pair_rows) > 8)
+    run.stop()
+    run.close()
+    before = len(pairs_of([row.record for row in read_run(run.run_dir).rows]))
+    records = finish(start(tmp_path, resume=True))
+    assert len(pairs_of(records)) > before > 3
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        (("strategy.gamma=1.6",), "members drift apart from 1.5 on"),
+        (("strategy.outer_momentum=0.9",), "members drift apart from 0.38 on"),
+        (("strategy.topology=ring", "strategy.group_size=3"), "has pairs"),
+        (("strategy.group_size=5",), "needs so many islands"),
+        (("robust.rule=clip",), "meet in pairs"),
+        (("model.layers=2", "strategy.num_fragments=2"), "meet in pairs"),
+        (("strategy.name=diloco",), "has no meaning"),
+    ],
+)
+def test_what_pairs_cannot_do_is_refused(tmp_path: Path, values: tuple[str, ...], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        start(tmp_path, *NOLOCO, *values)

@@ -1,0 +1,240 @@
+"""A member of a gossip run: the shell of every island, with a `PairMachine` beside its own machine.
+
+    training thread --boundary()--> at its send point: publish anchor and displacement; `Begin`
+    controller --> PairRoster, PairHear --> PairMachine --> PairSay, PairTell, fetches from partners
+    PairMachine --> Apply --> training thread, at its next boundary: `GossipReplica.apply`
+
+Full merges are ordinary exchanges, and wait for the pair that is going on; while one is under way no pair begins. The
+machine's timers are looked at with every event and heartbeat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strategies.config import StrategyConfig
+from strategies.gossip import NoLoCo
+from workers import member_events as ev
+from workers import messages as msg
+from workers import pair as p
+from workers.actions import Action
+from workers.digest import digest
+from workers.gossip_replica import Averaging, GossipReplica, GossipStep, PayloadDamaged, Shared
+from workers.pair_messages import PairHear, PairRoster, PairSay, PairTell
+from workers.records import MemberId
+from workers.sync import IslandSync
+from workers.transport.errors import TransportError
+
+
+def step_of(config: StrategyConfig) -> GossipStep:
+    """What a group does. Raises SettingError for what is not stable."""
+    if config.name == "gossip":
+        return Averaging()
+    return NoLoCo(alpha=config.outer_momentum, beta=config.outer_lr, gamma=config.gamma)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fetched:
+    """A partner's payload is here."""
+
+    event: p.Fetched
+    shared: Shared
+
+
+class PairSync(IslandSync):
+    """One member that meets others in pairs or groups between full merges."""
+
+    config: StrategyConfig
+    pairs: GossipReplica | None = None
+    pair_machine: p.PairMachine | None = None
+    base: tuple[str, int, str] | None = None
+    roster: PairRoster | None = None
+    outcome: p.Apply | None = None
+    pair_mark = 0
+    pair_samples = 0
+
+    def begin_pairs(self, config: StrategyConfig) -> None:
+        """Before `start`: how this member's run gossips."""
+        self.config = config
+        self.shared: dict[MemberId, Shared] = {}
+        self.timers: list[tuple[float, p.Event]] = []
+        self.pairs = GossipReplica(spec=self.replica.specs[0], tensors=self.replica.tensors, step=step_of(config))
+
+    # ------------------------------------------------------------ events
+
+    def _handle(self, event: ev.Event) -> None:
+        with self.changed:
+            if isinstance(event, _Fetched):
+                self._fetched(event)
+            elif isinstance(event, p.FetchFailed):
+                self._pair(event)
+            else:
+                super()._handle(event)
+                if isinstance(event, ev.Delivered) and event.batch.nonce == self.machine.nonce:
+                    self._heard(event.batch)
+            self._look_at_timers()
+
+    def _heard(self, batch: msg.Batch) -> None:
+        for body in batch.bodies:
+            if isinstance(body, PairRoster):
+                if self.roster is None or body.round_ > self.roster.round_:
+                    self.roster = body
+            elif isinstance(body, PairHear):
+                self._pair(body.message)
+
+    def _fetched(self, event: _Fetched) -> None:
+        if self.pair_machine is not None and self.pair_machine.pair == event.event.pair:
+            self.shared[event.event.member] = event.shared
+            self._pair(event.event)
+
+    def _look_at_timers(self) -> None:
+        now = self.clock()
+        due = [event for at, event in self.timers if at <= now]
+        self.timers = [(at, event) for at, event in self.timers if at > now]
+        for event in due:
+            self._pair(event)
+
+    def _pair(self, event: p.Event) -> None:
+        machine = self._machine()
+        if machine is None:
+            return
+        for command in machine.handle(event):
+            match command:
+                case p.Say(to=to, message=message):
+                    self.bodies.append(PairSay(to=to, message=message))
+                case p.Tell(message=message):
+                    self.bodies.append(PairTell(message=message))
+                case p.FetchPayload(offer=offer):
+                    self.threads.do(lambda offer=offer: self._fetch(offer))  # type: ignore[misc]
+                case p.KeepTime(pair=pair):
+                    self._keep_time(pair)
+                case p.Apply():
+                    self.outcome = command
+                    self._wake()
+                case p.Skip(pair=pair):
+                    if machine.last_round == pair.round_ and self.outcome is None:
+                        self.shared = {}
+        self._flush()
+
+    def _machine(self) -> p.PairMachine | None:
+        """Of the present incarnation; a new one has nothing to do with exchanges of the old."""
+        if self.machine.incarnation is None:
+            return None
+        if self.pair_machine is None or self.pair_machine.me != self.machine.id:
+            self.pair_machine = p.PairMachine(me=self.machine.id)
+            self.timers, self.shared, self.outcome = [], {}, None
+        return self.pair_machine
+
+    def _keep_time(self, pair: p.PairId) -> None:
+        now, timeout_s = self.clock(), self.config.pair_timeout_s
+        every_s = timeout_s / p.RETRIES_PER_TIMEOUT
+        self.timers = [(now + timeout_s, p.TimedOut(pair=pair))]
+        self.timers += [(now + turn * every_s, p.RetryDue(pair=pair)) for turn in range(1, 20 * p.RETRIES_PER_TIMEOUT)]
+
+    def _fetch(self, offer: p.Offer) -> ev.Event:
+        failed: ev.Event = p.FetchFailed(pair=offer.pair, member=offer.sender)  # type: ignore[assignment]
+        assert self.pairs is not None
+        address = dict(self.roster.addresses).get(str(offer.sender)) if self.roster is not None else None
+        if address is None:
+            return failed
+        size = 12 * self.pairs.spec.numel
+        try:
+            (blob,) = self.transport.fetch(
+                address, [_key(offer.pair)], timeout_s=self.settings.timeout_s, wait_s=0.0, max_bytes=size
+            )
+            if digest(blob.data) != offer.digest:
+                return failed
+            shared = self.pairs.parse(blob.data)
+        except (TransportError, PayloadDamaged):
+            return failed
+        done = _Fetched(event=p.Fetched(pair=offer.pair, member=offer.sender), shared=shared)
+        return done  # type: ignore[return-value]
+
+    # ------------------------------------------------------------ the step boundary
+
+    def progress(self) -> float:
+        """As every island reckons it, with what pairs have committed since the last merge."""
+        return min(super().progress() + self.pair_samples / self.settings.total_samples, 1.0)
+
+    def _decide(self) -> Action:
+        saves = any(isinstance(order, msg.Save | msg.Stop) for order in self.orders)
+        if saves and self.failure is None and not self.machine.reset_wanted:
+            self._apply_pair()
+            if self._busy():  # what is saved must be what the journal will say
+                self._news_seen = self._news
+                return self._wait("exchange")
+        return super()._decide()
+
+    def _apply_due(self) -> None:
+        self._apply_pair()
+        super()._apply_due()
+        self._follow_anchor()
+
+    def _follow_anchor(self) -> None:
+        """After a merge, a fetched state or a reset the member's own anchor is the one of the run."""
+        state = self.machine.fragments[0]
+        base = (self.machine.nonce, state.n, state.chain)
+        if state.n < 0 or base == self.base or self.pairs is None:
+            return
+        if self.base is None or self.base[0] != base[0]:
+            self.pairs.momentum_N.zero_()
+        self.pairs.anchor_N = self.replica.parts[0].anchor.clone()
+        self.pairs.offered_N = None
+        self.base, self.pair_mark, self.pair_samples = base, self.schedule.total_steps, 0
+
+    def _busy(self) -> bool:
+        machine = self.pair_machine
+        current = machine is not None and machine.me.incarnation == self.machine.incarnation
+        return self.outcome is not None or (current and machine is not None and machine.state != "idle")
+
+    def _apply_pair(self) -> None:
+        outcome, self.outcome = self.outcome, None
+        machine = self.pair_machine
+        if outcome is None or machine is None or machine.me.incarnation != self.machine.incarnation:
+            return
+        if self.machine.reset_wanted or self.pairs is None:
+            return
+        own = outcome.pair.members.index(machine.me)
+        self.pairs.apply([self.shared[offer.sender] for offer in outcome.offers], own, merge=False)
+        state, offer = self.machine.fragments[0], outcome.offers[own]
+        self.pair_samples += round((offer.upto - state.watermark) * self.machine.fleet_samples())
+        state.watermark, self.shared = offer.upto, {}
+        self._trim()
+
+    def _send_due(self) -> None:
+        if self._busy():
+            return
+        on_time = self.schedule.on_time(0, self._anchor_progress())
+        if not on_time and self._may_meet():
+            self._meet()
+        else:
+            super()._send_due()
+
+    def _may_meet(self) -> bool:
+        """At a send point, with a newer roster, nothing under way, and samples left to offer in the next merge."""
+        machine, state, roster = self._machine(), self.machine.fragments[0], self.roster
+        if machine is None or roster is None or roster.pair is None or machine.me not in roster.pair.members:
+            return False
+        steps = self.schedule.total_steps - self.pair_mark
+        newer = roster.round_ > machine.last_round and self.machine.consumed > state.watermark
+        free = state.pending is None and state.staged is None and not self.machine.open_seen(0)
+        left = self.machine.consumed < self.machine.num_leased() and not self.machine.leaving
+        behind = self.machine.log.next(0, state.chain) is not None
+        return steps >= self.config.inner_steps and newer and free and left and not behind
+
+    def _meet(self) -> None:
+        assert self.roster is not None and self.roster.pair is not None and self.pairs is not None
+        pair, machine = self.roster.pair, self.pair_machine
+        assert machine is not None
+        data = self.pairs.publish(momentum=False)
+        self.store.discard("gossip")
+        named = self.store.put(_key(pair), data)
+        self.shared = {machine.me: self.pairs.parse(data)}
+        self.pair_mark = self.schedule.total_steps
+        self._pair(
+            p.Begin(pair=pair, since=self.machine.fragments[0].watermark, upto=self.machine.consumed, digest=named)
+        )
+
+
+def _key(pair: p.PairId) -> str:
+    return f"gossip/{pair.round_}"
