@@ -11,6 +11,7 @@ from workers.records import (
     FenceRecord,
     GenesisRecord,
     JoinRecord,
+    LeaseRecord,
     PauseRecord,
     RevokeRecord,
     RollbackRecord,
@@ -22,11 +23,6 @@ from workers.records import (
 )
 
 GENESIS_CHAIN = "genesis"
-HEEDED = {
-    GenesisRecord, CommitRecord, RevokeRecord, RollbackRecord, SettingRecord, PauseRecord, StopRecord, FenceRecord,
-    JoinRecord, SharesRecord,
-}  # fmt: skip
-"""Records that a member asks questions of; the others, leases above all, it keeps for the controller."""
 
 
 class RecordLog:
@@ -83,7 +79,7 @@ class RecordLog:
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
-        if type(row.record) in HEEDED:
+        if type(row.record) is not LeaseRecord:  # most rows are leases; it is told of its own in time
             self._heed(row)
 
     def _heed(self, row: Row) -> None:
