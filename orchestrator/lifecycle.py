@@ -284,10 +284,8 @@ class Lifecycle(Standings):
         if ready and (ready >= expected or late):
             self.started = True
             if not ready >= expected:
-                self._say(
-                    f"started without {sorted(expected - ready)}: run.start_timeout_s is over",
-                    level="warning",
-                )
+                why = f"started without {sorted(expected - ready)}: run.start_timeout_s is over"
+                self._say(why, level="warning")
             self._ask_evaluation(0)
             self._grant()
 
@@ -341,10 +339,9 @@ class Lifecycle(Standings):
         process = self.roll.processes.get(member)
         if process is None or not process.ready():
             return False
-        plan, by_speed = self.lease_plan, self.state.shares
-        if plan is None or by_speed is not None:
+        if self.lease_plan is None or self.state.shares is not None:
             return True
-        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, plan) > 0
+        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, self.lease_plan) > 0
 
     # ------------------------------------------------------------ fences
 

@@ -41,7 +41,7 @@ def run(scenarios: Sequence[PairScenario]) -> tuple[Counter[str], list[PairResul
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_or_none_and_an_exact_ledger_under_every_fault(size: int) -> None:
-    counts, results = run([hard(seed, size=size) for seed in range(40)])
+    counts, results = run([hard(seed, size=size) for seed in range(500)])
     assert [(r.seed, r.invariant, r.problem) for r in results if not r.ok] == []
     for kind in ("kill", "cut", "cut_pair", "cut_head", "crash", "crash_at_row", "commits", "skipped"):
         assert counts[kind] > 30, f"{kind} hardly happened: {counts}"
