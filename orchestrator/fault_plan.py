@@ -27,6 +27,9 @@ def read_faults(config: RunConfig, single: Sequence[str], members: Collection[st
     Raises:
         UserError: the file cannot be read. FaultPlanError: an unknown kind, a fault that names nobody, a wrong value.
     """
+    if single and config.pipeline.stages is not None:
+        message = f"--fault {single[0]}: what goes wrong in a pipeline cannot be planned yet"
+        raise UserError(message, remedy="a run without --fault, and kill -9 from outside")
     if config.run.elastic:
         members = [island_name(i) for i in range(ELASTIC_ISLANDS)]
     planned = load_plan(Path(config.run.fault_plan), members) if config.run.fault_plan is not None else ()
