@@ -11,6 +11,7 @@ import pytest
 import test_closing
 import test_coordinator
 import test_exchange
+import test_joining
 import test_leave
 import test_member
 import test_revocation
@@ -74,6 +75,7 @@ def traces() -> Iterator[Callable[[], None]]:
         test_closing,
         test_exchange,
         test_coordinator,
+        test_joining,
         test_member,
         test_revocation,
         test_leave,
