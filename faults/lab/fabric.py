@@ -136,13 +136,22 @@ class Fabric:
     def due(self, now_s: float) -> list[tuple[Route, bytes]]:
         """What has arrived by `now_s`, in order of time: to be handed over to the target of each route."""
         heap, arrived, until_s = self._heap, [], now_s + EARLY_S
+        first_s = now_s
         while heap and heap[0][0] <= until_s:
             at_s, _, transit = heappop(heap)
-            if transit.hop < len(transit.route.links):
+            route = transit.route
+            if transit.hop < len(route.links):
                 self._advance(transit, at_s, until_s)
             else:
-                arrived.append((transit.route, transit.frame))
-                self._note(now_s - at_s)
+                if not arrived:
+                    first_s = at_s
+                arrived.append((route, transit.frame))
+                if at_s < now_s - LATE_S:
+                    self.punctuality.num_late += 1
+        if arrived:
+            self.punctuality.num_frames += len(arrived)
+            # The first one has waited longest.
+            self.punctuality.worst_s = max(self.punctuality.worst_s, now_s - first_s)
         return arrived
 
     def configure(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -208,14 +217,6 @@ class Fabric:
         runs = list(zip([0, *ends], ends, strict=False))
         for part, (_, arrival_s) in zip(_parts(transit, runs), groups, strict=True):
             self._advance(part, arrival_s, now_s)
-
-    def _note(self, late_s: float) -> None:
-        punctuality = self.punctuality
-        punctuality.num_frames += 1
-        if late_s > LATE_S:
-            punctuality.num_late += 1
-        if late_s > punctuality.worst_s:
-            punctuality.worst_s = late_s
 
 
 def _parts(whole: _Transit, runs: Sequence[Run]) -> list[_Transit]:

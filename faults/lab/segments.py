@@ -27,6 +27,7 @@ Run = tuple[int, int]
 """Packets of a frame: the number of the first one, and that of the one behind the last."""
 
 VNET = Struct("<BBHHHH")
+_HALF, _HALVES, _WORD = Struct(">H"), Struct(">HH"), Struct(">I")
 _FIN_PSH = 0x09
 _CWR = 0x80
 _TCP = 6
@@ -83,7 +84,10 @@ def take_runs(frame: bytes, runs: Sequence[Run]) -> list[bytes]:
         return [frame for _ in runs]
     parts = layout(frame, len(frame))
     whole = (0, parts.num_packets)
-    return [frame if run == whole else _take(frame, parts, *run) for run in runs]
+    if len(runs) == 1 and runs[0] == whole:
+        return [frame]
+    knife = _Knife(frame, parts)
+    return [frame if run == whole else knife.take(*run) for run in runs]
 
 
 def runs_of(num_packets: int, max_packets: int) -> list[Run]:
@@ -97,47 +101,56 @@ def runs_without(num_packets: int, lost: Sequence[int]) -> list[Run]:
     return [(before + 1, after) for before, after in pairwise(bounds) if after > before + 1]
 
 
-def _take(frame: bytes, parts: Layout, start: int, end: int) -> bytes:
-    """Packets `start` to `end` of an offload frame, as a frame of its own."""
-    size = parts.gso_size
-    data = frame[parts.payload + start * size : parts.payload + end * size]
-    head = bytearray(frame[: parts.payload])
-    is_one = end - start == 1
-    flags, _, _, _, csum_start, csum_offset = VNET.unpack_from(frame)
-    # The length that the kernel gave is only a hint, and it refuses one that is beyond the end of the frame.
-    header_bytes = parts.payload - VNET_BYTES
-    VNET.pack_into(head, 0, flags, frame[1] * (not is_one), header_bytes, size * (not is_one), csum_start, csum_offset)
-    _renumber(head, parts, start=start, is_last=end == parts.num_packets)
-    _resize(head, parts, num_data_bytes=len(data), csum_offset=csum_offset)
-    return bytes(head) + data
+class _Knife:
+    """Takes runs of packets out of one offload frame; what is the same for all runs is worked out once."""
 
+    __slots__ = ("address_sum", "flags", "frame", "header_sum", "id", "parts", "places", "sequence")
 
-def _renumber(head: bytearray, parts: Layout, *, start: int, is_last: bool) -> None:
-    """Move the TCP sequence number and the IP id on; FIN and PSH belong to the last packet, CWR to the first."""
-    ip_id = int.from_bytes(head[parts.ip + 4 : parts.ip + 6])
-    head[parts.ip + 4 : parts.ip + 6] = ((ip_id + start) & 0xFFFF).to_bytes(2)
-    sequence = int.from_bytes(head[parts.tcp + 4 : parts.tcp + 8])
-    head[parts.tcp + 4 : parts.tcp + 8] = ((sequence + start * parts.gso_size) & 0xFFFFFFFF).to_bytes(4)
-    if not is_last:
-        head[parts.tcp + 13] &= ~_FIN_PSH
-    if start > 0:
-        head[parts.tcp + 13] &= ~_CWR
+    def __init__(self, frame: bytes, parts: Layout) -> None:
+        self.frame = frame
+        self.parts = parts
+        ip, tcp = parts.ip, parts.tcp
+        _, self.id = _HALVES.unpack_from(frame, ip + 2)
+        (self.sequence,) = _WORD.unpack_from(frame, tcp + 4)
+        flags, _, _, _, csum_start, csum_offset = VNET.unpack_from(frame)
+        self.flags = flags
+        self.places = csum_start, csum_offset
+        self.address_sum = ones_sum(frame[ip + 12 : ip + 20]) + _TCP
+        # Without its length, its id and its checksum, which each packet has of its own.
+        self.header_sum = ones_sum(frame[ip : ip + 2] + frame[ip + 6 : ip + 10] + frame[ip + 12 : tcp])
 
-
-def _resize(head: bytearray, parts: Layout, *, num_data_bytes: int, csum_offset: int) -> None:
-    """Set the IP length and checksum, and the sum of the pseudo header that stands for the TCP checksum."""
-    ip, tcp = parts.ip, parts.tcp
-    head[ip + 2 : ip + 4] = (parts.payload - ip + num_data_bytes).to_bytes(2)
-    head[ip + 10 : ip + 12] = b"\0\0"
-    head[ip + 10 : ip + 12] = (~ones_sum(head[ip:tcp]) & 0xFFFF).to_bytes(2)
-    tcp_bytes = parts.payload - tcp + num_data_bytes
-    pseudo = bytes(head[ip + 12 : ip + 20]) + bytes((0, _TCP)) + tcp_bytes.to_bytes(2)
-    head[tcp + csum_offset : tcp + csum_offset + 2] = ones_sum(pseudo).to_bytes(2)
+    def take(self, start: int, end: int) -> bytes:
+        """Packets `start` to `end`, as a frame of its own."""
+        frame, parts = self.frame, self.parts
+        ip, tcp, payload, size = parts.ip, parts.tcp, parts.payload, parts.gso_size
+        csum_start, csum_offset = self.places
+        head = bytearray(frame[:payload])
+        data = frame[payload + start * size : payload + end * size]
+        # The length that the kernel gave is only a hint, and it refuses one that is beyond the end of the frame.
+        gso = (frame[1], size) if end - start > 1 else (GSO_NONE, 0)
+        VNET.pack_into(head, 0, self.flags, gso[0], payload - VNET_BYTES, gso[1], csum_start, csum_offset)
+        # The IP id and the TCP sequence number move on; FIN and PSH belong to the last packet, CWR to the first.
+        length, ip_id = payload - ip + len(data), (self.id + start) & 0xFFFF
+        _HALVES.pack_into(head, ip + 2, length, ip_id)
+        _HALF.pack_into(head, ip + 10, ~_folded(self.header_sum + length + ip_id) & 0xFFFF)
+        _WORD.pack_into(head, tcp + 4, (self.sequence + start * size) & 0xFFFFFFFF)
+        if end < parts.num_packets:
+            head[tcp + 13] &= ~_FIN_PSH
+        if start > 0:
+            head[tcp + 13] &= ~_CWR
+        # The sum of the pseudo header stands for the TCP checksum.
+        _HALF.pack_into(head, tcp + csum_offset, _folded(self.address_sum + length - (tcp - ip)))
+        return bytes(head) + data
 
 
 def ones_sum(data: bytes | bytearray) -> int:
     """The ones' complement sum of 16-bit words (RFC 1071), not complemented."""
-    total = sum(int.from_bytes(data[at : at + 2].ljust(2, b"\0")) for at in range(0, len(data), 2))
-    while total > 0xFFFF:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
+    # 2^16 is 1 modulo 2^16 - 1, so the words of a number add up to the number itself; only 0 has the sum 0.
+    value = int.from_bytes(data) << 8 * (len(data) & 1)
+    return value % 0xFFFF or (0xFFFF if value else 0)
+
+
+def _folded(total: int) -> int:
+    """A sum of fewer than 65,536 words, with its carries added."""
+    total = (total & 0xFFFF) + (total >> 16)
+    return (total & 0xFFFF) + (total >> 16)
