@@ -135,7 +135,8 @@ class Fabric:
 
     def due(self, now_s: float) -> list[tuple[Route, bytes]]:
         """What has arrived by `now_s`, in order of time: to be handed over to the target of each route."""
-        heap, arrived, until_s = self._heap, [], now_s + EARLY_S
+        heap, until_s = self._heap, now_s + EARLY_S
+        arrived: list[tuple[Route, bytes]] = []
         first_s = now_s
         while heap and heap[0][0] <= until_s:
             at_s, _, transit = heappop(heap)
