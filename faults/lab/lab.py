@@ -341,6 +341,8 @@ class Lab:
         namespaces.create(names)
         self._start_switch(state_dir)
         namespaces.configure(plan, names)
+        if self.topology.rto_max_ms is not None:
+            namespaces.limit_waits(names, self.topology.rto_max_ms)
 
     def _start_switch(self, state_dir: Path) -> None:
         command = [sys.executable, "-m", "faults.lab.switch", str(state_dir)]

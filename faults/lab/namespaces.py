@@ -8,16 +8,18 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from faults.lab.errors import LabError
-from faults.lab.tap import INTERFACE, NETNS_DIR, why_no_tap
+from faults.lab.tap import INTERFACE, NETNS_DIR, Descriptor, enter_network, why_no_tap
 from faults.lab.topology import LabPlan, NodePlan
 
 COMMAND_TIMEOUT_S = 30.0
 QUEUE_FRAMES = 10_000
 _AVAILABLE_CONGESTION = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _DEFAULT_CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+_RTO_MAX = Path("/proc/sys/net/ipv4/tcp_rto_max_ms")
 
 
 def why_no_lab() -> str | None:
@@ -37,6 +39,11 @@ def check_congestion(names: Iterable[str]) -> None:
                 place="congestion",
                 remedy=f"one of {', '.join(there)}, or modprobe tcp_{name}",
             )
+
+
+def has_rto_max() -> bool:
+    """Whether this kernel lets a namespace say how long TCP waits at most before it sends again (Linux 6.15)."""
+    return _RTO_MAX.exists()
 
 
 def default_congestion() -> str:
@@ -73,6 +80,26 @@ def configure(plan: LabPlan, names: Sequence[str]) -> None:
     """Give each node its address, its neighbours and its congestion control; its interface is there already."""
     for node, name in zip(plan.nodes, names, strict=True):
         _batch(_setup(node, plan), namespace=name)
+
+
+def limit_waits(names: Sequence[str], rto_max_ms: int) -> None:
+    """Have TCP in these namespaces wait no longer than this before it sends again.
+
+    Raises:
+        LabError: the kernel cannot.
+    """
+    if not has_rto_max():
+        raise LabError("this kernel has no net.ipv4.tcp_rto_max_ms", place="rto_max_ms", remedy="Linux 6.15, or unset")
+    # What a thread sees of /proc/sys/net is that of the namespace it is in; this one ends with the block.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        thread.submit(_limit_waits, names, rto_max_ms).result()
+
+
+def _limit_waits(names: Sequence[str], rto_max_ms: int) -> None:
+    for name in names:
+        with Descriptor(os.open(NETNS_DIR / name, os.O_RDONLY)) as there:
+            enter_network(there)
+        _RTO_MAX.write_text(str(rto_max_ms))
 
 
 def dropped_by_kernel(name: str) -> int:

@@ -70,6 +70,9 @@ class Topology(Section):
     description: str = Field("", description="What it stands for.")
     network: str | None = Field(None, description="IPv4 network of the nodes (10.201.7.0/24); unset = a free one.")
     congestion: Congestion | None = Field(None, description="TCP congestion control of all nodes; unset = the host's.")
+    rto_max_ms: int | None = Field(
+        None, ge=1000, le=120_000, description="Longest that TCP waits before it sends again; unset = the host's."
+    )
     regions: dict[Name, RegionSettings] = Field(min_length=1, description="Region -> its nodes and their lines.")
     nodes: dict[str, NodeSettings] = Field(default_factory=dict, description="Single nodes that differ.")
     links: dict[str, LinkSettings] = Field(default_factory=dict, description="Links between places.")

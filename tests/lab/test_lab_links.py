@@ -11,6 +11,7 @@ import pytest
 from faults.lab.errors import LabError
 from faults.lab.lab import Lab
 from faults.lab.measure import fill_streams, send_datagrams
+from faults.lab.namespaces import has_rto_max
 from faults.lab.schedule import LinkChange
 from faults.lab.topology import Topology
 from orchestrator.topology import load_topology
@@ -197,6 +198,17 @@ def test_both_ends_of_a_connection_use_the_congestion_control_of_their_node(lab_
             port = server.stdout.readline().strip()
             client = lab.run("a", python(BOTH_ENDS, lab.address("b"), port), capture_output=True, text=True, timeout=20)
             assert (client.stdout.strip(), server.stdout.read().strip()) == ("cubic", "reno")
+
+
+@pytest.mark.skipif(not has_rto_max(), reason="this kernel has no net.ipv4.tcp_rto_max_ms (Linux 6.15)")
+def test_tcp_waits_no_longer_than_the_topology_says(lab_root: Path) -> None:
+    topology = Topology.model_validate({"rto_max_ms": 3000, "regions": {"p": {"nodes": ["a", "b"]}}})
+    look = ["cat", "/proc/sys/net/ipv4/tcp_rto_max_ms"]
+    with Lab(topology, root=lab_root) as lab:
+        found = [lab.run(node, look, capture_output=True, text=True, timeout=20).stdout for node in ("a", "b")]
+    here = subprocess.run(look, capture_output=True, text=True, timeout=20, check=True).stdout
+    assert found == ["3000\n", "3000\n"]
+    assert here != "3000\n", "only the nodes are changed"
 
 
 def test_an_unshaped_pair_is_fast(lab_root: Path) -> None:
