@@ -2,7 +2,10 @@
 
 For a model of 100 M parameters whose inner step takes a second: bytes per parameter and exchange as measured, each
 exchange its bytes at the link's speed and five one-way delays. An island waits for what its strategy does not hide:
-`overlap` inner steps of each round.
+`overlap` inner steps of each round. One that waits for nobody waits for its own pushes only.
+
+Islands of unequal speed (`train.pace_s`) have taken turns in virtual time: the run says how many steps of the quickest
+it took. Islands in step would have taken as long as the slowest one.
 """
 
 from __future__ import annotations
@@ -37,13 +40,27 @@ def hidden_steps(settings: Mapping[str, Any]) -> int:
     return int(settings.get("strategy.overlap_steps", 0))
 
 
-def predicted_s(record: Mapping[str, Any], link: Link, *, islands: int) -> float:
-    """Seconds that the run of a record would take with a model of `PARAMS`."""
-    settings, steps = record["settings"], int(record["steps"])
+def training_s(record: Mapping[str, Any], *, slowest: float = 1.0) -> float:
+    """Seconds of the run's inner steps with a model of `PARAMS`, nobody waiting for a link.
+
+    `slowest`: as if one of its islands, all of which were equally fast, needed that many times `STEP_S`.
+    """
+    pace_s = record["settings"].get("train.pace_s")
+    if pace_s is None:
+        return float(record["steps"]) * STEP_S * slowest
+    if slowest != 1.0:
+        raise ValueError(f"slowest = {slowest:g}: the run of {record['row']} had unequal islands already")
+    return float(record["virtual_s"]) / float(pace_s) * STEP_S
+
+
+def predicted_s(record: Mapping[str, Any], link: Link, *, islands: int, slowest: float = 1.0) -> float:
+    """Seconds that the run of a record would take with a model of `PARAMS`; `slowest`: see `training_s`."""
+    settings, steps_s = record["settings"], training_s(record, slowest=slowest)
     fragments = int(settings.get("strategy.num_fragments", 1))
     exchanges = max(int(record["exchanges"]) * fragments, 1)
     sent_bytes = record["bytes_sent"] / islands / record["params"] * PARAMS
     # What is under way at the same time shares the link: the link's work is at least the sum of all of them.
     transfer_s = sent_bytes * 8 / link.bits_per_s / exchanges + DELAYS * link.one_way_s
-    waited_s = max(transfer_s - hidden_steps(settings) * STEP_S, 0.0) * exchanges
-    return max(steps * STEP_S + waited_s, sent_bytes * 8 / link.bits_per_s)
+    awaited = exchanges / islands if settings["strategy.name"] == "async-dn" else exchanges
+    waited_s = max(transfer_s - hidden_steps(settings) * STEP_S * slowest, 0.0) * awaited
+    return max(steps_s + waited_s, sent_bytes * 8 / link.bits_per_s)

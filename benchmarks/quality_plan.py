@@ -78,6 +78,11 @@ class Row:
     lr_of: str = "diloco-30"
 
     @property
+    def unequal(self) -> bool:
+        """Whether its islands have different speeds; `SLOWEST` says how different."""
+        return UNEQUAL.items() <= self.settings.items()
+
+    @property
     def tuned_as(self) -> str:
         """Name of the row that is swept for this one's learning rates."""
         return self.rates_of or self.name
@@ -94,6 +99,15 @@ STREAMING: dict[str, Value] = {
     "strategy.merge_alpha": 0.5,
 }
 AVERAGE: dict[str, Value] = {"strategy.outer": "average"}
+# Members that wait for nobody, or for a quorum: with equal ones there would be nobody to leave behind.
+# In virtual time: 5 and 10 turns of 0.01 s, a little less lest a rounding makes it 6 and 11.
+UNEQUAL: dict[str, Value] = {
+    "train.pace_s": 0.0499,
+    "train.per_island.island-3.pace_s": 0.0999,
+    "exchange.quorum": 0.5,  # the default, which async-dn wants
+}
+SLOWEST = 2.0
+"""Time of a step of the slowest island of an unequal fleet over that of the others."""
 ROWS: tuple[Row, ...] = (
     Row(
         name="ddp",
@@ -151,6 +165,19 @@ ROWS: tuple[Row, ...] = (
         label="SparseLoCo, H = 30, top 64 of 4,096 at 2 bits",
         settings=_diloco(30, "topk", **FEEDBACK) | {"strategy.name": "sparseloco", "strategy.outer": "sgd"},
         tries=((1.0, 0.0), (0.8, 0.0), (0.6, 0.0)),
+    ),
+    Row(
+        name="async-30-int8",
+        label="asynchronous pushes (async-dn), H = 30, N = 4, int8, one island half as fast",
+        settings=_diloco(30, "int8", **UNEQUAL) | {"strategy.name": "async-dn", "strategy.momentum_every": 4},
+        tries=((0.4, 0.9), (0.7, 0.7), (0.7, 0.5)),
+    ),
+    Row(
+        name="decoupled-30-e3m0",
+        label="Decoupled DiLoCo, as streaming, quorum, radial averages, one island half as fast",
+        settings=_diloco(30, "e3m0", **FEEDBACK, **STREAMING, **UNEQUAL)
+        | {"strategy.name": "decoupled", "strategy.aggregate": "radial"},
+        tries=((0.9, 0.7), (0.7, 0.7), (0.7, 0.9)),
     ),
 )
 BASELINE = "ddp"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_links import LINKS, PARAMS, STEP_S, predicted_s
+from benchmarks.quality_best import best_text, hours, link_table, sent_mb
+from benchmarks.quality_links import LINKS
 from benchmarks.quality_plan import (
     BASELINE,
     BATCH_SIZE,
@@ -202,7 +203,7 @@ def markdown(
     """The report to read; `ray`: what `benchmarks.quality_ray` found, if it has run."""
     parts = ["# Loss against data parallel training", "", _intro(records, length), ""]
     parts += ["## Goals", "", *_goal_table(goals), "", "## Rows", "", *_row_table(lines), "", _footnotes(), ""]
-    parts += ["## Predicted time on slow links", "", *_link_table(lines), ""]
+    parts += ["## Predicted time on slow links", "", *link_table(lines), "", best_text(lines), ""]
     parts += [_ray_text(ray), ""]
     parts += ["## Gap over tokens", "", "![Gap to data parallel over tokens](quality.svg)", "", *_curve_table(lines)]
     parts += ["", "## Learning rates", "", _sweep_text(length), "", *_sweep_table(records, length), ""]
@@ -251,7 +252,7 @@ def _row_table(lines: Sequence[Line]) -> list[str]:
     for line in lines:
         outer = "" if line.rates.outer is None else f"{line.rates.outer[0]:g} / {line.rates.outer[1]:g}"
         gap = "" if line.row.name == BASELINE or line.gap is None else str(line.gap)
-        sent = statistics.fmean(record["bytes_sent"] for record in line.runs.values()) / line.row.islands / 1e6
+        sent = sent_mb(line)
         loss = statistics.fmean(line.losses.values())
         out.append(
             f"| {line.row.label} | {line.rates.lr:g} | {outer} | {loss:.4f} | {gap} | {len(line.runs)} | {sent:.1f} |"
@@ -259,27 +260,12 @@ def _row_table(lines: Sequence[Line]) -> list[str]:
     return out
 
 
-def _link_table(lines: Sequence[Line]) -> list[str]:
-    """Hours on each link; see `quality_links.py` for what is assumed."""
-    out = [
-        f"A model of {PARAMS / 1e6:.0f} M parameters, {STEP_S:g} s an inner step, as many steps as above: hours, from "
-        "the bytes that each row sent. A prediction, not a measurement.",
-        "",
-        "| Row | " + " | ".join(link.name for link in LINKS) + " |",
-        "|---|" + "---|" * len(LINKS),
-    ]
-    for line in lines:
-        record = next(iter(line.runs.values()))
-        hours = [predicted_s(record, link, islands=line.row.islands) / 3600 for link in LINKS]
-        out.append(f"| {line.row.label} | " + " | ".join(f"{value:.2f}" for value in hours) + " |")
-    return out
-
-
 def _footnotes() -> str:
     return (
         "One island alone makes as many steps as each island of the others, with the same batch: a quarter of their "
         "tokens in the same time. It is what an island would reach without the others, not a run with equal tokens. "
-        "All other rows train on the same samples; how they are dealt to the islands depends on the length of a round."
+        "All other rows train on the same samples; how they are dealt to the islands depends on the length of a round, "
+        "and on their speeds where one island is half as fast."
     )
 
 
@@ -311,8 +297,10 @@ def _sweep_text(length: Length) -> str:
         f"Swept on seed {SWEEP_SEED}, which the table does not use: the inner rate with outer {OUTER_PAIRS[0][0]:g} / "
         f"{OUTER_PAIRS[0][1]:g} in runs of {length.short_steps:,} steps; the outer pairs {pairs} with the best inner "
         f"rate in runs of {length.steps:,} steps; the inner rate's neighbours with the best pair. Where the best lay "
-        "at an edge, one more was tried beyond it. The int8 rows have the rates of fp32 at H = 30. Not tuned, and the "
-        "same for all rows: AdamW betas 0.9 / 0.95, weight decay 0.1, clipping at 1, 5 % warm-up, cosine to a tenth."
+        "at an edge, one more was tried beyond it. The int8 rows have the rates of fp32 at H = 30. Streaming and the "
+        "rows after it have the inner rate of fp32 at H = 30 and the best of three outer pairs of their own. Not "
+        "tuned, and the same for all rows: AdamW betas 0.9 / 0.95, weight decay 0.1, clipping at 1, 5 % warm-up, "
+        "cosine to a tenth."
     )
 
 
@@ -364,6 +352,7 @@ def _line_figures(line: Line) -> dict[str, Any]:
         "gap": line.gap.as_dict() if line.gap else None,
         "gap_over_tokens": [{"share": share, **gap.as_dict()} for share, gap in line.curve],
         "bytes_sent": {str(seed): record["bytes_sent"] for seed, record in line.runs.items()},
+        "predicted_hours": {link.name: round(hours(line, link), 3) for link in LINKS},
         "exchanges": {str(seed): record["exchanges"] for seed, record in line.runs.items()},
         "anchor_digest": {str(seed): record["anchor_digest"] for seed, record in line.runs.items()},
     }

@@ -49,6 +49,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "params": state.num_params,
         "exchanges": state.heads[0].version.n,
         "bytes_sent": sent,
+        "virtual_s": round(run.now, 3),
         "anchor_digest": state.heads[0].digest,
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_s": round(time.process_time() - began_cpu, 1),

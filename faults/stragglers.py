@@ -16,7 +16,9 @@ from typing import Literal
 
 from faults.detector import Spread
 
-Activity = Literal["starting", "stepping", "first_steps", "between", "waiting", "evaluating", "saving", "over", ""]
+Activity = Literal[
+    "starting", "stepping", "first_steps", "between", "exchanging", "waiting", "evaluating", "saving", "over", ""
+]
 
 HANG_S = 3.0
 HANG_STEPS = 4.0
@@ -45,7 +47,7 @@ def hang_limit_s(progress: Progress, patience_s: float) -> float | None:
             return max(HANG_S, HANG_STEPS * progress.step_s)
         case "first_steps" | "starting":
             return FIRST_STEPS_PATIENCES * patience_s
-        case "waiting" | "between" | "evaluating" | "saving":
+        case "waiting" | "between" | "exchanging" | "evaluating" | "saving":
             return patience_s
         case _:
             return None

@@ -23,6 +23,7 @@ from workers import messages as msg
 from workers import ranges
 from workers.actions import DOING, Action, TrainOn, WaitFor
 from workers.buddy import LocalCopies
+from workers.control_thread import ControlThread, Echo
 from workers.job_threads import JobThreads
 from workers.jobs import Jobs, MemberStore, content_key, piece_key
 from workers.link_rows import LinkRows
@@ -98,7 +99,8 @@ class IslandSync:
         )
         if copies is not None:
             copies.bind(self)
-        self._thread: threading.Thread | None = None
+        self._thread: ControlThread | None = None
+        self._echo = Echo()
         self.links = LinkRows(transport, self.observe)
 
     # ------------------------------------------------------------ life
@@ -107,7 +109,10 @@ class IslandSync:
         """Serve, and ask to be a member. With an executor, start the control thread."""
         self._carry_out(self.machine.join_now(self.clock()))
         if self.executor is not None:
-            self._thread = threading.Thread(target=self._run, name=f"sync-{self.machine.name}", daemon=True)
+            self._thread = ControlThread(
+                name=self.machine.name, events=self.events, lock=self.changed, clock=self.clock,
+                heartbeat_s=self.settings.heartbeat_s, handle=self._handle, say_again=self._say_again,
+            )  # fmt: skip
             self._thread.start()
 
     def begin_with(self, log: RecordLog, states: Mapping[int, list[StateChunk]]) -> None:
@@ -124,7 +129,7 @@ class IslandSync:
             self.changed.notify_all()
         self.events.put(None)
         if self._thread is not None:
-            self._thread.join(timeout=10)
+            self._thread.join()
         self.threads.close()
 
     def deliver(self, batch: msg.Batch) -> None:
@@ -145,21 +150,11 @@ class IslandSync:
             self.failure = self.failure or error
             self._wake()
 
-    def _run(self) -> None:
-        next_tick = self.clock() + self.settings.heartbeat_s
-        while True:
-            try:
-                event = self.events.get(timeout=max(next_tick - self.clock(), 0.001))
-            except queue.Empty:
-                event = ev.Tick()
-            if event is None:
-                return
-            if isinstance(event, ev.Tick) or self.clock() >= next_tick:
-                next_tick = self.clock() + self.settings.heartbeat_s
-                self.links.note(self.clock(), self.machine.peers)
-                self._handle(ev.Tick())
-            if not isinstance(event, ev.Tick):
-                self._handle(event)
+    def _say_again(self) -> None:
+        """The training thread is busy at a step boundary for longer than a heartbeat: it lives."""
+        envelope = self._echo.again(self.machine.pace, self.clock())
+        if envelope is not None:
+            self.post(envelope)
 
     def pump(self) -> bool:
         """Inline mode: handle everything that is queued; whether there was anything."""
@@ -177,6 +172,8 @@ class IslandSync:
 
     def _handle(self, event: ev.Event) -> None:
         with self.changed:
+            if self._thread is not None and isinstance(event, ev.Tick):
+                self.links.note(self.clock(), self.machine.peers)
             self.machine.bytes_sent = self.transport.bytes_sent
             commands = self.machine.handle(event, self.clock())
             self._carry_out(commands)
@@ -218,7 +215,9 @@ class IslandSync:
             self._send_rows()
         if self.bodies:
             bodies, self.bodies = tuple(self.bodies), []
-            self.post(self.machine.envelope(*bodies))
+            envelope = self.machine.envelope(*bodies)
+            self._echo.heard(envelope)
+            self.post(envelope)
 
     def _forget(self, command: ev.Forget) -> None:
         freed = sum(self.store.discard(prefix) for prefix in command.prefixes)
@@ -244,6 +243,7 @@ class IslandSync:
     def boundary(self) -> Action:
         """What the training thread does next. Applies what is due and sends what is due first; never blocks."""
         with self.changed:
+            self.machine.pace.begin("exchanging", self.clock())
             action = self._decide()
             self.machine.pace.begin(DOING[type(action)], self.clock())
             return action

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import RUNS, RunsFile, main, read_runs
+from benchmarks.quality_best import best_text, link_table
+from benchmarks.quality_links import PARAMS, Link, predicted_s, training_s
 from benchmarks.quality_plan import LR_GRID, Job, Length, Losses, next_jobs
 from benchmarks.quality_plot import LABEL_GAP, Curve, Point, plot, spread_labels, tick_step
 from benchmarks.quality_report import gap_curve, goals_of, lines_of, paired, write_report
@@ -30,6 +32,8 @@ LOSS = {
     "delayed-30": 2.16,
     "muloco-30-int4": 2.02,
     "sparseloco-30": 2.18,
+    "async-30-int8": 2.1,
+    "decoupled-30-e3m0": 2.095,
 }
 
 
@@ -41,7 +45,7 @@ def record(job: Job) -> dict[str, Any]:
     return {
         "row": job.row.name, "seed": job.seed, "steps": job.steps, "settings": job.settings, "corpus": "c",
         "final": final, "curve": [[0.0, 5.5], [0.3, early], [1.0, final]], "params": 1000, "exchanges": 2,
-        "bytes_sent": 4_000_000, "anchor_digest": "d", "seconds": 1.0, "cpu_s": 1.0,
+        "bytes_sent": 4_000_000, "virtual_s": 0.05 * job.steps, "anchor_digest": "d", "seconds": 1.0, "cpu_s": 1.0,
         "environment": {"processor": "P", "cores": 2, "commit": "abc", "date": "2026-01-01", "torch": "2"},
     }  # fmt: skip
 
@@ -92,6 +96,50 @@ def test_a_row_that_diverged_is_shown_and_misses_its_goal(records: list[dict[str
     report = write_report(bad, LENGTH, tmp_path)
     assert not report.goals[0].met
     assert "inf" in report.text
+
+
+def test_unequal_islands_are_shown_beside_those_that_would_wait_for_the_slowest(records: list[dict[str, Any]]) -> None:
+    """60 steps of a second: in step with one that needs two, 120 s; waiting for nobody, what the run took."""
+    lines = lines_of(records, LENGTH)
+    by_name = {line.row.name: line for line in lines}
+    run = by_name["ddp"].runs[1]
+    assert (training_s(run), training_s(run, slowest=2.0)) == (60.0, 120.0)
+    pushes = by_name["async-30-int8"].runs[1]
+    assert training_s(pushes) == pytest.approx(60.0, rel=0.01)
+    with pytest.raises(ValueError, match="had unequal islands already"):
+        training_s(pushes, slowest=2.0)
+    table = link_table(lines)
+    assert [row.split(" | ")[0] for row in table[-4:]] == [
+        "| data parallel, one island half as fast",
+        "| DiLoCo, H = 30, int8, one island half as fast",
+        f"| {by_name['async-30-int8'].row.label}",
+        f"| {by_name['decoupled-30-e3m0'].row.label}",
+    ]
+
+
+def test_waiting_is_predicted_from_bytes_delays_and_what_a_strategy_hides() -> None:
+    link = Link(name="1 byte/s a parameter", bits_per_s=8.0 * PARAMS, one_way_s=0.2)
+    run = {"row": "r", "steps": 60, "exchanges": 2, "params": 1000, "bytes_sent": 8000}  # 4 s and 1 s of delay each
+
+    def seconds(**settings: object) -> float:
+        return predicted_s({**run, "settings": {"strategy.inner_steps": 30, **settings}}, link, islands=1)
+
+    assert seconds(**{"strategy.name": "diloco"}) == pytest.approx(70.0)
+    assert seconds(**{"strategy.name": "streaming", "strategy.overlap_steps": 3}) == pytest.approx(64.0)
+    assert seconds(**{"strategy.name": "delayed"}) == pytest.approx(60.0)
+    pushing = {**run, "settings": {"strategy.name": "async-dn"}}  # each of 4 islands waits for its own pushes
+    assert predicted_s({**pushing, "bytes_sent": 32000}, link, islands=4) == pytest.approx(62.5)
+
+
+def test_the_best_is_named_and_ties_are_called_ties(records: list[dict[str, Any]]) -> None:
+    text = best_text(lines_of(records, LENGTH))
+    assert "Lowest loss but for data parallel: MuLoCo" in text and "does not tell it" not in text
+    close = [
+        {**r, "final": r["final"] * (0.965 + 0.015 * r["seed"])} if r["row"] == "diloco-10" else r for r in records
+    ]
+    text = best_text(lines_of(close, LENGTH))
+    assert 'does not tell it from "' in text
+    assert best_text([]) == "Too few rows are finished to name the best."
 
 
 @pytest.mark.parametrize("num", [0, 1, 12, None])

@@ -24,7 +24,9 @@ def test_a_step_hangs_after_three_seconds_or_four_steps() -> None:
     assert hangs("stepping", 8.1, step_s=2.0) == (True, False)
 
 
-@pytest.mark.parametrize("doing", ["waiting", "evaluating", "saving", "between", "first_steps", "starting", "over"])
+@pytest.mark.parametrize(
+    "doing", ["waiting", "evaluating", "saving", "between", "exchanging", "first_steps", "starting", "over"]
+)
 def test_what_has_no_usual_length_is_no_hang(doing: str) -> None:
     assert hangs(doing, 100.0) == (False, False)
     assert hangs("", 1e9) == (False, False), "who says nothing of it is not judged"
