@@ -52,6 +52,7 @@ ASK_EVERY_S = 1.5
 POLL_S = 0.1
 LIMIT_S = 120.0
 PATIENCE_S = 60.0
+SAID = "said.txt"
 ATOLL = (sys.executable, "-m", "orchestrator.cli.main")
 MARK = "ATOLL_BENCHMARK"
 SESSION = secrets.token_hex(8)
@@ -161,7 +162,8 @@ class Commits:
                     at_s=row.t_s, num_tokens=row.tokens_committed, others_cpu_s=others, dashboard_cpu_s=dashboard
                 )
             time.sleep(POLL_S)
-        raise SystemExit(f"no commit in {LIMIT_S:g} s: {self.path}")
+        said = (self.path.parents[1] / SAID).read_text()[-2000:]
+        raise SystemExit(f"no commit in {LIMIT_S:g} s: {self.path}\n{said}")
 
     def _new_rows(self) -> list[ExchangeRow]:
         if self._file is None:
@@ -246,7 +248,7 @@ def training(run_dir: Path, num: int, place: str | None, environment: dict[str, 
     command = [*ATOLL, "train", "demo", "--run-dir", str(run_dir), "--set", f"run.islands={num}"]
     for override in (*BASE, *(() if place is None else ("run.address=auto",))):
         command += ["--set", override]
-    with (run_dir.parent / "said.txt").open("w+") as said:
+    with (run_dir.parent / SAID).open("w+") as said:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -266,7 +268,7 @@ def measure(num_pairs: int, block_s: float, num: int, *, door: bool) -> list[tup
     """Pairs of a watched block and one alone."""
     pairs: list[tuple[Block, Block]] = []
     with tempfile.TemporaryDirectory(prefix="atoll-viewer-") as folder:
-        environment = {**os.environ, "ATOLL_STATE_DIR": folder, MARK: SESSION}
+        environment = {**os.environ, "ATOLL_STATE_DIR": str(Path(folder) / "state"), MARK: SESSION}
         run_dir = Path(folder) / "run-watched"
         with cluster(environment, num, wanted=door) as place, training(run_dir, num, place, environment):
             commits = Commits(run_dir)
