@@ -6,8 +6,10 @@ import os
 import secrets
 import socket
 import sys
+import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from faults.plan import PlannedFault
 from orchestrator.attach import note_address
 from orchestrator.build import num_islands
 from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.lean_ray import lean_start
 from orchestrator.progress import Progress
 from orchestrator.resume import check_resumable
 from orchestrator.rundir import RunDir
@@ -82,6 +85,8 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     session = RaySession(config)
     with ExitStack() as stack:
         with waiting("starting Ray"):
+            if not quiet:
+                warm_up()
             stack.enter_context(session)
         if prepared.links:
             from faults.lab.lab import Lab
@@ -94,6 +99,14 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
 
         build_report(run_dir)
     return summary
+
+
+def warm_up() -> None:
+    """Import on a thread what the first line of the progress reckons with, torch among it, while Ray starts.
+
+    Afterwards the islands need the processors, which import it too.
+    """
+    threading.Thread(target=import_module, args=("strategies.registry",), name="warm-up", daemon=True).start()
 
 
 def _say(note: str) -> None:
@@ -172,7 +185,7 @@ class RaySession:
             slots = num_islands(self.config) + self.config.run.standby + 2
             options |= {
                 "address": "local",  # never a Ray that happens to run here
-                "num_cpus": os.cpu_count() or 1,
+                "num_cpus": slots,  # so many processes Ray starts beforehand, beside its own; nothing else asks for it
                 "resources": {WORKER_RESOURCE: slots},
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
@@ -182,8 +195,10 @@ class RaySession:
             options |= {"address": known.gcs_address, "_node_ip_address": known.node_ip}
         else:
             options["address"] = self.config.run.address
+        own = self.config.run.address is None
         try:
-            ray.init(**options)
+            with lean_start(exports_metrics=self.config.metrics.ray) if own else nullcontext():
+                ray.init(**options)
         except ConnectionError as error:
             raise no_answer(self.config.run.address, str(error)) from error
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 POLL_S = 1.0
+FIRST_POLL_S = 0.2  # until the first loss is there, for which somebody waits
 ANSWER_S = 30.0
 LOST_S = 120.0
 FIND_AGAIN_S = 5.0
@@ -62,7 +63,7 @@ def watch(
     """
     import ray
 
-    told, told_lost = 0, False
+    told, told_lost, poll_s = 0, False, FIRST_POLL_S
     with Interrupts() as interrupts:
         while True:
             if interrupts.count > told:
@@ -71,7 +72,7 @@ def watch(
             try:
                 if told:  # said again and again: a controller that is just coming back would not have heard it
                     controller.stop.remote(told == 1)
-                status: dict[str, Any] = ray.get(controller.wait.remote(POLL_S), timeout=ANSWER_S)  # type: ignore[assignment]
+                status: dict[str, Any] = ray.get(controller.wait.remote(poll_s), timeout=ANSWER_S)  # type: ignore[assignment]
             except ray.exceptions.ActorDiedError as error:
                 raise RunFailed(
                     f"the controller has died for good: {error}", remedy="its log is logs/controller.log"
@@ -87,6 +88,8 @@ def watch(
                 told_lost = True
                 continue
             progress.show(status)
+            if status.get("evaluations") or status["rounds"]:
+                poll_s = POLL_S
             if status["over"]:
                 for fault in status.get("unfired", ()):
                     progress.say(f"warning: {fault} did not happen: the run was over before")

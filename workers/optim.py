@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from workers.config import TrainConfig
 from workers.model.errors import ModelError
+from workers.uncompiled import uncompiled
 
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "output_head"})
 """Modules whose matrix is an output head, which Muon leaves to AdamW as it does embeddings."""
@@ -82,7 +83,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> InnerOptimizer:
             f"train.optimizer = 'muon': {type(model).__qualname__} has no trainable matrices besides embeddings "
             "and heads; set train.optimizer = 'adamw'"
         )
-    muon = torch.optim.Muon(
+    muon = uncompiled(torch.optim.Muon)(
         [{"params": [named[name] for name in named if name in hidden], "peak_lr": train.muon_lr}],
         lr=train.muon_lr,
         momentum=train.muon_momentum,
@@ -110,7 +111,7 @@ def _adamw(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Ad
         {"params": matrices, "weight_decay": train.weight_decay, "peak_lr": train.lr},
         {"params": others, "weight_decay": 0.0, "peak_lr": train.lr},
     ]
-    return torch.optim.AdamW(
+    return uncompiled(torch.optim.AdamW)(
         [group for group in groups if group["params"]],
         lr=train.lr,
         betas=(train.beta1, train.beta2),

@@ -159,7 +159,7 @@ def known_clusters(root: Path | None = None) -> list[ClusterState]:
                 shutil.rmtree(state.ray_folder, ignore_errors=True)
             else:
                 remove(state)
-        else:
+        elif (folder / RECORD).exists():  # a record that cannot be read; what has none is somebody else's
             shutil.rmtree(folder, ignore_errors=True)
     return living
 

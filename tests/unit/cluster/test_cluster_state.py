@@ -71,6 +71,15 @@ def test_what_dead_supervisors_left_is_removed(tmp_path: Path) -> None:
     assert living.ray_folder.exists()
 
 
+def test_what_is_no_cluster_is_nobodys_to_remove(tmp_path: Path) -> None:
+    make(tmp_path)
+    # Islands whose machine does not see the run directory keep logs and local states beside the clusters' folders.
+    (tmp_path / "state" / "runs" / "demo" / "logs").mkdir(parents=True)
+    (tmp_path / "state" / "thesis").mkdir()
+    known_clusters(tmp_path / "state")
+    assert (tmp_path / "state" / "runs" / "demo" / "logs").is_dir() and (tmp_path / "state" / "thesis").is_dir()
+
+
 def dead_head(tmp_path: Path, name: str, *, door: str = "127.0.0.1:4321", gcs: str = "127.0.0.2:1") -> ClusterState:
     state = replace(make(tmp_path, name, gcs=gcs), door=door, supervisor=dead())
     save(state)
