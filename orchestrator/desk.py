@@ -76,7 +76,7 @@ class Desk:
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
         """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
-        self.term = term
+        self.term, self.rank = term, term.rank
         self.rows: list[Row] = []
         self.state = RunState()
         for row in rows:
@@ -98,6 +98,7 @@ class Desk:
         self.num_batches = 0
         self.ended = False
         self.stale_messages = 0
+        self.num_events = 0
 
     def seconds(self) -> float:
         """Run time: seconds since the run's start on the controller's clock."""
@@ -171,6 +172,8 @@ class Desk:
         if self.pending:
             self.commands.append(ev.Append(rows=tuple(self.pending)))
             self.pending = []
+        if not self.held:
+            return
         grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
         while self.held and may_tell(self.held[0][0], self.flushed):
             _, to, bodies = self.held.popleft()

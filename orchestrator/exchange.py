@@ -139,7 +139,7 @@ class FragmentExchange(OwnersWork):
             return True
         awaited = open_.waits_for
         graceful = self.closing.rule == "quorum" and open_.quorum_s is not None
-        if not graceful or awaited is None or awaited not in fleet.members:
+        if not graceful or awaited is None or awaited in open_.offers or awaited not in fleet.members:
             return False
         if self.config.quorum < 1 and now >= (open_.quorum_s or 0.0) + self.config.grace_s:
             return False
@@ -306,10 +306,11 @@ class FragmentExchange(OwnersWork):
             open_.needed = self.closing.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
             if open_.quorum_s is None and len(open_.offers) >= open_.needed:
                 open_.quorum_s = now
-            because = self.closing.reason(
-                open_, fleet, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
-            )
-            if because:
+            if len(open_.offers) >= open_.needed and (
+                because := self.closing.reason(
+                    open_, fleet, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
+                )
+            ):
                 return self._close(open_, fleet, now, because)
             awaited = rules.awaited_members(open_, fleet) if open_.quorum_s is not None else ()
             slowest = max(awaited, key=lambda m: (m.step_s, m.id), default=None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import ledger
 from orchestrator.exchange_rules import OpenExchange, copies_needed
-from orchestrator.lifecycle import process_of
+from orchestrator.membership import process_of
 from orchestrator.run_state import RunState
 from orchestrator.simulation.bookkeeping import Bookkeeping
 from orchestrator.simulation.symbols import bits_of, must
