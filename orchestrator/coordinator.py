@@ -276,7 +276,7 @@ class Coordinator(Heartbeats):
                 self._retrack(track, "next_commit_s")
         for entry in record.roster:
             self.refusals.pop(entry.member, None)
-            self._track(entry.offer.member, "contributed_s")
+            self._track(entry.member_id, "contributed_s")
         self._judge_standings()
         self._settle_all()
         self._plan_shares()

@@ -197,17 +197,14 @@ class Desk:
             if rows_from not in slices:
                 slices[rows_from] = tuple(self.rows[rows_from : self.flushed + 1])
             rows = slices[rows_from]
-            process.rows_sent = max(rows_from, self.flushed + 1)
+            if rows_from <= self.flushed:
+                process.rows_sent = self.flushed + 1
         self.num_batches += 1
-        self.commands.append(
-            ev.Send(
-                batch=msg.Batch(
-                    run_id=self.plan.run_id, term=self.term, name=name,
-                    incarnation=member.incarnation if member else None, nonce=nonce,
-                    rows_from=rows_from, rows=rows, bodies=bodies, number=self.num_batches,
-                )
-            )
-        )  # fmt: skip
+        incarnation = member.incarnation if member is not None else None
+        batch = msg.Batch(
+            self.plan.run_id, self.term, name, incarnation, nonce, rows_from, rows, bodies, self.num_batches
+        )
+        self.commands.append(ev.Send(batch))
 
     def _say(self, text: str, *, member: str = "", level: str = "info") -> None:
         self.commands.append(ev.Say(text=text, member=member, level=level))

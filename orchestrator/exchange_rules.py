@@ -45,7 +45,8 @@ class OpenExchange:
 
     By the last look at everybody: `needed` offers make a quorum, `waits_for` is one whose offer is still to come (the
     slowest), `likely` would own the parts, chunk by chunk, and have `unannounced` still to hear of. `first`: what
-    told of this exchange; `assignment`: what told of its present attempt.
+    told of this exchange; `assignment`: what told of its present attempt. `entries_digest`: of the roster alone,
+    `roster_digest`: of what owners make of it.
     """
 
     id: ExchangeId
@@ -60,6 +61,7 @@ class OpenExchange:
     attempt: int = 0
     roster: tuple[RosterEntry, ...] = ()
     roster_digest: str = ""
+    entries_digest: str = ""
     base_samples: int = 0
     owners: tuple[MemberId, ...] = ()
     candidates: frozenset[MemberId] = frozenset()

@@ -339,7 +339,7 @@ class Lifecycle(Standings):
     def _wants(self, member: MemberId) -> bool:
         """Whether a member should be given samples, while the journal is as it was when leases were last granted."""
         process = self.roll.processes.get(member)
-        if process is None or not process.ready():
+        if process is None or not process.holds_state:
             return False
         if self.lease_plan is None or self.state.shares is not None:
             return True

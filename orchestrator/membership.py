@@ -250,7 +250,7 @@ class Roll:
         process = self.processes[member]
         gap_s = now - process.heard_s
         if gap_s > 0.0:  # of what comes at the same moment nothing is learnt
-            self._gaps(process).heard(gap_s)
+            (process.gaps or self._gaps(process)).heard(gap_s)
             process.heard_s = now
         if not process.silence:
             return None

@@ -86,9 +86,21 @@ class RosterEntry:
     coefficient: float
 
     @property
+    def member_id(self) -> MemberId:
+        """The incarnation that this entry is of."""
+        return MemberId(self.member, self.incarnation)
+
+    @property
     def offer(self) -> OfferId:
         """Id of the offer that this entry includes."""
-        return OfferId(member=MemberId(name=self.member, incarnation=self.incarnation), seq=self.seq)
+        return OfferId(MemberId(self.member, self.incarnation), self.seq)
+
+    def weighed(self, coefficient: float) -> RosterEntry:
+        """The same with another coefficient."""
+        return RosterEntry(
+            member=self.member, incarnation=self.incarnation, seq=self.seq, since=self.since, upto=self.upto,
+            ranges=self.ranges, num_steps=self.num_steps, coefficient=coefficient,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,6 +357,8 @@ KINDS: dict[str, type[Record]] = {
         PairRosterRecord, PairCommitRecord,
     )
 }  # fmt: skip
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
 _FIELDS: dict[type[Record], tuple[str, ...]] = {
     cls: tuple(field.name for field in fields(cls)) for cls in KINDS.values()
@@ -367,12 +381,15 @@ def to_body(record: Record) -> dict[str, Any]:
 
 
 def _entry_body(entry: RosterEntry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in _ENTRY_HINTS}
+    return {
+        "member": entry.member, "incarnation": entry.incarnation, "seq": entry.seq, "since": entry.since,
+        "upto": entry.upto, "ranges": entry.ranges, "num_steps": entry.num_steps, "coefficient": entry.coefficient,
+    }  # fmt: skip
 
 
 def canonical(body: dict[str, Any]) -> bytes:
     """The one byte form of a body that hashes are taken of."""
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL.encode(body).encode()
 
 
 def chain_hash(prev: str, payload: bytes) -> str:
@@ -385,9 +402,8 @@ def roster_digest(roster: tuple[RosterEntry, ...]) -> str:
     return chain_hash("roster", canonical({"roster": [_entry_body(entry) for entry in roster]}))
 
 
-def work_digest(roster: tuple[RosterEntry, ...], recipe: Recipe | None) -> str:
-    """What owners are asked to do: the digest of the roster, and of the recipe where there is one."""
-    of_roster = roster_digest(roster)
+def work_digest(of_roster: str, recipe: Recipe | None) -> str:
+    """What owners are asked to do: named by the digest of the roster, and of the recipe where there is one."""
     return of_roster if recipe is None else chain_hash(of_roster, canonical(asdict(recipe)))
 
 
@@ -465,7 +481,7 @@ def make_row(seq: int, prev: str, record: Record) -> Row:
 def dump_row(row: Row) -> bytes:
     """The JSON line of a row, newline included."""
     body = {"seq": row.seq, "prev": row.prev, "hash": row.hash, **to_body(row.record)}
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    return _LINE.encode(body).encode() + b"\n"
 
 
 def load_row(line: bytes) -> Row:
