@@ -8,12 +8,12 @@ from collections.abc import Collection, Sequence
 from faults.recovery import Kind
 from orchestrator import events as ev
 from orchestrator import exchange as ex
-from orchestrator import leases, leaving
+from orchestrator import leaving
 from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
+from orchestrator.granting import Granting
 from orchestrator.membership import Process, Roll, Verdict, process_of
 from orchestrator.run_state import Membership, RunState
-from orchestrator.standing import Standings
 from workers import messages as msg
 from workers.records import (
     HUNG,
@@ -28,7 +28,6 @@ from workers.records import (
     SettleRecord,
     Term,
 )
-from workers.shares import round_steps
 
 GIVEN_UP = "given_up"
 LOST_AFTER_S = 2.0
@@ -73,7 +72,7 @@ def outlived(successor: Process | None, asked_s: float) -> bool:
     return well and successor is not None and successor.heard_s > asked_s
 
 
-class Lifecycle(Standings):
+class Lifecycle(Granting):
     """The lives of incarnations."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -83,7 +82,6 @@ class Lifecycle(Standings):
         self.begun_s = now
         self.outlived_asked_s: dict[str, float] = {}
         self.genesis_asked: tuple[MemberId, float] | None = None
-        self.tail = False
         self.first_joins: dict[str, float] = {}
         self.refusals: dict[str, int] = defaultdict(int)
         self.given_up: dict[str, str] = {}
@@ -96,9 +94,6 @@ class Lifecycle(Standings):
         self.peers_due, self.peers_told_s = False, float("-inf")
         self.peers_made: tuple[float, msg.Peers] | None = None
         self.start_waits_for = ""
-        self.granted_at = -1  # rows of the journal when leases were last granted, and the plan then
-        self.granted_to_all = (-1, -1)  # and the event in which everybody was last looked at for it
-        self.lease_plan: leases.Plan | None = None
 
     # ------------------------------------------------------------ joining
 
@@ -292,58 +287,6 @@ class Lifecycle(Standings):
         member = self.state.current.get(name)
         process = self.roll.processes.get(member) if member is not None else None
         return bool(name) and (process is None or not process.ready())
-
-    # ------------------------------------------------------------ leases
-
-    def _lease_plan(self) -> leases.Plan:
-        return leases.Plan(
-            total_samples=self.plan.total_samples,
-            inner_steps=self.longest_round(),
-            bound_rounds=self.plan.exchange.bound_rounds,
-        )
-
-    def _grant(self, only: MemberId | None = None) -> None:
-        """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
-        if not self.started or self.stopping is not None:
-            return
-        if only is not None and self.granted_at == len(self.rows) and (self.tail or not self._wants(only)):
-            return
-        if only is None and self.granted_to_all == (self.num_events, len(self.rows)):
-            return
-        processes = self.roll.processes
-        asked = processes.items() if only is None else [(only, processes[only])] if only in processes else []
-        members = {
-            m: (p.info.batch_size, p.consumed)
-            for m, p in asked
-            if p.ready()
-            and not p.is_suspect()
-            and m.name not in self.leaving
-            and self.state.bans.may_contribute(m.name)
-        }
-        plan, by_speed = self._lease_plan(), self.state.shares
-        self.lease_plan = plan
-        steps = {m: round_steps(by_speed, str(m), plan.inner_steps) for m in members} if by_speed is not None else {}
-        records = leases.grant(self.state, members, plan, steps)
-        for record in records:
-            self._log(record)
-            member = MemberId(name=record.member, incarnation=record.incarnation)
-            self._tell(member, msg.LeaseGrant(index=record.index, ranges=record.ranges))
-        tail = leases.left_to_issue(self.state, plan) == 0
-        if tail != self.tail:
-            self.tail = tail
-            self._tell_all(msg.Tail(active=tail))
-        self.granted_at = len(self.rows)
-        if only is None:
-            self.granted_to_all = (self.num_events, len(self.rows))
-
-    def _wants(self, member: MemberId) -> bool:
-        """Whether a member should be given samples, while the journal is as it was when leases were last granted."""
-        process = self.roll.processes.get(member)
-        if process is None or not process.holds_state:
-            return False
-        if self.lease_plan is None or self.state.shares is not None:
-            return True
-        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, self.lease_plan) > 0
 
     # ------------------------------------------------------------ fences
 
