@@ -2,10 +2,16 @@
 
     python -m benchmarks.simulator [--seeds 400] [--members 10000]
 
-Times are those of this process (CPU), so that other load on the machine changes them less. Of the large run without
-faults, `crowd` in `orchestrator/simulation/scenario.py`, the time inside `Coordinator.handle` counts from the first
-commit on, divided by members and commits: all messages that members send for an exchange, their heartbeats (one in
-5 s) and the controller's ticks; journal and transport are the shell's.
+Times are those of this process (CPU), so that other load on the machine changes them less. The large run is `crowd` in
+`orchestrator/simulation/scenario.py`, without faults: rounds of 8 steps of 1 to 1.5 s, so that an exchange comes every
+10 to 15 s (`exchange_period_s`; rounds of a real run are longer), heartbeats every 5 s, a tick a second. Counted is all
+time inside `Coordinator.handle` from the first commit on, whatever it was for: every message that members send, their
+heartbeats between exchanges, the ticks, the rows of the journal with their hashes; divided by members and exchanges.
+The shell's work (files, sockets) is not in it.
+
+Two figures: the same events told once more to a fresh brain, alone, as a controller has a process of its own
+(`microseconds_per_member_and_exchange`; it must come to the same journal); and what they took among the simulated
+members, whose objects displace those of the controller from the processor's caches between any two events.
 """
 
 from __future__ import annotations
@@ -14,14 +20,18 @@ import argparse
 import gc
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Self
 from unittest import mock
 
 from benchmarks.common import keep
 from orchestrator import events as ev
-from orchestrator.coordinator import Coordinator
+from orchestrator.coordinator import Coordinator, RunPlan
 from orchestrator.simulation.batch import run_block
 from orchestrator.simulation.run import simulate
 from orchestrator.simulation.scenario import crowd, draw
+from workers.records import Row, Term
 
 BOUNDS = {"events_per_s_100_members": 15_000, "microseconds_per_member_and_exchange": 100}
 
@@ -51,41 +61,109 @@ def hundred() -> dict[str, float]:
     return {"events": result.num_events, "faults": result.num_faults, "events_per_s": result.num_events / seconds}
 
 
-def many(members: int) -> dict[str, object]:
-    """A run without faults in which only the controller's time is taken."""
-    spent_s, calls = Counter[str](), Counter[str]()
-    handle = Coordinator.handle
+class Recorder:
+    """What a controller was told, and what its brain needed for it where it stood, among the simulated members."""
 
-    def timed(self: Coordinator, event: ev.Event, now: float) -> list[ev.Command]:
+    def __init__(self) -> None:
+        self.told: list[tuple[ev.Event, float]] = []
+        self.plan: RunPlan | None = None
+        self.began: tuple[list[Row], Term, float] | None = None
+        self.costs = Costs()
+        self.last_hash = ""
+
+    def __enter__(self) -> Self:
+        """Coordinators made from now on are recorded; there must be one."""
+        begin, handle = Coordinator.__init__, Coordinator.handle
+
+        def began(brain: Coordinator, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float) -> None:
+            assert self.began is None, "the controller was started again: nothing is to fail here"
+            self.plan, self.began = plan, (list(rows), term, now)
+            begin(brain, plan, rows, term, now=now)
+
+        def told(brain: Coordinator, event: ev.Event, now: float) -> list[ev.Command]:
+            self.told.append((event, now))
+            commands = self.costs.of(partial(handle, brain, event, now), brain, event)
+            self.last_hash = brain.rows[-1].hash
+            return commands
+
+        self._patches = [
+            mock.patch.object(Coordinator, "__init__", began), mock.patch.object(Coordinator, "handle", told)
+        ]  # fmt: skip
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """No more."""
+        for patch in self._patches:
+            patch.stop()
+
+    def again(self) -> Costs:
+        """The same told to a fresh brain that has the processor's caches to itself, as in a process of its own."""
+        assert self.plan is not None and self.began is not None
+        rows, term, now = self.began
+        costs, brain = Costs(), Coordinator(self.plan, rows, term, now=now)
+        for event, at_s in self.told:
+            costs.of(partial(brain.handle, event, at_s), brain, event)
+        assert brain.rows[-1].hash == self.last_hash, "it came to other decisions"
+        return costs
+
+
+class Costs:
+    """Seconds and calls by kind of event, from the first commit on; the clock's own time is taken off."""
+
+    def __init__(self) -> None:
+        self.spent_s, self.calls = Counter[str](), Counter[str]()
         began_s = time.thread_time()
-        commands = handle(self, event, now)
-        kind = "start" if not (self.state.heads and self.state.heads[0].version.n) else _kind(event)
-        spent_s[kind] += time.thread_time() - began_s
-        calls[kind] += 1
+        for _ in range(10_000):
+            time.thread_time()
+        self.clock_s = (time.thread_time() - began_s) / 10_000
+
+    def of(self, action: Callable[[], list[ev.Command]], brain: Coordinator, event: ev.Event) -> list[ev.Command]:
+        """Carry out and count."""
+        began_s = time.thread_time()
+        commands = action()
+        ended_s = time.thread_time()
+        kind = "start" if not (brain.state.heads and brain.state.heads[0].version.n) else _kind(event)
+        self.spent_s[kind] += ended_s - began_s - self.clock_s
+        self.calls[kind] += 1
         return commands
 
+    def per(self, num: int) -> dict[str, float]:
+        """Microseconds by kind, divided."""
+        return {kind: 1e6 * seconds / num for kind, seconds in self.spent_s.items() if kind != "start"}
+
+
+def many(members: int) -> dict[str, object]:
+    """A run without faults in which only the controller's time is taken."""
     began_s = time.process_time()
     gc.disable()  # its pauses are those of the simulated members' objects, and would fall on whoever runs
     try:
-        with mock.patch.object(Coordinator, "handle", timed):
+        with Recorder() as recorder:
             result = simulate(0, scenario=crowd(members))
+        assert result.ok, result.problem
+        alone = recorder.again()
     finally:
         gc.enable()
-    assert result.ok, result.problem
     exchanges = result.counts["commits"] - 1
-    per = {kind: 1e6 * seconds / members / exchanges for kind, seconds in spent_s.items() if kind != "start"}
+    period_s = result.seconds / result.counts["commits"]
+    per, beside = alone.per(members * exchanges), recorder.costs.per(members * exchanges)
     return {
         "members": members,
         "exchanges": exchanges,
+        "exchange_period_s": period_s,
+        "heartbeat_s": crowd(2).heartbeat_s,
         "events": result.num_events,
         "seconds": time.process_time() - began_s,
         "virtual_seconds": result.seconds,
         "microseconds_per_member_and_exchange": sum(per.values()),
         "of_these": per,
+        "microseconds_per_heartbeat": per["Hello"] * members * exchanges / alone.calls["Hello"],
+        "beside_the_simulated_members": sum(beside.values()),
         "messages_per_member_and_exchange": {
-            kind: num / members / exchanges for kind, num in calls.items() if kind != "start"
+            kind: num / members / exchanges for kind, num in alone.calls.items() if kind != "start"
         },
-        "start_microseconds_per_member": 1e6 * spent_s["start"] / members,
+        "start_microseconds_per_member": 1e6 * alone.spent_s["start"] / members,
     }
 
 

@@ -94,7 +94,7 @@ class Spread:
     def has_outlier(self, value: float, *, factor: float, deviations: float, among: bool = False) -> bool:
         """`is_outlier` of a value against these; `among`: it is one of them, and is compared with the rest."""
         num = len(self.values) - among
-        if num < 1 or value <= factor * self.values[(num - 1) // 2]:  # the middle of the others is no less than that
+        if num < 1 or value <= factor * self.values[(num - 1) // 2]:  # as in `least_outlier`
             return False
         without = bisect_left(self.values, value) if among else len(self.values)
         middle = self._mean_of_middle(num, lambda place: self._at(place, without))
@@ -102,6 +102,11 @@ class Spread:
             return False
         deviation = self._mean_of_middle(num, lambda rank: self._distance(rank, middle, num, without))
         return value > middle + deviations * deviation
+
+    def least_outlier(self, *, factor: float) -> float:
+        """None of these values is an outlier among the others up to here: their middle is no less than that."""
+        num = len(self.values) - 1
+        return factor * self.values[(num - 1) // 2] if num >= 1 else math.inf
 
     def _at(self, place: int, without: int) -> float:
         return self.values[place if place < without else place + 1]

@@ -10,9 +10,9 @@ does between two steps) has the patience of the whole run instead; a member that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from faults.detector import Spread
 
@@ -76,34 +76,41 @@ def has_shared_cause(num_hanging: int, num_stepping: int) -> bool:
     return num_hanging >= 2 and 2 * num_hanging > num_stepping
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 @dataclass(kw_only=True, slots=True)
-class SlowJudge:
+class SlowJudge(Generic[Name]):
     """Verdicts on slowness that do not flicker: so many looks in a row must agree, in either direction."""
 
     windows: int = SLOW_WINDOWS
-    slow: set[str] = field(default_factory=set)
-    streaks: dict[str, int] = field(default_factory=dict)
+    slow: set[Name] = field(default_factory=set)
+    streaks: dict[Name, int] = field(default_factory=dict)  # looks in a row that disagreed; not of who has none
 
-    def look(self, steps_s: Mapping[str, float]) -> dict[str, str]:
+    def look(self, steps_s: Mapping[Name, float]) -> dict[Name, str]:
         """One look at everybody's usual step, seconds: `{member: reason}` of those whose verdict changed.
 
         The reason is empty for who is not slow any more. Who is not in `steps_s` is forgotten.
         """
-        changed: dict[str, str] = {}
+        changed: dict[Name, str] = {}
         for name in [*self.streaks]:
             if name not in steps_s:
                 del self.streaks[name]
         self.slow &= steps_s.keys()
         everybody = Spread(steps_s.values())
+        least_s = everybody.least_outlier(factor=SLOW_FACTOR)
         for name, step_s in steps_s.items():
-            outlier = everybody.has_outlier(step_s, factor=SLOW_FACTOR, deviations=SLOW_DEVIATIONS, among=True)
+            if step_s <= least_s:  # nearly always
+                outlier = False
+            else:
+                outlier = everybody.has_outlier(step_s, factor=SLOW_FACTOR, deviations=SLOW_DEVIATIONS, among=True)
             if outlier == (name in self.slow):
-                self.streaks[name] = 0
+                self.streaks.pop(name, None)
                 continue
             self.streaks[name] = self.streaks.get(name, 0) + 1
             if self.streaks[name] < self.windows:
                 continue
-            self.streaks[name] = 0
+            del self.streaks[name]
             others = [other_s for other, other_s in steps_s.items() if other != name]
             changed[name] = self._reason(step_s, others) if outlier else ""
             (self.slow.add if outlier else self.slow.discard)(name)

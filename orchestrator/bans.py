@@ -18,6 +18,7 @@ BAN_EXCHANGES = 20
 PROBATION_WEIGHT = 0.1
 
 Standing = Literal["member", "banned", "probation"]
+WEIGHTS: dict[Standing, float] = {"member": 1.0, "probation": PROBATION_WEIGHT, "banned": 0.0}
 STANDINGS = ("member", "banned", "probation")
 
 
@@ -106,7 +107,7 @@ class Bans:
 
     def weight(self, member: str) -> float:
         """What its coefficient is multiplied by."""
-        return {"member": 1.0, "probation": PROBATION_WEIGHT, "banned": 0.0}[self.standing(member)]
+        return WEIGHTS[self.standing(member)]
 
     def _change(self, member: str, standing: Standing, serial: int, why: str) -> StandingChange:
         entry = self.entries.setdefault(member, _Entry())

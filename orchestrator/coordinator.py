@@ -8,19 +8,13 @@ turns every decision into a journal row first: whatever tells a member of a deci
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from orchestrator import events as ev
 from orchestrator import exchange as ex
-from orchestrator import shares
 from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
-from orchestrator.exchange_rules import Fleet
-from orchestrator.fleet import LiveMembers
-from orchestrator.membership import MemberClock, Process
-from orchestrator.pair_desk import PairDesk
-from orchestrator.revocation import Revocations
-from orchestrator.run_state import Head
+from orchestrator.heartbeats import Heartbeats
+from orchestrator.membership import Process
 from workers import messages as msg
 from workers.pair_messages import PairSay, PairTell
 from workers.records import (
@@ -41,16 +35,13 @@ LOOK_S_PER_MEMBER = 1e-4
 ExchangeBody = msg.Missing | msg.Refused | msg.Reduced | msg.Measured | msg.Have
 
 
-class Coordinator(PairDesk):
+class Coordinator(Heartbeats):
     """All decisions of one run in one controller life."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
         """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
         super().__init__(plan, rows, term, now=now, started_s=started_s)
-        self.revocations = Revocations()
         self.verified_s = float("-inf")
-        self.sent: dict[str, int] = {}
-        self.bytes_counted = 0
         self.looked_s = float("-inf")
         self._open_exchanges()
 
@@ -60,6 +51,7 @@ class Coordinator(PairDesk):
         """One event in, commands out. `now` is the shell's monotonic clock, seconds."""
         self.now = now
         self.commands = []
+        self.num_events += 1
         if not self.ended:
             match event:
                 case ev.Received(envelope=envelope):
@@ -108,10 +100,6 @@ class Coordinator(PairDesk):
                 if isinstance(body, msg.Observed) and member in self.state.members:
                     self._observed(member, body)
 
-    def bytes_sent(self) -> int:
-        """Payload bytes that all processes of this run have sent, by their last heartbeats."""
-        return sum(self.sent.values())
-
     def _flushed(self, seq: int) -> None:
         self.flushed = max(self.flushed, seq)
         self.full = False
@@ -137,7 +125,7 @@ class Coordinator(PairDesk):
             self.stale_messages += 1
             self._say(f"message of another run {envelope.run_id!r} from {envelope.name!r} dropped", level="warning")
             return
-        if envelope.term is not None and envelope.term.rank > self.term.rank:
+        if envelope.term is not None and envelope.term.rank > self.rank:
             self.ended = True
             self.commands.append(
                 ev.Die(why=f"{envelope.name} obeys term {envelope.term}, this controller is {self.term}")
@@ -145,10 +133,13 @@ class Coordinator(PairDesk):
             return
         member = self._sender(envelope)
         for body in envelope.bodies:
-            if isinstance(body, msg.Join):
+            here = member is not None and member in self.roll.processes
+            if here and isinstance(body, msg.Hello):  # most of what there is
+                self._hello(member, body)  # type: ignore[arg-type]
+            elif isinstance(body, msg.Join):
                 self._join(envelope, body)
-            elif member is not None and member in self.roll.processes:
-                self._body(member, body)
+            elif here:
+                self._body(member, body)  # type: ignore[arg-type]
             elif member is not None and isinstance(body, msg.Hello) and self.state.members[member].live:
                 self._reattach(member, envelope.nonce, body)
 
@@ -162,8 +153,6 @@ class Coordinator(PairDesk):
 
     def _body(self, member: MemberId, body: msg.MemberBody) -> None:
         match body:
-            case msg.Hello():
-                self._hello(member, body)
             case msg.GenesisMade():
                 self._genesis_made(member, body)
             case msg.Offer() if body.fragment < len(self.exchanges):
@@ -205,10 +194,11 @@ class Coordinator(PairDesk):
                 self.stale_messages += 1
 
     def _exchange_body(self, member: MemberId, body: ExchangeBody) -> None:
-        exchange, fleet = self.exchanges[body.fragment], self._fleet(body.fragment)
+        exchange = self.exchanges[body.fragment]
         if exchange.open is None or exchange.open.id != body.exchange:
             self.stale_messages += 1
             return
+        fleet = self._fleet(body.fragment)
         match body:
             case msg.Missing():
                 effects = exchange.on_missing(member, body, fleet, self.now)
@@ -222,105 +212,7 @@ class Coordinator(PairDesk):
                 effects = exchange.on_have(member, body, fleet, self.now)
         self._effects(exchange, effects)
 
-    # ------------------------------------------------------------ heartbeats
-
-    def _hello(self, member: MemberId, hello: msg.Hello) -> None:
-        process = self.roll.processes[member]
-        was_ready, had = process.ready(), process.hello
-        self.sent[process.nonce.split("+")[0]] = hello.bytes_sent
-        first_step = process.said(hello, self.now)
-        if hello.journal_len < process.rows_sent and (had is None or had.journal_len >= hello.journal_len):
-            process.rows_sent = hello.journal_len
-        if process.rows_sent <= self.flushed:
-            self._sync(member)
-        if first_step:
-            process.first_step_s = self.seconds()
-            self.policy.stepped(member.name)
-            self._track(member, "back_s")
-        entry = self.state.members[member]
-        if hello.num_leased < entry.num_leased and had is not None and had.num_leased == hello.num_leased:
-            rest = self.state.offered_ranges(member, hello.num_leased, entry.num_leased)
-            self._tell(member, msg.LeaseGrant(index=hello.num_leased, ranges=rest))
-        if not was_ready and process.ready():
-            self._peers()
-            for exchange in self.exchanges:
-                self._effects(exchange, exchange.welcome(member))
-        for exchange in self.exchanges:
-            self._repeat(member, exchange, process.report(exchange.fragment), had)
-            self.revocations.release_barred(member, exchange.fragment, process.report(exchange.fragment), self._tell)
-        if self.exchanges and had is not None and is_stuck_behind(hello, had, self.state.heads):
-            self._tell(member, self._peers_now())
-        if hello.waiting == "leases" and self.tail:
-            self._tell(member, msg.Tail(active=True))
-        if member.name in self.leaving and hello.waiting != "leaving":
-            self._tell(member, msg.Leave())
-        if not self.started:
-            self._start_if_ready()
-        if self.plan.load == "by_speed" and self._lacks_share(member, hello):
-            self._plan_shares()
-        self._grant(member)
-        self._let_go()
-        self._heard_of_copies(member, hello)
-
-    def _lacks_share(self, member: MemberId, hello: msg.Hello) -> bool:
-        """Whether a member was measured that the shares in force do not name, and nobody's first speed is awaited."""
-        named = self.state.shares is not None and str(member) in self.state.shares.members
-        if named or hello.median_step_s <= 0.0:
-            return False
-        return bool(shares.unmeasured(self.state.shares, self.roll.processes, shares.speeds_of(self.roll.processes)))
-
-    def _plan_shares(self) -> None:
-        """Local steps by measured speed: journalled, so that every member and every replay have the same."""
-        if self.plan.load != "by_speed" or self.stopping is not None:
-            return
-        steps = self.longest_round()
-        record = shares.new_shares(self.state.shares, shares.speeds_of(self.roll.processes), steps)
-        if record is not None:
-            self._log(record)
-            told = ", ".join(f"{member} {n}" for member, n in zip(record.members, record.steps, strict=True))
-            self._say(f"local steps of a round by speed: {told} ({record.why})")
-            self._tell_all()
-
-    def _repeat(
-        self, member: MemberId, exchange: ex.FragmentExchange, report: msg.FragmentReport | None, had: msg.Hello | None
-    ) -> None:
-        """Two heartbeats without what the open exchange has told: it was lost, and is told again."""
-        if report is None or had is None or not exchange.lacks_news(report):
-            return
-        before = had.fragments[exchange.fragment] if had.fragments else None
-        if before is not None and exchange.lacks_news(before):
-            self._effects(exchange, exchange.repeat(member))
-
-    def _mark_consumed(self, member: MemberId, upto: int) -> None:
-        """It has trained on that much, whatever its last heartbeat said."""
-        process = self.roll.processes[member]
-        if process.hello is not None and process.hello.consumed < upto:
-            if process.said(replace(process.hello, consumed=upto), self.now):
-                process.first_step_s = self.seconds()
-                self._track(member, "back_s")
-
-    def _observed(self, member: MemberId, body: msg.Observed) -> None:
-        process = self.roll.processes.get(member)
-        clock = process.clock if process is not None else MemberClock()
-        to_run_s = clock.offset(body.sent_s, self.now) - self.zero_s
-        for at_s, row in body.rows:
-            stamped, at = dict(row), at_s + to_run_s
-            if stamped.get("kind") == "span":
-                length = float(stamped.pop("seconds"))  # type: ignore[arg-type]
-                stamped["start_s"], stamped["end_s"] = clock.span(at - length, at)
-            else:
-                stamped["t_s"] = at
-            self._metric(**stamped, member=member.name, incarnation=member.incarnation)
-
     # ------------------------------------------------------------ exchanges
-
-    def _fleet(self, fragment: int) -> Fleet:
-        members = LiveMembers(self.state, self.roll.processes, self.leaving, fragment)
-        head = self.state.heads[fragment].version
-        return Fleet(
-            members=members, head=head, samples_committed=self.state.samples_committed(),
-            inner_steps=self.inner_steps_of(fragment), own_pace=self.plan.strategy.own_pace,
-        )  # fmt: skip
 
     def _effects(self, exchange: ex.FragmentExchange, effects: Sequence[ex.Effect]) -> None:
         for effect in effects:
@@ -384,7 +276,7 @@ class Coordinator(PairDesk):
                 self._retrack(track, "next_commit_s")
         for entry in record.roster:
             self.refusals.pop(entry.member, None)
-            self._track(entry.offer.member, "contributed_s")
+            self._track(entry.member_id, "contributed_s")
         self._judge_standings()
         self._settle_all()
         self._plan_shares()
@@ -468,7 +360,7 @@ class Coordinator(PairDesk):
             return
         for fragment, head in enumerate(self.state.heads):
             record = self.revocations.step(
-                fragment, head.version, list(self.roll.processes.values()), self.now, self._tell,
+                fragment, head.version, self.roll.processes.values(), self.now, self._tell,
                 all_live=self._all_here(),
             )  # fmt: skip
             if record is not None:
@@ -483,11 +375,3 @@ class Coordinator(PairDesk):
 def num_versions(process: Process) -> int:
     """How far a process is, over all fragments."""
     return sum(report.n for report in process.hello.fragments) if process.hello is not None else -1
-
-
-def is_stuck_behind(hello: msg.Hello, had: msg.Hello, heads: Sequence[Head]) -> bool:
-    """Whether a member lacked the same version of some fragment at two heartbeats: it may know too few peers."""
-    return any(
-        now.n < head.version.n and now.n == before.n
-        for now, before, head in zip(hello.fragments, had.fragments, heads, strict=False)
-    )

@@ -76,7 +76,7 @@ class Desk:
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
         """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
-        self.term = term
+        self.term, self.rank = term, term.rank
         self.rows: list[Row] = []
         self.state = RunState()
         for row in rows:
@@ -98,6 +98,7 @@ class Desk:
         self.num_batches = 0
         self.ended = False
         self.stale_messages = 0
+        self.num_events = 0
 
     def seconds(self) -> float:
         """Run time: seconds since the run's start on the controller's clock."""
@@ -171,6 +172,8 @@ class Desk:
         if self.pending:
             self.commands.append(ev.Append(rows=tuple(self.pending)))
             self.pending = []
+        if not self.held:
+            return
         grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
         while self.held and may_tell(self.held[0][0], self.flushed):
             _, to, bodies = self.held.popleft()
@@ -194,17 +197,14 @@ class Desk:
             if rows_from not in slices:
                 slices[rows_from] = tuple(self.rows[rows_from : self.flushed + 1])
             rows = slices[rows_from]
-            process.rows_sent = max(rows_from, self.flushed + 1)
+            if rows_from <= self.flushed:
+                process.rows_sent = self.flushed + 1
         self.num_batches += 1
-        self.commands.append(
-            ev.Send(
-                batch=msg.Batch(
-                    run_id=self.plan.run_id, term=self.term, name=name,
-                    incarnation=member.incarnation if member else None, nonce=nonce,
-                    rows_from=rows_from, rows=rows, bodies=bodies, number=self.num_batches,
-                )
-            )
-        )  # fmt: skip
+        incarnation = member.incarnation if member is not None else None
+        batch = msg.Batch(
+            self.plan.run_id, self.term, name, incarnation, nonce, rows_from, rows, bodies, self.num_batches
+        )
+        self.commands.append(ev.Send(batch))
 
     def _say(self, text: str, *, member: str = "", level: str = "info") -> None:
         self.commands.append(ev.Say(text=text, member=member, level=level))

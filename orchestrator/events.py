@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from workers.messages import Batch, Envelope
 from workers.records import MemberId, Row, Scalar
@@ -165,8 +165,7 @@ class Append:
     rows: tuple[Row, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Deliver a batch to the process with the batch's nonce."""
 
     batch: Batch

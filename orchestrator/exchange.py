@@ -24,7 +24,6 @@ from workers.records import (
     MemberId,
     RosterEntry,
     Term,
-    roster_digest,
     version_chain,
 )
 
@@ -139,7 +138,7 @@ class FragmentExchange(OwnersWork):
             return True
         awaited = open_.waits_for
         graceful = self.closing.rule == "quorum" and open_.quorum_s is not None
-        if not graceful or awaited is None or awaited not in fleet.members:
+        if not graceful or awaited is None or awaited in open_.offers or awaited not in fleet.members:
             return False
         if self.config.quorum < 1 and now >= (open_.quorum_s or 0.0) + self.config.grace_s:
             return False
@@ -186,7 +185,7 @@ class FragmentExchange(OwnersWork):
         if open_ is None or not rules.is_current(open_, body.exchange, body.attempt) or not self._works(sender):
             return []
         lost = body.offer.member
-        if lost not in {entry.offer.member for entry in open_.roster}:
+        if lost not in {entry.member_id for entry in open_.roster}:
             return []
         open_.bad_pairs.add((sender, lost))
         if lost in fleet.members:
@@ -240,7 +239,7 @@ class FragmentExchange(OwnersWork):
 
     def _commit_record(self, open_: OpenExchange, next_digest: str) -> CommitRecord:
         chunk_digests = tuple(open_.reduced[chunk] for chunk in range(self.num_chunks))
-        n, of_roster = open_.base.n + 1, roster_digest(open_.roster)
+        n, of_roster = open_.base.n + 1, open_.entries_digest
         chain = version_chain(
             open_.base.chain,
             {"f": self.fragment, "n": n, "roster": of_roster, "chunks": chunk_digests, "digest": next_digest},
@@ -271,7 +270,7 @@ class FragmentExchange(OwnersWork):
     def holds(self, member: MemberId) -> bool:
         """Whether `member` is in a fixed roster: its samples may still be committed (C3)."""
         open_ = self.open
-        return open_ is not None and open_.state != "open" and any(e.offer.member == member for e in open_.roster)
+        return open_ is not None and open_.state != "open" and any(e.member_id == member for e in open_.roster)
 
     def needs(self, member: MemberId) -> bool:
         """Whether `member` has a share in the open exchange: its offer, or parts that it owns."""
@@ -306,10 +305,11 @@ class FragmentExchange(OwnersWork):
             open_.needed = self.closing.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
             if open_.quorum_s is None and len(open_.offers) >= open_.needed:
                 open_.quorum_s = now
-            because = self.closing.reason(
-                open_, fleet, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
-            )
-            if because:
+            if len(open_.offers) >= open_.needed and (
+                because := self.closing.reason(
+                    open_, fleet, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
+                )
+            ):
                 return self._close(open_, fleet, now, because)
             awaited = rules.awaited_members(open_, fleet) if open_.quorum_s is not None else ()
             slowest = max(awaited, key=lambda m: (m.step_s, m.id), default=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,32 +18,11 @@ from workers import ranges
 from workers.messages import Announce, Assign, ExchangeId, Offer, Version
 from workers.records import MemberId, RosterEntry, Term
 
+if TYPE_CHECKING:
+    from orchestrator.fleet import MemberView
+
 Pair = tuple[MemberId, MemberId]
 """An owner, and a contributor that it could not reach."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemberView:
-    """What the exchange needs to know of one live member.
-
-    `behind`: versions to the head, by its last heartbeat; `step_s`: of an inner step, 0 where that is not measured.
-    `trust`: by what its weight is multiplied, 0 if it is banned.
-    """
-
-    id: MemberId
-    node: str
-    address: str
-    suspect: bool
-    ready: bool
-    stepped: bool
-    weight: int
-    watermark: int
-    leases: Sequence[ranges.Range]
-    blocked: bool = False
-    leaving: bool = False
-    behind: int = 0
-    step_s: float = 0.0
-    trust: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +45,8 @@ class OpenExchange:
 
     By the last look at everybody: `needed` offers make a quorum, `waits_for` is one whose offer is still to come (the
     slowest), `likely` would own the parts, chunk by chunk, and have `unannounced` still to hear of. `first`: what
-    told of this exchange; `assignment`: what told of its present attempt.
+    told of this exchange; `assignment`: what told of its present attempt. `entries_digest`: of the roster alone,
+    `roster_digest`: of what owners make of it.
     """
 
     id: ExchangeId
@@ -81,6 +61,7 @@ class OpenExchange:
     attempt: int = 0
     roster: tuple[RosterEntry, ...] = ()
     roster_digest: str = ""
+    entries_digest: str = ""
     base_samples: int = 0
     owners: tuple[MemberId, ...] = ()
     candidates: frozenset[MemberId] = frozenset()
@@ -124,7 +105,7 @@ def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None
         return f"since {offer.since} is not the watermark {member.watermark}"
     if offer.upto <= offer.since or offer.weight <= 0 or offer.num_steps <= 0:
         return "it covers no steps"
-    if offer.upto > ranges.count(member.leases):
+    if offer.upto > member.num_leased:
         return "it covers samples that were not leased"
     if offer.ranges != ranges.cut(member.leases, offer.since, offer.upto):
         return "its ranges are not what was leased"
@@ -137,12 +118,8 @@ def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
     Not who is blocked: it stands at its bound because of another fragment, and would be waited for in a circle. Nor a
     newcomer before its first step, which is slow: it has nothing to offer, and everybody else would stand still.
     """
-    fresh = {m.id for m in fleet.members.values() if not m.stepped and fleet.head.n > 0}
-    return [
-        m
-        for m in fleet.members.values()
-        if m.id in open_.offers or (ranges.count(m.leases) > m.watermark and not m.blocked and m.id not in fresh)
-    ]
+    offers, founding = open_.offers, fleet.head.n == 0
+    return [m for m in fleet.members.values() if m.id in offers or (m.may_offer and (founding or m.stepped))]
 
 
 def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
@@ -157,7 +134,7 @@ def awaited_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
     return [
         m
         for m in expected_members(open_, fleet)
-        if m.ready and not m.suspect and not far_behind(m) and m.id not in open_.offers
+        if m.id not in open_.offers and m.ready and not m.suspect and not far_behind(m)
     ]
 
 

@@ -8,7 +8,6 @@ on each part (`orchestrator/checking.py`).
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 
 from orchestrator import checking
 from orchestrator import exchange_rules as rules
@@ -17,7 +16,7 @@ from orchestrator.exchange_rules import Fleet, OpenExchange
 from orchestrator.settings import RobustConfig
 from strategies.robust import decide, to_measure, whole_squares
 from workers import messages as msg
-from workers.records import MemberId, OfferId, work_digest
+from workers.records import MemberId, OfferId, roster_digest, work_digest
 
 
 class OwnersWork:
@@ -42,7 +41,7 @@ class OwnersWork:
 
     def _begin_work(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:
         """A new roster: everything about it is decided anew, by distances where the rule needs them."""
-        offers = [(e.offer.member, open_.offers[e.offer.member][1]) for e in open_.roster]
+        offers = [(e.member_id, open_.offers[e.member_id][1]) for e in open_.roster]
         open_.base_shares = tuple(rules.coefficients(offers, fleet))
         open_.reduced = rules.parts_after_roster_change(open_.reduced)
         open_.answers, open_.measured = {}, {}
@@ -55,7 +54,7 @@ class OwnersWork:
 
     def _decide(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:
         """Lengths and distances are known: what becomes of the contributions."""
-        robust, lengths = self.robust, [rules.length_of(open_.offers[e.offer.member][1]) for e in open_.roster]
+        robust, lengths = self.robust, [rules.length_of(open_.offers[e.member_id][1]) for e in open_.roster]
         squares = whole_squares([open_.measured[c] for c in range(self.num_chunks)]) if open_.measured else None
         decision = decide(
             robust.rule, open_.base_shares, lengths, squares, num_wrong=robust.num_wrong, bucket=robust.bucket,
@@ -69,22 +68,22 @@ class OwnersWork:
 
     def _weigh(self, open_: OpenExchange, weights: Sequence[float]) -> None:
         open_.roster = tuple(
-            replace(entry, coefficient=rules.as_fp32(weight))
-            for entry, weight in zip(open_.roster, weights, strict=True)
+            entry.weighed(rules.as_fp32(weight)) for entry, weight in zip(open_.roster, weights, strict=True)
         )
 
     def _assign(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:
         open_.attempt += 1
         if open_.state != "measuring":
             open_.state = "reducing"
-        open_.roster_digest = work_digest(open_.roster, open_.recipe)
+        open_.entries_digest = roster_digest(open_.roster)
+        open_.roster_digest = work_digest(open_.entries_digest, open_.recipe)
         open_.haves = {}
         open_.progress_s = {worker: now for chunk in range(self.num_chunks) for worker in open_.workers(chunk)}
         open_.assignment = self._assignment(open_, fleet)
         return [ToAll(body=open_.assignment)]
 
     def _assignment(self, open_: OpenExchange, fleet: Fleet) -> msg.Assign:
-        included = {entry.offer.member for entry in open_.roster}
+        included = {entry.member_id for entry in open_.roster}
         return msg.Assign(
             fragment=self.fragment,
             exchange=open_.id,

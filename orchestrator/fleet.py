@@ -1,66 +1,141 @@
-"""The live members as an exchange sees them, made one by one when somebody asks: most messages concern one member."""
+"""The live members as an exchange sees them: views of what is known at the moment, one per member and fragment."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
-from orchestrator.exchange_rules import MemberView
 from orchestrator.membership import Process
-from orchestrator.run_state import RunState
+from orchestrator.run_state import Head, Membership, RunState
+from workers.ranges import Range
 from workers.records import MemberId
 
 
-class LiveMembers(Mapping[MemberId, MemberView]):
-    """Views of the live incarnations for one fragment, in the order that rosters use.
+class MemberView:
+    """What an exchange needs to know of one live incarnation, as it is when it is asked for.
 
-    It holds for the handling of one event: who is live is fixed when it is made, what is known of them when it is
-    asked for.
+    Thousands of messages an exchange ask for a few of its fields each; a copy of all of them took longer than the rest.
     """
 
-    __slots__ = ("_fragment", "_leaving", "_live", "_made", "_processes", "_state")
+    __slots__ = ("_entry", "_fragment", "_head", "_leaving", "_process", "_state", "id")
+
+    def __init__(
+        self,
+        member: MemberId,
+        state: RunState,
+        process: Process | None,
+        leaving: Collection[str],
+        fragment: int,
+    ) -> None:
+        """`process`: None for who lived before this controller and was not heard by it."""
+        self.id = member
+        self._entry: Membership = state.members[member]
+        self._process, self._state, self._leaving, self._fragment = process, state, leaving, fragment
+        self._head: list[Head] = state.heads
+
+    @property
+    def node(self) -> str:
+        """Where it runs."""
+        return self._entry.node
+
+    @property
+    def address(self) -> str:
+        """Of its transport; empty if it is not here."""
+        return self._process.info.address if self._process is not None else ""
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it is silent, hangs or is not here."""
+        process = self._process
+        return process is None or bool(process.silence or process.hanging)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it holds a state of every fragment."""
+        return self._process is not None and self._process.holds_state
+
+    @property
+    def stepped(self) -> bool:
+        """Whether this incarnation has made an inner step."""
+        return self._process is not None and self._process.consumed > 0
+
+    @property
+    def weight(self) -> int:
+        """Tokens of one inner step."""
+        return self._process.info.weight if self._process is not None else 0
+
+    @property
+    def watermark(self) -> int:
+        """Samples of its leases that the fragment has settled."""
+        return self._entry.watermarks[self._fragment]
+
+    @property
+    def leases(self) -> Sequence[Range]:
+        """What it was leased."""
+        return self._entry.leases
+
+    @property
+    def num_leased(self) -> int:
+        """Samples in `leases`."""
+        return self._entry.num_leased
+
+    @property
+    def may_offer(self) -> bool:
+        """Whether it has samples beyond its watermark, and does not stand still because of another fragment."""
+        entry, process = self._entry, self._process
+        watermark = entry.watermarks[self._fragment]
+        if entry.num_leased <= watermark:
+            return False
+        if process is None or process.hello is None or not process.hello.waiting:  # mostly
+            return True
+        return not process.blocked(self._fragment, self._head[self._fragment].version.n, watermark)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it waits for another fragment."""
+        process, fragment = self._process, self._fragment
+        return process is not None and process.blocked(fragment, self._head[fragment].version.n, self.watermark)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it was asked to leave."""
+        return self.id.name in self._leaving
+
+    @property
+    def behind(self) -> int:
+        """Versions to the head, by its last heartbeat."""
+        process, fragment = self._process, self._fragment
+        return process.behind(fragment, self._head[fragment].version.n) if process is not None else 0
+
+    @property
+    def step_s(self) -> float:
+        """Of an inner step, 0 where that is not measured."""
+        process = self._process
+        return process.hello.median_step_s if process is not None and process.hello is not None else 0.0
+
+    @property
+    def trust(self) -> float:
+        """By what its weight is multiplied."""
+        return self._state.bans.weight(self.id.name)
+
+
+class LiveMembers:
+    """The views of one fragment, in the order that rosters use; made anew only when somebody comes or goes."""
 
     def __init__(
         self, state: RunState, processes: Mapping[MemberId, Process], leaving: Collection[str], fragment: int
     ) -> None:
-        """`leaving`: names of those who were asked to leave."""
+        """`leaving`: names of those who were asked to leave; looked at when it is asked for, like the others."""
         self._state, self._processes, self._leaving, self._fragment = state, processes, leaving, fragment
-        self._live = state.live()
-        self._made: dict[MemberId, MemberView] = {}
+        self._of: tuple[list[MemberId], int] | None = None
+        self._views: dict[MemberId, MemberView] = {}
 
-    def __len__(self) -> int:
-        """Live incarnations."""
-        return len(self._live)
-
-    def __iter__(self) -> Iterator[MemberId]:
-        """In member order."""
-        return iter(self._live)
-
-    def __contains__(self, member: object) -> bool:
-        """Whether it is a live incarnation."""
-        return isinstance(member, MemberId) and self._state.current.get(member.name) == member
-
-    def __getitem__(self, member: MemberId) -> MemberView:
-        """What is known of one of them."""
-        made = self._made.get(member)
-        if made is None:
-            if self._state.current.get(member.name) != member:
-                raise KeyError(member)
-            made = self._made[member] = self._view(member)
-        return made
-
-    def _view(self, member: MemberId) -> MemberView:
-        entry, process, fragment = self._state.members[member], self._processes.get(member), self._fragment
-        watermark, leaving = entry.watermarks[fragment], member.name in self._leaving
-        if process is None:
-            return MemberView(
-                id=member, node=entry.node, address="", suspect=True, ready=False, stepped=False, weight=0,
-                watermark=watermark, leases=entry.leases, leaving=leaving, trust=self._state.bans.weight(member.name),
-            )  # fmt: skip
-        hello, head = process.hello, self._state.heads[fragment].version.n
-        return MemberView(
-            id=member, node=entry.node, address=process.info.address, suspect=process.is_suspect(),
-            ready=process.ready(), stepped=process.stepped, weight=process.info.weight, watermark=watermark,
-            leases=entry.leases, blocked=process.blocked(fragment, head, watermark), leaving=leaving,
-            behind=process.behind(fragment, head), step_s=hello.median_step_s if hello is not None else 0.0,
-            trust=self._state.bans.weight(member.name),
-        )  # fmt: skip
+    def views(self) -> dict[MemberId, MemberView]:
+        """Of all live incarnations. Another dictionary after each change of who is live, and of who is here."""
+        live, num_here = self._state.live(), len(self._processes)
+        if self._of is None or self._of[0] is not live or self._of[1] != num_here:
+            self._of = (live, num_here)
+            self._views = {
+                member: MemberView(member, self._state, self._processes.get(member), self._leaving, self._fragment)
+                for member in live
+            }
+        return self._views

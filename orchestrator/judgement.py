@@ -60,7 +60,7 @@ class Judgement(Lifecycle):
     def _judge(self) -> None:
         for verdict in self.roll.judge(self.now):
             self._verdict(verdict)
-        if self.now - self.begun_s > self.plan.exchange.limbo_s:
+        if self.now - self.begun_s > self.plan.exchange.limbo_s and not self._all_here():
             for member in self.state.live():
                 if member not in self.roll.processes:  # lived before this controller, and never came back to it
                     why = "not heard by this controller, limbo is over"
@@ -117,13 +117,14 @@ class Judgement(Lifecycle):
     def _tell_statuses(self) -> None:
         """Statuses that changed go to the metrics, where `atoll status` finds them."""
         told, processes = self.told_status, self.roll.processes
-        for member in [m for m in told if m not in processes]:
-            del told[member]
-            self._tell_status(member, "fenced", "its incarnation has ended")
-        changed = [m for m, process in processes.items() if m not in told or told[m] != process.status]
-        for member in sorted(changed):
-            told[member] = processes[member].status
-            self._tell_status(member, told[member], processes[member].reason)
+        for member in self.roll.take_changed():
+            process = processes.get(member)
+            if process is None:
+                if told.pop(member, None) is not None:
+                    self._tell_status(member, "fenced", "its incarnation has ended")
+            elif told.get(member) != process.status:
+                told[member] = process.status
+                self._tell_status(member, process.status, process.reason)
 
     def _tell_status(self, member: MemberId, status: str, reason: str) -> None:
         self._metric(
@@ -189,17 +190,16 @@ class Judgement(Lifecycle):
 
     # ------------------------------------------------------------ quorum
 
+    def _why_not_here(self, member: MemberId) -> str:
+        process = self.roll.processes.get(member)
+        return f"{process.status}: {process.reason}" if process is not None else "not heard"
+
     def _watch_quorum(self, fleet: Fleet) -> None:
         """Whether enough members are there to commit; else who is missing and what to set, once a minute."""
         absent = {**self.given_up, **dict.fromkeys(self.away_since, "it left")}
-        reasons = {
-            member: f"{process.status}: {process.reason}"
-            for member, process in self.roll.processes.items()
-            if process.is_suspect() or not process.ready()
-        }
         first = self.exchanges[0]
         short = quorum.shortfall(
-            self.exchange_at(0), first.open, fleet, self.plan.islands, reasons, absent, first.closing
+            self.exchange_at(0), first.open, fleet, self.plan.islands, self._why_not_here, absent, first.closing
         )
         if not short:
             self.short_since = None

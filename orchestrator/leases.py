@@ -7,7 +7,7 @@ positions, when a commit (or a join, or a settlement) makes room: the same journ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heapreplace
 
 from orchestrator.run_state import RunState
@@ -20,26 +20,25 @@ MIN_WINDOW_STEPS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How many samples the run has, and how many steps ahead a member may be leased."""
+    """How many samples the run has, and how many steps ahead a member may be leased.
+
+    A member with fewer than `low_steps` ahead of its watermark is given more; at a commit it is filled up to
+    `high_steps`; at most it may be `bound_steps` ahead.
+    """
 
     total_samples: int
     inner_steps: int
     bound_rounds: float
+    low_steps: int = field(init=False)
+    high_steps: int = field(init=False)
+    bound_steps: int = field(init=False)
 
-    @property
-    def low_steps(self) -> int:
-        """A member with fewer steps ahead of its watermark is given more."""
-        return max(self.inner_steps, MIN_WINDOW_STEPS // 2)
-
-    @property
-    def high_steps(self) -> int:
-        """Steps ahead of its watermark that a member is filled up to at a commit."""
-        return max(2 * self.inner_steps, MIN_WINDOW_STEPS)
-
-    @property
-    def bound_steps(self) -> int:
-        """Steps that a member may be ahead of its watermark at most."""
-        return max(int(self.bound_rounds * self.inner_steps), self.high_steps)
+    def __post_init__(self) -> None:
+        """Reckoned once: every heartbeat asks."""
+        high = max(2 * self.inner_steps, MIN_WINDOW_STEPS)
+        object.__setattr__(self, "low_steps", max(self.inner_steps, MIN_WINDOW_STEPS // 2))
+        object.__setattr__(self, "high_steps", high)
+        object.__setattr__(self, "bound_steps", max(int(self.bound_rounds * self.inner_steps), high))
 
 
 def left_to_issue(state: RunState, plan: Plan) -> int:

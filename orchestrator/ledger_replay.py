@@ -408,7 +408,7 @@ class Replay:
         else:
             self.num_rolled_back += 1
         for entry in commit.roster:
-            inc = self.incarnations.get(entry.offer.member)
+            inc = self.incarnations.get(entry.member_id)
             if inc is not None:
                 self._take_back(fragment, entry, inc, why)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from faults.recovery import Kind
 from orchestrator import events as ev
 from orchestrator import exchange as ex
-from orchestrator import leases, leaving
+from orchestrator import leaving
 from orchestrator.closing import closing_of
 from orchestrator.desk import RunPlan
-from orchestrator.membership import Process, Roll, Verdict
+from orchestrator.granting import Granting
+from orchestrator.membership import Process, Roll, Verdict, process_of
 from orchestrator.run_state import Membership, RunState
-from orchestrator.standing import Standings
 from workers import messages as msg
 from workers.records import (
     HUNG,
@@ -28,7 +28,6 @@ from workers.records import (
     SettleRecord,
     Term,
 )
-from workers.shares import round_steps
 
 GIVEN_UP = "given_up"
 LOST_AFTER_S = 2.0
@@ -52,19 +51,16 @@ def may_settle(member: MemberId, exchanges: Sequence[ex.FragmentExchange]) -> bo
     return not any(exchange.holds(member) for exchange in exchanges)
 
 
-def state_is_lost(processes: Sequence[Process], num_fragments: int, *, all_live: bool) -> bool:
+def state_is_lost(processes: Collection[Process], num_fragments: int, *, all_live: bool) -> bool:
     """Whether there is a history, and no process has any state of some fragment of it."""
     if not (num_fragments and processes and all_live):
+        return False
+    if any(process.holds_state for process in processes):  # the first one, mostly
         return False
     reports = [process.hello.fragments for process in processes if process.hello is not None]
     if len(reports) < len(processes):
         return False
     return any(all(report[fragment].n < 0 for report in reports) for fragment in range(num_fragments))
-
-
-def process_of(nonce: str) -> str:
-    """What names a process: it takes a new nonce `<first>+<n>` for each incarnation."""
-    return nonce.split("+")[0]
 
 
 def outlived(successor: Process | None, asked_s: float) -> bool:
@@ -76,7 +72,7 @@ def outlived(successor: Process | None, asked_s: float) -> bool:
     return well and successor is not None and successor.heard_s > asked_s
 
 
-class Lifecycle(Standings):
+class Lifecycle(Granting):
     """The lives of incarnations."""
 
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
@@ -86,7 +82,6 @@ class Lifecycle(Standings):
         self.begun_s = now
         self.outlived_asked_s: dict[str, float] = {}
         self.genesis_asked: tuple[MemberId, float] | None = None
-        self.tail = False
         self.first_joins: dict[str, float] = {}
         self.refusals: dict[str, int] = defaultdict(int)
         self.given_up: dict[str, str] = {}
@@ -99,8 +94,6 @@ class Lifecycle(Standings):
         self.peers_due, self.peers_told_s = False, float("-inf")
         self.peers_made: tuple[float, msg.Peers] | None = None
         self.start_waits_for = ""
-        self.granted_at = -1  # rows of the journal when leases were last granted, and the plan then
-        self.lease_plan: leases.Plan | None = None
 
     # ------------------------------------------------------------ joining
 
@@ -108,11 +101,11 @@ class Lifecycle(Standings):
         """The live incarnation behind an envelope; a fenced one is told so."""
         if envelope.incarnation is None:
             return None
-        member = MemberId(name=envelope.name, incarnation=envelope.incarnation)
+        member = MemberId(envelope.name, envelope.incarnation)
         entry = self.state.members.get(member)
         if may_speak(entry, envelope.nonce):
-            if member in self.roll.processes:
-                self._verdict(self.roll.heard(member, self.now))
+            if member in self.roll.processes and (verdict := self.roll.heard(member, self.now)) is not None:
+                self._verdict(verdict)
             return member
         self.stale_messages += 1
         self.nonces[envelope.nonce] = (envelope.name, member)
@@ -173,7 +166,7 @@ class Lifecycle(Standings):
         if member in self.roll.processes:
             self.roll.processes[member].rows_sent = 0
             return
-        self.roll.processes[member] = Process(id=member, nonce=nonce, info=info, joined_s=self.now, heard_s=self.now)
+        self.roll.add(Process(id=member, nonce=nonce, info=info, joined_s=self.now, heard_s=self.now))
         self.nonces[nonce] = (member.name, member)
 
     def _after_join(self) -> None:
@@ -252,7 +245,7 @@ class Lifecycle(Standings):
     def _restore_if_lost(self) -> None:
         """Every living member is here and none holds a state: what is left of the model is the snapshots on disk."""
         processes = self.roll.processes
-        if not state_is_lost(list(processes.values()), len(self.state.heads), all_live=self._all_here()):
+        if not state_is_lost(processes.values(), len(self.state.heads), all_live=self._all_here()):
             self.lost_since = None
             self.without_snapshot.clear()
             return
@@ -295,54 +288,6 @@ class Lifecycle(Standings):
         process = self.roll.processes.get(member) if member is not None else None
         return bool(name) and (process is None or not process.ready())
 
-    # ------------------------------------------------------------ leases
-
-    def _lease_plan(self) -> leases.Plan:
-        return leases.Plan(
-            total_samples=self.plan.total_samples,
-            inner_steps=self.longest_round(),
-            bound_rounds=self.plan.exchange.bound_rounds,
-        )
-
-    def _grant(self, only: MemberId | None = None) -> None:
-        """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
-        if not self.started or self.stopping is not None:
-            return
-        if only is not None and self.granted_at == len(self.rows) and not self._wants(only):
-            return
-        processes = self.roll.processes
-        asked = processes.items() if only is None else [(only, processes[only])] if only in processes else []
-        members = {
-            m: (p.info.batch_size, p.consumed)
-            for m, p in asked
-            if p.ready()
-            and not p.is_suspect()
-            and m.name not in self.leaving
-            and self.state.bans.may_contribute(m.name)
-        }
-        plan, by_speed = self._lease_plan(), self.state.shares
-        self.lease_plan = plan
-        steps = {m: round_steps(by_speed, str(m), plan.inner_steps) for m in members} if by_speed is not None else {}
-        records = leases.grant(self.state, members, plan, steps)
-        for record in records:
-            self._log(record)
-            member = MemberId(name=record.member, incarnation=record.incarnation)
-            self._tell(member, msg.LeaseGrant(index=record.index, ranges=record.ranges))
-        tail = leases.left_to_issue(self.state, plan) == 0
-        if tail != self.tail:
-            self.tail = tail
-            self._tell_all(msg.Tail(active=tail))
-        self.granted_at = len(self.rows)
-
-    def _wants(self, member: MemberId) -> bool:
-        """Whether a member should be given samples, while the journal is as it was when leases were last granted."""
-        process = self.roll.processes.get(member)
-        if process is None or not process.ready():
-            return False
-        if self.lease_plan is None or self.state.shares is not None:
-            return True
-        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, self.lease_plan) > 0
-
     # ------------------------------------------------------------ fences
 
     def _drop(self, member: MemberId, upto: int, why: str) -> None:
@@ -377,7 +322,7 @@ class Lifecycle(Standings):
             level="info" if left else "warning",
         )
         self._end_silence(member)
-        process = self.roll.processes.pop(member, None)
+        process = self.roll.remove(member)
         if process is not None:
             trained = process.trained_by(self.now, self.plan.exchange.heartbeat_s)
             self.consumed_at_end[member] = min(trained, self.state.members[member].num_leased)
@@ -460,6 +405,7 @@ class Lifecycle(Standings):
         process = self.roll.processes.get(self.state.current[name])
         if process is not None:
             process.draining = why
+            self.roll.changed[process.id] = None
         self._tell(self.state.current[name], msg.Leave())
         self._let_go()
 

@@ -29,6 +29,11 @@ DRIFT = 1e-4
 """Seconds a second that a clock may run slower than another before times that it tells are off."""
 
 
+def process_of(nonce: str) -> str:
+    """What names a process: it takes a new nonce `<first>+<n>` for each incarnation."""
+    return nonce.split("+")[0]
+
+
 @dataclass(kw_only=True, slots=True)
 class MemberClock:
     """A member's clock: what the controller adds to get its own time, and where the member's last span ended."""
@@ -54,7 +59,11 @@ class MemberClock:
 
 @dataclass(kw_only=True, slots=True)
 class Process:
-    """A live incarnation's process. Times are the controller's own clock."""
+    """A live incarnation's process. Times are the controller's own clock.
+
+    `consumed`: samples, by its last heartbeat or what it has offered since; `holds_state`: of every fragment;
+    `bytes_before`: what it had sent by the heartbeat before.
+    """
 
     id: MemberId
     nonce: str
@@ -68,11 +77,13 @@ class Process:
     recovered: str = ""
     gaps: SilenceDetector | None = None
     hello: Hello | None = None
-    told: Progress = field(default_factory=Progress)
+    consumed: int = 0
+    holds_state: bool = False
     first_step_s: float | None = None
     stepping_since_s: float | None = None
     clock: MemberClock = field(default_factory=MemberClock)
     rows_sent: int = 0
+    bytes_before: int = 0
 
     @property
     def status(self) -> Status:
@@ -106,20 +117,24 @@ class Process:
 
     def progress(self) -> Progress:
         """What it last said of its training thread."""
-        return self.told
-
-    @property
-    def consumed(self) -> int:
-        """Samples it has consumed, by its last heartbeat."""
-        return self.hello.consumed if self.hello else 0
+        told = self.hello
+        return Progress() if told is None else Progress(doing=told.doing, for_s=told.doing_s, step_s=told.step_s)
 
     def said(self, hello: Hello, now: float) -> bool:
         """It told how far it is; whether that includes its first inner step."""
-        first_step = not self.stepped and hello.consumed > 0
+        self.hello = hello
+        self.holds_state = bool(hello.fragments)
+        for report in hello.fragments:  # no `all`: everybody says this all the time
+            if report.n < 0:
+                self.holds_state = False
+        return self.consumed_to(hello.consumed, now)
+
+    def consumed_to(self, consumed: int, now: float) -> bool:
+        """It has trained on that much; whether that includes its first inner step."""
+        first_step = self.consumed == 0 and consumed > 0
         if first_step:
             self.stepping_since_s = now
-        self.hello = hello
-        self.told = Progress(doing=hello.doing, for_s=hello.doing_s, step_s=hello.step_s)
+        self.consumed = consumed
         return first_step
 
     def trained_by(self, now: float, heartbeat_s: float) -> int:
@@ -137,7 +152,7 @@ class Process:
     @property
     def stepped(self) -> bool:
         """Whether this incarnation has made an inner step."""
-        return self.hello is not None and self.hello.consumed > 0
+        return self.consumed > 0
 
     def blocked(self, fragment: int, head: int, watermark: int) -> bool:
         """Whether it has nothing to offer above `watermark` and makes no step either: it waits for another fragment.
@@ -163,13 +178,7 @@ class Process:
 
     def ready(self) -> bool:
         """Whether it holds a state of every fragment, so that it can train, offer and own parts."""
-        hello = self.hello
-        if hello is None or not hello.fragments:
-            return False
-        for report in hello.fragments:  # no `all`: this is asked of everybody, all the time
-            if report.n < 0:
-                return False
-        return True
+        return self.holds_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +196,10 @@ class Roll:
 
     `judges_hangs`: whether a member that makes no step is suspect. Not where nobody could replace it, and where a
     person may sit at the keyboard between two steps.
+
+    What a look at everybody would find is kept while they speak, so that a look costs what has changed: `lasting` are
+    those whose last activity took long, `changed` those whose status may be another one since `take_changed`.
+    `silent_at_s`: before this time nobody can have been silent for too long.
     """
 
     suspect_s: float
@@ -196,13 +209,49 @@ class Roll:
     processes: dict[MemberId, Process] = field(default_factory=dict)
     judged_s: float | None = None
     compared_s: float = float("-inf")
-    slow: SlowJudge = field(default_factory=SlowJudge)
+    slow: SlowJudge[MemberId] = field(default_factory=SlowJudge)
+    silent_at_s: float = float("-inf")
+    lasting: dict[MemberId, None] = field(default_factory=dict)
+    changed: dict[MemberId, None] = field(default_factory=dict)
+
+    def add(self, process: Process) -> None:
+        """A process was admitted, or came back to this controller."""
+        self.processes[process.id] = process
+        self.changed[process.id] = None
+
+    def remove(self, member: MemberId) -> Process | None:
+        """Its incarnation has ended; the process that it had, if this controller knew one."""
+        self.changed[member] = None
+        self.lasting.pop(member, None)
+        return self.processes.pop(member, None)
+
+    def take_changed(self) -> list[MemberId]:
+        """Whose status may have changed since this was last asked."""
+        changed, self.changed = sorted(self.changed), {}
+        return changed
+
+    def said(self, process: Process, hello: Hello, now: float) -> bool:
+        """A heartbeat told how far a member is; whether that includes its first inner step."""
+        held = process.holds_state
+        first_step = process.said(hello, now)
+        if process.holds_state != held:
+            self.changed[process.id] = None
+        if hello.doing_s > self._lasts_s():
+            self.lasting[process.id] = None
+        elif self.lasting and not process.hanging:
+            self.lasting.pop(process.id, None)
+        return first_step
+
+    def _lasts_s(self) -> float:
+        return HANG_S if HANG_S < self.limbo_s else self.limbo_s  # nothing that takes no longer is a hang
 
     def heard(self, member: MemberId, now: float) -> Verdict | None:
         """A message arrived from `member`."""
         process = self.processes[member]
-        self._gaps(process).heard(now - process.heard_s)
-        process.heard_s = now
+        gap_s = now - process.heard_s
+        if gap_s > 0.0:  # of what comes at the same moment nothing is learnt
+            (process.gaps or self._gaps(process)).heard(gap_s)
+            process.heard_s = now
         if not process.silence:
             return None
         process.silence = ""
@@ -213,10 +262,10 @@ class Roll:
             process.gaps = SilenceDetector(floor_s=self.suspect_s, expected_s=self.heartbeat_s)
         return process.gaps
 
-    @staticmethod
-    def _well_again(process: Process, why: str) -> Verdict | None:
+    def _well_again(self, process: Process, why: str) -> Verdict | None:
         """One reason for suspicion is gone; there may be another one."""
         process.recovered = why
+        self.changed[process.id] = None
         return Verdict(id=process.id, verdict="healthy", reason=why) if process.status != "suspect" else None
 
     def judge(self, now: float) -> list[Verdict]:
@@ -230,7 +279,15 @@ class Roll:
         if deaf_s > self.suspect_s / 2:
             for process in self.processes.values():
                 process.heard_s = min(process.heard_s + deaf_s, now)
+        return [*self._judge_silence(now), *self._judge_hangs(), *self._compare(now)]
+
+    def _judge_silence(self, now: float) -> list[Verdict]:
+        """Who was not heard. Nobody is looked at before the first could be suspect: who speaks only moves that on."""
+        if now <= self.silent_at_s:
+            return []
         out: list[Verdict] = []
+        least_s = min(self.suspect_s, self.limbo_s)
+        self.silent_at_s = now + least_s  # of those who join, or are heard again
         for process in self.processes.values():
             silence_s = now - process.heard_s
             if silence_s > self.limbo_s:
@@ -238,17 +295,19 @@ class Roll:
                 out.append(Verdict(id=process.id, verdict="fence", reason=why))
             elif silence_s > self.suspect_s and not process.silence and self._gaps(process).is_silent(silence_s):
                 process.silence = f"silent for {silence_s:.1f} s"
+                self.changed[process.id] = None
                 out.append(Verdict(id=process.id, verdict="suspect", reason=process.silence))
-        return [*out, *self._judge_hangs(), *self._compare(now)]
+            self.silent_at_s = min(self.silent_at_s, process.heard_s + (self.limbo_s if process.silence else least_s))
+        return out
 
     def _judge_hangs(self) -> list[Verdict]:
         """Who says that it lives, and makes no step."""
-        if not self.judges_hangs:
+        if not self.judges_hangs or not self.lasting:
             return []
-        talking = [p for p in self.processes.values() if not p.silence and p.hello is not None]
-        least_s = min(HANG_S, self.limbo_s)  # nothing that takes no longer is a hang
-        found = [hang(p.told, self.limbo_s) if p.told.for_s > least_s else None for p in talking]
-        shared = has_shared_cause(len(talking) - found.count(None), len(talking))
+        talking = [p for m in self.lasting if (p := self.processes.get(m)) is not None and not p.silence]
+        found = [hang(p.progress(), self.limbo_s) for p in talking]
+        num_hanging = len(found) - found.count(None)
+        shared = num_hanging >= 2 and has_shared_cause(num_hanging, self._num_talking())
         out: list[Verdict] = []
         for process, story in zip(talking, found, strict=True):
             if story is None:
@@ -258,22 +317,32 @@ class Roll:
                 continue
             if not process.hanging:
                 process.hanging = story[0]
+                self.changed[process.id] = None
                 out.append(Verdict(id=process.id, verdict="suspect", reason=story[0]))
-            if story[1] and (not shared or process.told.for_s > self.limbo_s):
+            if story[1] and (not shared or process.progress().for_s > self.limbo_s):
                 out.append(Verdict(id=process.id, verdict="hung", reason=story[0]))
         return out
+
+    def _num_talking(self) -> int:
+        return sum(not p.silence and p.hello is not None for p in self.processes.values())
 
     def _compare(self, now: float) -> list[Verdict]:
         """Whose steps take much longer than everybody else's."""
         if now - self.compared_s < max(COMPARE_EVERY_S, COMPARE_S_PER_MEMBER * len(self.processes)):
             return []
         self.compared_s = now
-        known = {str(p.id): p for p in self.processes.values() if p.told.step_s > 0 and not p.is_suspect()}
-        changed = self.slow.look({name: process.told.step_s for name, process in known.items()})
+        changed = self.slow.look(
+            {
+                member: process.hello.step_s
+                for member, process in self.processes.items()
+                if process.hello is not None and process.hello.step_s > 0 and not (process.silence or process.hanging)
+            }
+        )
         out: list[Verdict] = []
-        for name, why in changed.items():
-            process = known[name]
+        for member, why in changed.items():
+            process = self.processes[member]
             process.slowness = why
+            self.changed[member] = None
             if why:
                 out.append(Verdict(id=process.id, verdict="slow", reason=why))
             else:

@@ -9,7 +9,7 @@ histories arise comes from the one journal (protocol H11).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from orchestrator.closing import Closing
 from orchestrator.exchange_rules import Fleet, OpenExchange, expected_members
@@ -22,27 +22,29 @@ def shortfall(
     open_: OpenExchange | None,
     fleet: Fleet,
     islands: Collection[str],
-    reasons: Mapping[MemberId, str],
+    reason_of: Callable[[MemberId], str],
     absent: Mapping[str, str],
     closing: Closing | None = None,
 ) -> str:
     """Empty while an exchange that is open can close some time; else who is missing, and what to set.
 
     Args:
-        islands: the run's members by name. reasons: status and reason of each process.
+        islands: the run's members by name. reason_of: why a member is not here, as far as it is known.
         absent: names that are not coming back, with the reason.
         closing: when exchanges close; by the quorum if nothing is said.
     """
     if open_ is None or open_.state != "open":
         return ""
+    short_of_live = config.min_members is not None and len(fleet.members) < config.min_members
+    if len(open_.offers) >= open_.needed > 0 and not short_of_live:  # by the look at everybody that this one follows
+        return ""
     expected = expected_members(open_, fleet)
     able = [m for m in expected if m.id in open_.offers or (m.ready and not m.suspect)]
     needed = (closing or Closing()).offers_needed(config, len(expected))
-    short_of_live = config.min_members is not None and len(fleet.members) < config.min_members
     if len(able) >= needed and not short_of_live:
         return ""
     here = {m.id for m in able}
-    missing = [f"{m.id} ({reasons.get(m.id, 'not heard')})" for m in expected if m.id not in here]
+    missing = [f"{m.id} ({reason_of(m.id)})" for m in expected if m.id not in here]
     named = {m.name for m in fleet.members}
     missing += [f"{name} ({absent.get(name, 'no process yet')})" for name in sorted(set(islands) - named)]
     needed = max(needed, config.min_members or 0)

@@ -7,7 +7,7 @@ the question. Pure; the clock is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from orchestrator.membership import Process
@@ -31,7 +31,7 @@ class Question:
     answers: dict[MemberId, tuple[bool, int]] = field(default_factory=dict)
 
 
-def nobody_reports(processes: Sequence[Process], fragment: int, head: Version) -> bool:
+def nobody_reports(processes: Collection[Process], fragment: int, head: Version) -> bool:
     """Whether no live member's last report claims to hold the head, and one could go on from an older version."""
     behind = False
     for process in processes:
@@ -42,7 +42,7 @@ def nobody_reports(processes: Sequence[Process], fragment: int, head: Version) -
     return behind
 
 
-def all_promise(question: Question, processes: Sequence[Process]) -> bool:
+def all_promise(question: Question, processes: Collection[Process]) -> bool:
     """Whether every live member promised not to have nor to fetch it, and one holds an older version."""
     answers = [question.answers.get(process.id) for process in processes]
     if not answers or any(a is None or not a[0] for a in answers):
@@ -76,7 +76,7 @@ class Revocations:
             tell(member, msg.RevokeCancel(fragment=fragment, nonce=report.barred))
 
     def step(
-        self, fragment: int, head: Version, processes: Sequence[Process], now: float, tell: Tell, *, all_live: bool
+        self, fragment: int, head: Version, processes: Collection[Process], now: float, tell: Tell, *, all_live: bool
     ) -> RevokeRecord | None:
         """Raise, repeat, void or decide the question about `head`; returns the record when it is decided."""
         question = self.open.get(fragment)

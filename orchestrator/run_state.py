@@ -224,7 +224,7 @@ class RunState:
             f"commit {r.n} of fragment {r.fragment} does not extend the head {head.version.n}",
         )
         for entry in r.roster:
-            member = self.members[entry.offer.member]
+            member = self.members[entry.member_id]
             _must(not member.settled, f"commit names {member.id}, which is settled")
             _must(member.watermarks[r.fragment] == entry.since, f"gap or overlap in the coverage of {member.id}")
             _must(
@@ -299,7 +299,7 @@ class RunState:
         self.heads[fragment] = Head(version=previous, digest=self.digests[fragment][commit.n - 1])
         for entry in commit.roster:
             self.committed[fragment] -= entry.upto - entry.since
-            self._take_back(self.members[entry.offer.member], fragment, entry.since, entry.upto, again=again)
+            self._take_back(self.members[entry.member_id], fragment, entry.since, entry.upto, again=again)
 
     def _take_back(self, member: Membership, fragment: int, since: int, upto: int, *, again: bool) -> None:
         """A fragment lost what it had of positions `since` to `upto`. If those were final, their fates change."""

@@ -132,7 +132,7 @@ def last_seq(log: RecordLog, fragment: int, member: MemberId, upto: int | None =
     """
     for n in range(log.head(fragment) if upto is None else upto, 0, -1):
         record = log.commit(fragment, n)
-        found = [entry.offer.seq for entry in record.roster if entry.offer.member == member] if record else []
+        found = [entry.offer.seq for entry in record.roster if entry.member_id == member] if record else []
         if found:
             return max(found)
     return 0

@@ -144,7 +144,7 @@ class MemberMachine(ExchangeSide):
     def share(self, fragment: int) -> float:
         """This member's coefficient in the present version's sum; where it is not in it, that of equal members."""
         record = self.log.commit(fragment, self.fragments[fragment].n)
-        mine = [entry.coefficient for entry in record.roster if entry.offer.member == self.id] if record else []
+        mine = [entry.coefficient for entry in record.roster if entry.member_id == self.id] if record else []
         return mine[0] if mine else 1.0 / max(len(self.log.live), 1)
 
     # ------------------------------------------------------------ facts from the training thread

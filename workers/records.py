@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, NamedTuple, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from blake3 import blake3
 
 from strategies.robust import Recipe
+from workers.identities import MemberId as MemberId
+from workers.identities import OfferId as OfferId
+from workers.identities import RosterEntry as RosterEntry
+from workers.identities import Term as Term
 from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.pipeline.records import (
     PipelineGenesisRecord,
@@ -26,69 +30,6 @@ from workers.ranges import Range
 from workers.record_base import Record as Record
 
 GENESIS_HASH = "0" * 32
-
-
-class MemberId(NamedTuple):
-    """One incarnation of a member: `name.incarnation`.
-
-    A named tuple, like `OfferId`: the controller sorts and looks up members all the time, and comparison and hash of
-    these are compiled.
-    """
-
-    name: str
-    incarnation: int
-
-    def __str__(self) -> str:
-        """`island-1.2`: the form used in keys, logs and the journal."""
-        return f"{self.name}.{self.incarnation}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
-    """One life of a controller; it fences every lower term. `lineage` rises only when a lost journal is rebuilt."""
-
-    lineage: int
-    number: int
-    controller: str
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """What terms are compared by."""
-        return (self.lineage, self.number)
-
-    def __str__(self) -> str:
-        """`lineage.number`."""
-        return f"{self.lineage}.{self.number}"
-
-
-class OfferId(NamedTuple):
-    """Names one offer: member, incarnation, sequence number."""
-
-    member: MemberId
-    seq: int
-
-    def __str__(self) -> str:
-        """`island-1.2/7`."""
-        return f"{self.member}/{self.seq}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RosterEntry:
-    """One contribution of a commit: which samples, how many steps, with which coefficient (fp32)."""
-
-    member: str
-    incarnation: int
-    seq: int
-    since: int
-    upto: int
-    ranges: tuple[Range, ...]
-    num_steps: int
-    coefficient: float
-
-    @property
-    def offer(self) -> OfferId:
-        """Id of the offer that this entry includes."""
-        return OfferId(member=MemberId(name=self.member, incarnation=self.incarnation), seq=self.seq)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,6 +286,8 @@ KINDS: dict[str, type[Record]] = {
         PairRosterRecord, PairCommitRecord,
     )
 }  # fmt: skip
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_LINE = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _ENTRY_HINTS: dict[str, Any] = get_type_hints(RosterEntry)
 _FIELDS: dict[type[Record], tuple[str, ...]] = {
     cls: tuple(field.name for field in fields(cls)) for cls in KINDS.values()
@@ -367,12 +310,15 @@ def to_body(record: Record) -> dict[str, Any]:
 
 
 def _entry_body(entry: RosterEntry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in _ENTRY_HINTS}
+    return {
+        "member": entry.member, "incarnation": entry.incarnation, "seq": entry.seq, "since": entry.since,
+        "upto": entry.upto, "ranges": entry.ranges, "num_steps": entry.num_steps, "coefficient": entry.coefficient,
+    }  # fmt: skip
 
 
 def canonical(body: dict[str, Any]) -> bytes:
     """The one byte form of a body that hashes are taken of."""
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL.encode(body).encode()
 
 
 def chain_hash(prev: str, payload: bytes) -> str:
@@ -385,9 +331,8 @@ def roster_digest(roster: tuple[RosterEntry, ...]) -> str:
     return chain_hash("roster", canonical({"roster": [_entry_body(entry) for entry in roster]}))
 
 
-def work_digest(roster: tuple[RosterEntry, ...], recipe: Recipe | None) -> str:
-    """What owners are asked to do: the digest of the roster, and of the recipe where there is one."""
-    of_roster = roster_digest(roster)
+def work_digest(of_roster: str, recipe: Recipe | None) -> str:
+    """What owners are asked to do: named by the digest of the roster, and of the recipe where there is one."""
     return of_roster if recipe is None else chain_hash(of_roster, canonical(asdict(recipe)))
 
 
@@ -465,7 +410,7 @@ def make_row(seq: int, prev: str, record: Record) -> Row:
 def dump_row(row: Row) -> bytes:
     """The JSON line of a row, newline included."""
     body = {"seq": row.seq, "prev": row.prev, "hash": row.hash, **to_body(row.record)}
-    return json.dumps(body, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    return _LINE.encode(body).encode() + b"\n"
 
 
 def load_row(line: bytes) -> Row:

@@ -148,9 +148,9 @@ class Bookkeeping:
         must(sum(entry.coefficient for entry in r.roster) <= 1 + 1e-5, 3, "coefficients exceed 1")
         for entry in r.roster:
             life = self._life(entry.member, entry.incarnation)
-            must(not life.settled, 8, f"commit {r.n} names {entry.offer.member}, which is settled")
-            must(life.live or life.fenced_in == self.num_terms, 8, f"{entry.offer.member} was fenced in an older term")
-            must(life.marks[r.fragment] == entry.since < entry.upto, 4, f"coverage of {entry.offer.member} has a gap")
+            must(not life.settled, 8, f"commit {r.n} names {entry.member_id}, which is settled")
+            must(life.live or life.fenced_in == self.num_terms, 8, f"{entry.member_id} was fenced in an older term")
+            must(life.marks[r.fragment] == entry.since < entry.upto, 4, f"coverage of {entry.member_id} has a gap")
             bits = bits_of(entry.ranges)
             must(bits == life.bits(entry.since, entry.upto), 4, f"{entry.offer} covers what was not leased to it")
             must(not bits & self.committed[r.fragment], 4, f"a sample of {entry.offer} is committed twice")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import ledger
 from orchestrator.exchange_rules import OpenExchange, copies_needed
-from orchestrator.lifecycle import process_of
+from orchestrator.membership import process_of
 from orchestrator.run_state import RunState
 from orchestrator.simulation.bookkeeping import Bookkeeping
 from orchestrator.simulation.symbols import bits_of, must
@@ -159,7 +159,7 @@ class Checks:
             if known.base != open_.base:
                 must(False, 9, f"exchange {open_.id} comes with two bases")
             return
-        roster = frozenset(entry.offer.member for entry in open_.roster)
+        roster = frozenset(entry.member_id for entry in open_.roster)
         owners = frozenset(open_.owners)
         if known is None:
             must(open_.attempt == 1, 9, f"exchange {open_.id} begins with attempt {open_.attempt}")

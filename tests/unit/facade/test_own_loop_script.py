@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +150,7 @@ def test_an_offer_whose_payload_died_with_its_process_is_made_anew(
         assert island._run is not None and island._island is not None and island._island.sync is not None
         run, sync = island._run, island._island.sync
         deliver, context = sync.deliver, run.contexts["island-0"]
-        context.deliver = lambda batch: deliver(replace(batch, rows_from=0, rows=()))
+        context.deliver = lambda batch: deliver(batch._replace(rows_from=0, rows=()))
         sync.boundary()
         wait_until(lambda: run.host.coordinator.state.heads[0].version.n == 9, "commit 9")
     assert island.summary is not None and island.summary.exchanges_committed == 9

@@ -1,0 +1,74 @@
+"""The controller's part in leases: who is looked at for them when, and what is told of it; how many is in `leases`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator import leases
+from orchestrator.desk import RunPlan
+from orchestrator.standing import Standings
+from workers import messages as msg
+from workers.records import MemberId, Row, Term
+from workers.shares import round_steps
+
+
+class Granting(Standings):
+    """Samples for those who lack some."""
+
+    def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
+        """See `Desk`."""
+        super().__init__(plan, rows, term, now=now, started_s=started_s)
+        self.tail = False
+        self.granted_at = -1  # rows of the journal when leases were last granted, and the plan then
+        self.granted_to_all = (-1, -1)  # and the event in which everybody was last looked at for it
+        self.lease_plan: leases.Plan | None = None
+
+    def _lease_plan(self) -> leases.Plan:
+        return leases.Plan(
+            total_samples=self.plan.total_samples,
+            inner_steps=self.longest_round(),
+            bound_rounds=self.plan.exchange.bound_rounds,
+        )
+
+    def _grant(self, only: MemberId | None = None) -> None:
+        """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
+        if not self.started or self.stopping is not None:
+            return
+        if only is not None and self.granted_at == len(self.rows) and (self.tail or not self._wants(only)):
+            return
+        if only is None and self.granted_to_all == (self.num_events, len(self.rows)):
+            return
+        processes = self.roll.processes
+        asked = processes.items() if only is None else [(only, processes[only])] if only in processes else []
+        members = {
+            m: (p.info.batch_size, p.consumed)
+            for m, p in asked
+            if p.ready()
+            and not p.is_suspect()
+            and m.name not in self.leaving
+            and self.state.bans.may_contribute(m.name)
+        }
+        plan, by_speed = self._lease_plan(), self.state.shares
+        self.lease_plan = plan
+        steps = {m: round_steps(by_speed, str(m), plan.inner_steps) for m in members} if by_speed is not None else {}
+        records = leases.grant(self.state, members, plan, steps)
+        for record in records:
+            self._log(record)
+            member = MemberId(name=record.member, incarnation=record.incarnation)
+            self._tell(member, msg.LeaseGrant(index=record.index, ranges=record.ranges))
+        tail = leases.left_to_issue(self.state, plan) == 0
+        if tail != self.tail:
+            self.tail = tail
+            self._tell_all(msg.Tail(active=tail))
+        self.granted_at = len(self.rows)
+        if only is None:
+            self.granted_to_all = (self.num_events, len(self.rows))
+
+    def _wants(self, member: MemberId) -> bool:
+        """Whether a member should be given samples, while the journal is as it was when leases were last granted."""
+        process = self.roll.processes.get(member)
+        if process is None or not process.holds_state:
+            return False
+        if self.lease_plan is None or self.state.shares is not None:
+            return True
+        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, self.lease_plan) > 0
