@@ -49,7 +49,8 @@ def main() -> int:
     options = lab_links.Options(repeats=arguments.repeats, seconds=arguments.seconds)
     rows: dict[str, Row] = {}
     if arguments.keep.exists() and not arguments.fresh:
-        rows = json.loads(arguments.keep.read_text(encoding="utf-8"))["rows"]
+        kept = json.loads(arguments.keep.read_text(encoding="utf-8"))["rows"]
+        rows = {name: row | lab_runs.judged(row) if name.startswith("exchange") else row for name, row in kept.items()}
     for name, measure in cases():
         if name in rows or not name.startswith(tuple(arguments.only)):
             continue

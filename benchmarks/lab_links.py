@@ -144,7 +144,7 @@ def _one_topology(lab: Lab, congestion: str, options: Options) -> Row:
     idle = [
         send_datagrams(lab, source, target, num=100, size=100, rate_mbit=0.05, idle_s=1) for _ in range(options.repeats)
     ]
-    asked_ms = _delay_ms(lab, source, target)
+    asked_ms = 1e3 * one_way_s(lab.topology, source, target)
     row: Row = {
         "congestion": congestion,
         "way": f"{source}>{target}",
@@ -166,16 +166,21 @@ def _one_topology(lab: Lab, congestion: str, options: Options) -> Row:
             loaded.append(probe.delay_ms)
         row[f"goodput_mbit_{num_streams}"] = _of(rates)
         row[f"loaded_delay_ms_{num_streams}"] = _of(loaded)
-    # Jitter adds half of its width on average.
     good = abs(statistics.median(one.delay_ms for one in idle) - asked_ms) < DELAY_WITHIN_MS
     return row | _punctuality(lab) | {"asked_delay_ms": asked_ms, "ok": good}
 
 
-def _delay_ms(lab: Lab, source: str, target: str) -> float:
-    """Of an idle way, as the topology says: the sender's line, the link, the receiver's line."""
-    plan = plan_lab(lab.topology, "10.0.0.0/24")
-    route = next(route for route in plan.routes if (route.source, route.target) == (source, target))
-    return sum(plan.links[name].delay_ms + plan.links[name].jitter_ms / 2 for name in route.links)
+def one_way_s(topology: Topology, source: str | None = None, target: str | None = None) -> float:
+    """Delay of an idle way, as the topology says: the sender's line, the link, the receiver's line.
+
+    `source`, `target`: unless given, the first node and the last one.
+    """
+    plan = plan_lab(topology, "10.0.0.0/24")
+    names = [node.name for node in plan.nodes]
+    way = (source or names[0], target or names[-1])
+    route = next(route for route in plan.routes if (route.source, route.target) == way)
+    # Jitter adds half of its width on average.
+    return sum(plan.links[name].delay_ms + plan.links[name].jitter_ms / 2 for name in route.links) / 1e3
 
 
 def _pair(*, congestion: str | None = None, **link: float) -> Topology:

@@ -17,7 +17,7 @@ from typing import Any
 
 from faults.lab.errors import LabError
 from faults.lab.links import Link, Shape
-from faults.lab.segments import Run, on_the_wire, runs_of, runs_without, take_runs
+from faults.lab.segments import OVERHEAD_BYTES, Run, runs_of, runs_without, take_runs
 
 EARLY_S = 5e-4
 """What is due so soon is due now: it is not worth another turn of the loop."""
@@ -213,7 +213,13 @@ class Fabric:
         if not link.has_jitter:
             self._advance(transit, at_s, now_s)
             return
+        if transit.num_packets == 1:
+            self._advance(transit, link.stray(at_s), now_s)
+            return
         groups = link.scatter(at_s, transit.num_packets)
+        if len(groups) == 1:
+            self._advance(transit, groups[0][1], now_s)
+            return
         ends = list(accumulate(num for num, _ in groups))
         runs = list(zip([0, *ends], ends, strict=False))
         for part, (_, arrival_s) in zip(_parts(transit, runs), groups, strict=True):
@@ -225,7 +231,15 @@ def _parts(whole: _Transit, runs: Sequence[Run]) -> list[_Transit]:
     if runs == [(0, whole.num_packets)]:
         return [whole]
     frames = take_runs(whole.frame, runs)
+    # All packets of a frame have the same headers.
+    header_bytes = (whole.num_bytes - (len(whole.frame) - OVERHEAD_BYTES)) // max(1, whole.num_packets - 1)
     return [
-        _Transit(whole.route, frame, end - start, on_the_wire(frame, len(frame))[1], whole.hop)
+        _Transit(
+            whole.route,
+            frame,
+            end - start,
+            len(frame) - OVERHEAD_BYTES + (end - start - 1) * header_bytes,
+            whole.hop,
+        )
         for frame, (start, end) in zip(frames, runs, strict=True)
     ]

@@ -109,6 +109,13 @@ class Link:
         counters.num_packets += num_packets
         return at_s + self._delay_s
 
+    def stray(self, arrival_s: float) -> float:
+        """When a packet that would arrive then does arrive, with jitter; it overtakes none (`scatter` of one)."""
+        own_s = arrival_s + self._jitter_s * self.random()
+        if own_s > self._last_arrival_s:
+            self._last_arrival_s = own_s
+        return self._last_arrival_s
+
     def scatter(self, arrival_s: float, num_packets: int) -> list[tuple[int, float]]:
         """When packets that would arrive together do arrive, with jitter: (how many, when), in order.
 

@@ -111,11 +111,11 @@ class LabRun:
 
     # ------------------------------------------------------------ the end
 
-    def finish(self) -> Summary:
+    def finish(self, *, within_s: float = WAIT_S) -> Summary:
         """Wait for the end."""
         assert self.process is not None
         try:
-            code = self.process.wait(timeout=WAIT_S)
+            code = self.process.wait(timeout=within_s)
         except subprocess.TimeoutExpired:
             code = None
         assert code == 0, f"exit code {code}:\n{self._said()}"
