@@ -298,7 +298,7 @@ def _sweep_text(length: Length) -> str:
         f"{OUTER_PAIRS[0][1]:g} in runs of {length.short_steps:,} steps; the outer pairs {pairs} with the best inner "
         f"rate in runs of {length.steps:,} steps; the inner rate's neighbours with the best pair. Where the best lay "
         "at an edge, one more was tried beyond it. The int8 rows have the rates of fp32 at H = 30. Streaming and the "
-        "rows after it have the inner rate of fp32 at H = 30 and the best of three outer pairs of their own. Not "
+        "rows after it have the inner rate of fp32 at H = 30 and the best of a few outer pairs of their own. Not "
         "tuned, and the same for all rows: AdamW betas 0.9 / 0.95, weight decay 0.1, clipping at 1, 5 % warm-up, "
         "cosine to a tenth."
     )

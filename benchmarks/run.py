@@ -18,6 +18,7 @@ BENCHMARKS = {
     "exchange": ["-m", "benchmarks.exchange", "--large"],
     "codecs": ["-m", "benchmarks.codecs"],
     "overlap": ["-m", "benchmarks.overlap"],
+    "load": ["-m", "benchmarks.load_by_speed"],
     "simulator": ["-m", "benchmarks.simulator"],
 }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.config_problem import Problem
 from orchestrator.settings import ExchangeConfig
+from strategies.codecs.backends import TRITON_CODECS
 from strategies.config import DELAYED, OVERLAPPING, StrategyConfig
 from strategies.schedule import periods_that_divide
 from strategies.stability import largest_gamma, largest_lr, largest_lr_of_pushes, nearest_lr
@@ -229,6 +230,12 @@ def check_load(config: RunConfig) -> Iterator[Problem]:
 def check_parts(config: RunConfig) -> Iterator[Problem]:
     """Strategies that are named after a part have it."""
     name, codec = config.strategy.name, config.codec
+    if codec.backend == "triton" and not config.train.device.startswith("cuda"):
+        message = f"codec.backend = 'triton' runs on GPUs, train.device = {config.train.device!r}"
+        yield Problem(key="codec.backend", message=message, remedy="train.device = 'cuda', or codec.backend = 'auto'")
+    if codec.backend == "triton" and codec.name not in TRITON_CODECS:
+        message = f"codec.backend = 'triton': codec.name = {codec.name!r} has no such form"
+        yield Problem(key="codec.backend", message=message, remedy=f"'auto', or one of {', '.join(TRITON_CODECS)}")
     if name == "muloco" and config.train.optimizer != "muon":
         message = f"train.optimizer = {config.train.optimizer!r}, but strategy.name = 'muloco' trains with Muon"
         yield Problem(key="train.optimizer", message=message, remedy="train.optimizer = 'muon'")

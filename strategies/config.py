@@ -182,8 +182,10 @@ class CodecConfig(Section):
     block: int | None = Field(
         None, ge=32, le=1 << 20, description="Values that share one scale; unset: 256 with 4 bits a value, else 4096."
     )
-    backend: Literal["auto", "torch", "numba"] = Field(
-        "auto", description="Implementation, all with the same bytes; auto: numba where it is installed."
+    backend: Literal["auto", "torch", "numba", "triton"] = Field(
+        "auto",
+        description="Implementation, all with the same bytes; auto: numba where it is installed, which runs on CPUs. "
+        "triton: on GPUs, for int8, int4, fp4, e3m0.",
     )
     error_feedback: bool = Field(False, description="Keep what the codec lost and add it to the next contribution.")
     feedback_decay: float = Field(1.0, gt=0, le=1, description="Decay of the error-feedback residual.")

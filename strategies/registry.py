@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -137,10 +138,26 @@ def decode_payload(
     return codec.decode(payload, num_values=num_values, out=out)
 
 
-def warm_up(codec: Codec) -> None:
-    """Encode and decode once, so that no exchange waits for the compiler: 1 to 4 s where numba's cache is empty."""
-    values_N = torch.zeros(codec.block + 1)
+def warm_up(codec: Codec, device: torch.device | None = None) -> None:
+    """Encode and decode once, so that no exchange waits for the compiler: 1 to 4 s where numba's cache is empty.
+
+    On `device` (the CPU). Raises SettingError if a Triton form that runs there writes other bytes than the torch form:
+    it has to agree with members that have another one.
+    """
+    values_N = torch.zeros(codec.block + 1, device=device)
     codec.decode(codec.encode(values_N), num_values=values_N.numel())
+    if codec.backend == "triton":
+        angles_N = torch.arange(64 * codec.block + 3, dtype=torch.float32, device=values_N.device)
+        values_N = torch.sin(angles_N).mul_(torch.cos(angles_N * 0.01).abs_())  # of many sizes, the same every time
+        payload, plain = codec.encode(values_N), replace(cast("Any", codec), backend="torch")
+        decoded_N = codec.decode(payload, num_values=values_N.numel())
+        expected_N = plain.decode(payload, num_values=values_N.numel())
+        same = torch.equal(decoded_N.view(torch.int32), expected_N.view(torch.int32))
+        if not (same and torch.equal(payload, plain.encode(values_N))):
+            raise SettingError(
+                f"codec.backend = 'triton': codec {codec.name!r} has other bytes than its torch form on "
+                f"{values_N.device}; set codec.backend = 'torch'"
+            )
 
 
 def _lookup(key: str, name: str, known: Mapping[str, T]) -> T:

@@ -190,7 +190,7 @@ class Island:
         tensors = {name: parameter.data for name, parameter in synchronised(self.model).items()}
         strategy = strategy_of(self.spec)
         for codec in (strategy.codec, strategy.result_codec):
-            warm_up(codec)  # nobody waits for the compiler in an exchange
+            warm_up(codec, self.device)  # nobody waits for the compiler in an exchange
         fragments = fragments_of(tensors, strategy, self.spec)
         return Replica(specs=fragments, strategy=strategy, tensors=tensors, total_samples=self.total_samples)
 

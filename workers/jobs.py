@@ -5,6 +5,7 @@ Jobs run on any thread. They read the replica under its lock and never touch liv
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from workers import member_events as ev
+from workers import messages as msg
+from workers.ahead import Base, DigestsAhead
 from workers.data.peers import PackFiles
 from workers.digest import digest
 from workers.record_log import RecordLog
@@ -65,7 +68,7 @@ def name_key(fragment: int, roster_digest: str, chunk: int) -> str:
 
 
 class Payloads(Sequence[Tensor]):
-    """Stored payloads as tensors. Each is copied when it is looked at: torch wants no read-only memory."""
+    """Stored payloads as tensors, for reading only."""
 
     def __init__(self, stored: Sequence[memoryview]) -> None:
         self._stored = tuple(stored)
@@ -106,6 +109,7 @@ class Jobs:
         self.replica, self.store, self.transport = replica, store, transport
         self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
         self.snapshots, self.clock = snapshots, clock
+        self.ahead = DigestsAhead()
         self.staged: dict[tuple[int, str], list[StateChunk]] = {}  # by fragment and chain
 
     def do(self, command: ev.Command) -> ev.Event | None:
@@ -182,12 +186,29 @@ class Jobs:
             except BadPiece as error:
                 offer = c.assign.roster[error.args[1]].offer
                 return ev.PieceRejected(fragment=c.assign.fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
-            done.append((chunk, self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, payload)))
+            digest_hex = self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, payload)
+            done.append((chunk, digest_hex))
+            self._look_ahead(c.assign, chunk, payload, digest_hex)
         if c.assign.measures:
             return ev.ChunksMeasured(
                 fragment=c.assign.fragment, roster_digest=c.assign.roster_digest, chunks=tuple(measured)
             )
         return ev.ChunksReduced(fragment=c.assign.fragment, roster_digest=c.assign.roster_digest, chunks=tuple(done))
+
+    def _look_ahead(self, assign: msg.Assign, chunk: int, payload: Tensor, digest_hex: str) -> None:
+        """Step and hash a chunk while the others are on the way; with gradients a step needs the whole result."""
+        replica, f = self.replica, assign.fragment
+        if not self.threaded or replica.strategy.contribution == "gradient":
+            return
+        with replica.lock:
+            if replica.parts[f].chain == assign.base.chain:
+                digests = replica.next_chunk_digests(f, chunk, payload, base_samples=assign.base_samples)
+                self.ahead.put(f, self._base(assign), chunk, digest_hex, digests)
+
+    def _base(self, assign: msg.Assign) -> Base:
+        samples = assign.base_samples
+        outer = self.replica.outer_of(assign.fragment, assign.base.n, samples)
+        return Base(chain=assign.base.chain, outer=outer, base_samples=samples)
 
     def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Tensor) -> str:
         data = as_bytes(payload)
@@ -237,7 +258,10 @@ class Jobs:
         with self.replica.lock:
             if payloads is None or self.replica.parts[c.assign.fragment].chain != c.assign.base.chain:
                 return None
-            digest_hex = self.replica.next_digest(c.assign.fragment, payloads, base_samples=c.assign.base_samples)
+            known = self.ahead.take(c.assign.fragment, self._base(c.assign), c.chunk_digests)
+            digest_hex = self.replica.next_digest(
+                c.assign.fragment, payloads, base_samples=c.assign.base_samples, known=known
+            )
         return ev.NextComputed(
             fragment=c.assign.fragment, exchange=c.assign.exchange, attempt=c.assign.attempt, digest=digest_hex
         )
@@ -285,4 +309,14 @@ class Jobs:
 
 
 def _tensor(data: memoryview) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+    """A stored blob as a tensor over the same memory, which nobody may write to: it is served to others.
+
+    torch knows no read-only memory, so numpy is told that this is writable. A copy of each piece and each result, as
+    long as the model, took a third of the time of an exchange.
+    """
+    if data.nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    address = np.frombuffer(data, dtype=np.uint8).ctypes.data
+    memory = (ctypes.c_uint8 * data.nbytes).from_address(address)
+    memory.owner = data  # type: ignore[attr-defined]  # lives as long as the tensor
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))

@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from strategies.decoupled import RadialSum, direction_weight
 from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.merge import advance_included, carry_over, rebase
 from strategies.norm import sum_of_squares
+from strategies.outer import OuterStep
 from strategies.registry import decode_payload, decoder_of
 from strategies.robust import Recipe
 from strategies.strategy import Strategy
@@ -275,23 +277,39 @@ class Replica:
 
     # ------------------------------------------------------------ the next version
 
-    def next_digest(self, fragment: int, payloads: Sequence[Tensor], *, base_samples: int) -> str:
-        """Digest of the next version under a result, computed chunk by chunk and not stored."""
-        spec, part = self.specs[fragment], self.parts[fragment]
+    def next_digest(
+        self, fragment: int, payloads: Sequence[Tensor], *, base_samples: int,
+        known: Mapping[int, Sequence[str]] = MappingProxyType({}),
+    ) -> str:  # fmt: skip
+        """Digest of the next version under a result, computed chunk by chunk and not stored.
+
+        `known`: what `next_chunk_digests` gave for some of the chunks.
+        """
         with self.lock:
-            scale = self._scale(fragment, payloads, part.n, base_samples)
-            out: list[str] = []
-            for chunk, payload in enumerate(payloads):
-                where = spec.chunk_slice(chunk)
-                anchor, states = self._step(fragment, where, payload, scale, part.n, base_samples)
-                out += [digest(as_bytes(values)) for values in (anchor, *states)]
-            return combine(out)
+            scale = self._scale(fragment, payloads, self.parts[fragment].n, base_samples)
+            return combine(
+                [
+                    digest_hex
+                    for chunk in range(len(payloads))
+                    for digest_hex in known.get(chunk)
+                    or self.next_chunk_digests(fragment, chunk, payloads[chunk], scale, base_samples=base_samples)
+                ]
+            )
+
+    def next_chunk_digests(
+        self, fragment: int, chunk: int, payload: Tensor, scale: Tensor | None = None, *, base_samples: int
+    ) -> list[str]:
+        """Digests of one chunk of the next version: anchor and outer states. `scale`: see `OuterStep.prepare`."""
+        where, n = self.specs[fragment].chunk_slice(chunk), self.parts[fragment].n
+        with self.lock:
+            anchor, states = self._step(fragment, where, payload, scale, n, base_samples)
+            return [digest(as_bytes(values)) for values in (anchor, *states)]
 
     def _progress(self, base_samples: int) -> float:
         return min(base_samples / self.total_samples, 1.0)
 
     def _scale(self, fragment: int, payloads: Sequence[Tensor], n: int, base_samples: int) -> Tensor | None:
-        outer, spec = self.variants(fragment, n).outer_at(self._progress(base_samples)), self.specs[fragment]
+        outer, spec = self.outer_of(fragment, n, base_samples), self.specs[fragment]
         return outer.prepare(
             self._decode(payload, spec.chunk_slice(chunk), fragment) for chunk, payload in enumerate(payloads)
         )
@@ -301,33 +319,20 @@ class Replica:
         num, backend = where.stop - where.start, self.strategy.codec.backend
         return decode_payload(payload.to(device), num_values=num, backend=backend)
 
+    def outer_of(self, fragment: int, n: int, base_samples: int) -> OuterStep:
+        """The outer step of the transition from version `n`, with `base_samples` committed before it."""
+        return self.variants(fragment, n).outer_at(self._progress(base_samples))
+
     def _step(
-        self,
-        fragment: int,
-        where: slice,
-        payload: Tensor,
-        scale: Tensor | None,
-        n: int,
-        base_samples: int,
+        self, fragment: int, where: slice, payload: Tensor, scale: Tensor | None, n: int, base_samples: int,
         base: tuple[Tensor, tuple[Tensor, ...]] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         part = self.parts[fragment]
         anchor, states = base or (part.anchor[where], tuple(s[where] for s in part.states))
-        progress = self._progress(base_samples)
-        return (
-            self.variants(fragment, n)
-            .outer_at(progress)
-            .step(
-                anchor,
-                states,
-                self._decode(payload, where, fragment),
-                scale=scale,
-                version=n,
-                progress=progress,
-                spec=self.specs[fragment],
-                start=where.start,
-            )
-        )
+        return self.outer_of(fragment, n, base_samples).step(
+            anchor, states, self._decode(payload, where, fragment), scale=scale, version=n,
+            progress=self._progress(base_samples), spec=self.specs[fragment], start=where.start,
+        )  # fmt: skip
 
     def apply(
         self,

@@ -50,11 +50,20 @@ class BlobSource(Protocol):
         ...
 
 
+class _Waiter:
+    """A reader that waits for one of its keys; woken by a put of one of them and by `BlobStore.interrupt`."""
+
+    def __init__(self, wanted: frozenset[str], lock: threading.Lock) -> None:
+        self.wanted, self.here = wanted, False
+        self.changed = threading.Condition(lock)
+
+
 class BlobStore:
     """A thread-safe mapping from keys to buffers; see the module for what keys and aliases are."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiters: set[_Waiter] = set()
         self._blobs: dict[str, StoredBlob] = {}
         self._alias_of: dict[str, str] = {}  # key -> its content key
         self._holders: dict[str, dict[str, None]] = {}  # content key -> keys, oldest first
@@ -63,22 +72,22 @@ class BlobStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of all stored buffers; an alias costs nothing, equal bytes under two keys count twice."""
-        with self._changed:
+        with self._lock:
             return self._num_bytes
 
     def __len__(self) -> int:
         """Return the number of keys, without aliases."""
-        with self._changed:
+        with self._lock:
             return len(self._blobs)
 
     def __contains__(self, key: object) -> bool:
         """Return whether ``key`` (or alias) is here."""
-        with self._changed:
+        with self._lock:
             return isinstance(key, str) and self._lookup(key) is not None
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the keys equal to ``prefix`` or below it (aliases left out), oldest first."""
-        with self._changed:
+        with self._lock:
             return [key for key in self._blobs if _is_below(key, prefix)]
 
     def put(self, key: str, buffer: AnyBuffer, *, digest_hex: str | None = None, content_key: str | None = None) -> str:
@@ -93,19 +102,22 @@ class BlobStore:
             raise ValueError("a blob needs a key that is not empty")
         data = byte_view(buffer)
         blob = StoredBlob(data=data, digest=digest_hex if digest_hex is not None else digest(data))
-        with self._changed:
+        with self._lock:
             self._remove(key)
             self._blobs[key] = blob
             self._num_bytes += data.nbytes
             if content_key is not None:
                 self._alias_of[key] = content_key
                 self._holders.setdefault(content_key, {})[key] = None
-            self._changed.notify_all()
+            for waiter in self._waiters:  # many wait, and one put is what few of them wait for
+                if key in waiter.wanted or content_key in waiter.wanted:
+                    waiter.here = True
+                    waiter.changed.notify()
         return blob.digest
 
     def find(self, key: str) -> StoredBlob | None:
         """Return the blob under a key or an alias, or None; never blocks."""
-        with self._changed:
+        with self._lock:
             return self._lookup(key)
 
     def get(self, key: str, *, wait_s: float = 0.0) -> memoryview | None:
@@ -118,23 +130,29 @@ class BlobStore:
     def wait_any(self, keys: Iterable[str], *, timeout_s: float, stop: Callable[[], bool] | None = None) -> bool:
         """Block until one of ``keys`` is here; False after ``timeout_s`` seconds or once ``stop()`` is true.
 
-        ``stop`` is looked at whenever something is put and after `interrupt`; it must not block.
+        ``stop`` is looked at after a put of one of the keys and after `interrupt`; it must not block.
         """
-        wanted = tuple(keys)
+        wanted = frozenset(keys)
         deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while True:
-                if any(self._lookup(key) is not None for key in wanted):
-                    return True
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or (stop is not None and stop()):
-                    return False
-                self._changed.wait(left_s)
+        with self._lock:
+            if any(self._lookup(key) is not None for key in wanted):
+                return True
+            waiter = _Waiter(wanted, self._lock)
+            self._waiters.add(waiter)
+            try:
+                while (left_s := deadline - time.monotonic()) > 0 and not (stop is not None and stop()):
+                    waiter.changed.wait(left_s)
+                    if waiter.here:
+                        return True
+                return False
+            finally:
+                self._waiters.discard(waiter)
 
     def interrupt(self) -> None:
         """Wake everybody in `wait_any`, so that they look at ``stop()`` again."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            for waiter in self._waiters:
+                waiter.changed.notify()
 
     def discard(self, prefix: str) -> int:
         """Drop the key ``prefix`` and all keys below it; return how many bytes that freed.
@@ -142,7 +160,7 @@ class BlobStore:
         Below means whole components of the path: ``piece/0/island-1`` does not touch ``piece/0/island-10``. The prefix
         may be an alias, which alone is dropped. Readers under way keep their buffers. Nothing there: nothing happens.
         """
-        with self._changed:
+        with self._lock:
             before = self._num_bytes
             for key in [key for key in self._blobs if _is_below(key, prefix)]:
                 self._remove(key)
@@ -153,7 +171,7 @@ class BlobStore:
 
     def discard_content(self, prefix: str, digests: Collection[str]) -> None:
         """Drop the keys below ``prefix`` whose bytes have one of ``digests``; their aliases live as long as others."""
-        with self._changed:
+        with self._lock:
             for key in [k for k, blob in self._blobs.items() if blob.digest in digests and _is_below(k, prefix)]:
                 self._remove(key)
 

@@ -1,6 +1,6 @@
-"""Which implementation of a codec runs: the torch form, or the compiled one where numba is installed.
+"""Which implementation of a codec runs: the torch form, or a compiled one: numba's on CPUs, Triton's on GPUs.
 
-Both write and read the same bytes, so members of one run may differ in it. The choice is made once, when the settings
+All write and read the same bytes, so members of one run may differ in it. The choice is made once, when the settings
 are resolved; nothing falls back later. Torch is not imported here: the command line asks before it starts anything.
 """
 
@@ -15,20 +15,28 @@ from strategies.errors import SettingError
 if TYPE_CHECKING:
     from types import ModuleType
 
-Backend = Literal["torch", "numba"]
-BackendChoice = Literal["auto", "torch", "numba"]
+Backend = Literal["torch", "numba", "triton"]
+BackendChoice = Literal["auto", "torch", "numba", "triton"]
 
 REMEDY = "`pip install 'atoll[fast]'` installs it"
-Kernels = Literal["numba_dense", "numba_sparse"]
+TRITON_REMEDY = "it comes with torch for CUDA"
+TRITON_CODECS = ("int8", "int4", "fp4", "e3m0")
+Kernels = Literal["numba_dense", "numba_sparse", "triton_dense"]
 
 
 def resolve_backend(choice: BackendChoice) -> tuple[Backend, str | None]:
     """Return the implementation that `codec.backend` means on this machine, and a warning if it is the slower one.
 
-    Raises SettingError when numba is asked for by name and not installed.
+    "auto" never means Triton (ADR 57). Raises SettingError when a form is asked for by name and not installed.
     """
     if choice == "torch":
         return "torch", None
+    if choice == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise SettingError(
+                f"codec.backend = 'triton', but triton is not installed; {TRITON_REMEDY}, or set codec.backend = 'auto'"
+            )
+        return "triton", None
     if importlib.util.find_spec("numba") is not None:
         return "numba", None
     if choice == "numba":
@@ -52,14 +60,15 @@ def use_cache_dir(path: str) -> None:
 
 
 def load_kernels(name: Kernels) -> ModuleType:
-    """Import a file of compiled codecs; each kernel is compiled, or read from numba's cache, at its first call.
+    """Import a file of compiled codecs; each kernel is compiled, or read from a cache, at its first call.
 
-    Raises SettingError when numba is installed but cannot be imported, for example beside an unsupported numpy.
+    Raises SettingError when numba or Triton cannot be imported, for example beside an unsupported numpy.
     """
+    backend, remedy = ("triton", TRITON_REMEDY) if name.startswith("triton") else ("numba", f"reinstall it ({REMEDY})")
     try:
         return importlib.import_module(f"strategies.codecs.{name}")
     except ImportError as error:
         raise SettingError(
-            f"codec.backend = 'numba', but numba cannot be imported ({error}); reinstall it ({REMEDY}) "
+            f"codec.backend = {backend!r}, but {backend} cannot be imported ({error}); {remedy} "
             "or set codec.backend = 'torch'"
         ) from error

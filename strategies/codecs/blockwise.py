@@ -82,13 +82,16 @@ class Blockwise:
     kernels: ClassVar[Kernels] = "numba_dense"
     encode_kernel: ClassVar[str]
     decode_kernel: ClassVar[str]
+    # Its kernel in `triton_dense.py`, "" where there is none; and whether it encodes as that one does.
+    triton: ClassVar[str] = ""
+    triton_encodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the block size, and that the backend is there."""
         if not 1 <= self.block <= MAX_BLOCK:
             raise SettingError(f"codec.block = {self.block}; it must lie between 1 and {MAX_BLOCK}")
-        if self.backend == "numba":
-            load_kernels(self.kernels)
+        if self.backend != "torch":
+            load_kernels(self.kernels if self.backend == "numba" else "triton_dense")
 
     def num_blocks(self, num_values: int) -> int:
         """ceil(N / block)."""
@@ -181,6 +184,8 @@ class Blockwise:
     def _torch_encode(self, values_N: Tensor, body: Body) -> None:
         for rows in self._rows(values_N):
             x_RB = values_N[rows.values].view(-1, rows.width)
+            if self._triton_encode(x_RB, body.scales_R[rows.blocks], body.codes[rows.codes]):
+                continue
             scales_R = self._checked_scales(self._magnitudes(x_RB), rows.blocks.start)
             body.scales_R[rows.blocks] = scales_R
             codes_RC = body.codes[rows.codes].view(-1, self._bytes_of(rows.width))
@@ -204,6 +209,10 @@ class Blockwise:
     def _torch_decode(self, body: Body, out_N: Tensor) -> None:
         for rows in self._rows(out_N):
             codes_RC = body.codes[rows.codes].view(-1, self._bytes_of(rows.width))
+            if self._runs_triton(out_N):
+                values_RB = out_N[rows.values].view(-1, rows.width)
+                load_kernels("triton_dense").decode_rows(self.triton, body.scales_R[rows.blocks], codes_RC, values_RB)
+                continue
             self._decode_rows(body.scales_R[rows.blocks], codes_RC, out_N[rows.values].view(-1, rows.width))
 
     def _magnitudes(self, x_RB: Tensor) -> Tensor:
@@ -225,6 +234,22 @@ class Blockwise:
 
     def _runs_compiled(self, values: Tensor) -> bool:
         return self.backend == "numba" and values.is_cpu
+
+    def _runs_triton(self, values: Tensor) -> bool:
+        if self.backend != "triton" or not self.triton:
+            return False
+        kernels = load_kernels("triton_dense")
+        return bool(kernels.runs_on(values)) and self.block <= kernels.LARGEST_BLOCK
+
+    def _triton_encode(self, x_RB: Tensor, scales_R: Tensor, codes: Tensor) -> bool:
+        """Return whether all values could be encoded; the torch form says what is wrong with the others."""
+        if not (self._runs_triton(x_RB) and self.triton_encodes):
+            return False
+        limits = (self.levels, self.rounding, -1 << self.dropped_bits, self.min_scale, self.max_scale)
+        codes_RC = codes.view(-1, self._bytes_of(x_RB.shape[1]))
+        kernels = load_kernels("triton_dense")
+        kernels.encode_rows(self.triton, x_RB, scales_R, codes_RC, (*limits, *self._encode_arguments()))
+        return math.isfinite(largest_magnitude(scales_R))
 
     def _compiled_encode(self, values_N: Tensor, payload: Tensor) -> bool:
         """Return whether all values could be encoded."""

@@ -42,6 +42,7 @@ class E3m0(Nibbles):
     max_scale: ClassVar[float] = FP32_MAX
     encode_kernel: ClassVar[str] = "e3m0_encode"
     decode_kernel: ClassVar[str] = "e3m0_decode"
+    triton: ClassVar[str] = "e3m0"
 
     def _codes(self, x_RB: Tensor, scales_R: Tensor, first: int) -> Tensor:
         borders_R = torch.mul(scales_R, scalar_like(BORDER, scales_R)).masked_fill_(scales_R == 0, torch.inf)

@@ -43,6 +43,7 @@ class Fp4(Nibbles):
     max_scale: ClassVar[float] = (1 + 0x55555 * 2.0**-20) * 2.0**125
     encode_kernel: ClassVar[str] = "fp4_encode"
     decode_kernel: ClassVar[str] = "fp4_decode"
+    triton: ClassVar[str] = "fp4"
 
     def _codes(self, x_RB: Tensor, scales_R: Tensor, first: int) -> Tensor:
         magnitude_RB = x_RB.abs()

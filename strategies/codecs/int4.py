@@ -38,6 +38,7 @@ class Int4(Nibbles):
     max_scale: ClassVar[float] = (2.0 - 2.0**-23) * 2.0**124
     encode_kernel: ClassVar[str] = "int4_encode"
     decode_kernel: ClassVar[str] = "int4_decode"
+    triton: ClassVar[str] = "int4"
 
     def _codes(self, x_RB: Tensor, scales_R: Tensor, first: int) -> Tensor:
         rounded_RB = self._rounded(torch.div(x_RB, divisors(scales_R)), first)
@@ -55,6 +56,7 @@ class Int4Stochastic(Int4):
 
     name: ClassVar[str] = "int4-stochastic"
     encode_kernel: ClassVar[str] = "int4_encode_randomly"
+    triton_encodes: ClassVar[bool] = False
 
     def _rounded(self, quotient_RB: Tensor, first: int) -> Tensor:
         return round_randomly(quotient_RB, largest=LEVELS, key=self.key, first=first)

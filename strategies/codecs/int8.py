@@ -41,6 +41,7 @@ class Int8(Blockwise):
     max_scale: ClassVar[float] = MAX_SCALE
     encode_kernel: ClassVar[str] = "int8_encode"
     decode_kernel: ClassVar[str] = "int8_decode"
+    triton: ClassVar[str] = "int8"
 
     def _encode_rows(self, x_RB: Tensor, scales_R: Tensor, codes_RC: Tensor, *, first: int) -> None:
         codes_RC.view(torch.int8).copy_(torch.div(x_RB, divisors(scales_R)).round_())
@@ -58,6 +59,7 @@ class Int8Stochastic(Int8):
     name: ClassVar[str] = "int8-stochastic"
     rounding: ClassVar[int] = 0
     encode_kernel: ClassVar[str] = "int8_encode_randomly"
+    triton_encodes: ClassVar[bool] = False
 
     def _encode_rows(self, x_RB: Tensor, scales_R: Tensor, codes_RC: Tensor, *, first: int) -> None:
         quotient_RB = torch.div(x_RB, divisors(scales_R))

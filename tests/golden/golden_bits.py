@@ -143,7 +143,7 @@ def main() -> None:
     """Print or store the digests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", default="torch", choices=["torch", "numba"])
+    parser.add_argument("--backend", default="torch", choices=["torch", "numba", "triton"])
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

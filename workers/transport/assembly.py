@@ -110,7 +110,9 @@ class Assembly:
         part.digest = header.digest
 
     def _check_place(self, part: _Part, header: PieceHeader, stream: int) -> None:
-        place = {"key": header.key, "stream": stream, "num_streams": self._num_streams}
+        place = {
+            "key": header.key, "num_keys": len(self._parts), "stream": stream, "num_streams": self._num_streams,
+        }  # fmt: skip
         if stream in part.streams_opened or not announces(header.length, **place):
             raise BadMessage(peer=self.peer, key=part.key, cause=f"stream {stream} must not send it (again)")
         if (header.offset, header.size) != piece_of(header.length, **place):

@@ -30,6 +30,7 @@ from workers.transport.wire import (
     Waiting,
     WireError,
     announces,
+    batches_of,
     decode_ticket,
     encode_message,
     piece_of,
@@ -163,7 +164,9 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
     def _pieces(self, number: int, blob: StoredBlob, ticket: Ticket, pacers: Sequence[Pacer]) -> Iterator[Message]:
         limits = (self._uplink.limit(), ticket.limit_bytes_per_s) if pacers else ()
         length = blob.data.nbytes
-        place = {"key": number, "stream": ticket.stream, "num_streams": ticket.num_streams}
+        place = {
+            "key": number, "num_keys": len(ticket.keys), "stream": ticket.stream, "num_streams": ticket.num_streams,
+        }  # fmt: skip
         if not announces(length, **place):
             return
         offset, size = piece_of(length, **place)
@@ -173,8 +176,7 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
             return
         buffer = pa.py_buffer(blob.data)  # keeps the memory alive while it is sent, even if it is discarded meanwhile
         batch_bytes = batch_bytes_at(min(filter(None, limits), default=0.0), self._batch_bytes)
-        for start in range(offset, offset + size, batch_bytes):
-            num_bytes = min(batch_bytes, offset + size - start)
+        for start, num_bytes in batches_of(offset, size, batch_bytes):
             if pacers:
                 self._ending.wait(max(pacer.delay(num_bytes) for pacer in pacers))
             self._check_ending()

@@ -21,12 +21,15 @@ from typing import Any
 
 from workers.transport.base import MAX_KEY_CHARS, MAX_KEYS, is_key
 
-VERSION = 1
+VERSION = 2
 BATCH_BYTES = 1 << 20
 """Payload of one record batch."""
 
 MIN_PIECE_BYTES = 256 << 10
 """Blobs are cut for several streams only down to pieces of this size."""
+
+MANY_KEYS_PER_STREAM = 4
+"""With so many blobs for each stream all have enough to do: they are cut only down to whole batches, for less work."""
 
 MAX_STREAMS = 64
 MAX_TICKET_BYTES = 4 << 20
@@ -83,14 +86,15 @@ class Missing:
     cause: str
 
 
-def piece_of(length: int, *, key: int, stream: int, num_streams: int) -> tuple[int, int]:
+def piece_of(length: int, *, key: int, num_keys: int, stream: int, num_streams: int) -> tuple[int, int]:
     """Return (offset, size) of the part of blob number ``key`` that travels in ``stream``; size 0 = no part.
 
-    A blob is cut into as many nearly equal pieces as there are streams, but none under `MIN_PIECE_BYTES`; piece j of
-    blob i goes to stream (i + j) mod num_streams, so that small blobs go round. Only stream ``key mod num_streams``
-    announces an empty blob.
+    A blob is cut into as many nearly equal pieces as there are streams, but none under `MIN_PIECE_BYTES`, or under
+    `BATCH_BYTES` where the ticket has many keys; piece j of blob i goes to stream (i + j) mod num_streams, so that
+    small blobs go round. Only stream ``key mod num_streams`` announces an empty blob.
     """
-    num_pieces = max(1, min(num_streams, length // MIN_PIECE_BYTES))
+    least = MIN_PIECE_BYTES if num_keys < MANY_KEYS_PER_STREAM * num_streams else BATCH_BYTES
+    num_pieces = max(1, min(num_streams, length // least))
     piece = (stream - key) % num_streams
     if piece >= num_pieces:
         return 0, 0
@@ -98,11 +102,18 @@ def piece_of(length: int, *, key: int, stream: int, num_streams: int) -> tuple[i
     return start, length * (piece + 1) // num_pieces - start
 
 
-def announces(length: int, *, key: int, stream: int, num_streams: int) -> bool:
+def announces(length: int, *, key: int, num_keys: int, stream: int, num_streams: int) -> bool:
     """Return whether ``stream`` sends a `PieceHeader` for this blob."""
     if length == 0:
         return (stream - key) % num_streams == 0
-    return piece_of(length, key=key, stream=stream, num_streams=num_streams)[1] > 0
+    return piece_of(length, key=key, num_keys=num_keys, stream=stream, num_streams=num_streams)[1] > 0
+
+
+def batches_of(offset: int, size: int, batch_bytes: int) -> list[tuple[int, int]]:
+    """Return (offset, size) of the record batches of a piece; what is hardly longer than one batch travels in one."""
+    if size <= batch_bytes + batch_bytes // 16:  # a chunk's payload has its header besides a round number of values
+        return [(offset, size)]
+    return [(start, min(batch_bytes, offset + size - start)) for start in range(offset, offset + size, batch_bytes)]
 
 
 def streams_for(max_bytes: int, *, num_connections: int) -> int:

@@ -55,6 +55,16 @@ REFUSED = {
         "the 4 versions of a window would take more than the whole momentum",
         "0.24 or less",
     ),
+    "a codec for GPUs": (
+        ["codec.backend=triton", "train.device=cpu"],
+        "codec.backend = 'triton' runs on GPUs, train.device = 'cpu'",
+        "train.device = 'cuda', or codec.backend = 'auto'",
+    ),
+    "a codec without that form": (
+        ["codec.backend=triton", "train.device=cuda", "codec.name=sign", "codec.error_feedback=true"],
+        "codec.name = 'sign' has no such form",
+        "'auto', or one of int8, int4, fp4, e3m0",
+    ),
     "asynchronous with another outer step": (
         ["strategy.name=async-dn", "strategy.outer=adam", "strategy.outer_lr=0.1"],
         "has delayed Nesterov for it",

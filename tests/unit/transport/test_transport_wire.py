@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from workers.transport import errors
 from workers.transport.base import MAX_KEY_CHARS, MAX_KEYS
 from workers.transport.wire import (
+    BATCH_BYTES,
     MAX_TICKET_BYTES,
     MIN_PIECE_BYTES,
     Missing,
@@ -20,6 +22,7 @@ from workers.transport.wire import (
     Waiting,
     WireError,
     announces,
+    batches_of,
     decode_message,
     decode_ticket,
     encode_message,
@@ -47,7 +50,7 @@ def test_the_largest_allowed_ticket_fits() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 1},
         {"keys": []},
         {"keys": ["a"] * (MAX_KEYS + 1)},
         {"keys": [1]},
@@ -106,9 +109,12 @@ def test_wrong_headers_are_refused(change: dict[str, object]) -> None:
 LENGTHS = st.integers(0, 3 * MIN_PIECE_BYTES) | st.integers(0, 1 << 33)
 
 
-@given(LENGTHS, st.integers(0, 100), st.integers(1, 64))
-def test_pieces_cover_a_blob_once_and_evenly(length: int, key: int, num_streams: int) -> None:
-    places = [{"key": key, "stream": stream, "num_streams": num_streams} for stream in range(num_streams)]
+@given(LENGTHS, st.integers(0, 100), st.integers(1, 64), st.integers(1, 400))
+def test_pieces_cover_a_blob_once_and_evenly(length: int, key: int, num_streams: int, num_keys: int) -> None:
+    places = [
+        {"key": key, "num_keys": num_keys, "stream": stream, "num_streams": num_streams}
+        for stream in range(num_streams)
+    ]
     announced = [piece_of(length, **place) for place in places if announces(length, **place)]
     position = 0
     for offset, size in sorted(announced):
@@ -117,15 +123,37 @@ def test_pieces_cover_a_blob_once_and_evenly(length: int, key: int, num_streams:
     assert position == length and announced
     sizes = [size for _, size in announced]
     assert max(sizes) - min(sizes) <= 1
-    assert len(sizes) == 1 or min(sizes) >= MIN_PIECE_BYTES
+    assert len(sizes) == 1 or min(sizes) >= (MIN_PIECE_BYTES if num_keys < 4 * num_streams else BATCH_BYTES)
     assert all(
         size == 0 for place in places if not announces(length, **place) for size in piece_of(length, **place)[1:]
     )
 
 
 def test_small_blobs_go_round_the_streams() -> None:
-    first = [next(s for s in range(4) if announces(1000, key=key, stream=s, num_streams=4)) for key in range(6)]
+    first = [
+        next(s for s in range(4) if announces(1000, key=key, num_keys=6, stream=s, num_streams=4)) for key in range(6)
+    ]
     assert first == [0, 1, 2, 3, 0, 1]
+
+
+def test_of_many_blobs_each_travels_whole_and_of_few_in_pieces() -> None:
+    """A chunk of a large model is a mebibyte and a header: one message where it is one of many, four by itself."""
+    length = BATCH_BYTES + 16
+
+    def pieces(num_keys: int) -> int:
+        return sum(announces(length, key=0, num_keys=num_keys, stream=s, num_streams=8) for s in range(8))
+
+    assert (pieces(1), pieces(31), pieces(32), pieces(96)) == (4, 4, 1, 1)
+    assert batches_of(0, length, BATCH_BYTES) == [(0, length)]
+
+
+@given(st.integers(0, 1 << 24), st.integers(1, 1 << 26), st.sampled_from([4096, BATCH_BYTES]))
+def test_batches_cover_a_piece_and_none_is_much_longer_than_wanted(offset: int, size: int, wanted: int) -> None:
+    batches = batches_of(offset, min(size, 1000 * wanted), wanted)
+    assert batches[0][0] == offset
+    assert all(a + n == b for (a, n), (b, _) in itertools.pairwise(batches))
+    assert sum(n for _, n in batches) == min(size, 1000 * wanted)
+    assert 0 < max(n for _, n in batches) <= wanted * 17 // 16
 
 
 def test_small_fetches_use_one_stream() -> None:
