@@ -51,7 +51,7 @@ def write_bundle(directory: RunDir, out: Path | None = None) -> tuple[Path, list
 def _files(directory: RunDir) -> Iterator[tuple[str, bytes, float]]:
     root = directory.path
     found = [directory.config, directory.versions, directory.metrics, directory.summary, directory.report]
-    found += sorted(root.glob("journal*"))
+    found += sorted(root.glob("journal*")) + sorted(root.glob("pipeline.jsonl"))
     found += sorted(root.glob("*.before-resume.json")) + sorted(root.glob("snapshots/*/manifest.json"))
     found += sorted(path for path in directory.logs.glob("*") if not path.name.startswith("."))
     for path in found:

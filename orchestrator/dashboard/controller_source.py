@@ -51,7 +51,10 @@ class ControllerSource(ABC):
         self.book.about.state = part.ended or "running"
         self.book.view = part.view
         self.book.add_records(part.rows)
-        self.book.add_metrics(part.metrics)
+        if part.pipeline:
+            self.book.add_pipeline(part.metrics)
+        else:
+            self.book.add_metrics(part.metrics)
         self._metrics_at += len(part.metrics)
         return part.is_full
 

@@ -269,6 +269,13 @@ def test_two_hundred_members_and_a_hundred_thousand_points_are_fluid(crowd: Site
     assert page.evaluate("document.querySelectorAll('#c-loss .keys button').length") == 2
     page.evaluate("document.querySelector('#members tr[data-member=\"island-7\"] .pick').click()")
     until(page, "document.querySelectorAll('#c-loss .keys button').length === 3", "the curve of island-7")
+    page.evaluate("document.querySelector('#map canvas').focus()")
+    told = []
+    for key in ("Home", "ArrowRight", "ArrowDown", "ArrowDown"):
+        page.press(key)
+        told.append(page.evaluate("document.querySelector('#map .told').textContent"))
+    assert told[0].startswith("island-0 to island-0: itself") and told[1].startswith("island-0 to island-1: ")
+    assert told[3].startswith("island-2 to island-1: ")
     assert page.problems == []
 
 
