@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.config import parse_config
+from orchestrator.config import load_config
 from orchestrator.dashboard.columns import Window
 from orchestrator.dashboard.controller_source import ControllerSource
 from orchestrator.dashboard.controls import pipeline_part
@@ -201,8 +201,8 @@ def test_the_stages_of_a_pipeline_are_shown_as_of_each_step(tmp_path: Path) -> N
 def test_a_pipeline_is_as_far_as_its_steps_and_its_controller_hands_them_over(tmp_path: Path) -> None:
     (tmp_path / "pipeline.jsonl").write_bytes(pipeline_lines())
     over = asyncio.Event()
-    values = "stages = 1\nmicrobatches = 4\nmicrobatch_size = 2\nin_flight = 4"
-    config = parse_config(f"[data]\ncorpus = 'stdlib'\n[train]\ntokens = 8192\n[pipeline]\n{values}\n").config
+    sizes = ["pipeline.microbatches=4", "pipeline.microbatch_size=2", "pipeline.in_flight=4", "train.tokens=8192"]
+    config = load_config("swarm", overrides=[*sizes, "data.path=", "data.corpus=stdlib"]).config
     controller = SimpleNamespace(
         failure="",
         run_dir=tmp_path,
