@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
 
 from orchestrator.cli.cluster import hide_token, token_file_option
-from orchestrator.cli.options import latest_run_dir_argument, shown
+from orchestrator.cli.options import json_option, latest_run_dir_argument, shown
 from orchestrator.cluster.join_string import SCHEME
 
 
@@ -23,6 +24,7 @@ from orchestrator.cluster.join_string import SCHEME
 @click.option("--port", default=8577, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option("--background", is_flag=True, help="With --address: serve from an actor of the cluster, and return.")
 @click.option("--chaos", is_flag=True, help="With --address: members may be killed from the page.")
+@json_option
 def dashboard(
     run_dir: Path | None,
     address: str | None,
@@ -32,6 +34,7 @@ def dashboard(
     port: int,
     background: bool,
     chaos: bool,
+    as_json: bool,
 ) -> int:
     """Show a run in the browser.
 
@@ -67,7 +70,7 @@ def dashboard(
         if background:
             from orchestrator.dashboard.actor import start_in_cluster
 
-            click.echo(f"{what}: {start_in_cluster(what, host=host, port=port, chaos=chaos)}")
+            _tell(what, start_in_cluster(what, host=host, port=port, chaos=chaos), as_json)
             return 0
         source = RaySource(what, chaos=chaos)
     else:
@@ -75,5 +78,12 @@ def dashboard(
 
         directory = open_run_dir(run_dir).path
         source, what = FileSource(directory), str(shown(directory))
-    serve(Dashboard(source, host=host, port=port, poll_s=poll_s), lambda link: click.echo(f"{what}: {link}"))
+    serve(Dashboard(source, host=host, port=port, poll_s=poll_s), lambda link: _tell(what, link, as_json))
     return 0
+
+
+def _tell(what: str, link: str, as_json: bool) -> None:
+    from orchestrator.answers import DashboardLink
+
+    click.echo(DashboardLink(run=what, link=link).model_dump_json() if as_json else f"{what}: {link}")
+    sys.stdout.flush()
