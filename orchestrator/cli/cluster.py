@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.options import Command, json_option
+from orchestrator.names import label_problem
 
 if TYPE_CHECKING:
     from orchestrator.cluster.join_string import JoinString
@@ -253,6 +254,8 @@ def _label(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not (separator and key and value) or "," in text:
         raise click.UsageError(f"--label {text!r} is not of the form KEY=VALUE")
+    if (problem := label_problem(key, value)) is not None:
+        raise click.UsageError(f"--label {text}: {problem}")
     return key, value
 
 
