@@ -65,6 +65,10 @@ class ControllerSource(ABC):
             self.book.view = None
             self.book.version += 1
 
+    def close(self) -> None:
+        """See `Source`: nothing is held that outlasts a question."""
+        self._able = ()
+
     def act(self, action: str, member: str, by: str) -> str:
         """See `Source`."""
         if action not in self.able():

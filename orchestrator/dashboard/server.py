@@ -106,6 +106,7 @@ class Dashboard:
             viewer.set()
         if self._runner is not None:
             await self._runner.cleanup()
+        await asyncio.to_thread(self.source.close)
 
     async def _poll(self) -> None:
         while True:

@@ -123,7 +123,9 @@ export class Map_ {
     });
     this.cell = cell;
     this.names = names;
-    this.picture = ctx.getImageData(0, 0, side, side);
+    this.picture ??= el("canvas");
+    this.picture.width = this.picture.height = side;
+    this.picture.getContext("2d").drawImage(canvas, 0, 0);
     this.mark(canvas);
     if (this.at) return;
     if (!speeds.length) setText(this.told, "row sends, column receives; nothing measured yet");
@@ -150,9 +152,9 @@ export class Map_ {
 
   mark(canvas) {
     const ctx = canvas.getContext("2d"), { cell } = this;
-    ctx.putImageData(this.picture, 0, 0);
-    if (!this.at) return;
     ctx.globalAlpha = 1;
+    ctx.drawImage(this.picture, 0, 0);
+    if (!this.at) return;
     ctx.strokeStyle = colour("ink");
     ctx.lineWidth = 1.5;
     const [y, x] = this.at, room = Math.max(cell, 8);
