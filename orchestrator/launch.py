@@ -23,7 +23,7 @@ from orchestrator.resume import check_resumable
 from orchestrator.rundir import RunDir
 from orchestrator.summary import load_summary
 from orchestrator.waiting import waiting
-from orchestrator.watch import watch
+from orchestrator.watch import interrupts_afterwards, watch
 from strategies.codecs.backends import resolve_backend
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     RunDir(run_dir).record(config.to_toml())
     session = RaySession(config)
     with ExitStack() as stack:
-        with waiting("starting Ray"):
+        with waiting("starting Ray"), interrupts_afterwards():
             if not quiet:
                 warm_up()
             stack.enter_context(session)
@@ -226,16 +226,17 @@ class RaySession:
         import ray
 
         out_of_sight = kind is not None and issubclass(kind, ClusterUnreachable) and self.config.run.address is not None
-        try:
-            if self.controller is not None and not out_of_sight and ray.is_initialized():
-                from orchestrator.processes import end_processes
+        with interrupts_afterwards():
+            try:
+                if self.controller is not None and not out_of_sight and ray.is_initialized():
+                    from orchestrator.processes import end_processes
 
-                end_processes(self.run_id)
-                if self.run_dir is not None:
-                    RunDir(self.run_dir).cluster_file.unlink(missing_ok=True)
-        finally:
-            if not self.connected_before:
-                ray.shutdown()
+                    end_processes(self.run_id)
+                    if self.run_dir is not None:
+                        RunDir(self.run_dir).cluster_file.unlink(missing_ok=True)
+            finally:
+                if not self.connected_before:
+                    ray.shutdown()
 
     def start(
         self,
@@ -297,7 +298,8 @@ class RaySession:
         self, run_dir: Path, pack: Path | None, faults: Sequence[PlannedFault], *, resume: bool, quiet: bool
     ) -> Summary:
         """Start, watch, and return the summary."""
-        controller = self.start(run_dir, pack, faults, resume=resume)
+        with interrupts_afterwards():
+            controller = self.start(run_dir, pack, faults, resume=resume)
         with Progress(self.config, quiet=quiet, places=self.places) as progress:
             # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.
             own = self.config.run.address is None or self.connected_before
