@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.summary import Summary
 
 KNOCK_S = 5.0
+SETTING = "run.address"
 EXIT = {"done": 0, "failed": 1, "stopped": 3}
 # Set to 0, a Ray of our own listens on 127.0.0.1 alone: no firewall, no changed address, nobody else gets in.
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -318,16 +319,18 @@ def _find_controller(run_id: str) -> ActorHandle[Any] | None:
         return None
 
 
-def enter_cluster(address: str, *, known: bool = True) -> ClusterState | None:
+def enter_cluster(address: str, *, known: bool = True, asked: str = SETTING) -> ClusterState | None:
     """Set the environment for a cluster: one that this machine is part of, one whose token is given, or an open one.
 
     Without `known` it is a Ray that a run of this machine started for itself: only whether it listens is looked at.
+    `asked`: the setting or option that the address is from.
 
     Raises:
         ClusterUnreachable: nobody answers there.
+        UserError: this is no address.
     """
     if not known:
-        _knock(address)
+        _knock(address, asked)
         return None
     from orchestrator.cluster.ray_node import DROPPED, cluster_environment
     from orchestrator.cluster.state import AUTO, find_cluster
@@ -335,8 +338,8 @@ def enter_cluster(address: str, *, known: bool = True) -> ClusterState | None:
 
     state = find_cluster(address)
     if state is None and address == AUTO:
-        raise ClusterUnreachable("this machine is in no cluster", place="run.address = 'auto'", remedy="atoll up")
-    _knock(state.gcs_address if state is not None else address)
+        raise ClusterUnreachable("this machine is in no cluster", place=f"{asked} = 'auto'", remedy="atoll up")
+    _knock(state.gcs_address if state is not None else address, asked)
     if state is not None:
         for key in DROPPED:
             os.environ.pop(key, None)
@@ -358,24 +361,24 @@ def reread_environment() -> None:
         AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _knock(address: str) -> None:
+def _knock(address: str, asked: str) -> None:
     """Ray tries for minutes to reach a cluster that is not there: see whether anything listens at `host:port` first."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # something that Ray has to make sense of
+    if not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise UserError(f"{address!r} is no address of a Ray cluster", place=asked, remedy="HOST:PORT, or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
     except OSError as error:
-        raise no_answer(address, str(error)) from error
+        raise no_answer(address, str(error), asked) from error
 
 
-def no_answer(address: str | None, why: str) -> ClusterUnreachable:
+def no_answer(address: str | None, why: str, asked: str = SETTING) -> ClusterUnreachable:
     """The error for a Ray that does not answer."""
-    return ClusterUnreachable(
-        f"no Ray cluster answers at {address!r}: {why}",
-        place="run.address",
-        remedy="start one there, or remove run.address to run on this machine",
+    here = f"start one there, or remove {SETTING} to run on this machine"
+    remedy = (
+        here if asked == SETTING else "atoll up there, or another address; atoll doctor looks at what is in the way"
     )
+    return ClusterUnreachable(f"no Ray cluster answers at {address!r}: {why}", place=asked, remedy=remedy)
 
 
 def demo(prepared: Prepared, run_dir: Path, *, as_json: bool) -> int:
