@@ -78,7 +78,7 @@ def test_another_cluster_without_a_token_is_open(address: str) -> None:
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
-@pytest.mark.parametrize("text", ["foo", "127.0.0.1", "127.0.0.1:99999", ":6379", "127.0.0.1:١", "local"])
+@pytest.mark.parametrize("text", ["foo", "127.0.0.1", "127.0.0.1:99999", ":6379", "127.0.0.1:x", "local"])
 def test_what_is_no_address_is_said_before_ray_says_it(text: str) -> None:
     with pytest.raises(UserError, match="is no address of a Ray cluster") as caught:
         launch.enter_cluster(text, asked="--address")
