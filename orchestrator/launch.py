@@ -258,9 +258,16 @@ class RaySession:
 
         run_id, self.run_dir = run_dir.name, run_dir
         self.run_id = run_id
-        if resume and (alive := _find_controller(run_id)) is not None:
+        alive = _find_controller(run_id)
+        if alive is not None and resume:
             self.controller = alive
             return alive
+        if alive is not None:
+            raise UserError(
+                f"a run called {run_id!r} goes on in this cluster, or has just ended",
+                place=str(run_dir),
+                remedy="another --run-dir: the name of the folder is the run's name in the cluster",
+            )
         if resume:
             elsewhere = self.config.run.address is not None
             found = check_resumable(RunDir(run_dir), snapshots=self.config.run.snapshots, elsewhere=elsewhere)
