@@ -47,6 +47,7 @@ from typing import IO, Any
 
 from benchmarks.common import ROOT, keep
 from orchestrator.metrics import ExchangeRow, row_from_dict
+from orchestrator.waiting import waiting
 
 ASK_EVERY_S = 1.5
 POLL_S = 0.1
@@ -270,7 +271,11 @@ def measure(num_pairs: int, block_s: float, num: int, *, door: bool) -> list[tup
     with tempfile.TemporaryDirectory(prefix="atoll-viewer-") as folder:
         environment = {**os.environ, "ATOLL_STATE_DIR": str(Path(folder) / "state"), MARK: SESSION}
         run_dir = Path(folder) / "run-watched"
-        with cluster(environment, num, wanted=door) as place, training(run_dir, num, place, environment):
+        with (
+            waiting("pairs", num_pairs) as show,
+            cluster(environment, num, wanted=door) as place,
+            training(run_dir, num, place, environment),
+        ):
             commits = Commits(run_dir)
             commits.next(block_s)  # the first seconds are not like the others
             viewer = Viewer(
@@ -278,6 +283,7 @@ def measure(num_pairs: int, block_s: float, num: int, *, door: bool) -> list[tup
             )
             try:
                 for pair in range(num_pairs):
+                    show(pair)
                     order = (True, False) if pair % 2 else (False, True)
                     found = {watched: _block(commits, viewer, block_s, watched=watched) for watched in order}
                     pairs.append((found[True], found[False]))

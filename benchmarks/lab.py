@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import lab_links, lab_runs
 from benchmarks.common import RESULTS, environment
+from orchestrator.waiting import waiting
 
 Row = dict[str, Any]
 
@@ -51,12 +52,13 @@ def main() -> int:
     if arguments.keep.exists() and not arguments.fresh:
         kept = json.loads(arguments.keep.read_text(encoding="utf-8"))["rows"]
         rows = {name: row | lab_runs.judged(row) if name.startswith("exchange") else row for name, row in kept.items()}
-    for name, measure in cases():
-        if name in rows or not name.startswith(tuple(arguments.only)):
-            continue
-        rows[name] = measure(options) | {"load_1min": round(os.getloadavg()[0], 1)}
-        print(f"{name}: " + "  ".join(f"{key} {_short(value)}" for key, value in rows[name].items()), flush=True)
-        _write(arguments.keep, {"environment": environment(), "kernel": os.uname().release, "rows": rows})
+    missing = [case for case in cases() if case[0] not in rows and case[0].startswith(tuple(arguments.only))]
+    with waiting("cases", len(missing)) as show:
+        for done, (name, measure) in enumerate(missing):
+            show(done)
+            rows[name] = measure(options) | {"load_1min": round(os.getloadavg()[0], 1)}
+            print(f"{name}: " + "  ".join(f"{key} {_short(value)}" for key, value in rows[name].items()), flush=True)
+            _write(arguments.keep, {"environment": environment(), "kernel": os.uname().release, "rows": rows})
     broken = [name for name, row in rows.items() if not row.get("ok", True)]
     if broken:
         print(f"not as promised: {', '.join(broken)}", file=sys.stderr)

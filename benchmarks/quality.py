@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 from benchmarks.quality_plan import SEEDS, SHORT_STEPS, STEPS, Job, Length, Losses, final_loss, next_jobs
 from benchmarks.quality_report import write_report
+from orchestrator.waiting import waiting
 
 RUNS = "quality_runs.jsonl"
 
@@ -173,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
         board = Board(runs, length, workers=options.workers, minutes=options.minutes, out=options.out)
         try:
-            whole = board.work()
+            with waiting("runs that are missing", 60 * options.minutes, timed=True):
+                whole = board.work()
         except KeyboardInterrupt:
             print("interrupted; finished runs are kept: start again to go on", file=sys.stderr)
             return 130

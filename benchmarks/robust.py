@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 from benchmarks.quality import RunsFile, corpus_digest
 from benchmarks.robust_plan import NUM_ISLANDS, PRESET, RULES, SEEDS, STEPS, Goal, Job, all_jobs, judge, table
+from orchestrator.waiting import waiting
 
 RUNS = "robust_runs.jsonl"
 NUM_VALUES, REPEATS = 1 << 20, 7
@@ -166,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.report:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            work(runs, list(all_jobs(options.steps, options.seeds, options.rules)), options.workers)
+            with waiting("runs that are missing"):
+                work(runs, list(all_jobs(options.steps, options.seeds, options.rules)), options.workers)
         except KeyboardInterrupt:
             print("interrupted; finished runs are kept: start again to go on", file=sys.stderr)
             return 130

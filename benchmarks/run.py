@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from subprocess import PIPE
 
 from benchmarks.common import ROOT
+from orchestrator.waiting import waiting
 
 BENCHMARKS = {
     "overhead": ["-m", "benchmarks.overhead"],
@@ -31,10 +33,16 @@ def main() -> int:
         print(f"error: unknown benchmarks {unknown}; known: {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     failed = []
-    for name in wanted:
-        print(f"== {name}", flush=True)
-        if subprocess.run([sys.executable, *BENCHMARKS[name]], cwd=ROOT, check=False).returncode:
-            failed.append(name)
+    with waiting("benchmarks", len(wanted)) as show:
+        for done, name in enumerate(wanted):
+            show(done)
+            print(f"== {name}", flush=True)
+            # Its lines pass through here: two processes that write to one terminal overwrite each other.
+            with subprocess.Popen([sys.executable, *BENCHMARKS[name]], cwd=ROOT, stdout=PIPE, text=True) as process:
+                for line in process.stdout or ():
+                    print(line, end="", flush=True)
+            if process.returncode:
+                failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from orchestrator.config import load_config
+from orchestrator.waiting import waiting
 from workers.records import FaultRecord, FenceRecord, Record
 
 BLAME = ("suspect", "hung", "died", "crash", "lost", "refused", "given_up")
@@ -102,7 +103,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="atoll-soak-") as folder:
-        result = soak(arguments.minutes, Path(folder) / "soak")
+        with waiting("one run", 60 * arguments.minutes, timed=True):
+            result = soak(arguments.minutes, Path(folder) / "soak")
     print(json.dumps(result, indent=2))
     return VERIFICATION_FAILED if result["false_verdicts"] else 0
 

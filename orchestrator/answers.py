@@ -272,3 +272,86 @@ class NotifyEvent(Answer):
     run: str
     run_dir: str
     at: str = Field(description="Date and time on the controller's machine, ISO 8601, UTC.")
+
+
+class Written(Answer):
+    """`atoll report`: what was written."""
+
+    path: str
+
+
+class Exported(Answer):
+    """`atoll export`."""
+
+    run_dir: str
+    out: str = Field(description="The folder, which transformers loads.")
+    files: list[str] = Field(description="Names of the files in it.")
+
+
+class Sampled(Answer):
+    """`atoll sample`."""
+
+    prompt: str
+    text: str = Field(description="The prompt, and how the model went on.")
+
+
+class SplitOfPack(Answer):
+    """Training or validation part of a pack."""
+
+    num_tokens: int
+    num_samples: int
+
+
+class Packed(Answer):
+    """`atoll data pack`, `atoll data verify`."""
+
+    pack: str = Field(description="The folder.")
+    digest: str = Field(description="Of all that is in it: two packs with the same one are the same.")
+    took_the_place_of: str | None = Field(None, description="Digest of another pack that was in this folder.")
+    seq_len: int = Field(description="Tokens of one training sample.")
+    vocab_size: int
+    num_documents: int
+    splits: dict[str, SplitOfPack] = Field(description="train and val.")
+    notes: list[str] = Field(default=[], description="What was left out, and why.")
+
+
+class ClusterJoined(Answer):
+    """`atoll join`."""
+
+    name: str = Field(description="Of this machine's part in the cluster: `atoll leave --cluster NAME`.")
+    address: str = Field(description="Of Ray.")
+    door: str
+    node: str = Field(description="Ray's id of this machine's node.")
+    workers: int = Field(description="Islands that this machine has room for.")
+    pid: int = Field(description="Of the supervisor.")
+
+
+class Left(Answer):
+    """`atoll leave`: one name for each, when all of them have left."""
+
+    left: list[str] = Field(description="Names of what left: parts of clusters, or the member.")
+
+
+class Preset(Answer):
+    """One preset."""
+
+    path: str
+    purpose: str
+
+
+class Presets(RootModel[dict[str, Preset]]):
+    """`atoll config presets`: by name."""
+
+
+class Valid(Answer):
+    """`atoll config validate`, of what is valid; what is not is an error with exit code 2."""
+
+    source: str
+    name: str = Field(description="run.name")
+
+
+class DashboardLink(Answer):
+    """`atoll dashboard`: one line, when it can be opened; with `--background` it goes on."""
+
+    run: str
+    link: str = Field(description="Opens the page for whoever has it.")

@@ -19,13 +19,21 @@ HIDDEN = "(left out)"
 JOIN = re.compile(rb"atoll://[0-9A-Za-z]{16,}@")
 LONG_HEX = re.compile(rb"\b[0-9a-f]{64}\b")
 NAMED = re.compile(rb"(?im)^(\s*[\w.-]*(?:token|password|passwd|secret|api_?key|credential)[\w.-]*\s*[=:]\s*)\S.*$")
+# In addresses: user and password, and parameters; in commands (notify.command): what a header carries.
+USER = re.compile(rb"://[^/\s:@\"']*:[^/\s@\"']+@")
+PARAMETER = re.compile(rb"(?i)([?&][\w.-]*(?:token|password|passwd|secret|key|credential|signature)[\w.-]*=)[^&\s\"']+")
+BEARER = re.compile(rb"(?i)\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}")
 
 
 def without_secrets(data: bytes) -> bytes:
     """The text with what looks like a secret replaced."""
     data = JOIN.sub(b"atoll://" + HIDDEN.encode() + b"@", data)
     data = LONG_HEX.sub(HIDDEN.encode(), data)
-    return NAMED.sub(rb"\1" + HIDDEN.encode(), data)
+    hidden = HIDDEN.encode()
+    data = USER.sub(b"://" + hidden + b"@", data)
+    data = PARAMETER.sub(rb"\1" + hidden, data)
+    data = BEARER.sub(rb"\1\2" + hidden, data)
+    return NAMED.sub(rb"\1" + hidden, data)
 
 
 def write_bundle(directory: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
@@ -51,7 +59,7 @@ def write_bundle(directory: RunDir, out: Path | None = None) -> tuple[Path, list
 def _files(directory: RunDir) -> Iterator[tuple[str, bytes, float]]:
     root = directory.path
     found = [directory.config, directory.versions, directory.metrics, directory.summary, directory.report]
-    found += sorted(root.glob("journal*"))
+    found += sorted(root.glob("journal*")) + sorted(root.glob("pipeline.jsonl"))
     found += sorted(root.glob("*.before-resume.json")) + sorted(root.glob("snapshots/*/manifest.json"))
     found += sorted(path for path in directory.logs.glob("*") if not path.name.startswith("."))
     for path in found:

@@ -20,6 +20,8 @@ from orchestrator.cluster.tokens import read_place
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.rundir import LATEST, RUNS, RunDir, open_run_dir, read_json
 
+ASKED = "the run that is meant"
+
 
 class Runs(Protocol):
     """Where requests go; see `orchestrator.operate`."""
@@ -119,9 +121,9 @@ def _driver(address: str, node_ip: str | None, *, local: bool) -> Iterator[None]
     if local or (node_ip is not None and find_cluster(address) is None):
         os.environ.update({**RAY_ENVIRONMENT, LOOPBACK_ONLY: "0"})
         host, _, port = address.rpartition(":")
-        enter_cluster(f"{host}:{port}", known=False)
+        enter_cluster(f"{host}:{port}", known=False, asked=ASKED)
     else:
-        known = enter_cluster(address)
+        known = enter_cluster(address, asked=ASKED)
     import ray
 
     from orchestrator.processes import NAMESPACE
@@ -142,7 +144,7 @@ def _driver(address: str, node_ip: str | None, *, local: bool) -> Iterator[None]
             **options,
         )
     except (ConnectionError, RuntimeError) as error:
-        raise no_answer(address, str(error)) from error
+        raise no_answer(address, str(error), ASKED) from error
     try:
         yield
     finally:

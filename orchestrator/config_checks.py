@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from orchestrator.config_problem import Problem
+from orchestrator.names import label_problem
 from orchestrator.pipeline_checks import check_pipeline_settings
 from orchestrator.strategy_checks import check_strategy
 from strategies.robust import FUNCTION_OF, RULE_MINIMA
@@ -111,6 +112,9 @@ def check_islands(config: RunConfig) -> Iterator[Problem]:
             last = "" if islands == "auto" else f" to island-{islands - 1}"
             message = f"train.per_island.{name}: the run has no island of this name"
             yield Problem(key="train.per_island", message=message, remedy=f"islands are called island-0{last}")
+    for key, value in config.run.labels.items():
+        if (wrong := label_problem(key, value)) is not None:
+            yield Problem(key="run.labels", message=f"run.labels: {wrong}", remedy="as in atoll join --label KEY=VALUE")
     least = config.exchange.min_members
     if islands != "auto" and least is not None and least > islands:
         message = f"exchange.min_members = {config.exchange.min_members} is more than run.islands = {islands}"

@@ -23,7 +23,7 @@ from orchestrator.resume import check_resumable
 from orchestrator.rundir import RunDir
 from orchestrator.summary import load_summary
 from orchestrator.waiting import waiting
-from orchestrator.watch import watch
+from orchestrator.watch import interrupts_afterwards, watch
 from strategies.codecs.backends import resolve_backend
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.summary import Summary
 
 KNOCK_S = 5.0
+SETTING = "run.address"
 EXIT = {"done": 0, "failed": 1, "stopped": 3}
 # Set to 0, a Ray of our own listens on 127.0.0.1 alone: no firewall, no changed address, nobody else gets in.
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -84,7 +85,7 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     RunDir(run_dir).record(config.to_toml())
     session = RaySession(config)
     with ExitStack() as stack:
-        with waiting("starting Ray"):
+        with waiting("starting Ray"), interrupts_afterwards():
             if not quiet:
                 warm_up()
             stack.enter_context(session)
@@ -226,16 +227,17 @@ class RaySession:
         import ray
 
         out_of_sight = kind is not None and issubclass(kind, ClusterUnreachable) and self.config.run.address is not None
-        try:
-            if self.controller is not None and not out_of_sight and ray.is_initialized():
-                from orchestrator.processes import end_processes
+        with interrupts_afterwards():
+            try:
+                if self.controller is not None and not out_of_sight and ray.is_initialized():
+                    from orchestrator.processes import end_processes
 
-                end_processes(self.run_id)
-                if self.run_dir is not None:
-                    RunDir(self.run_dir).cluster_file.unlink(missing_ok=True)
-        finally:
-            if not self.connected_before:
-                ray.shutdown()
+                    end_processes(self.run_id)
+                    if self.run_dir is not None:
+                        RunDir(self.run_dir).cluster_file.unlink(missing_ok=True)
+            finally:
+                if not self.connected_before:
+                    ray.shutdown()
 
     def start(
         self,
@@ -256,9 +258,16 @@ class RaySession:
 
         run_id, self.run_dir = run_dir.name, run_dir
         self.run_id = run_id
-        if resume and (alive := _find_controller(run_id)) is not None:
+        alive = _find_controller(run_id)
+        if alive is not None and resume:
             self.controller = alive
             return alive
+        if alive is not None:
+            raise UserError(
+                f"a run called {run_id!r} goes on in this cluster, or has just ended",
+                place=str(run_dir),
+                remedy="another --run-dir: the name of the folder is the run's name in the cluster",
+            )
         if resume:
             elsewhere = self.config.run.address is not None
             found = check_resumable(RunDir(run_dir), snapshots=self.config.run.snapshots, elsewhere=elsewhere)
@@ -297,7 +306,8 @@ class RaySession:
         self, run_dir: Path, pack: Path | None, faults: Sequence[PlannedFault], *, resume: bool, quiet: bool
     ) -> Summary:
         """Start, watch, and return the summary."""
-        controller = self.start(run_dir, pack, faults, resume=resume)
+        with interrupts_afterwards():
+            controller = self.start(run_dir, pack, faults, resume=resume)
         with Progress(self.config, quiet=quiet, places=self.places) as progress:
             # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.
             own = self.config.run.address is None or self.connected_before
@@ -316,16 +326,18 @@ def _find_controller(run_id: str) -> ActorHandle[Any] | None:
         return None
 
 
-def enter_cluster(address: str, *, known: bool = True) -> ClusterState | None:
+def enter_cluster(address: str, *, known: bool = True, asked: str = SETTING) -> ClusterState | None:
     """Set the environment for a cluster: one that this machine is part of, one whose token is given, or an open one.
 
     Without `known` it is a Ray that a run of this machine started for itself: only whether it listens is looked at.
+    `asked`: the setting or option that the address is from.
 
     Raises:
         ClusterUnreachable: nobody answers there.
+        UserError: this is no address.
     """
     if not known:
-        _knock(address)
+        _knock(address, asked)
         return None
     from orchestrator.cluster.ray_node import DROPPED, cluster_environment
     from orchestrator.cluster.state import AUTO, find_cluster
@@ -333,8 +345,8 @@ def enter_cluster(address: str, *, known: bool = True) -> ClusterState | None:
 
     state = find_cluster(address)
     if state is None and address == AUTO:
-        raise ClusterUnreachable("this machine is in no cluster", place="run.address = 'auto'", remedy="atoll up")
-    _knock(state.gcs_address if state is not None else address)
+        raise ClusterUnreachable("this machine is in no cluster", place=f"{asked} = 'auto'", remedy="atoll up")
+    _knock(state.gcs_address if state is not None else address, asked)
     if state is not None:
         for key in DROPPED:
             os.environ.pop(key, None)
@@ -356,24 +368,24 @@ def reread_environment() -> None:
         AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _knock(address: str) -> None:
+def _knock(address: str, asked: str) -> None:
     """Ray tries for minutes to reach a cluster that is not there: see whether anything listens at `host:port` first."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # something that Ray has to make sense of
+    if not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise UserError(f"{address!r} is no address of a Ray cluster", place=asked, remedy="HOST:PORT, or auto")
     try:
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
     except OSError as error:
-        raise no_answer(address, str(error)) from error
+        raise no_answer(address, str(error), asked) from error
 
 
-def no_answer(address: str | None, why: str) -> ClusterUnreachable:
+def no_answer(address: str | None, why: str, asked: str = SETTING) -> ClusterUnreachable:
     """The error for a Ray that does not answer."""
-    return ClusterUnreachable(
-        f"no Ray cluster answers at {address!r}: {why}",
-        place="run.address",
-        remedy="start one there, or remove run.address to run on this machine",
+    here = f"start one there, or remove {SETTING} to run on this machine"
+    remedy = (
+        here if asked == SETTING else "atoll up there, or another address; atoll doctor looks at what is in the way"
     )
+    return ClusterUnreachable(f"no Ray cluster answers at {address!r}: {why}", place=asked, remedy=remedy)
 
 
 def demo(prepared: Prepared, run_dir: Path, *, as_json: bool) -> int:

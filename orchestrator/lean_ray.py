@@ -2,8 +2,8 @@
 
 `ray.init` starts a web server, an autoscaler and a reader of logs, whatever `include_dashboard`, `log_to_driver` and a
 missing cluster configuration say. They cost the start of a run two seconds, in which Ray waits for the first of them,
-and 200 MB as long as it lasts. There are no options for it: the methods of Ray's `Node` are replaced while it starts
-(docs/adr/0063-a-lean-start.md).
+and a process each as long as it lasts. There are no options for it: the methods of Ray's `Node` are replaced while it
+starts (docs/adr/0063-a-lean-start.md).
 """
 
 from __future__ import annotations

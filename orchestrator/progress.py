@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
 
+BAR_WIDTH = 24
+
+
 class Progress:
     """A view of the controller's status; silent with `quiet`."""
 
@@ -128,12 +131,20 @@ class Progress:
         if self.config.pipeline.stages is not None:
             loss = f"  loss {status['loss']:.4f}" if status["loss"] is not None else ""
             return (
-                f"{seconds:7.1f} s  {100 * progress:5.1f} %  step {status['rounds']}  {members} processes{loss}{left}"
+                f"{seconds:7.1f} s  {_bar(progress)} {100 * progress:5.1f} %  step {status['rounds']}  "
+                f"{members} processes{loss}{left}"
             )
         islands = "1 island" if members == 1 else f"{members} islands"
-        return f"{seconds:7.1f} s  {100 * progress:5.1f} %  round {status['rounds']}  {islands}{left}"
+        return f"{seconds:7.1f} s  {_bar(progress)} {100 * progress:5.1f} %  round {status['rounds']}  {islands}{left}"
 
     def _clear(self) -> None:
         if self._live and self._width:
             print("\r" + " " * self._width + "\r", end="", flush=True)
             self._width = 0
+
+
+def _bar(share: float) -> str:
+    """How much is done, in a terminal that may know no other characters than ASCII's."""
+    full, empty = ("━", "╌") if "utf" in (sys.stdout.encoding or "").lower() else ("#", ".")
+    done = round(BAR_WIDTH * min(max(share, 0.0), 1.0))
+    return full * done + empty * (BAR_WIDTH - done)

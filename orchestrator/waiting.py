@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
 SHOWN_AFTER_S = 1.0
 DRAWN_EVERY_S = 0.25
@@ -72,7 +72,10 @@ class _Shown:
         known = (BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
         columns = (SpinnerColumn(), TextColumn("{task.description}"), *(known if self._total else ()))
         console = Console(file=self._stream, force_terminal=True)
-        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, refresh_per_second=4) as bar:
+        how: dict[str, Any] = {"console": console, "transient": True, "refresh_per_second": 4}
+        # What is printed meanwhile goes above the bar, unless it goes elsewhere: there it has to arrive.
+        how |= {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": self._stream is sys.stderr}
+        with Progress(*columns, TimeElapsedColumn(), **how) as bar:
             task = bar.add_task(self._text, total=self._total)
             while True:
                 passed_s = None if self._began_s is None else time.monotonic() - self._began_s

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,6 +49,32 @@ class Interrupts:
         self.count = max(self.count, 1) if number == signal.SIGTERM else self.count + 1
         if self.count > 2:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupts_afterwards() -> Iterator[None]:
+    """A Ctrl-C or SIGTERM within the block takes effect at its end, a second one at once.
+
+    For the start of Ray, which leaves processes and waits behind where it is interrupted half-way.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def watch(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.options import latest_run_dir_argument, shown
+from orchestrator.cli.options import json_option, latest_run_dir_argument, shown
 
 
 @click.command()
 @latest_run_dir_argument
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-def export(run_dir: Path | None, out: Path) -> int:
+@json_option
+def export(run_dir: Path | None, out: Path, as_json: bool) -> int:
     """Write the trained model as a Hugging Face folder.
 
     The folder has safetensors, config.json and the tokenizer, and loads with transformers. Without RUN_DIR it is
@@ -26,7 +27,13 @@ def export(run_dir: Path | None, out: Path) -> int:
 
     with waiting("reading the snapshot"):
         write_export(directory.path, out)
-    click.echo(f"exported {shown(directory.path)} to {out}")
+    if as_json:
+        from orchestrator.answers import Exported
+
+        files = sorted(path.name for path in out.iterdir())
+        click.echo(Exported(run_dir=str(directory.path), out=str(out), files=files).model_dump_json())
+    else:
+        click.echo(f"exported {shown(directory.path)} to {out}")
     return 0
 
 
@@ -38,7 +45,8 @@ def export(run_dir: Path | None, out: Path) -> int:
     "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the likeliest token."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
-def sample(run_dir: Path | None, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> int:
+@json_option
+def sample(run_dir: Path | None, prompt: str, max_new_tokens: int, temperature: float, seed: int, as_json: bool) -> int:
     """Let the trained model go on with a text.
 
     Without RUN_DIR it is the newest run, runs/latest.
@@ -51,5 +59,10 @@ def sample(run_dir: Path | None, prompt: str, max_new_tokens: int, temperature: 
 
     with waiting("reading the snapshot, and writing"):
         text = draw_sample(directory.path, prompt, max_new_tokens, temperature, seed)
-    click.echo(text)
+    if as_json:
+        from orchestrator.answers import Sampled
+
+        click.echo(Sampled(prompt=prompt, text=text).model_dump_json())
+    else:
+        click.echo(text)
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.options import Command, json_option
+from orchestrator.names import label_problem
 
 if TYPE_CHECKING:
     from orchestrator.cluster.join_string import JoinString
@@ -116,6 +117,7 @@ def up(
 @label_option
 @click.option("--node-ip", metavar="ADDRESS", help="Where the others reach this machine [as the way to them says].")
 @click.option("--wan", is_flag=True, help="Join only a cluster that was started with --wan.")
+@json_option
 @background_option
 @ready_fd_option
 def join(
@@ -126,6 +128,7 @@ def join(
     labels: Sequence[str],
     node_ip: str | None,
     wan: bool,
+    as_json: bool,
     background: bool,
     ready_fd: int | None,
 ) -> int:
@@ -136,7 +139,7 @@ def join(
     """
     hide_token(place)
     if background:
-        return _start_in_background(_show_node)
+        return _start_in_background(lambda ready: _show_node(ready, as_json))
     from orchestrator.cluster.preflight import check_join
     from orchestrator.cluster.ray_node import default_workers, parse_devices
     from orchestrator.cluster.supervisor import Plan
@@ -154,7 +157,7 @@ def join(
         wan=admission.wan,
         gcs_address=admission.gcs_address,
     )
-    return _supervise(plan, ready_fd, _show_node)
+    return _supervise(plan, ready_fd, lambda ready: _show_node(ready, as_json))
 
 
 @click.command()
@@ -165,7 +168,8 @@ def join(
 )
 @click.option("--all", "every", is_flag=True, help="All that this machine is in.")
 @click.option("--address", default="auto", show_default=True, metavar="ADDRESS", help="Of the cluster of MEMBER.")
-def leave(member: str | None, now: bool, cluster: str | None, every: bool, address: str) -> int:
+@json_option
+def leave(member: str | None, now: bool, cluster: str | None, every: bool, address: str, as_json: bool) -> int:
     """Take this machine out of its cluster, or let one MEMBER of a run go.
 
     The islands of this machine say good-bye to their runs first. Where atoll up runs, this ends the cluster.
@@ -176,11 +180,18 @@ def leave(member: str | None, now: bool, cluster: str | None, every: bool, addre
     def say(text: str) -> None:
         click.echo(text, err=True)
 
+    left = []
     if member is not None:
         leave_member(member, address, now=now, say=say)
-        return 0
-    for state in choose(known_clusters(), cluster, every=every):
-        leave_cluster(state, now=now, say=say)
+        left.append(member)
+    else:
+        for state in choose(known_clusters(), cluster, every=every):
+            leave_cluster(state, now=now, say=say)
+            left.append(state.name)
+    if as_json:
+        from orchestrator.answers import Left
+
+        click.echo(Left(left=left).model_dump_json())
     return 0
 
 
@@ -243,6 +254,8 @@ def _label(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not (separator and key and value) or "," in text:
         raise click.UsageError(f"--label {text!r} is not of the form KEY=VALUE")
+    if (problem := label_problem(key, value)) is not None:
+        raise click.UsageError(f"--label {text}: {problem}")
     return key, value
 
 
@@ -319,7 +332,13 @@ def _show_head(ready: dict[str, Any], as_json: bool) -> None:
     click.echo("end it with: atoll leave", err=True)
 
 
-def _show_node(ready: dict[str, Any]) -> None:
+def _show_node(ready: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        from orchestrator.answers import ClusterJoined
+
+        click.echo(ClusterJoined.model_validate(ready).model_dump_json())
+        sys.stdout.flush()
+        return
     click.echo(
         f"joined {ready['address']} as {ready['node'][:8]} with room for {ready['workers']} islands; "
         "atoll leave takes it out again",

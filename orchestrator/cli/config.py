@@ -40,7 +40,8 @@ def show(run: str, overrides: Sequence[str], origin: bool, as_json: bool) -> int
 @config.command()
 @click.argument("run")
 @set_option
-def validate(run: str, overrides: Sequence[str]) -> int:
+@json_option
+def validate(run: str, overrides: Sequence[str], as_json: bool) -> int:
     """Check RUN and the folders that it names.
 
     Exit code 2 with one message when something is wrong.
@@ -50,7 +51,12 @@ def validate(run: str, overrides: Sequence[str]) -> int:
 
     loaded = load_config(run, overrides=overrides)
     check_files(loaded.config)
-    click.echo(f"{loaded.source} is valid")
+    if as_json:
+        from orchestrator.answers import Valid
+
+        click.echo(Valid(source=str(loaded.source), name=loaded.config.run.name).model_dump_json())
+    else:
+        click.echo(f"{loaded.source} is valid")
     return 0
 
 
@@ -64,11 +70,18 @@ def schema() -> int:
 
 
 @config.command()
-def presets() -> int:
+@json_option
+def presets(as_json: bool) -> int:
     """List the presets, and what each is for."""
     from orchestrator.config import list_presets, purpose_of
 
     found = list_presets()
+    if as_json:
+        from orchestrator.answers import Preset, Presets
+
+        told = {name: Preset(path=str(path), purpose=purpose_of(path)) for name, path in found.items()}
+        click.echo(Presets(told).model_dump_json())
+        return 0
     width = max(len(name) for name in found)
     for name, path in found.items():
         click.echo(click.wrap_text(purpose_of(path), 100, f"{name:{width}}  ", " " * (width + 2)))

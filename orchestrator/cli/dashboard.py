@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
 
 from orchestrator.cli.cluster import hide_token, token_file_option
-from orchestrator.cli.options import latest_run_dir_argument, shown
+from orchestrator.cli.options import json_option, latest_run_dir_argument, shown
 from orchestrator.cluster.join_string import SCHEME
 
 
@@ -22,7 +23,8 @@ from orchestrator.cluster.join_string import SCHEME
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8577, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option("--background", is_flag=True, help="With --address: serve from an actor of the cluster, and return.")
-@click.option("--chaos", is_flag=True, help="With --address: members may be killed from the page.")
+@click.option("--chaos", is_flag=True, help="Members may be killed from the page.")
+@json_option
 def dashboard(
     run_dir: Path | None,
     address: str | None,
@@ -32,16 +34,17 @@ def dashboard(
     port: int,
     background: bool,
     chaos: bool,
+    as_json: bool,
 ) -> int:
     """Show a run in the browser.
 
     From its directory, finished or going on (without RUN_DIR the newest, runs/latest): a slider replays it. With
-    --address from the controller of a run that goes on, without any file of it here; there the page has buttons to
-    pause, save, stop and drain. With the join string of a cluster that works on any machine that reaches it. Prints a
-    link that opens the page for whoever has it. Ctrl-C ends it; the run does not notice.
+    --address from the controller of a run that goes on, without any file of it here; with the join string of a cluster
+    that works on any machine that reaches it. While the run goes on the page has buttons to pause, save, stop and
+    drain. Prints a link that opens the page for whoever has it. Ctrl-C ends it; the run does not notice.
     """
-    if address is None and any((run_name, chaos, background, token_file)):
-        raise click.UsageError("--run, --chaos, --background and --token-file need --address")
+    if address is None and any((run_name, background, token_file)):
+        raise click.UsageError("--run, --background and --token-file need --address")
     if address is not None and run_dir is not None:
         raise click.UsageError("RUN_DIR or --address, not both")
     from orchestrator.dashboard.serve import serve
@@ -67,13 +70,20 @@ def dashboard(
         if background:
             from orchestrator.dashboard.actor import start_in_cluster
 
-            click.echo(f"{what}: {start_in_cluster(what, host=host, port=port, chaos=chaos)}")
+            _tell(what, start_in_cluster(what, host=host, port=port, chaos=chaos), as_json)
             return 0
         source = RaySource(what, chaos=chaos)
     else:
         from orchestrator.rundir import open_run_dir
 
         directory = open_run_dir(run_dir).path
-        source, what = FileSource(directory), str(shown(directory))
-    serve(Dashboard(source, host=host, port=port, poll_s=poll_s), lambda link: click.echo(f"{what}: {link}"))
+        source, what = FileSource(directory, chaos=chaos), str(shown(directory))
+    serve(Dashboard(source, host=host, port=port, poll_s=poll_s), lambda link: _tell(what, link, as_json))
     return 0
+
+
+def _tell(what: str, link: str, as_json: bool) -> None:
+    from orchestrator.answers import DashboardLink
+
+    click.echo(DashboardLink(run=what, link=link).model_dump_json() if as_json else f"{what}: {link}")
+    sys.stdout.flush()

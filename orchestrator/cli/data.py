@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from orchestrator.cli.options import json_option
 
 if TYPE_CHECKING:
     from workers.data.index import PackIndex
@@ -37,6 +39,7 @@ def data() -> None:
 @click.option(
     "--val-fraction", default=0.05, show_default=True, type=float, help="Share of the text kept for validation."
 )
+@json_option
 def pack_command(
     sources: tuple[Path, ...],
     out: Path,
@@ -45,6 +48,7 @@ def pack_command(
     text_column: str | None,
     seq_len: int,
     val_fraction: float,
+    as_json: bool,
 ) -> None:
     """Turn text into a pack: token shards with an index, ready to train on.
 
@@ -66,11 +70,32 @@ def pack_command(
             on_progress=on_progress,
             on_note=notes.append,
         )
+    if as_json:
+        click.echo(_json(index, out, former=before if before != index.digest else None, notes=notes))
+        return
     click.echo(_summary(index, out))
     for note in notes:
         click.echo(f"warning: {note}", err=True)
     if before not in (None, index.digest):
         click.echo(f"it took the place of the pack {before}", err=True)
+
+
+def _json(index: PackIndex, pack: Path, *, former: str | None = None, notes: Sequence[str] = ()) -> str:
+    from orchestrator.answers import Packed, SplitOfPack
+
+    return Packed(
+        pack=str(pack),
+        digest=index.digest,
+        took_the_place_of=former,
+        seq_len=index.seq_len,
+        vocab_size=index.vocab_size,
+        num_documents=index.num_documents,
+        splits={
+            name: SplitOfPack(num_tokens=split.num_tokens, num_samples=split.num_samples)
+            for name, split in index.splits.items()
+        },
+        notes=list(notes),
+    ).model_dump_json()
 
 
 def _digest_at(folder: Path) -> str | None:
@@ -110,7 +135,8 @@ def _summary(index: PackIndex, out: Path) -> str:
 
 @data.command("verify")
 @click.argument("pack", type=click.Path(path_type=Path))
-def verify(pack: Path) -> int:
+@json_option
+def verify(pack: Path, as_json: bool) -> int:
     """Read a pack whole and compare every shard with its index."""
     from orchestrator.waiting import waiting
     from workers.data.reader import PackReader
@@ -118,6 +144,9 @@ def verify(pack: Path) -> int:
     with waiting(f"reading {pack}"):
         reader = PackReader(pack)
         reader.verify()
+    if as_json:
+        click.echo(_json(reader.index, pack))
+        return 0
     splits = ", ".join(f"{split.num_tokens:,} tokens {name}" for name, split in sorted(reader.index.splits.items()))
     click.echo(f"{pack} is whole: {splits}, digest {reader.index.digest}")
     return 0

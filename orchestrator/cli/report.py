@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli.options import latest_run_dir_argument
+from orchestrator.cli.options import json_option, latest_run_dir_argument
 
 
 @click.command()
 @latest_run_dir_argument
 @click.argument("run_dir2", type=click.Path(path_type=Path), required=False)
-def report(run_dir: Path | None, run_dir2: Path | None) -> int:
+@json_option
+def report(run_dir: Path | None, run_dir2: Path | None, as_json: bool) -> int:
     """Write the report of a run, or compare two.
 
     One self-contained HTML file in RUN_DIR: loss of the anchor and of the islands, throughput, bytes, a timeline of
@@ -29,5 +30,10 @@ def report(run_dir: Path | None, run_dir2: Path | None) -> int:
 
     with waiting("reading the metrics"):
         path = build_report(first.path, second.path if second else None)
-    click.echo(path)
+    if as_json:
+        from orchestrator.answers import Written
+
+        click.echo(Written(path=str(path)).model_dump_json())
+    else:
+        click.echo(path)
     return 0

@@ -6,6 +6,7 @@ Pure: no clock, no files. `orchestrator/dashboard/sources.py` fills it, `figures
 from __future__ import annotations
 
 import json
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -55,6 +56,15 @@ class Happening:
     tone: str = "warn"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStep:
+    """A pipeline's step: its moment, how many there are by then, and the table of its stages."""
+
+    t_s: float
+    num_steps: int
+    table: list[dict[str, Any]]
+
+
 @dataclass(kw_only=True, slots=True)
 class About:
     """What the run is: from its configuration and its directory."""
@@ -84,7 +94,7 @@ class RunBook:
         self.faults: dict[tuple[str, str, float | None], FaultEvent] = {}
         self.silences: list[SilenceRow] = []
         self.links: dict[tuple[str, str], list[LinkRow]] = {}
-        self.stages: list[tuple[float, list[dict[str, Any]]]] = []  # moment of a pipeline's step, and its table
+        self.stages: list[StageStep] = []
         self.state = RunState()
         self.happenings: list[Happening] = []
         self.totals: dict[tuple[int, int], Totals] = {}
@@ -117,17 +127,22 @@ class RunBook:
         for line in data.splitlines():
             try:
                 row = json.loads(line)
-                t_s, loss = float(row["t_s"]), row["loss"]
+                t_s, loss, num_steps, seconds = (
+                    float(row["t_s"]),
+                    row["loss"],
+                    int(row["step"]) + 1,
+                    float(row["seconds"]),
+                )
                 table = [{key: stage[key] for key in STAGE_FIELDS} for stage in row["stages"]]
             except (ValueError, TypeError, KeyError):
                 self.num_bad += bool(line.strip())
                 continue
-            self.stages.append((t_s, table))
+            self.stages.append(StageStep(t_s=t_s, num_steps=num_steps, table=table))
             self.steps.append(
                 t_s=t_s,
                 member=self.place(ALL_STAGES),
                 loss=float("nan") if loss is None else float(loss),
-                tokens_per_s=0.0,
+                tokens_per_s=self.tokens_of_step() / seconds if seconds > 0 else 0.0,
                 compute_s=0.0,
                 num_steps=1,
             )
@@ -266,6 +281,11 @@ class RunBook:
             if totals is not None and totals.committed and row.tokens_committed % totals.committed == 0:
                 return row.tokens_committed // totals.committed
         return 1
+
+    def tokens_of_step(self) -> int:
+        """Tokens of one step of a pipeline."""
+        sizes = [self.about.setting("pipeline", key) for key in ("microbatches", "microbatch_size")]
+        return math.prod(size for size in sizes if isinstance(size, int)) * self.seq_len()
 
     def faults_until(self, moment_s: float) -> list[FaultEvent]:
         """Faults that had been noticed at a moment, in order."""

@@ -51,7 +51,10 @@ class ControllerSource(ABC):
         self.book.about.state = part.ended or "running"
         self.book.view = part.view
         self.book.add_records(part.rows)
-        self.book.add_metrics(part.metrics)
+        if part.pipeline:
+            self.book.add_pipeline(part.metrics)
+        else:
+            self.book.add_metrics(part.metrics)
         self._metrics_at += len(part.metrics)
         return part.is_full
 
@@ -61,6 +64,10 @@ class ControllerSource(ABC):
             self.book.problem = f"the controller does not answer: {why}"
             self.book.view = None
             self.book.version += 1
+
+    def close(self) -> None:
+        """See `Source`: nothing is held that outlasts a question."""
+        self._able = ()
 
     def act(self, action: str, member: str, by: str) -> str:
         """See `Source`."""

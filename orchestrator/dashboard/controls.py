@@ -15,6 +15,7 @@ from orchestrator.dashboard.feed import ACTIONS, MOST_ROWS, NEEDED, OF_A_MEMBER,
 from orchestrator.dashboard.live import live_view
 from orchestrator.errors import UserError
 from orchestrator.events import Operated
+from orchestrator.pipeline.figures import FILE_NAME as PIPELINE
 
 Guard = Callable[[], AbstractContextManager[None]]
 
@@ -38,6 +39,25 @@ async def feed_part(controller: Any, metrics_at: int, journal_at: int, guard: Gu
             able=tuple(name for name in ACTIONS if name == "kill" or hasattr(controller, NEEDED.get(name, name))),
             ended=host.finished.reason if host.finished is not None else "",
         )
+
+
+async def pipeline_part(controller: Any, metrics_at: int, journal_at: int) -> FeedPart:
+    """The same of a pipeline's controller, whose metrics are the lines of `pipeline.jsonl`; it takes no actions."""
+    if controller.failure:
+        raise UserError(controller.failure)
+    path = controller.run_dir / PIPELINE
+    data = await asyncio.get_running_loop().run_in_executor(None, read_part, path, metrics_at)
+    over = controller.over.is_set() and controller.finished is not None
+    return FeedPart(
+        run_id=controller.run_id,
+        config=controller.config.to_tables() if metrics_at == journal_at == 0 else {},
+        metrics=data,
+        rows=tuple(controller.journal.rows[journal_at : journal_at + MOST_ROWS]),
+        view=None,
+        able=(),
+        ended=controller.finished.reason if over else "",
+        pipeline=True,
+    )
 
 
 async def carry_out(controller: Any, action: str, member: str, by: str, guard: Guard) -> str:

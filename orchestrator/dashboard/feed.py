@@ -22,7 +22,7 @@ class FeedPart:
     """What came since the last question.
 
     `config`: with the first part only, else empty. `able`: actions that this controller knows. `ended`: why the run is
-    over.
+    over. `pipeline`: `metrics` are lines of `pipeline.jsonl`, steps of all stages.
     """
 
     run_id: str
@@ -32,6 +32,7 @@ class FeedPart:
     view: dict[str, Any] | None
     able: tuple[str, ...]
     ended: str
+    pipeline: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -60,6 +61,7 @@ def part_to_json(part: FeedPart) -> dict[str, Any]:
         "view": part.view,
         "able": list(part.able),
         "ended": part.ended,
+        "pipeline": part.pipeline,
     }
 
 
@@ -73,4 +75,5 @@ def part_from_json(values: Mapping[str, Any]) -> FeedPart:
         view=values["view"],
         able=tuple(values["able"]),
         ended=values["ended"],
+        pipeline=values["pipeline"],
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.dashboard.book import RunBook, Totals, fault_moment
+from orchestrator.dashboard.book import ALL_STAGES, RunBook, StageStep, Totals, fault_moment
 from orchestrator.metrics import PHASES, FaultEvent, LinkRow
 from orchestrator.summary import data_parallel_bytes
 
@@ -41,7 +41,7 @@ def run_figures(book: RunBook, at_s: float | None) -> dict[str, Any]:
         "members": members,
         "exchanges": {"open": _open(book, live), "done": _done(book, moment_s)},
         "events": _events(book, moment_s),
-        "ledger": _ledger(book, totals),
+        "ledger": _ledger(book, totals, moment_s),
         "stages": _stages(book, moment_s),
         "about": _about(book),
         "problem": _problem(book),
@@ -79,16 +79,17 @@ def _figures(
     done = book.exchanges_until(moment_s)
     evals = [row for row in book.evals if row.t_s <= moment_s]
     losses = [row.val_loss for row in evals if row.val_loss is not None]
-    tokens = totals.committed * book.seq_len()
+    steps = _stage_steps(book, moment_s)
+    tokens = steps[-1].num_steps * book.tokens_of_step() if steps else totals.committed * book.seq_len()
     target = book.about.setting("train", "tokens")
-    speed = _recent_speed(book, moment_s)
+    speed = _stage_speed(book, steps) if steps else _recent_speed(book, moment_s)
     share = min(tokens / target, 1.0) if isinstance(target, int) and target > 0 else None
     left = max(target - tokens, 0) if isinstance(target, int) else 0
     there_s = _seconds_there(book, moment_s)
     return {
         "progress": share,
         "tokens": tokens,
-        "rounds": done[-1].version if done else 0,
+        "rounds": done[-1].version if done else steps[-1].num_steps if steps else 0,
         "val_loss": losses[-1] if losses else None,
         "val_loss_first": losses[0] if losses else None,
         "val_loss_best": min(losses) if losses else None,
@@ -110,6 +111,17 @@ def _recent_speed(book: RunBook, moment_s: float) -> float | None:
     if len(recent) < 2 or recent[-1].t_s <= recent[0].t_s:
         return None
     return (recent[-1].tokens_committed - recent[0].tokens_committed) / (recent[-1].t_s - recent[0].t_s)
+
+
+def _stage_steps(book: RunBook, moment_s: float) -> list[StageStep]:
+    """Steps of a pipeline up to a moment."""
+    return book.stages[: bisect_right(book.stages, moment_s, key=lambda step: step.t_s)]
+
+
+def _stage_speed(book: RunBook, steps: list[StageStep]) -> float | None:
+    recent = steps[-RECENT_COMMITS:]
+    seconds = recent[-1].t_s - recent[0].t_s
+    return _ratio((recent[-1].num_steps - recent[0].num_steps) * book.tokens_of_step(), seconds)
 
 
 def _train_loss(book: RunBook, moment_s: float) -> float | None:
@@ -186,7 +198,7 @@ def _members(book: RunBook, moment_s: float, *, live: bool) -> list[dict[str, An
             **_standing(book, name, moment_s, int(spans[place]), live=live),
         }
         for name, place in book.in_order()
-        if live or steps[place] >= 0 or spans[place] >= 0
+        if name != ALL_STAGES and (live or steps[place] >= 0 or spans[place] >= 0)
     ]
 
 
@@ -216,6 +228,8 @@ def _standing(book: RunBook, name: str, moment_s: float, span: int, *, live: boo
         left = why == "it left"
         return _stands("left" if left else "dead", incarnation, here=False, why=why)
     told = (book.view or {}).get("members", {}).get(name)
+    if told is None and book.stages:
+        return _stands("computing", incarnation)
     if told is None:
         return _stands(DOING[phase] if phase not in GONE_PHASES else "starting", incarnation)
     if told["status"] == "suspect":
@@ -322,11 +336,11 @@ def _events(book: RunBook, moment_s: float) -> list[dict[str, Any]]:
     return events[:MOST_EVENTS]
 
 
-def _ledger(book: RunBook, totals: Totals) -> dict[str, Any]:
-    seq_len = book.seq_len()
+def _ledger(book: RunBook, totals: Totals, moment_s: float) -> dict[str, Any]:
+    seq_len, steps = book.seq_len(), _stage_steps(book, moment_s)
     return {
         "seq_len": seq_len,
-        "committed": totals.committed * seq_len,
+        "committed": steps[-1].num_steps * book.tokens_of_step() if steps else totals.committed * seq_len,
         "under_way": max((totals.leased - totals.committed - totals.dropped - totals.partial) * seq_len, 0),
         "lost": totals.lost * seq_len,
         "reissued": totals.reissued * seq_len,
@@ -339,5 +353,5 @@ def _ledger(book: RunBook, totals: Totals) -> dict[str, Any]:
 
 def _stages(book: RunBook, moment_s: float) -> list[dict[str, Any]]:
     """The stages of a pipeline as its newest step until then shows them, what `atoll status` says."""
-    num = bisect_right(book.stages, moment_s, key=lambda row: row[0])
-    return book.stages[num - 1][1] if num else []
+    steps = _stage_steps(book, moment_s)
+    return steps[-1].table if steps else []

@@ -65,7 +65,7 @@ def connect(address: str, run: str | None) -> str:
     from orchestrator.launch import RAY_ENVIRONMENT, enter_cluster
 
     os.environ.update(RAY_ENVIRONMENT)
-    known = enter_cluster(address)
+    known = enter_cluster(address, asked="--address")
     import ray
 
     from orchestrator.processes import NAMESPACE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,10 +25,11 @@ async def _serve(dashboard: Dashboard, ready: Callable[[str], None]) -> None:
     try:
         ready(await dashboard.start())
     except OSError as error:
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
         raise UserError(
             f"cannot listen on {dashboard.host} port {dashboard.port}: {error.strerror}",
-            place="--port",
-            remedy="--port 0 takes any free one",
+            place="--port" if taken else "--host",
+            remedy="--port 0 takes any free one" if taken else "an address or a name of this machine",
         ) from error
     await over.wait()
     await dashboard.stop()

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from orchestrator.dashboard.columns import Window
 from orchestrator.dashboard.figures import run_figures, run_links
-from orchestrator.dashboard.security import HEADERS, Gate, make_gate
+from orchestrator.dashboard.security import HEADERS, Gate, make_gate, name_of
 from orchestrator.dashboard.series import run_series, run_timeline
 from orchestrator.dashboard.sources import Source
 from orchestrator.segments import JournalError
@@ -95,8 +95,7 @@ class Dashboard:
     def link(self) -> str:
         """The address with the token in its fragment, which a browser does not send."""
         assert self.gate is not None, "link() before start()"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}/#token={self.gate.token}"
+        return f"http://{name_of(self.host)}:{self.port}/#token={self.gate.token}"
 
     async def stop(self) -> None:
         """Close the port and the connections."""
@@ -107,6 +106,7 @@ class Dashboard:
             viewer.set()
         if self._runner is not None:
             await self._runner.cleanup()
+        await asyncio.to_thread(self.source.close)
 
     async def _poll(self) -> None:
         while True:
@@ -143,10 +143,11 @@ class Dashboard:
         assert self.gate is not None
         authorization = request.headers.get("Authorization")
         refusal = ""
-        if not self.gate.host_is_ours(request.headers.get("Host")):
+        host = request.headers.get("Host")
+        if host is None or not self.gate.host_is_ours(host):
             refusal = "this is not the server that the Host header names"
         elif request.method == "POST" and not self.gate.is_our_page(
-            request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site"), authorization
+            host, request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site"), authorization
         ):
             refusal = "another site may not ask for this"
         elif request.path not in self._files and request.path != "/api/login":

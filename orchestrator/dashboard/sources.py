@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.dashboard.book import About, RunBook
+from orchestrator.dashboard.deputy import Deputy
 from orchestrator.dashboard.feed import MOST_BYTES, read_part
 from orchestrator.errors import UserError
 from orchestrator.pipeline.figures import FILE_NAME as PIPELINE
@@ -31,13 +32,18 @@ class Source(Protocol):
         """Ask for an action; returns what came of it."""
         ...
 
+    def close(self) -> None:
+        """Nobody asks any more."""
+        ...
+
 
 class FileSource:
-    """A run read from its directory, finished or going on. It can be watched and replayed, not acted on."""
+    """A run read from its directory, finished or going on; while it goes on, its controller is asked for actions."""
 
-    def __init__(self, run_dir: Path) -> None:
-        """Nothing is read before `refresh`. Raises UserError where there is no run."""
+    def __init__(self, run_dir: Path, *, chaos: bool = False) -> None:
+        """Nothing is read before `refresh`. `chaos`: members may be killed. Raises UserError where there is no run."""
         self.run_dir = RunDir(run_dir)
+        self.deputy = Deputy(self.run_dir, chaos=chaos)
         if not self.run_dir.config.exists():
             raise UserError(
                 f"{run_dir} is no run directory: it has no config.toml", place=str(run_dir), remedy="atoll runs"
@@ -60,12 +66,18 @@ class FileSource:
             self.book.problem = f"the configuration cannot be read: {error.message}"
 
     def able(self) -> tuple[str, ...]:
-        """Nothing: there is no controller behind files."""
-        return ()
+        """What its controller can be asked for, while there is one."""
+        about = self.book.about
+        asks = about.state == "running" and about.setting("pipeline", "stages") is None
+        return self.deputy.able() if asks else ()
 
     def act(self, action: str, member: str, by: str) -> str:
-        """Refused: see `able`."""
-        return f"refused: {action} needs the run's controller: atoll dashboard --address"
+        """See `Source`."""
+        return self.deputy.act(action, member, by)
+
+    def close(self) -> None:
+        """See `Source`."""
+        self.deputy.close()
 
     def refresh(self) -> bool:
         """See `Source`. Raises JournalError where the journal contradicts itself."""

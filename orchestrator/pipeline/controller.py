@@ -20,6 +20,8 @@ from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
 from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.config import RunConfig
+from orchestrator.dashboard.controls import pipeline_part
+from orchestrator.dashboard.feed import FeedPart
 from orchestrator.hands import new_nonce, reason_of
 from orchestrator.island_actor import log_to
 from orchestrator.journal import FileJournal, open_segment
@@ -210,6 +212,11 @@ class PipelineActor:
             "run_dir": str(self.run_dir),
             "pids": dict(self.pids),
         }
+
+    async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
+        """See `orchestrator.dashboard.controls.pipeline_part`."""
+        await self.begin()
+        return await pipeline_part(self, metrics_at, journal_at)
 
     # ------------------------------------------------------------ commands
 

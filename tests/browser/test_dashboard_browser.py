@@ -99,9 +99,21 @@ def crowd(browser: Chromium, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Site(browser, link)
 
 
+@pytest.fixture(scope="module")
+def steady(browser: Chromium, site: Site) -> Iterator[Site]:
+    """A page that stays open for all tests that can do with one."""
+    own = Site(browser, site.link)
+    yield own
+    own.close()
+
+
 @pytest.fixture
-def page(site: Site) -> Iterator[Page]:
-    opened = site.open()
+def page(steady: Site) -> Iterator[Page]:
+    """It shows the end of the run; what else a test before has left there is no matter."""
+    opened = steady.page or steady.open()
+    opened.call("Page.bringToFront")
+    opened.evaluate("document.getElementById('live').click()")
+    until(opened, "document.getElementById('live').ariaPressed === 'true'", "the end of the run")
     yield opened
     assert opened.problems == []
 
@@ -269,6 +281,13 @@ def test_two_hundred_members_and_a_hundred_thousand_points_are_fluid(crowd: Site
     assert page.evaluate("document.querySelectorAll('#c-loss .keys button').length") == 2
     page.evaluate("document.querySelector('#members tr[data-member=\"island-7\"] .pick').click()")
     until(page, "document.querySelectorAll('#c-loss .keys button').length === 3", "the curve of island-7")
+    page.evaluate("document.querySelector('#map canvas').focus()")
+    told = []
+    for key in ("Home", "ArrowRight", "ArrowDown", "ArrowDown"):
+        page.press(key)
+        told.append(page.evaluate("document.querySelector('#map .told').textContent"))
+    assert told[0].startswith("island-0 to island-0: itself") and told[1].startswith("island-0 to island-1: ")
+    assert told[3].startswith("island-2 to island-1: ")
     assert page.problems == []
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.answers import ClusterJoined, Left
 from orchestrator.cluster.door import Door
 from orchestrator.cluster.join_string import JoinString, parse
 from orchestrator.cluster.ray_node import cluster_environment, process_environment
@@ -90,9 +91,10 @@ class Cluster:
 
     def join(self, *arguments: str) -> ClusterState:
         before = self.states()
-        done = self.atoll("join", str(self.place), "--background", "--devices", "cpu", *arguments)
+        done = self.atoll("join", str(self.place), "--background", "--devices", "cpu", "--json", *arguments)
         assert done.returncode == 0, done.stderr
         [name] = self.states().keys() - before.keys()
+        assert ClusterJoined.model_validate_json(done.stdout).name == name
         return self.states()[name]
 
     def drive(self, script: str) -> object:
@@ -262,8 +264,9 @@ def test_leaving_waits_for_the_islands_and_ends_only_its_own_processes(cluster: 
     controllers = {process for process in our_processes() if "Controller" in process.command}
     assert our_processes() - controllers <= before
     assert {process for process in before - our_processes() if "raylet" in process.command} == set()
-    done = cluster.atoll("leave", "island-0")
+    done = cluster.atoll("leave", "island-0", "--json")
     assert done.returncode == 0, done.stderr
+    assert Left.model_validate_json(done.stdout).left == ["island-0"]
     assert "island-0 left" in done.stderr
     done = cluster.atoll("leave", "island-9")
     assert done.returncode == 2

@@ -239,6 +239,9 @@ def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) 
     known = json.loads(head.atoll("runs", "--at", head.place, "--json"))
     assert {(run["run"], len(run["members"])) for run in known} == {("by-ray", 2), ("other", 1)}
     assert "several runs go on there" in head.atoll("pause", head.place, code=2)
+    again = ["--run-dir", str(head.folder / "a" / "by-ray"), "--set", "run.address=auto"]
+    same_name = head.atoll("train", str(head.toml("same", islands=1)), *again, code=2)
+    assert "a run called 'by-ray' goes on in this cluster" in same_name
     stack = json.loads(head.atoll("stack", "island-0", "--at", head.place, "--run", "by-ray", "--json"))
     assert "Thread" in stack["text"] and Path(stack["file"]).read_text().startswith(stack["text"][:20])
     stopped = json.loads(head.atoll("stop", str(job_run), "--json"))

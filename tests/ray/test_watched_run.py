@@ -29,6 +29,7 @@ from orchestrator.dashboard.controller_source import pick_run
 from orchestrator.dashboard.ray_source import RaySource, runs_here
 from orchestrator.dashboard.serve import on_thread
 from orchestrator.dashboard.server import Dashboard
+from orchestrator.dashboard.sources import FileSource
 from orchestrator.ledger import ledger_command
 from orchestrator.summary import Summary
 from orchestrator.telemetry.catalogue import BY_NAME
@@ -295,6 +296,18 @@ def test_the_page_shows_the_ledger_and_what_happened(shown: Shown) -> None:
 def test_an_actor_of_the_cluster_serves_the_same_page(shown: Shown) -> None:
     assert shown.status_of_actor == 200
     assert shown.links[0] == shown.links[1]
+
+
+def test_a_dashboard_of_the_files_asks_the_controller_too(watched: Watched, there: set[str]) -> None:
+    source = FileSource(watched.run.run_dir)
+    try:
+        source.refresh()
+        assert "save" in source.able() and "kill" not in source.able()
+        assert source.act("save", "", "dashboard of the files") == "asked"
+    finally:
+        source.close()
+    asked = [r for r in watched.run.records() if isinstance(r, OperatorRecord)]
+    assert (asked[-1].action, asked[-1].by, asked[-1].outcome) == ("save", "dashboard of the files", "asked")
 
 
 def test_every_expression_of_the_dashboard_returns_data(watched: Watched, there: set[str]) -> None:

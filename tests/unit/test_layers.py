@@ -79,7 +79,10 @@ class Module:
 
 @cache
 def all_modules() -> dict[str, Module]:
-    files = [ROOT / "atoll.py", *(path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py")))]
+    files = [
+        ROOT / "atoll" / "__init__.py",
+        *(path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))),
+    ]
     modules = (read_module(path, ROOT) for path in files)
     return {module.name: module for module in modules}
 

@@ -96,10 +96,12 @@ export class Map_ {
     if (!canvas) {
       canvas = el("canvas", { tabindex: 0, role: "img" });
       canvas.addEventListener("mousemove", (event) => this.read(canvas, event));
+      canvas.addEventListener("keydown", (event) => this.walk(canvas, event));
+      canvas.addEventListener("blur", () => { this.at = null; this.mark(canvas); });
       this.field.replaceChildren(canvas);
     }
     canvas.width = canvas.height = side;
-    canvas.setAttribute("aria-label", `Bandwidth between ${names.length} members, row sends, column receives`);
+    canvas.setAttribute("aria-label", `Bandwidth between ${names.length} members, row sends, column receives. Arrow keys read it.`);
     const ctx = canvas.getContext("2d");
     ctx.fillStyle = colour("plain-bg");
     ctx.fillRect(0, 0, side, side);
@@ -120,6 +122,12 @@ export class Map_ {
       ctx.fillRect(i * cell, i * cell, cell, cell);
     });
     this.cell = cell;
+    this.names = names;
+    this.picture ??= el("canvas");
+    this.picture.width = this.picture.height = side;
+    this.picture.getContext("2d").drawImage(canvas, 0, 0);
+    this.mark(canvas);
+    if (this.at) return;
     if (!speeds.length) setText(this.told, "row sends, column receives; nothing measured yet");
     else setText(this.told, `row sends, column receives; ${bytes(Math.exp(low))}/s (faint) to ${bytes(Math.exp(high))}/s`);
   }
@@ -129,6 +137,28 @@ export class Map_ {
     const x = Math.floor(((event.clientX - bounds.left) * scale) / this.cell), y = Math.floor(((event.clientY - bounds.top) * scale) / this.cell);
     const said = this.cells.get(`${y} ${x}`);
     if (said) setText(this.told, said);
+  }
+
+  walk(canvas, event) {
+    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -Infinity], End: [0, Infinity] }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const last = this.names.length - 1, [row, column] = this.at ?? [0, 0], within = (value) => Math.min(last, Math.max(0, value));
+    this.at = [within(row + step[0]), within(column + step[1])];
+    this.mark(canvas);
+    const [y, x] = this.at;
+    setText(this.told, this.cells.get(`${y} ${x}`) ?? `${this.names[y]} to ${this.names[x]}: ${y === x ? "itself" : "not measured"}`);
+  }
+
+  mark(canvas) {
+    const ctx = canvas.getContext("2d"), { cell } = this;
+    ctx.globalAlpha = 1;
+    ctx.drawImage(this.picture, 0, 0);
+    if (!this.at) return;
+    ctx.strokeStyle = colour("ink");
+    ctx.lineWidth = 1.5;
+    const [y, x] = this.at, room = Math.max(cell, 8);
+    ctx.strokeRect(x * cell + (cell - room) / 2, y * cell + (cell - room) / 2, room, room);
   }
 }
 

@@ -12,7 +12,7 @@ import pytest
 from faults.lab.processes import myself
 from orchestrator import launch
 from orchestrator.cluster.state import ClusterState, create
-from orchestrator.errors import ClusterUnreachable
+from orchestrator.errors import ClusterUnreachable, UserError
 
 TOKEN = "ef" * 32
 
@@ -76,6 +76,13 @@ def test_another_cluster_takes_the_token_that_is_given(address: str) -> None:
 def test_another_cluster_without_a_token_is_open(address: str) -> None:
     assert launch.enter_cluster(address) is None
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+@pytest.mark.parametrize("text", ["foo", "127.0.0.1", "127.0.0.1:99999", ":6379", "127.0.0.1:x", "local"])
+def test_what_is_no_address_is_said_before_ray_says_it(text: str) -> None:
+    with pytest.raises(UserError, match="is no address of a Ray cluster") as caught:
+        launch.enter_cluster(text, asked="--address")
+    assert caught.value.place == "--address" and caught.value.exit_code == 2
 
 
 def test_a_cluster_that_does_not_answer(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from orchestrator.topology import list_topologies
 
 ROOT = Path(__file__).resolve().parents[3]
 LAYERS = ("faults", "orchestrator", "strategies", "workers")
-DATA_SUFFIXES = {".LICENSE", ".html", ".css", ".js", ".json", ".toml", ".txt", ".svg"}
+DATA_SUFFIXES = {".LICENSE", ".html", ".css", ".js", ".json", ".toml", ".txt", ".svg", ".typed"}
 
 LOOK_INSIDE = """
 import json
@@ -45,9 +45,9 @@ def requirement_names(requirements: list[str]) -> set[str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pip would put into site-packages: the wheel of a copy of the tree, unpacked."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("pyproject.toml", "README.md", "atoll.py"):
+    for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
-    for name in (*LAYERS, "cluster_configs"):
+    for name in (*LAYERS, "atoll", "cluster_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
     command = [sys.executable, "-c", build, str(target)]
@@ -76,7 +76,9 @@ def test_presets_are_found_from_an_installed_wheel(installed: Path, tmp_path: Pa
 
 
 def test_wheel_has_every_file_of_the_packages_and_nothing_else(installed: Path) -> None:
-    wanted = {"atoll.py"} | {f"orchestrator/presets/{path.name}" for path in list_presets().values()}
+    wanted = {"atoll/__init__.py", "atoll/py.typed"} | {
+        f"orchestrator/presets/{path.name}" for path in list_presets().values()
+    }
     wanted |= {f"orchestrator/topologies/{path.name}" for path in list_topologies().values()}
     for layer in LAYERS:
         files = [path for path in (ROOT / layer).rglob("*") if path.suffix in {".py"} | DATA_SUFFIXES]

@@ -8,6 +8,8 @@ from orchestrator.config import load_config
 from orchestrator.errors import UserError
 
 REFUSED = {
+    "label that no machine can have": (["run.labels.größe=ja"], "'größe' cannot be the key of a label", "atoll join"),
+    "label with a space": (["run.labels.region=eu west"], "'eu west' cannot be the value of a label", "A-Z a-z 0-9"),
     "alpha": (
         ["strategy.name=streaming", "strategy.merge_alpha=1.5"],
         "merge_alpha = 1.5 is not allowed: it takes a number from 0 up to 1",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from orchestrator.config import load_config
 from orchestrator.dashboard.columns import Window
+from orchestrator.dashboard.controller_source import ControllerSource
+from orchestrator.dashboard.controls import pipeline_part
+from orchestrator.dashboard.feed import FeedPart, part_from_json, part_to_json
 from orchestrator.dashboard.figures import run_figures, run_links
 from orchestrator.dashboard.series import run_series, run_timeline
 from orchestrator.dashboard.sources import FileSource
@@ -172,20 +178,62 @@ def test_rows_that_cannot_be_read_are_counted_and_said(tmp_path: Path) -> None:
     assert run_figures(read(run_dir).book, None)["problem"] == "3 rows of metrics.jsonl could not be read"
 
 
+def pipeline_lines() -> bytes:
+    lines = []
+    for step, (t_s, rate) in enumerate(((1.0, None), (2.0, 1.5))):
+        stage = {"stage": 0, "params": 10, "bytes": 80, "peers": {"a": rate}, "buddies": ["b"], "moving_here": []}
+        row = {"t_s": t_s, "step": step, "loss": 4.5, "seconds": 1.0, "attempts": 1, "stages": [stage], "no_move": ""}
+        lines.append(json.dumps(row).encode() + b"\n")
+    return b"".join(lines)
+
+
 def test_the_stages_of_a_pipeline_are_shown_as_of_each_step(tmp_path: Path) -> None:
     run_dir = write_run(SyntheticRun(rounds=3, inner_steps=4, kill_round=None), tmp_path / "run")
     assert run_figures(read(run_dir).book, None)["stages"] == []
-    with (run_dir / "pipeline.jsonl").open("a") as file:
-        for t_s, rate in ((1.0, None), (2.0, 1.5)):
-            stage = {"stage": 0, "params": 10, "bytes": 80, "peers": {"a": rate}, "buddies": ["b"], "moving_here": []}
-            row = {"t_s": t_s, "step": 1, "loss": 4.5, "seconds": 1.0, "attempts": 1, "stages": [stage], "no_move": ""}
-            file.write(json.dumps(row) + "\n")
-        file.write("[]\n")
+    (run_dir / "pipeline.jsonl").write_bytes(pipeline_lines() + b"[]\n")
     book = read(run_dir).book
     assert [one["peers"] for one in run_figures(book, None)["stages"]] == [{"a": 1.5}]
     assert [one["peers"] for one in run_figures(book, 1.5)["stages"]] == [{"a": None}]
     assert run_figures(book, 0.5)["stages"] == [] and book.num_bad == 1
     assert run_series(book, Window(start_s=0.0, end_s=3.0, num_bins=3), [])["loss"]["all stages"][1] == 4.5
+
+
+def test_a_pipeline_is_as_far_as_its_steps_and_its_controller_hands_them_over(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.jsonl").write_bytes(pipeline_lines())
+    over = asyncio.Event()
+    sizes = ["pipeline.microbatches=4", "pipeline.microbatch_size=2", "pipeline.in_flight=4", "train.tokens=8192"]
+    config = load_config("swarm", overrides=[*sizes, "data.path=", "data.corpus=stdlib"]).config
+    controller = SimpleNamespace(
+        failure="",
+        run_dir=tmp_path,
+        over=over,
+        finished=None,
+        run_id="swarm",
+        config=config,
+        journal=SimpleNamespace(rows=[]),
+    )
+
+    class Source(ControllerSource):
+        def _feed(self, metrics_at: int, journal_at: int) -> FeedPart:
+            part = asyncio.run(pipeline_part(controller, metrics_at, journal_at))
+            return part_from_json(json.loads(json.dumps(part_to_json(part))))
+
+        def _carry_out(self, action: str, member: str, by: str) -> str:
+            raise AssertionError("a pipeline takes no actions")
+
+    source = Source("swarm")
+    assert not source.refresh() and not source.refresh() and source.able() == ()
+    told = run_figures(source.book, None)
+    assert told["stages"][0]["peers"] == {"a": 1.5} and told["problem"] == "" and told["state"] == "running"
+    figures = told["figures"]
+    assert (figures["tokens"], figures["progress"], figures["rounds"]) == (2 * 4 * 2 * 256, 0.5, 2)
+    assert figures["tokens_per_s"] == 2048.0 and told["ledger"]["committed"] == 4096
+    assert run_figures(source.book, 1.5)["figures"]["tokens"] == 2048
+    assert told["members"] == [], "all stages together are no member"
+    controller.finished = SimpleNamespace(reason="done")
+    over.set()
+    source.refresh()
+    assert source.book.about.state == "done"
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

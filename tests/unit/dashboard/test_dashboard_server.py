@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import platform
 import random
 import socket
 from collections.abc import Iterator
@@ -360,8 +361,30 @@ def read_event(answer: http.client.HTTPResponse) -> dict[str, Any]:
 
 
 def test_a_gate_names_every_way_to_write_its_host() -> None:
-    gate = make_gate("box.example", 80)
-    assert gate.host_is_ours("BOX.example:80") and gate.host_is_ours("[::1]:80")
+    gate = make_gate("box.example", 81)
+    assert gate.host_is_ours("BOX.example:81") and gate.host_is_ours("[::1]:81")
     assert not gate.host_is_ours("box.example") and not gate.host_is_ours(None)
     assert make_gate("::1", 1).host_is_ours("[::1]:1")
-    assert len(gate.token) >= 43 and gate.token != make_gate("box.example", 80).token
+    assert make_gate("box.example", 80).host_is_ours("box.example"), "browsers leave the port of HTTP out"
+    assert len(gate.token) >= 43 and gate.token != make_gate("box.example", 81).token
+
+
+@pytest.mark.parametrize("everywhere", ["0.0.0.0", "::"])
+def test_a_server_at_all_addresses_takes_addresses_and_no_foreign_names(everywhere: str) -> None:
+    gate = make_gate(everywhere, 81)
+    for host in ("192.168.1.5:81", "[fe80::1]:81", f"{platform.node()}:81", "localhost:81"):
+        assert gate.host_is_ours(host), host
+    for host in (
+        "evil.example:81",
+        "192.168.1.5:82",
+        "192.168.1.5",
+        "[fe80::1]",
+        "1.evil.example:81",
+        "",
+        ":81",
+        "a:b:81",
+    ):
+        assert not gate.host_is_ours(host), host
+    assert gate.is_our_page("192.168.1.5:81", "http://192.168.1.5:81", "same-origin", None)
+    assert not gate.is_our_page("192.168.1.5:81", "http://192.168.1.6:81", None, None), "another machine's page"
+    assert not make_gate("127.0.0.1", 81).host_is_ours("192.168.1.5:81")

@@ -196,7 +196,10 @@ def names_of_the_code() -> tuple[set[str], dict[str, set[str]], dict[str, set[st
     functions: set[str] = set()
     members: dict[str, set[str]] = {}
     bases: dict[str, set[str]] = {}
-    for path in [ROOT / "atoll.py", *(path for package in PACKAGES[:4] for path in (ROOT / package).rglob("*.py"))]:
+    for path in [
+        ROOT / "atoll" / "__init__.py",
+        *(path for package in PACKAGES[:4] for path in (ROOT / package).rglob("*.py")),
+    ]:
         owner = ""
         for indent, kind, name, rest in re.findall(r"^( *)(?:async )?(def|class) (\w+)(.*)$", read(path), re.MULTILINE):
             if kind == "class":

@@ -89,6 +89,9 @@ def test_the_stack_of_a_process_is_kept_beside_its_log(tmp_path: Path) -> None:
         (f"token {'ab' * 32} was used", "ab" * 32),
         ("WANDB_API_KEY=sk-12345", "sk-12345"),
         ("  password: hunter2", "hunter2"),
+        ('snapshots = "s3://AKIA12:wJalrXUtnFEMI@models/demo"', "wJalrXUtnFEMI"),
+        ('snapshots = "s3://models/demo?access_key=AKIA12&region=eu"', "AKIA12"),
+        ("command = \"curl -H 'Authorization: Bearer abc.def-123' https://page.example\"", "abc.def-123"),
     ],
 )
 def test_what_looks_like_a_secret_is_left_out(said: str, secret: str) -> None:

@@ -57,6 +57,15 @@ def test_nothing_is_written_where_nobody_looks_or_nothing_takes_long() -> None:
     assert pipe.getvalue() == quick.getvalue() == ""
 
 
+def test_what_is_printed_meanwhile_arrives_where_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, pipe = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", pipe)
+    with waiting("counting", 4, stream=stream, after_s=0):
+        until_shown(stream, "counting")
+        print("a line of the result")
+    assert pipe.getvalue() == "a line of the result\n" and "result" not in stream.getvalue()
+
+
 def test_a_command_shows_it_on_a_terminal_and_prints_its_result_alone(tmp_path: Path) -> None:
     near, far = pty.openpty()
     command = [sys.executable, "-m", "orchestrator.cli.main", "simulate", "--seeds", "400", "--workers", "1"]
