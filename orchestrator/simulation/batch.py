@@ -122,8 +122,7 @@ class KeptBlocks:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps({"code": self.code, "members": self.members, **block.to_json()})
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(self.path, line)
 
 
 def run_batch(
@@ -155,6 +154,14 @@ def run_batch(
 def _keep(kept: KeptBlocks, block: Block) -> Block:
     kept.add(block)
     return block
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, on a line of its own also where a kill has cut off the one before."""
+    with path.open("ab+") as file:
+        file.seek(max(file.tell() - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + line.encode() + b"\n")
 
 
 def code_digest() -> str:
