@@ -20,11 +20,15 @@ from strategies.config import StrategyConfig
 from workers import messages as msg
 from workers.live_settings import with_changes
 from workers.records import FaultRecord, MemberId, OperatorRecord, Record, Row, Term, make_row
+from workers.scopes import ALL_SHARED, Scopes, scopes_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What the coordinator needs to know of the run's configuration."""
+    """What the coordinator needs to know of the run's configuration.
+
+    `own_samples`: how many of the samples are of a pack that one island alone has, by name.
+    """
 
     run_id: str
     islands: tuple[str, ...]
@@ -46,6 +50,7 @@ class RunPlan:
     warmup: float = 0.0
     load: Literal["equal", "by_speed"] = "equal"
     keeps_copies: bool = False
+    own_samples: tuple[tuple[str, int], ...] = ()
     robust: RobustConfig = field(default_factory=RobustConfig)
 
     def budgets(self) -> Budgets:
@@ -57,6 +62,10 @@ class RunPlan:
             early=self.max_early_deaths,
             backoff_s=self.backoff_s,
         )
+
+    def scopes(self) -> Scopes:
+        """Whose the samples of the run are."""
+        return scopes_of(self.total_samples, dict(self.own_samples)) if self.own_samples else ALL_SHARED
 
     def inner_steps_at(self, progress: float, strategy: StrategyConfig | None = None) -> int:
         """Local steps of a round that starts at `progress`; `rate` is the inner learning rate there.

@@ -32,6 +32,7 @@ from workers.records import (
     RefusalRecord,
     RevokeRecord,
     RollbackRecord,
+    ScopeRecord,
     SettingRecord,
     SettleRecord,
     SharesRecord,
@@ -40,9 +41,10 @@ from workers.records import (
     Term,
     TermRecord,
 )
+from workers.scopes import ALL_SHARED, Scopes
 
 GENESIS_CHAIN = "genesis"
-COMMITS_NOTHING = {JoinRecord, FenceRecord, LeaseRecord, SharesRecord, SettingRecord, EvaluationRecord}
+COMMITS_NOTHING = {JoinRecord, FenceRecord, ScopeRecord, LeaseRecord, SharesRecord, SettingRecord, EvaluationRecord}
 """Records after which as many samples are committed as before."""
 
 
@@ -102,7 +104,9 @@ class RunState:
         self.unsettled: dict[MemberId, Membership] = {}  # fenced, fates of their samples still open
         self.last_incarnation: dict[str, int] = {}
         self.nonces: dict[str, MemberId] = {}
-        self.next_position = 0
+        self.scopes = ALL_SHARED
+        self.next_position = 0  # of what is shared
+        self.own_next: dict[str, int] = {}  # of what is one member's alone
         self.free: tuple[Range, ...] = ()
         self.tainted: tuple[Range, ...] = ()
         self.partial: tuple[Range, ...] = ()
@@ -142,6 +146,11 @@ class RunState:
             open_ = (min(m.watermarks) for m in self.members.values() if not m.settled and m.watermarks)
             self._num_committed = self.settled_full + sum(open_)
         return self._num_committed
+
+    @property
+    def has_issued(self) -> bool:
+        """Whether any sample was ever leased."""
+        return self.next_position > 0 or any(at > self.scopes.own[name][0] for name, at in self.own_next.items())
 
     def samples_accounted(self) -> int:
         """Samples with a final fate: full, partial or dropped."""
@@ -206,16 +215,29 @@ class RunState:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
         _must(member.live, f"lease to {member.id}, which is fenced")
         _must(r.index == member.num_leased, f"lease {r.index} of {member.id} leaves a gap")
-        new = [(a, b) for a, b in r.ranges if a >= self.next_position]
-        old = [(a, b) for a, b in r.ranges if a < self.next_position]
+        _must(self.scopes.may_have(r.member, r.ranges), f"lease of {member.id} takes samples of another's own")
+        low, high = self.scopes.own.get(r.member, (0, 0))
+        mine = [(a, b) for a, b in r.ranges if low <= a < high]
+        old = [(a, b) for a, b in mine if a < self.own_next[r.member]]
+        for start, stop in mine[len(old) :]:
+            _must(start == self.own_next[r.member], f"lease of {member.id} skips samples of its own")
+            self.own_next[r.member] = stop
+        shared = [span for span in r.ranges if span not in mine] if mine else r.ranges
+        old += [(a, b) for a, b in shared if a < self.next_position]
         _must(ranges.subtract(old, self.free) == (), f"lease of {member.id} takes samples that are not free")
         self.free = ranges.subtract(self.free, old)
         self.reissued += ranges.count(old)
-        for start, stop in new:
-            _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
-            self.next_position = stop
+        for start, stop in shared:
+            if (start, stop) not in old:
+                _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
+                self.next_position = stop
         ranges.append(member.leases, r.ranges)
         member.num_leased += ranges.count(r.ranges)
+
+    def _scope(self, r: ScopeRecord) -> None:
+        _must(not self.scopes.own and not self.has_issued, "samples get their owners after the first lease")
+        self.scopes = Scopes(own=dict(zip(r.members, r.ranges, strict=True)))
+        self.own_next = {name: start for name, (start, _) in self.scopes.own.items()}
 
     def _commit(self, r: CommitRecord) -> None:
         head = self.heads[r.fragment]
@@ -370,6 +392,7 @@ class RunState:
         GenesisRecord: _genesis,
         JoinRecord: _join,
         FenceRecord: _fence,
+        ScopeRecord: _scope,
         LeaseRecord: _lease,
         CommitRecord: _commit,
         SettleRecord: _settle,
