@@ -10,7 +10,7 @@ from orchestrator.config import RunConfig
 from orchestrator.coordinator import RunPlan
 from strategies.codecs.backends import resolve_backend
 from workers.context import IslandSpec
-from workers.data.index import load_index
+from workers.data.index import check_shared, load_index
 from workers.schedule import agreed_rate
 
 
@@ -41,7 +41,9 @@ def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
     if config.data.path is not None and config.data.samples is None:
         from workers.data.fetch import is_uri, local_pack
 
-        index = load_index(local_pack(config.data.path, digest=config.data.digest))
+        folder = local_pack(config.data.path, digest=config.data.digest)
+        index = load_index(folder)
+        check_shared(folder, index)
         values["data.seq_len"] = index.seq_len
         if is_uri(config.data.path):  # the other machines fetch it as well: it must be the same one
             values["data.digest"] = index.digest
@@ -98,6 +100,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         load=config.run.load,
         keeps_copies=config.run.redundancy == "buddy",
         robust=config.robust,
+        own_samples=tuple(config.data.own_samples(seq_len).items()),
     )
 
 

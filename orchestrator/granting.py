@@ -103,7 +103,6 @@ class Granting(Standings):
         )
         if told != self.told_waits:
             self.told_waits = told
-            self._metric(kind="waits", t_s=self.seconds(), detail=told)
             self.waits_said_s = float("-inf")
         if told and self.now - self.waits_said_s >= SAY_AGAIN_S:
             self.waits_said_s = self.now

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -37,6 +37,13 @@ def data() -> None:
 @click.option(
     "--val-fraction", default=0.05, show_default=True, type=float, help="Share of the text kept for validation."
 )
+@click.option(
+    "--scope",
+    default="run",
+    show_default=True,
+    type=click.Choice(["run", "island"]),
+    help="island: the pack never leaves this machine, and only the island here trains on it.",
+)
 def pack_command(
     sources: tuple[Path, ...],
     out: Path,
@@ -45,6 +52,7 @@ def pack_command(
     text_column: str | None,
     seq_len: int,
     val_fraction: float,
+    scope: Literal["run", "island"],
 ) -> None:
     """Turn text into a pack: token shards with an index, ready to train on.
 
@@ -63,6 +71,7 @@ def pack_command(
             text_column=text_column,
             seq_len=seq_len,
             val_fraction=val_fraction,
+            scope=scope,
             on_progress=on_progress,
             on_note=notes.append,
         )
