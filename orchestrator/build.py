@@ -24,6 +24,18 @@ def island_index(name: str) -> int:
     return int(name.rpartition("-")[2])
 
 
+OWN_PACK_LABEL = "island"
+"""Label of the machine that has the pack of one island, in a cluster: `atoll join STRING --label island=island-1`."""
+
+
+def machine_labels(config: RunConfig, name: str) -> dict[str, str]:
+    """Labels that the machine of an island must have: one with a pack of its own only starts where that is."""
+    labels = dict(config.run.labels)
+    if name in config.data.per_island and config.run.address is not None:
+        labels[OWN_PACK_LABEL] = name
+    return labels
+
+
 def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
     """Replace what depends on this machine or on the corpus: number of islands, the corpus' digest, codec backend."""
     values: dict[str, object] = {}

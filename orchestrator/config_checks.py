@@ -71,6 +71,9 @@ def check_own_packs(config: RunConfig) -> Iterator[Problem]:
     if num > config.train.tokens:
         message = f"{num} tokens of single islands' own packs are more than train.tokens = {config.train.tokens}"
         yield Problem(key="data.per_island", message=message, remedy="fewer tokens there, or more in all")
+    if config.run.elastic or (islands == "auto" and config.run.address is not None):
+        message = "data.per_island in an elastic run: which machine gets which island is not known before"
+        yield Problem(key="data.per_island", message=message, remedy="run.elastic = false, and run.islands = a number")
     if data.samples is not None:
         message = "data.per_island names packs, and data.samples says that the loop brings its own dataset"
         yield Problem(key="data.per_island", message=message, remedy="data.path or data.corpus for all islands")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.build import resolve
+from orchestrator.build import machine_labels, resolve
 from orchestrator.cli.main import main
 from orchestrator.config import RunConfig
 from orchestrator.leases import waiting
@@ -156,6 +156,15 @@ def test_mistakes_are_named(pack_dir: Path, secret: Path, tmp_path: Path) -> Non
     pack([secret.parent / "texts"], other, seq_len=SEQ_LEN * 2, val_fraction=0.2, scope="island")
     with pytest.raises(DataError, match="samples of so many tokens: 32, the data of all islands has 16"):
         prepare(config_of(pack_dir, other))
+
+
+def test_in_a_cluster_it_is_started_where_its_pack_is(pack_dir: Path, secret: Path) -> None:
+    far = config_of(pack_dir, secret, "run.address=127.0.0.1:6379", "run.labels.region=eu")
+    assert machine_labels(far, "island-0") == {"region": "eu"}
+    assert machine_labels(far, "island-1") == {"region": "eu", "island": "island-1"}
+    assert machine_labels(config_of(pack_dir, secret), "island-1") == {}
+    with pytest.raises(ValueError, match="which machine gets which island is not known"):
+        config_of(pack_dir, secret, "run.address=127.0.0.1:6379", "run.elastic=true")
 
 
 def test_where_it_is_not_its_island_says_so(pack_dir: Path, tmp_path: Path) -> None:
