@@ -7,8 +7,8 @@ an altered journal, never a user's mistake.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -65,7 +65,7 @@ class Dropped:
 class Membership:
     """One incarnation as the journal knows it. `watermarks[f]`: samples of its leases that fragment f has settled.
 
-    `num_leased`: samples in `leases`.
+    `num_leased`: samples in `leases`; `offsets[i]`: those before its i-th range.
     """
 
     id: MemberId
@@ -78,6 +78,24 @@ class Membership:
     drops: list[Dropped] = field(default_factory=list)
     leases: list[Range] = field(default_factory=list)
     num_leased: int = 0
+    offsets: list[int] = field(default_factory=list)
+
+    def lease(self, given: Sequence[Range]) -> None:
+        """Append what it is given."""
+        for span in given:
+            before = len(self.leases)
+            ranges.append(self.leases, (span,))
+            if len(self.leases) > before:
+                self.offsets.append(self.num_leased)
+            self.num_leased += span[1] - span[0]
+
+    def cut(self, since: int, upto: int) -> tuple[Range, ...]:
+        """The samples at positions `since` to `upto`; of a long life only the spans that matter are looked at."""
+        if not 0 <= since < upto or upto > self.num_leased:
+            return ranges.cut(self.leases, since, upto)  # nothing, or a complaint
+        first, last = bisect_right(self.offsets, since) - 1, bisect_left(self.offsets, upto)
+        offset = self.offsets[first]
+        return ranges.cut(self.leases[first:last], since - offset, upto - offset)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,7 +182,7 @@ class RunState:
 
     def offered_ranges(self, member: MemberId, since: int, upto: int) -> tuple[Range, ...]:
         """What `member` was leased between two consumption counts."""
-        return ranges.cut(self.members[member].leases, since, upto)
+        return self.members[member].cut(since, upto)
 
     # ------------------------------------------------------------ replay
 
@@ -231,8 +249,7 @@ class RunState:
             if (start, stop) not in old:
                 _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
                 self.next_position = stop
-        ranges.append(member.leases, r.ranges)
-        member.num_leased += ranges.count(r.ranges)
+        member.lease(r.ranges)
 
     def _scope(self, r: ScopeRecord) -> None:
         _must(not self.scopes.own and not self.has_issued, "samples get their owners after the first lease")
@@ -249,9 +266,7 @@ class RunState:
             member = self.members[entry.member_id]
             _must(not member.settled, f"commit names {member.id}, which is settled")
             _must(member.watermarks[r.fragment] == entry.since, f"gap or overlap in the coverage of {member.id}")
-            _must(
-                entry.ranges == ranges.cut(member.leases, entry.since, entry.upto), f"{member.id} was not leased that"
-            )
+            _must(entry.ranges == member.cut(entry.since, entry.upto), f"{member.id} was not leased that")
             member.watermarks[r.fragment] = entry.upto
             self.committed[r.fragment] += entry.upto - entry.since
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
@@ -269,9 +284,9 @@ class RunState:
         self.lost += r.lost
         low, high = (min(member.watermarks), max(member.watermarks)) if member.watermarks else (0, 0)
         self.settled_full += low
-        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
+        self.partial = ranges.union(self.partial, member.cut(low, high))
         since = first_returned(member.watermarks)
-        self._give_back(ranges.cut(member.leases, since, member.num_leased), refused=member.refused)
+        self._give_back(member.cut(since, member.num_leased), refused=member.refused)
 
     def _give_back(self, returned: tuple[Range, ...], *, refused: bool) -> None:
         if refused:
@@ -287,8 +302,8 @@ class RunState:
         _must(
             member.live and high <= r.upto <= member.num_leased, f"drop of {member.id} up to {r.upto} is out of range"
         )
-        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
-        self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, high, r.upto))
+        self.partial = ranges.union(self.partial, member.cut(low, high))
+        self.dropped = ranges.union(self.dropped, member.cut(high, r.upto))
         self.lost += r.upto - high
         self.settled_full -= r.upto - low
         since = member.drops[-1].upto if member.drops else 0
@@ -334,8 +349,8 @@ class RunState:
             return
         low, high = min(marks), max(marks)
         self.settled_full -= before_low - low
-        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, before_low))
-        left = ranges.cut(member.leases, high, before_high)
+        self.partial = ranges.union(self.partial, member.cut(low, before_low))
+        left = member.cut(high, before_high)
         self.partial = ranges.subtract(self.partial, left)
         if drop is not None and not again:  # its process kept nothing of that work: it cannot be offered again
             self.dropped = ranges.union(self.dropped, left)
