@@ -340,6 +340,7 @@ class Coordinator(Heartbeats):
         self._revocations()
         self._let_go()
         self._keep_copies()
+        self._check_scopes()
         self._tell_who_is_waited_for()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:
             self._ask_evaluation(self.eval_asked[1])

@@ -25,6 +25,7 @@ class Granting(Standings):
         self.granted_to_all = (-1, -1)  # and the event in which everybody was last looked at for it
         self.lease_plan: leases.Plan | None = None
         self.tails: dict[MemberId, bool] = {}
+        self.scopes = plan.scopes()
         self.told_waits, self.waits_said_s = "", float("-inf")
         self.given_up: dict[str, str] = {}
 
@@ -91,9 +92,16 @@ class Granting(Standings):
 
     def _own_it(self) -> None:
         """Before the first lease: whose the samples of each pack are that never leaves its machine."""
-        own = self.plan.scopes().own
+        own = self.scopes.own
         if own and not self.state.scopes.own:
             self._log(ScopeRecord(members=tuple(own), ranges=tuple(own.values())))
+
+    def _check_scopes(self) -> None:
+        """A run that is resumed has the owners that it had: what was leased to all cannot become one member's own."""
+        if self.state.num_fragments and self.state.scopes != self.scopes:
+            then, now = (", ".join(sorted(scopes.own)) or "nobody" for scopes in (self.state.scopes, self.scopes))
+            why = f"data.per_island was changed: {then} had samples alone when the run began, now {now}, or other ones"
+            self._end("failed", f"{why}; resume it with the settings that it had, or begin another run")
 
     def _tell_who_is_waited_for(self) -> None:
         """Samples that nobody else may have wait for whoever has their text: once a minute who, and what to do."""

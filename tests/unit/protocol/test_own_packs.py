@@ -148,3 +148,13 @@ def test_a_journal_that_hands_them_to_others_is_refused_by_both_ledgers() -> Non
     assert "island-1's alone" in found.findings[0].text
     late = ScopeRecord(members=("island-2",), ranges=((0, 2),))
     assert not recompute([*control.rows, make_row(len(control.rows), control.rows[-1].hash, late)]).ok
+
+
+@pytest.mark.parametrize("own", [(), (("island-1", OWN_SAMPLES - 1),), (("island-2", OWN_SAMPLES),)])
+def test_owners_do_not_change_when_a_run_is_resumed(own: tuple[tuple[str, int], ...]) -> None:
+    control = started()
+    control.plan = replace(control.plan, own_samples=own)
+    control.restart()
+    control.tick(1.0)
+    assert control.finished is not None and control.finished.reason == "failed"
+    assert "data.per_island was changed: island-1 had samples alone when the run began" in control.finished.detail
