@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from orchestrator import leases
 from orchestrator.desk import RunPlan
@@ -67,11 +67,12 @@ class Granting(Standings):
             member = MemberId(name=record.member, incarnation=record.incarnation)
             self._tell(member, msg.LeaseGrant(index=record.index, ranges=record.ranges))
         tail = leases.left_to_issue(self.state, plan) == 0
-        if tail != self.tail:
-            self.tail = tail
-            if not self.state.scopes.own:
-                self._tell_all(msg.Tail(active=tail))
-        self._tell_tails()
+        changed, self.tail = tail != self.tail, tail
+        if self.state.scopes.own:
+            owners = [self.state.current[name] for name in self.state.scopes.own if name in self.state.current]
+            self._tell_tails(self.state.live() if changed else owners)
+        elif changed:
+            self._tell_all(msg.Tail(active=tail))
         self.granted_at = len(self.rows)
         if only is None:
             self.granted_to_all = (self.num_events, len(self.rows))
@@ -80,11 +81,9 @@ class Granting(Standings):
         """Whether a member is given nothing more for now: neither of what is shared nor of its own."""
         return self.tail and leases.own_left(self.state, name) == 0
 
-    def _tell_tails(self) -> None:
+    def _tell_tails(self, members: Iterable[MemberId]) -> None:
         """Where members have samples of their own, each hears for itself that there are no more."""
-        if not self.state.scopes.own:
-            return
-        for member in self.state.live():
+        for member in members:
             tail = self._in_tail(member.name)
             if member in self.roll.processes and self.tails.get(member, False) != tail:
                 self.tails[member] = tail
