@@ -274,7 +274,7 @@ class Coordinator(Heartbeats):
         for track in list(self.faults):
             if track.next_commit_s is None:
                 self._retrack(track, "next_commit_s")
-        for entry in record.roster:
+        for entry in record.roster if self.refusals or self.faults else ():
             self.refusals.pop(entry.member, None)
             self._track(entry.member_id, "contributed_s")
         self._judge_standings()
