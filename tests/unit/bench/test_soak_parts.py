@@ -31,6 +31,7 @@ def run_main(folder: Path, *words: str, ends_with: tuple[str, ...] = ()) -> tupl
     with (
         mock.patch.object(soak, "soak", fake),
         mock.patch.object(soak, "keep", lambda name, result: kept.update(result)),
+        mock.patch.object(soak, "show", lambda name, result: kept.update(result)),
         mock.patch("sys.argv", ["soak", "--folder", str(folder), *words]),
     ):
         code = soak.main()
