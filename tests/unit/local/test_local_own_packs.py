@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_local_standby import make_standby, take_place
 
 from orchestrator.build import machine_labels, resolve
 from orchestrator.cli.main import main
@@ -120,6 +121,20 @@ def test_while_it_is_away_its_samples_wait_and_status_and_ledger_say_so(
 
 def _waiting(run: LocalRun) -> list[int]:
     return list(waiting(run.host.coordinator.state).values())
+
+
+def test_a_standby_that_takes_its_place_reads_its_pack(run: LocalRun) -> None:
+    run.run(until=lambda: run.host.coordinator.progress() > 0.1)
+    standby = make_standby(run)
+    standby.look()
+    run.kill("island-1")
+    island = take_place(run, standby, "island-1")
+    assert island.loop.island.source.num_own > 0
+    watched = Watched(run)
+    run.run()
+    assert any(b"Q" in text for text in watched.read["island-1"])
+    assert not any(b"Q" in text for text in watched.read["island-0"])
+    assert recompute(read_run(run.run_dir).rows).waiting == ()
 
 
 def test_nobody_serves_it_or_hands_it_on(run: LocalRun, pack_dir: Path, secret: Path) -> None:
