@@ -49,12 +49,13 @@ class Granting(Standings):
         if only is None and self.granted_to_all == (self.num_events, len(self.rows)):
             return
         processes = self.roll.processes
-        asked = processes.items() if only is None else [(only, processes[only])] if only in processes else []
+        asked = self.state.live() if only is None else [only]  # in member order, as leases are granted
         members = {
             m: (p.info.batch_size, p.consumed)
-            for m, p in asked
-            if p.ready()
-            and not p.is_suspect()
+            for m in asked
+            if (p := processes.get(m)) is not None
+            and p.holds_state
+            and not (p.silence or p.hanging)
             and m.name not in self.leaving
             and self.state.bans.may_contribute(m.name)
         }

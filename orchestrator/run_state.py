@@ -233,23 +233,28 @@ class RunState:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
         _must(member.live, f"lease to {member.id}, which is fenced")
         _must(r.index == member.num_leased, f"lease {r.index} of {member.id} leaves a gap")
-        _must(self.scopes.may_have(r.member, r.ranges), f"lease of {member.id} takes samples of another's own")
+        shared, old = self._lease_own(r) if self.scopes.own else (r.ranges, [])
+        old += [(a, b) for a, b in shared if a < self.next_position]
+        if old:
+            _must(ranges.subtract(old, self.free) == (), f"lease of {member.id} takes samples that are not free")
+            self.free = ranges.subtract(self.free, old)
+            self.reissued += ranges.count(old)
+        for start, stop in shared:
+            if start >= self.next_position:
+                _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
+                self.next_position = stop
+        member.lease(r.ranges)
+
+    def _lease_own(self, r: LeaseRecord) -> tuple[list[Range], list[Range]]:
+        """What of a lease is shared, and what of the member's own is leased again; the rest of that is new."""
+        _must(self.scopes.may_have(r.member, r.ranges), f"lease of {r.member} takes samples of another's own")
         low, high = self.scopes.own.get(r.member, (0, 0))
         mine = [(a, b) for a, b in r.ranges if low <= a < high]
         old = [(a, b) for a, b in mine if a < self.own_next[r.member]]
         for start, stop in mine[len(old) :]:
-            _must(start == self.own_next[r.member], f"lease of {member.id} skips samples of its own")
+            _must(start == self.own_next[r.member], f"lease of {r.member} skips samples of its own")
             self.own_next[r.member] = stop
-        shared = [span for span in r.ranges if span not in mine] if mine else r.ranges
-        old += [(a, b) for a, b in shared if a < self.next_position]
-        _must(ranges.subtract(old, self.free) == (), f"lease of {member.id} takes samples that are not free")
-        self.free = ranges.subtract(self.free, old)
-        self.reissued += ranges.count(old)
-        for start, stop in shared:
-            if (start, stop) not in old:
-                _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
-                self.next_position = stop
-        member.lease(r.ranges)
+        return [span for span in r.ranges if span not in mine], old
 
     def _scope(self, r: ScopeRecord) -> None:
         _must(not self.scopes.own and not self.has_issued, "samples get their owners after the first lease")
