@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -99,11 +100,15 @@ class Recorder:
             patch.stop()
 
     def again(self) -> Costs:
-        """The same told to a fresh brain that has the processor's caches to itself, as in a process of its own."""
+        """The same told to a fresh brain that has the processor's caches to itself, as in a process of its own.
+
+        Each event is decoded just before, as what comes from a socket is, and its time is not taken.
+        """
         assert self.plan is not None and self.began is not None
         rows, term, now = self.began
         costs, brain = Costs(), Coordinator(self.plan, rows, term, now=now)
-        for event, at_s in self.told:
+        for told, at_s in self.told:
+            event: ev.Event = pickle.loads(pickle.dumps(told, protocol=5))
             costs.of(partial(brain.handle, event, at_s), brain, event)
         assert brain.rows[-1].hash == self.last_hash, "it came to other decisions"
         return costs

@@ -20,7 +20,7 @@ class Agenda(Desk):
     def __init__(self, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float, started_s: float = 0.0) -> None:
         """See `Desk`."""
         super().__init__(plan, rows, term, now=now, started_s=started_s)
-        self.started = self.state.next_position > 0
+        self.started = self.state.has_issued
         self.eval_asked: tuple[MemberId, int, float] | None = None
         self.eval_turn = 0
         self.next_eval = self._first_eval()

@@ -151,6 +151,9 @@ class LedgerAnswer(BaseModel):
     samples: dict[str, int] | None = Field(None, description="Fate to number.")
     tokens: dict[str, int] | None = None
     partial_by_fragments: dict[str, int] | None = None
+    waiting: dict[str, int] | None = Field(
+        None, description="Member to samples of its own pack: it is not here, and nobody else may have them."
+    )
     deviations: list[dict[str, Any]] | None = Field(None, description="Every exception, with its ranges of samples.")
     findings: list[dict[str, Any]] = Field(description="What contradicts the rules, with row and place.")
     num_findings: int

@@ -10,7 +10,7 @@ from orchestrator.config import RunConfig
 from orchestrator.coordinator import RunPlan
 from strategies.codecs.backends import resolve_backend
 from workers.context import IslandSpec
-from workers.data.index import load_index
+from workers.data.index import check_shared, load_index
 from workers.schedule import agreed_rate
 
 
@@ -22,6 +22,18 @@ def island_name(index: int) -> str:
 def island_index(name: str) -> int:
     """The number in an island's name."""
     return int(name.rpartition("-")[2])
+
+
+OWN_PACK_LABEL = "island"
+"""Label of the machine that has the pack of one island, in a cluster: `atoll join STRING --label island=island-1`."""
+
+
+def machine_labels(config: RunConfig, name: str) -> dict[str, str]:
+    """Labels that the machine of an island must have: one with a pack of its own only starts where that is."""
+    labels = dict(config.run.labels)
+    if name in config.data.per_island and config.run.address is not None:
+        labels[OWN_PACK_LABEL] = name
+    return labels
 
 
 def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
@@ -41,7 +53,9 @@ def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
     if config.data.path is not None and config.data.samples is None:
         from workers.data.fetch import is_uri, local_pack
 
-        index = load_index(local_pack(config.data.path, digest=config.data.digest))
+        folder = local_pack(config.data.path, digest=config.data.digest)
+        index = load_index(folder)
+        check_shared(folder, index)
         values["data.seq_len"] = index.seq_len
         if is_uri(config.data.path):  # the other machines fetch it as well: it must be the same one
             values["data.digest"] = index.digest
@@ -98,6 +112,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         load=config.run.load,
         keeps_copies=config.run.redundancy == "buddy",
         robust=config.robust,
+        own_samples=tuple(config.data.own_samples(seq_len).items()),
     )
 
 

@@ -23,6 +23,7 @@ MEMBER_NAME = re.compile(r"island-(0|[1-9][0-9]*)")
 def find_problems(config: RunConfig) -> Iterator[Problem]:
     """All contradictions of a configuration whose single values are right."""
     yield from check_data(config)
+    yield from check_own_packs(config)
     yield from check_model(config)
     yield from check_training(config)
     yield from check_fit_batch(config)
@@ -50,6 +51,36 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
         message = f"{told} are {all_of} set, a run takes one of them"
         key = list(places)[1]
         yield Problem(key=key, message=message, remedy=f"remove one; `--set {key}=` unsets it")
+
+
+def check_own_packs(config: RunConfig) -> Iterator[Problem]:
+    """Packs of single islands: who has them, and where."""
+    data, islands = config.data, config.run.islands
+    for name, own in data.per_island.items():
+        key = f"data.per_island.{name}"
+        match = MEMBER_NAME.fullmatch(name)
+        if match is None or (islands != "auto" and int(match[1]) >= islands):
+            last = "" if islands == "auto" else f" to island-{islands - 1}"
+            message = f"{key}: the run has no island of this name"
+            yield Problem(key=key, message=message, remedy=f"islands are called island-0{last}")
+        if not own.path.startswith(("/", "~")):
+            message = f"{key}.path = {own.path!r} does not begin with / or ~"
+            yield Problem(key=f"{key}.path", message=message, remedy="the whole path on the machine of that island")
+    if not data.per_island:
+        return
+    num = sum(own.tokens for own in data.per_island.values())
+    if num > config.train.tokens:
+        message = f"{num} tokens of single islands' own packs are more than train.tokens = {config.train.tokens}"
+        yield Problem(key="data.per_island", message=message, remedy="fewer tokens there, or more in all")
+    if config.run.elastic or (islands == "auto" and config.run.address is not None):
+        message = "data.per_island in an elastic run: which machine gets which island is not known before"
+        yield Problem(key="data.per_island", message=message, remedy="run.elastic = false, and run.islands = a number")
+    if data.samples is not None:
+        message = "data.per_island names packs, and data.samples says that the loop brings its own dataset"
+        yield Problem(key="data.per_island", message=message, remedy="data.path or data.corpus for all islands")
+    if config.pipeline.stages is not None:
+        message = "data.per_island in a pipeline: the stages of a model see each other's samples"
+        yield Problem(key="data.per_island", message=message, remedy="remove it, or train without [pipeline]")
 
 
 def check_model(config: RunConfig) -> Iterator[Problem]:

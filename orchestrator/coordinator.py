@@ -274,7 +274,7 @@ class Coordinator(Heartbeats):
         for track in list(self.faults):
             if track.next_commit_s is None:
                 self._retrack(track, "next_commit_s")
-        for entry in record.roster:
+        for entry in record.roster if self.refusals or self.faults else ():
             self.refusals.pop(entry.member, None)
             self._track(entry.member_id, "contributed_s")
         self._judge_standings()
@@ -340,6 +340,8 @@ class Coordinator(Heartbeats):
         self._revocations()
         self._let_go()
         self._keep_copies()
+        self._check_scopes()
+        self._tell_who_is_waited_for()
         if self.eval_asked and self.now - self.eval_asked[2] > self.ask_again_s:
             self._ask_evaluation(self.eval_asked[1])
         if self.save_asked and self.now - self.save_asked[2] > self.ask_again_s:

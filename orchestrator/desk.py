@@ -20,11 +20,18 @@ from strategies.config import StrategyConfig
 from workers import messages as msg
 from workers.live_settings import with_changes
 from workers.records import FaultRecord, MemberId, OperatorRecord, Record, Row, Term, make_row
+from workers.scopes import ALL_SHARED, Scopes, scopes_of
+
+Recipients = MemberId | str | list[MemberId]
+"""A member, a process without incarnation by its nonce, or all members at that moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """What the coordinator needs to know of the run's configuration."""
+    """What the coordinator needs to know of the run's configuration.
+
+    `own_samples`: how many of the samples are of a pack that one island alone has, by name.
+    """
 
     run_id: str
     islands: tuple[str, ...]
@@ -46,6 +53,7 @@ class RunPlan:
     warmup: float = 0.0
     load: Literal["equal", "by_speed"] = "equal"
     keeps_copies: bool = False
+    own_samples: tuple[tuple[str, int], ...] = ()
     robust: RobustConfig = field(default_factory=RobustConfig)
 
     def budgets(self) -> Budgets:
@@ -57,6 +65,10 @@ class RunPlan:
             early=self.max_early_deaths,
             backoff_s=self.backoff_s,
         )
+
+    def scopes(self) -> Scopes:
+        """Whose the samples of the run are."""
+        return scopes_of(self.total_samples, dict(self.own_samples)) if self.own_samples else ALL_SHARED
 
     def inner_steps_at(self, progress: float, strategy: StrategyConfig | None = None) -> int:
         """Local steps of a round that starts at `progress`; `rate` is the inner learning rate there.
@@ -91,7 +103,7 @@ class Desk:
             judges_hangs=plan.judges_hangs,
         )  # fmt: skip
         self.pending: list[Row] = []
-        self.held: deque[tuple[int, MemberId | str, tuple[msg.ControllerBody, ...]]] = deque()  # by rising number
+        self.held: deque[tuple[int, Recipients, tuple[msg.ControllerBody, ...]]] = deque()  # by rising number
         self.after_flush: list[tuple[int, Record]] = []
         self.nonces: dict[str, tuple[str, MemberId | None]] = {}
         self.commands: list[ev.Command] = []
@@ -162,8 +174,9 @@ class Desk:
         self.held.append((self._last_seq(), to, bodies))
 
     def _tell_all(self, *bodies: msg.ControllerBody) -> None:
-        at, processes = self._last_seq(), self.roll.processes
-        self.held.extend((at, member, bodies) for member in self.state.live() if member in processes)
+        live, processes = self.state.live(), self.roll.processes
+        here = live if len(processes) == len(live) else [member for member in live if member in processes]
+        self.held.append((self._last_seq(), here, bodies))
 
     def _sync(self, member: MemberId) -> None:
         self._tell(member)
@@ -174,13 +187,45 @@ class Desk:
             self.pending = []
         if not self.held:
             return
-        grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
+        due: list[tuple[Recipients, tuple[msg.ControllerBody, ...]]] = []
         while self.held and may_tell(self.held[0][0], self.flushed):
-            _, to, bodies = self.held.popleft()
-            grouped[to] = grouped[to] + bodies if to in grouped else bodies
+            due.append(self.held.popleft()[1:])
         slices: dict[int, tuple[Row, ...]] = {}  # many lack the same rows
-        for to, all_bodies in grouped.items():
-            self._send(to, all_bodies, slices)
+        if len(due) == 1 and isinstance(due[0][0], list):
+            self._send_to_all(due[0][0], due[0][1], slices)
+            return
+        grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
+        for to, bodies in due:
+            for one in to if isinstance(to, list) else (to,):
+                grouped[one] = grouped[one] + bodies if one in grouped else bodies
+        for one, all_bodies in grouped.items():
+            self._send(one, all_bodies, slices)
+
+    def _send_to_all(
+        self, members: list[MemberId], bodies: tuple[msg.ControllerBody, ...], slices: dict[int, tuple[Row, ...]]
+    ) -> None:
+        """`_send` to each, for what everybody is told and nothing else: thousands of times in a row."""
+        processes, end, tell = self.roll.processes, self.flushed + 1, self.commands.append
+        run_id, term, number = self.plan.run_id, self.term, self.num_batches
+        for member in members:
+            process = processes.get(member)
+            if process is None:
+                continue
+            rows_from = process.rows_sent
+            if rows_from not in slices:
+                slices[rows_from] = tuple(self.rows[rows_from:end])
+            if rows_from < end:
+                process.rows_sent = end
+            number += 1
+            name, incarnation = member
+            tell(
+                ev.Send(
+                    msg.Batch(
+                        run_id, term, name, incarnation, process.nonce, rows_from, slices[rows_from], bodies, number
+                    )
+                )
+            )
+        self.num_batches = number
 
     def _send(
         self, to: MemberId | str, bodies: tuple[msg.ControllerBody, ...], slices: dict[int, tuple[Row, ...]]

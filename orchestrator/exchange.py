@@ -142,7 +142,11 @@ class FragmentExchange(OwnersWork):
             return False
         if self.config.quorum < 1 and now >= (open_.quorum_s or 0.0) + self.config.grace_s:
             return False
-        return bool(rules.awaited_members(open_, replace(fleet, members={awaited: fleet.members[awaited]})))
+        alone = Fleet(
+            members={awaited: fleet.members[awaited]}, head=fleet.head, inner_steps=fleet.inner_steps,
+            samples_committed=fleet.samples_committed, own_pace=fleet.own_pace,
+        )  # fmt: skip
+        return bool(rules.awaited_members(open_, alone))
 
     def _reaching(self, fleet: Fleet, roster: Iterable[MemberId], now: float) -> list[MemberId]:
         """Who can own parts of what this roster offers, as far as is known of cuts between members."""

@@ -14,7 +14,6 @@ import numpy as np
 
 from orchestrator.settings import ExchangeConfig
 from strategies.robust import Recipe, too_long
-from workers import ranges
 from workers.messages import Announce, Assign, ExchangeId, Offer, Version
 from workers.records import MemberId, RosterEntry, Term
 
@@ -107,7 +106,7 @@ def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None
         return "it covers no steps"
     if offer.upto > member.num_leased:
         return "it covers samples that were not leased"
-    if offer.ranges != ranges.cut(member.leases, offer.since, offer.upto):
+    if offer.ranges != member.cut(offer.since, offer.upto):
         return "its ranges are not what was leased"
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from orchestrator.membership import Process
 from orchestrator.run_state import Head, Membership, RunState
@@ -69,14 +69,13 @@ class MemberView:
         return self._entry.watermarks[self._fragment]
 
     @property
-    def leases(self) -> Sequence[Range]:
-        """What it was leased."""
-        return self._entry.leases
-
-    @property
     def num_leased(self) -> int:
-        """Samples in `leases`."""
+        """Samples that it was leased."""
         return self._entry.num_leased
+
+    def cut(self, since: int, upto: int) -> tuple[Range, ...]:
+        """What it was leased between two consumption counts."""
+        return self._entry.cut(since, upto)
 
     @property
     def may_offer(self) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from orchestrator import leases
 from orchestrator.desk import RunPlan
 from orchestrator.standing import Standings
 from workers import messages as msg
-from workers.records import MemberId, Row, Term
+from workers.records import MemberId, Row, ScopeRecord, Term
 from workers.shares import round_steps
+
+SAY_AGAIN_S = 60.0
 
 
 class Granting(Standings):
@@ -22,6 +24,10 @@ class Granting(Standings):
         self.granted_at = -1  # rows of the journal when leases were last granted, and the plan then
         self.granted_to_all = (-1, -1)  # and the event in which everybody was last looked at for it
         self.lease_plan: leases.Plan | None = None
+        self.tails: dict[MemberId, bool] = {}
+        self.scopes = plan.scopes()
+        self.told_waits, self.waits_said_s = "", float("-inf")
+        self.given_up: dict[str, str] = {}
 
     def _lease_plan(self) -> leases.Plan:
         return leases.Plan(
@@ -34,17 +40,22 @@ class Granting(Standings):
         """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
         if not self.started or self.stopping is not None:
             return
-        if only is not None and self.granted_at == len(self.rows) and (self.tail or not self._wants(only)):
+        if (
+            only is not None
+            and self.granted_at == len(self.rows)
+            and (self._in_tail(only.name) or not self._wants(only))
+        ):
             return
         if only is None and self.granted_to_all == (self.num_events, len(self.rows)):
             return
         processes = self.roll.processes
-        asked = processes.items() if only is None else [(only, processes[only])] if only in processes else []
+        asked = self.state.live() if only is None else [only]  # in member order, as leases are granted
         members = {
             m: (p.info.batch_size, p.consumed)
-            for m, p in asked
-            if p.ready()
-            and not p.is_suspect()
+            for m in asked
+            if (p := processes.get(m)) is not None
+            and p.holds_state
+            and not (p.silence or p.hanging)
             and m.name not in self.leaving
             and self.state.bans.may_contribute(m.name)
         }
@@ -57,12 +68,58 @@ class Granting(Standings):
             member = MemberId(name=record.member, incarnation=record.incarnation)
             self._tell(member, msg.LeaseGrant(index=record.index, ranges=record.ranges))
         tail = leases.left_to_issue(self.state, plan) == 0
-        if tail != self.tail:
-            self.tail = tail
+        changed, self.tail = tail != self.tail, tail
+        if self.state.scopes.own:
+            owners = [self.state.current[name] for name in self.state.scopes.own if name in self.state.current]
+            self._tell_tails(self.state.live() if changed else owners)
+        elif changed:
             self._tell_all(msg.Tail(active=tail))
         self.granted_at = len(self.rows)
         if only is None:
             self.granted_to_all = (self.num_events, len(self.rows))
+
+    def _in_tail(self, name: str) -> bool:
+        """Whether a member is given nothing more for now: neither of what is shared nor of its own."""
+        return self.tail and leases.own_left(self.state, name) == 0
+
+    def _tell_tails(self, members: Iterable[MemberId]) -> None:
+        """Where members have samples of their own, each hears for itself that there are no more."""
+        for member in members:
+            tail = self._in_tail(member.name)
+            if member in self.roll.processes and self.tails.get(member, False) != tail:
+                self.tails[member] = tail
+                self._tell(member, msg.Tail(active=tail))
+
+    def _own_it(self) -> None:
+        """Before the first lease: whose the samples of each pack are that never leaves its machine."""
+        own = self.scopes.own
+        if own and not self.state.scopes.own:
+            self._log(ScopeRecord(members=tuple(own), ranges=tuple(own.values())))
+
+    def _check_scopes(self) -> None:
+        """A run that is resumed has the owners that it had: what was leased to all cannot become one member's own."""
+        if self.state.num_fragments and self.state.scopes != self.scopes:
+            then, now = (", ".join(sorted(scopes.own)) or "nobody" for scopes in (self.state.scopes, self.scopes))
+            why = f"data.per_island was changed: {then} had samples alone when the run began, now {now}, or other ones"
+            self._end("failed", f"{why}; resume it with the settings that it had, or begin another run")
+
+    def _tell_who_is_waited_for(self) -> None:
+        """Samples that nobody else may have wait for whoever has their text: once a minute who, and what to do."""
+        waits = leases.waiting(self.state) if self.state.scopes.own and self.started else {}
+        told = "; ".join(
+            f"{num} samples of {name}'s own pack wait for it ({self._why_away(name)})" for name, num in waits.items()
+        )
+        if told != self.told_waits:
+            self.told_waits = told
+            self.waits_said_s = float("-inf")
+        if told and self.now - self.waits_said_s >= SAY_AGAIN_S:
+            self.waits_said_s = self.now
+            self._say(f"{told}: nobody else may have them. Bring it back, or stop the run", level="warning")
+
+    def _why_away(self, name: str) -> str:
+        if name in self.given_up:
+            return "given up"
+        return "it left" if name in self.away_since else "not here"
 
     def _wants(self, member: MemberId) -> bool:
         """Whether a member should be given samples, while the journal is as it was when leases were last granted."""

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import places
 from orchestrator.actor_tools import must_not_fail
-from orchestrator.build import island_index, island_spec
+from orchestrator.build import OWN_PACK_LABEL, island_index, island_spec, machine_labels
 from orchestrator.config import RunConfig
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor
@@ -88,7 +88,7 @@ class Hands:
             lifetime="detached",
             resources={WORKER_RESOURCE: 1},
             scheduling_strategy=strategy,
-            label_selector=dict(self.config.run.labels) if strategy is None else None,
+            label_selector=machine_labels(self.config, name) if strategy is None else None,
         ).remote(spec, nonce, self.token, log_file, self.wrap)
 
     def _process(self, started_as: str, nonce: str) -> ActorHandle:
@@ -191,6 +191,8 @@ class Hands:
 
     def _let_standby(self, name: str, why: str, node: str | None) -> bool:
         """Whether a process that waits takes the island's place."""
+        if OWN_PACK_LABEL in machine_labels(self.config, name):
+            return False  # who waits may be on any machine
         taken = self.pool.take(self.place_of.get(name), self.leaving_nodes) if node is None else None
         if taken is None or taken[1] not in self.handles:
             return False

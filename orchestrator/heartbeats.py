@@ -86,7 +86,7 @@ class Heartbeats(PairDesk):
             behind = behind or report.n < heads[exchange.fragment].version.n
         if behind and had is not None and is_stuck_behind(hello, had, heads):
             self._tell(member, self._peers_now())
-        if hello.waiting == "leases" and self.tail:
+        if hello.waiting == "leases" and self._in_tail(member.name):
             self._tell(member, msg.Tail(active=True))
         if member.name in self.leaving and hello.waiting != "leaving":
             self._tell(member, msg.Leave())

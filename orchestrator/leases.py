@@ -14,6 +14,7 @@ from orchestrator.run_state import RunState
 from workers import ranges
 from workers.ranges import Range
 from workers.records import LeaseRecord, MemberId
+from workers.scopes import SHARED
 
 MIN_WINDOW_STEPS = 16
 
@@ -41,10 +42,32 @@ class Plan:
         object.__setattr__(self, "bound_steps", max(int(self.bound_rounds * self.inner_steps), high))
 
 
+def free_of(state: RunState, name: str) -> tuple[Range, ...]:
+    """What is free again of one member's own samples, or (`SHARED`) of everybody's."""
+    if not state.scopes.own:
+        return state.free if name == SHARED else ()
+    first = state.scopes.shared_stop or 0
+    return ranges.intersect(state.free, (state.scopes.own.get(name, (0, 0)) if name else (0, first),))
+
+
 def left_to_issue(state: RunState, plan: Plan) -> int:
-    """Samples that may still be leased: what is free again and what was never issued."""
-    fresh = max(plan.total_samples - state.next_position, 0)
-    return ranges.count(state.free) + fresh
+    """Shared samples that may still be leased: what is free again and what was never issued."""
+    total = state.scopes.shared_stop
+    fresh = max((plan.total_samples if total is None else total) - state.next_position, 0)
+    return ranges.count(free_of(state, SHARED)) + fresh
+
+
+def own_left(state: RunState, name: str) -> int:
+    """Samples that only the member with this name may be leased, and has not."""
+    if name not in state.scopes.own:
+        return 0
+    return ranges.count(free_of(state, name)) + state.scopes.own[name][1] - state.own_next[name]
+
+
+def waiting(state: RunState) -> dict[str, int]:
+    """Samples that wait for one member which does not live: nobody else may have them."""
+    lacking = {name: own_left(state, name) for name in state.scopes.own if name not in state.current}
+    return {name: num for name, num in sorted(lacking.items()) if num}
 
 
 def wanted(state: RunState, member: MemberId, batch: int, consumed: int, plan: Plan) -> int:
@@ -86,6 +109,15 @@ def share_out(
     return {member: grant for member, grant in grants.items() if grant}
 
 
+def _take_own(state: RunState, name: str, want: int) -> tuple[tuple[Range, ...], int]:
+    """Samples of a member's own, and how many it still wants."""
+    taken, _ = ranges.take(free_of(state, name), want)
+    want -= ranges.count(taken)
+    start, stop = state.own_next[name], state.scopes.own[name][1]
+    fresh = min(want, stop - start)
+    return (*taken, (start, start + fresh)) if fresh else taken, want - fresh
+
+
 def grant(
     state: RunState,
     members: Mapping[MemberId, tuple[int, int]],
@@ -98,20 +130,28 @@ def grant(
     """
     plans, known = {plan.inner_steps: plan}, steps or {}
     demands: dict[MemberId, tuple[int, int]] = {}
+    own: dict[MemberId, tuple[Range, ...]] = {}
     for member, (batch, consumed) in sorted(members.items()):
         inner_steps = known.get(member, plan.inner_steps)
         if inner_steps not in plans:
             plans[inner_steps] = replace(plan, inner_steps=inner_steps)
-        demands[member] = (wanted(state, member, batch, consumed, plans[inner_steps]), batch)
+        want = wanted(state, member, batch, consumed, plans[inner_steps])
+        if want and member.name in state.scopes.own:  # its own samples first: nobody else can make up for them
+            own[member], want = _take_own(state, member.name, want)
+        demands[member] = (want, batch)
     records: list[LeaseRecord] = []
-    free, position = state.free, state.next_position
-    for member, num in share_out(demands, left_to_issue(state, plan), steps).items():
+    free, position = free_of(state, SHARED), state.next_position
+    shared = share_out(demands, left_to_issue(state, plan), steps)
+    for member in sorted(shared.keys() | own.keys()) if own else shared:
+        num = shared.get(member, 0)
         taken, free = ranges.take(free, num)
         fresh = num - ranges.count(taken)
-        given: list[Range] = list(taken)
+        given: list[Range] = [*own.get(member, ()), *taken]
         if fresh:
             given.append((position, position + fresh))
             position += fresh
+        if not given:
+            continue
         records.append(
             LeaseRecord(
                 member=member.name, incarnation=member.incarnation, index=state.members[member].num_leased,

@@ -66,6 +66,7 @@ class Ledger:
         digests: of each fragment's newest version; empty before the genesis. num_params: by the genesis.
         initial_val_loss: of the first evaluation.
         final_val_loss: of the last evaluation, if there was more than one.
+        waiting: `(member, samples)`: of its own, which nobody else may have; it does not live.
         deviations: every exception to "leased once, committed once", in order of the rows.
         findings: violations of the rules; empty for a sound journal. num_findings: the true number, if too many.
     """
@@ -89,6 +90,7 @@ class Ledger:
     num_params: int
     initial_val_loss: float | None
     final_val_loss: float | None
+    waiting: tuple[tuple[str, int], ...]
     deviations: tuple[Deviation, ...]
     findings: tuple[Finding, ...]
     num_findings: int
@@ -163,10 +165,22 @@ def recompute(rows: Sequence[Row], *, place: Callable[[int], str] | None = None)
         num_params=replay.num_params,
         initial_val_loss=replay.val_losses[0] if replay.val_losses else None,
         final_val_loss=replay.val_losses[-1] if len(replay.val_losses) > 1 else None,
+        waiting=_waiting(replay),
         deviations=tuple(sorted([*replay.deviations, *_name_partial(replay, partial)], key=lambda d: d.seq)),
         findings=tuple(replay.findings),
         num_findings=replay.num_findings,
     )
+
+
+def _waiting(replay: Replay) -> tuple[tuple[str, int], ...]:
+    """Samples that are the own ones of a member which does not live: free, or never leased."""
+    live = {inc.id.name for inc in replay.incarnations.values() if inc.live}
+    lacking = [
+        (name, count(replay.free.common([span])) + max(span[1] - replay.cursors[name], 0))
+        for name, span in sorted(replay.own.items())
+        if name not in live
+    ]
+    return tuple((name, num) for name, num in lacking if num)
 
 
 def _check_sums(replay: Replay, fates: dict[str, IntervalSet]) -> None:

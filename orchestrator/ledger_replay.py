@@ -31,6 +31,7 @@ from workers.records import (
     RollbackRecord,
     RosterEntry,
     Row,
+    ScopeRecord,
     SettingRecord,
     SettleRecord,
     SharesRecord,
@@ -67,7 +68,8 @@ class Replay:
         self.num_params = 0
         self._evaluations: list[tuple[tuple[int, ...], float | None]] = []
         self._most_full = 0
-        self._cursor = 0
+        self.own: dict[str, Range] = {}
+        self.cursors = {"": 0}  # up to where samples were leased: those of all, and those that are one member's own
         self._place = place
         self._row: Row | None = None
         self._rank: tuple[int, int] | None = None
@@ -79,6 +81,7 @@ class Replay:
             GenesisRecord: self._genesis,
             JoinRecord: self._join,
             FenceRecord: self._fence,
+            ScopeRecord: self._scope,
             LeaseRecord: self._lease,
             CommitRecord: self._commit,
             SettleRecord: self._settle,
@@ -246,6 +249,27 @@ class Replay:
 
     # ------------------------------------------------------------ leases
 
+    def _scope(self, r: ScopeRecord) -> None:
+        if self.own or self.issued.num:
+            self.fail("scope", "samples get their owners after the first lease, or twice")
+            return
+        self.own = dict(zip(r.members, r.ranges, strict=True))
+        self.cursors |= {name: start for name, (start, _) in self.own.items()}
+        for (_, before), (start, stop) in pairwise(sorted(self.own.values())):
+            if not before <= start < stop:
+                self.fail("scope", f"samples {start}:{stop} have two owners, or are none")
+
+    def _owner(self, member: str, start: int, stop: int) -> str:
+        """Whose samples these are: everybody's (empty), or of the member that is leased them; else a finding."""
+        low, high = self.own.get(member, (0, 0))
+        if low <= start and stop <= high:
+            return member
+        for name, (first, last) in self.own.items():
+            if start < last and first < stop:
+                self.fail("lease", f"samples {max(start, first)}:{min(stop, last)} are {name}'s alone")
+                return name
+        return ""
+
     def _lease(self, r: LeaseRecord) -> None:
         inc = self._find("lease", r.member, r.incarnation)
         if inc is None:
@@ -263,16 +287,18 @@ class Replay:
             if not 0 <= start < stop:
                 self.fail("lease", f"{start}:{stop} is no range of samples")
                 continue
-            old = (start, min(stop, self._cursor))
+            owner = self._owner(r.member, start, stop)
+            cursor = self.cursors[owner]
+            old = (start, min(stop, cursor))
             if old[0] < old[1]:
                 for low, high in self.free.missing([old]):
                     self.fail("lease", f"samples {low}:{high} are leased again but were not returned")
                 again.append(old)
                 self.free.remove([old])
-            if stop > self._cursor:
-                if start > self._cursor:
-                    self.fail("lease", f"samples {self._cursor}:{start} are skipped")
-                self._cursor = stop
+            if stop > cursor:
+                if start > cursor:
+                    self.fail("lease", f"samples {cursor}:{start} are skipped")
+                self.cursors[owner] = stop
             self.issued.add([(start, stop)])
             inc.lease((start, stop))
         self.num_reissued += spans.count(again)

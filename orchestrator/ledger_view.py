@@ -211,6 +211,7 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
             "samples": ledger.samples(),
             "tokens": ledger.tokens(verdict.seq_len) if verdict.seq_len is not None else None,
             "partial_by_fragments": {str(k): sum(b - a for a, b in part) for k, part in ledger.partial},
+            "waiting": dict(ledger.waiting),
             "deviations": [asdict(deviation) for deviation in ledger.deviations],
         }
     out["findings"] = [asdict(finding) for finding in verdict.findings]
@@ -252,6 +253,8 @@ def _print_ledger(console: Any, ledger: Ledger, seq_len: int | None) -> None:
     for fate, num in ledger.samples().items():
         table.add_row(fate.replace("_", " "), f"{num:,}", f"{num * seq_len:,}" if seq_len is not None else "")
     console.print(table)
+    for name, num in ledger.waiting:
+        console.print(f"{num:,} samples wait for {name}, which is not here: nobody else may have its own pack")
     if not ledger.deviations:
         return
     table = Table(title="exceptions", title_justify="left")

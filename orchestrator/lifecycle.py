@@ -84,7 +84,6 @@ class Lifecycle(Granting):
         self.genesis_asked: tuple[MemberId, float] | None = None
         self.first_joins: dict[str, float] = {}
         self.refusals: dict[str, int] = defaultdict(int)
-        self.given_up: dict[str, str] = {}
         self.consumed_at_end: dict[MemberId, int] = {}
         self.lost_since: float | None = None
         self.restore_asked_s = float("-inf")
@@ -223,6 +222,7 @@ class Lifecycle(Granting):
                 maker=str(member), digests=body.digests, num_params=body.num_params, num_chunks=body.num_chunks
             )
         )
+        self._own_it()
         self._open_exchanges()
         self._tell_all()
         self._tell(member, msg.Save(name="genesis", local=False))

@@ -67,6 +67,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
     pack = pack_path(config)
     if pack is not None:
         notes += _verify(pack)
+        notes += _check_own_packs(config, pack)
         _check_model(config, pack)
         _check_pipeline(config, pack)
     return Prepared(config=config, pack=pack, faults=plan, links=links, notes=notes)
@@ -82,6 +83,20 @@ def _verify(pack: Path) -> tuple[str, ...]:
         return (f"{pack} has {num_bytes / 1e9:.1f} GB and is not read whole now: `atoll data verify {pack}` does that",)
     reader.verify()
     return ()
+
+
+def _check_own_packs(config: RunConfig, pack: Path) -> tuple[str, ...]:
+    """Packs of single islands that are on this machine; of the others it is said that they could not be looked at."""
+    from workers.data.index import INDEX_FILE, check_own, load_index
+
+    notes = []
+    for name, own in sorted(config.data.per_island.items()):
+        path = Path(own.path).expanduser()
+        if (path / INDEX_FILE).is_file():
+            check_own(own.path, load_index(path), load_index(pack), f"data.per_island.{name}")
+        else:
+            notes.append(f"{own.path} is not on this machine: {name} looks at its own pack where it starts")
+    return tuple(notes)
 
 
 def _check_snapshots(config: RunConfig) -> None:

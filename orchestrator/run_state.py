@@ -7,8 +7,8 @@ an altered journal, never a user's mistake.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -32,6 +32,7 @@ from workers.records import (
     RefusalRecord,
     RevokeRecord,
     RollbackRecord,
+    ScopeRecord,
     SettingRecord,
     SettleRecord,
     SharesRecord,
@@ -40,9 +41,10 @@ from workers.records import (
     Term,
     TermRecord,
 )
+from workers.scopes import ALL_SHARED, Scopes
 
 GENESIS_CHAIN = "genesis"
-COMMITS_NOTHING = {JoinRecord, FenceRecord, LeaseRecord, SharesRecord, SettingRecord, EvaluationRecord}
+COMMITS_NOTHING = {JoinRecord, FenceRecord, ScopeRecord, LeaseRecord, SharesRecord, SettingRecord, EvaluationRecord}
 """Records after which as many samples are committed as before."""
 
 
@@ -63,7 +65,7 @@ class Dropped:
 class Membership:
     """One incarnation as the journal knows it. `watermarks[f]`: samples of its leases that fragment f has settled.
 
-    `num_leased`: samples in `leases`.
+    `num_leased`: samples in `leases`; `offsets[i]`: those before its i-th range.
     """
 
     id: MemberId
@@ -76,6 +78,24 @@ class Membership:
     drops: list[Dropped] = field(default_factory=list)
     leases: list[Range] = field(default_factory=list)
     num_leased: int = 0
+    offsets: list[int] = field(default_factory=list)
+
+    def lease(self, given: Sequence[Range]) -> None:
+        """Append what it is given."""
+        for span in given:
+            before = len(self.leases)
+            ranges.append(self.leases, (span,))
+            if len(self.leases) > before:
+                self.offsets.append(self.num_leased)
+            self.num_leased += span[1] - span[0]
+
+    def cut(self, since: int, upto: int) -> tuple[Range, ...]:
+        """The samples at positions `since` to `upto`; of a long life only the spans that matter are looked at."""
+        if not 0 <= since < upto or upto > self.num_leased:
+            return ranges.cut(self.leases, since, upto)  # nothing, or a complaint
+        first, last = bisect_right(self.offsets, since) - 1, bisect_left(self.offsets, upto)
+        offset = self.offsets[first]
+        return ranges.cut(self.leases[first:last], since - offset, upto - offset)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,7 +122,9 @@ class RunState:
         self.unsettled: dict[MemberId, Membership] = {}  # fenced, fates of their samples still open
         self.last_incarnation: dict[str, int] = {}
         self.nonces: dict[str, MemberId] = {}
-        self.next_position = 0
+        self.scopes = ALL_SHARED
+        self.next_position = 0  # of what is shared
+        self.own_next: dict[str, int] = {}  # of what is one member's alone
         self.free: tuple[Range, ...] = ()
         self.tainted: tuple[Range, ...] = ()
         self.partial: tuple[Range, ...] = ()
@@ -143,6 +165,11 @@ class RunState:
             self._num_committed = self.settled_full + sum(open_)
         return self._num_committed
 
+    @property
+    def has_issued(self) -> bool:
+        """Whether any sample was ever leased."""
+        return self.next_position > 0 or any(at > self.scopes.own[name][0] for name, at in self.own_next.items())
+
     def samples_accounted(self) -> int:
         """Samples with a final fate: full, partial or dropped."""
         return self.samples_committed() + ranges.count(self.partial) + ranges.count(self.dropped)
@@ -155,7 +182,7 @@ class RunState:
 
     def offered_ranges(self, member: MemberId, since: int, upto: int) -> tuple[Range, ...]:
         """What `member` was leased between two consumption counts."""
-        return ranges.cut(self.members[member].leases, since, upto)
+        return self.members[member].cut(since, upto)
 
     # ------------------------------------------------------------ replay
 
@@ -206,16 +233,33 @@ class RunState:
         member = self.members[MemberId(name=r.member, incarnation=r.incarnation)]
         _must(member.live, f"lease to {member.id}, which is fenced")
         _must(r.index == member.num_leased, f"lease {r.index} of {member.id} leaves a gap")
-        new = [(a, b) for a, b in r.ranges if a >= self.next_position]
-        old = [(a, b) for a, b in r.ranges if a < self.next_position]
-        _must(ranges.subtract(old, self.free) == (), f"lease of {member.id} takes samples that are not free")
-        self.free = ranges.subtract(self.free, old)
-        self.reissued += ranges.count(old)
-        for start, stop in new:
-            _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
-            self.next_position = stop
-        ranges.append(member.leases, r.ranges)
-        member.num_leased += ranges.count(r.ranges)
+        shared, old = self._lease_own(r) if self.scopes.own else (r.ranges, [])
+        old += [(a, b) for a, b in shared if a < self.next_position]
+        if old:
+            _must(ranges.subtract(old, self.free) == (), f"lease of {member.id} takes samples that are not free")
+            self.free = ranges.subtract(self.free, old)
+            self.reissued += ranges.count(old)
+        for start, stop in shared:
+            if start >= self.next_position:
+                _must(start == self.next_position, f"lease of {member.id} skips samples at {self.next_position}")
+                self.next_position = stop
+        member.lease(r.ranges)
+
+    def _lease_own(self, r: LeaseRecord) -> tuple[list[Range], list[Range]]:
+        """What of a lease is shared, and what of the member's own is leased again; the rest of that is new."""
+        _must(self.scopes.may_have(r.member, r.ranges), f"lease of {r.member} takes samples of another's own")
+        low, high = self.scopes.own.get(r.member, (0, 0))
+        mine = [(a, b) for a, b in r.ranges if low <= a < high]
+        old = [(a, b) for a, b in mine if a < self.own_next[r.member]]
+        for start, stop in mine[len(old) :]:
+            _must(start == self.own_next[r.member], f"lease of {r.member} skips samples of its own")
+            self.own_next[r.member] = stop
+        return [span for span in r.ranges if span not in mine], old
+
+    def _scope(self, r: ScopeRecord) -> None:
+        _must(not self.scopes.own and not self.has_issued, "samples get their owners after the first lease")
+        self.scopes = Scopes(own=dict(zip(r.members, r.ranges, strict=True)))
+        self.own_next = {name: start for name, (start, _) in self.scopes.own.items()}
 
     def _commit(self, r: CommitRecord) -> None:
         head = self.heads[r.fragment]
@@ -227,9 +271,7 @@ class RunState:
             member = self.members[entry.member_id]
             _must(not member.settled, f"commit names {member.id}, which is settled")
             _must(member.watermarks[r.fragment] == entry.since, f"gap or overlap in the coverage of {member.id}")
-            _must(
-                entry.ranges == ranges.cut(member.leases, entry.since, entry.upto), f"{member.id} was not leased that"
-            )
+            _must(entry.ranges == member.cut(entry.since, entry.upto), f"{member.id} was not leased that")
             member.watermarks[r.fragment] = entry.upto
             self.committed[r.fragment] += entry.upto - entry.since
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
@@ -247,9 +289,9 @@ class RunState:
         self.lost += r.lost
         low, high = (min(member.watermarks), max(member.watermarks)) if member.watermarks else (0, 0)
         self.settled_full += low
-        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
+        self.partial = ranges.union(self.partial, member.cut(low, high))
         since = first_returned(member.watermarks)
-        self._give_back(ranges.cut(member.leases, since, member.num_leased), refused=member.refused)
+        self._give_back(member.cut(since, member.num_leased), refused=member.refused)
 
     def _give_back(self, returned: tuple[Range, ...], *, refused: bool) -> None:
         if refused:
@@ -265,8 +307,8 @@ class RunState:
         _must(
             member.live and high <= r.upto <= member.num_leased, f"drop of {member.id} up to {r.upto} is out of range"
         )
-        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, high))
-        self.dropped = ranges.union(self.dropped, ranges.cut(member.leases, high, r.upto))
+        self.partial = ranges.union(self.partial, member.cut(low, high))
+        self.dropped = ranges.union(self.dropped, member.cut(high, r.upto))
         self.lost += r.upto - high
         self.settled_full -= r.upto - low
         since = member.drops[-1].upto if member.drops else 0
@@ -312,8 +354,8 @@ class RunState:
             return
         low, high = min(marks), max(marks)
         self.settled_full -= before_low - low
-        self.partial = ranges.union(self.partial, ranges.cut(member.leases, low, before_low))
-        left = ranges.cut(member.leases, high, before_high)
+        self.partial = ranges.union(self.partial, member.cut(low, before_low))
+        left = member.cut(high, before_high)
         self.partial = ranges.subtract(self.partial, left)
         if drop is not None and not again:  # its process kept nothing of that work: it cannot be offered again
             self.dropped = ranges.union(self.dropped, left)
@@ -370,6 +412,7 @@ class RunState:
         GenesisRecord: _genesis,
         JoinRecord: _join,
         FenceRecord: _fence,
+        ScopeRecord: _scope,
         LeaseRecord: _lease,
         CommitRecord: _commit,
         SettleRecord: _settle,

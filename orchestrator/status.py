@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.errors import UserError
+from orchestrator.leases import waiting
 from orchestrator.metrics import (
     CopyRow,
     EvalRow,
@@ -82,6 +83,10 @@ class Status(BaseModel):
     tokens_per_s: float | None = Field(description="Committed tokens per second over the last exchanges.")
     eta_s: float | None = Field(description="Seconds left at that speed.")
     members: dict[str, MemberStatus]
+    waiting: dict[str, int] = Field(
+        default_factory=dict,
+        description="Member to samples of its own pack: it is not here, and nobody else may have them.",
+    )
     quorum: str = Field(
         description="Who is missing for a commit, and what to set; empty while enough members are there."
     )
@@ -122,6 +127,7 @@ def read_status(run_dir: Path) -> Status:
         tokens_per_s=speed,
         eta_s=left / speed if speed and left else None,
         members=_members(state, newest, now, running=standing == "running"),
+        waiting=waiting(state) if standing != "done" else {},
         quorum=newest.quorum if standing == "running" else "",
         faults=[
             {"fault": f.fault, "member": f.member, "t_s": f.t_s, "back_s": f.back_s, "contributed_s": f.contributed_s}
@@ -298,6 +304,8 @@ def render(status: Status) -> Any:
         if member.refusals:
             parts.append(Text(f"{name}: {len(member.refusals)} refused, last because {member.refusals[-1]}"))
     parts += [Text(f"{name}: {member.local_state}") for name, member in status.members.items() if member.local_state]
+    for name, num in status.waiting.items():
+        parts.append(Text(f"{num:,} samples wait for {name}, which is not here: nobody else may have its own pack"))
     if status.quorum:
         parts.append(Text(status.quorum))
     for fault in status.faults:

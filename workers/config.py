@@ -82,6 +82,15 @@ class TrainConfig(Section):
         return self.model_copy(update={**changed, "per_island": {}})
 
 
+class OwnDataConfig(Section):
+    """`[data.per_island.NAME]`: a pack that only one island has, and that never leaves its machine."""
+
+    path: str = Field(
+        min_length=1, description="Folder on that island's machine, made by `atoll data pack --scope island`."
+    )
+    tokens: int = Field(ge=1, le=1 << 62, description="Tokens of the run (of train.tokens) that come from it.")
+
+
 class DataConfig(Section):
     """`[data]`: where the tokens come from."""
 
@@ -106,6 +115,13 @@ class DataConfig(Section):
         pattern=r"^[0-9a-f]{32,64}$",
         description="BLAKE3 digest of the pack: written into the resolved config, and checked where it is given.",
     )
+    per_island: dict[str, OwnDataConfig] = Field(
+        default_factory=dict, description="Packs that never leave one machine: `[data.per_island.island-0]`."
+    )
+
+    def own_samples(self, seq_len: int) -> dict[str, int]:
+        """How many samples of the run are of each island's own pack."""
+        return {name: max(own.tokens // seq_len, 1) for name, own in sorted(self.per_island.items())}
 
 
 class ModelConfig(Section):

@@ -31,7 +31,6 @@ from workers import sync as sy
 from workers.actions import EvaluateNow, Finished, SaveNow, TrainOn, WaitFor
 from workers.buddy import LocalCopies
 from workers.context import IslandContext, IslandSpec, current
-from workers.data.permutation import sample_ids
 from workers.device import peak_memory_bytes
 from workers.inner_loop import StepStats, evaluate
 from workers.jobs import MemberStore
@@ -42,7 +41,7 @@ from workers.model.factory import LossFn, ModelBundle, next_token_loss
 from workers.model.flops import measured_matmul_flops
 from workers.optim import InnerOptimizer
 from workers.pace import Pace
-from workers.pack_access import open_pack
+from workers.pack_access import open_own_pack, open_pack
 from workers.pair_sync import PairSync
 from workers.record_log import RecordLog
 from workers.records import StopRecord
@@ -54,10 +53,12 @@ from workers.samples import (
     check_own_data,
     cut,
     evenly_spread,
+    numbers_of,
     open_source,
     positions_of,
 )
 from workers.saved import read_meta
+from workers.scopes import Scopes, scopes_of
 from workers.snapshot_writer import build_writer, snapshot_place
 from workers.sync_settings import SyncSettings
 from workers.timeline import WAITING_IN, Timeline
@@ -173,7 +174,15 @@ class Island:
     def source(self) -> SampleSource:
         """Where its samples come from; opened when it is first needed."""
         pack = open_pack(self.context, self._peers) if self.spec.pack is not None else None
-        return open_source(self.spec.data, pack, device=self.device, **self._data)
+        own = open_own_pack(self.spec, pack.index) if pack is not None else None
+        return open_source(self.spec.data, pack, device=self.device, own=own, **self._data)
+
+    @cached_property
+    def _scopes(self) -> Scopes:
+        return scopes_of(self.total_samples, self.spec.data.own_samples(self.source.tokens_per_sample))
+
+    def _numbers(self, positions: Ids) -> Ids:
+        return numbers_of(positions, self.source, scopes=self._scopes, name=self.spec.name, seed=self.spec.train.seed)
 
     def _peers(self) -> Sequence[tuple[str, str]]:
         """Other members and their addresses, as far as they are known."""
@@ -360,7 +369,7 @@ class Island:
         positions = positions_of(action.ranges)
         self._yielded, self._progress, self._stepped = len(positions), action.progress, False
         self._began, self._loading_s = self.context.clock(), 0.0
-        return sample_ids(positions, size=self.source.num_samples, seed=self.spec.train.seed)
+        return self._numbers(positions)
 
     def _fetch(self, ids: Ids) -> None:
         """Get the shards of the next step: that is waiting, and no step that hangs."""
@@ -378,8 +387,7 @@ class Island:
         if self._looked_to < machine.num_leased():
             todo = ranges.cut(machine.leases, max(machine.consumed, self._looked_to), machine.num_leased())
             self._looked_to = machine.num_leased()
-            ids = sample_ids(positions_of(todo), size=self.source.num_samples, seed=self.spec.train.seed)
-            self.source.want(ids)
+            self.source.want(self._numbers(positions_of(todo)))
         elif machine.consumed == 0:
             self._looked_to = 0  # another incarnation has leases of its own
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
+from itertools import islice
 
 from workers import member_events as ev
 from workers import member_rules as rules
@@ -273,10 +274,9 @@ class ExchangeSide(MemberCore):
             return
         missing = tuple(c for c, d in enumerate(record.chunk_digests) if d not in state.content)
         wanted = tuple(c for c in missing if c not in state.fetching_results)
-        others = sorted(name for name in self.peers if name != str(self.id))
-        if not wanted or not others:
+        address = self._other_peer(state.tries)
+        if not wanted or address is None:
             return
-        address = self.peers[others[state.tries % len(others)]][0]
         state.fetching_results |= set(wanted)
         self.out.append(
             ev.FetchResults(
@@ -284,6 +284,13 @@ class ExchangeSide(MemberCore):
                 digests=tuple(record.chunk_digests[c] for c in wanted),
             )
         )  # fmt: skip
+
+    def _other_peer(self, turn: int) -> str | None:
+        """The address of another member, another one each turn; there may be thousands, and only one is wanted."""
+        mine, told = str(self.id), self.told_peers
+        num = len(told) - any(name == mine for name, _, _ in told)
+        others = (address for name, address, _ in told if name != mine)
+        return next(islice(others, turn % num, None), None) if num else None
 
     def _fetch_state(self, fragment: int) -> None:
         """From peers that are known to hold a newer version; who does not know of any hears of them soon."""

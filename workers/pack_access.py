@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-from workers.context import IslandContext
+from workers.context import IslandContext, IslandSpec
 from workers.data.errors import DataError
 from workers.data.fetch import RemotePack, is_uri
-from workers.data.index import load_index
+from workers.data.index import INDEX_FILE, PackIndex, check_own, load_index
 from workers.data.peers import PackFiles, Peers, PeerShards
 from workers.data.reader import PackReader
 from workers.data.shard_cache import ShardCache, Source, is_whole
@@ -16,6 +17,22 @@ from workers.jobs import MemberStore
 log = logging.getLogger("atoll.island")
 
 PATIENCE_S = 20.0
+
+
+def open_own_pack(spec: IslandSpec, shared: PackIndex) -> PackReader | None:
+    """The reader of the pack that only this island has, if it has one: served to nobody. Raises DataError."""
+    own = spec.data.per_island.get(spec.name)
+    if own is None:
+        return None
+    key, path = f"data.per_island.{spec.name}", Path(own.path).expanduser()
+    if not (path / INDEX_FILE).is_file():
+        raise DataError(
+            f"{key}.path = {own.path!r}: not on this machine; {spec.name} can only train where its own pack is: start "
+            "it there, or stop the run"
+        )
+    reader = PackReader(path)
+    check_own(own.path, reader.index, shared, key)
+    return reader
 
 
 def open_pack(context: IslandContext, peers: Peers) -> PackReader:

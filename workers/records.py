@@ -76,6 +76,18 @@ class FenceRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScopeRecord(Record):
+    """Samples that one member alone may have: `ranges[i]` are those of `members[i]`, whose data stay on its machine.
+
+    It comes before the first lease, and holds for the whole run.
+    """
+
+    kind: ClassVar[str] = "scope"
+    members: tuple[str, ...]
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseRecord(Record):
     """Samples given to an incarnation; `index` = samples it had been given before."""
 
@@ -279,7 +291,8 @@ class OperatorRecord(Record):
 KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
-        TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
+        TermRecord, GenesisRecord, JoinRecord, FenceRecord, ScopeRecord, LeaseRecord, CommitRecord, SettleRecord,
+        DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
         StageCommitRecord, RefusalRecord, StandingRecord,

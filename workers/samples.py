@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.config import DataConfig
+from workers.data.index import ShardIndex
+from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.loop_checks import LoopError
+from workers.scopes import Scopes
 
 Ids: TypeAlias = NDArray[np.int64]
 Collate: TypeAlias = Callable[[list[Any]], Any]
@@ -26,6 +29,7 @@ class SampleSource(Protocol):
     """Numbered samples for training, and a fixed set to evaluate on."""
 
     num_samples: int
+    num_own: int
     tokens_per_sample: int
 
     @property
@@ -52,12 +56,16 @@ class SampleSource(Protocol):
 
 
 class PackSamples:
-    """The run's pack: a batch is int64 tokens (B, seq_len + 1), a sample counts as `seq_len` tokens."""
+    """The run's pack: a batch is int64 tokens (B, seq_len + 1), a sample counts as `seq_len` tokens.
 
-    def __init__(self, reader: PackReader, device: torch.device) -> None:
-        """`reader`: the opened pack."""
-        self.reader, self.device = reader, device
+    Samples of the pack that only this island has follow those of the run's, from number `num_samples` on.
+    """
+
+    def __init__(self, reader: PackReader, device: torch.device, own: PackReader | None = None) -> None:
+        """`reader`: the opened pack; `own`: that of this island alone."""
+        self.reader, self.own, self.device = reader, own, device
         self.num_samples = reader.num_samples("train")
+        self.num_own = own.num_samples("train") if own is not None else 0
         self.tokens_per_sample = reader.index.seq_len
 
     @property
@@ -67,7 +75,16 @@ class PackSamples:
 
     def batch(self, ids: Ids) -> Tensor:
         """See `SampleSource.batch`."""
-        return torch.from_numpy(self.reader.batch(ids)).to(self.device)
+        if self.own is None:
+            return torch.from_numpy(self.reader.batch(ids)).to(self.device)
+        mine = ids >= self.num_samples
+        tokens = np.empty((len(ids), self.tokens_per_sample + 1), dtype=np.int64)
+        tokens[~mine] = self.reader.batch(ids[~mine])
+        tokens[mine] = self.own.batch(ids[mine] - self.num_samples)
+        return torch.from_numpy(tokens).to(self.device)
+
+    def _shards_of(self, ids: Ids) -> list[ShardIndex]:
+        return self.reader.shards_of(ids[ids < self.num_samples])
 
     def validation(self, ids: Ids) -> Tensor:
         """See `SampleSource.validation`."""
@@ -75,17 +92,17 @@ class PackSamples:
 
     def is_here(self, ids: Ids) -> bool:
         """See `SampleSource.is_here`."""
-        return self.reader.cache is None or self.reader.cache.has(self.reader.shards_of(ids))
+        return self.reader.cache is None or self.reader.cache.has(self._shards_of(ids))
 
     def fetch(self, ids: Ids) -> None:
         """See `SampleSource.fetch`. Raises DataError."""
-        for shard in self.reader.shards_of(ids) if self.reader.cache is not None else ():
+        for shard in self._shards_of(ids) if self.reader.cache is not None else ():
             self.reader.cache.ensure(shard)
 
     def want(self, ids: Ids) -> None:
         """See `SampleSource.want`."""
         if self.reader.cache is not None:
-            self.reader.cache.want(self.reader.shards_of(ids))
+            self.reader.cache.want(self._shards_of(ids))
 
     def close(self) -> None:
         """See `SampleSource.close`."""
@@ -102,6 +119,7 @@ class DatasetSamples:
     """
 
     tokens_per_sample = 1
+    num_own = 0
 
     def __init__(
         self,
@@ -250,6 +268,7 @@ def open_source(
     val_dataset: Any,
     collate: Collate | None,
     device: torch.device,
+    own: PackReader | None = None,
 ) -> SampleSource:
     """The source that `[data]` and the loop's arguments describe; raises LoopError where they do not fit."""
     if pack is None:
@@ -261,7 +280,19 @@ def open_source(
             f"the loop brings a dataset of its own, and the run trains on {data.path or data.corpus!r}: set "
             f"data.samples = {size} instead of data.path or data.corpus"
         )
-    return PackSamples(pack, device)
+    return PackSamples(pack, device, own)
+
+
+def numbers_of(positions: Ids, source: SampleSource, *, scopes: Scopes, name: str, seed: int) -> Ids:
+    """Sample numbers at positions of the run, in the order of the run's pack or of that of this island alone."""
+    start, stop = scopes.own.get(name, (0, 0))
+    if start == stop:
+        return sample_ids(positions, size=source.num_samples, seed=seed)
+    mine = (positions >= start) & (positions < stop)
+    ids = np.empty_like(positions)
+    ids[~mine] = sample_ids(positions[~mine], size=source.num_samples, seed=seed)
+    ids[mine] = source.num_samples + sample_ids(positions[mine] - start, size=source.num_own, seed=seed)
+    return ids
 
 
 def evenly_spread(num_samples: int, count: int) -> Ids:

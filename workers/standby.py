@@ -111,8 +111,9 @@ class Standby:
     def become(self, context: IslandContext) -> BuiltinLoop:
         """The built-in loop of the island of `context`, ready to run."""
         assert self.loop is not None
-        same = context.spec.train == self.context.spec.train
-        loop = self.loop if same else BuiltinLoop(context)  # another batch size, device, ...: the imports are done
+        spec = context.spec
+        same = spec.train == self.context.spec.train and spec.name not in spec.data.per_island
+        loop = self.loop if same else BuiltinLoop(context)  # another batch size, own data, ...: the imports are done
         loop.island.move_to(context)
         whole = self.ready and all(self.log.on_path(f, chunks[0].chain) for f, chunks in self.states.items())
         if whole:

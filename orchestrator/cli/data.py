@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -39,6 +39,13 @@ def data() -> None:
 @click.option(
     "--val-fraction", default=0.05, show_default=True, type=float, help="Share of the text kept for validation."
 )
+@click.option(
+    "--scope",
+    default="run",
+    show_default=True,
+    type=click.Choice(["run", "island"]),
+    help="island: the pack never leaves this machine, and only the island here trains on it.",
+)
 @json_option
 def pack_command(
     sources: tuple[Path, ...],
@@ -48,6 +55,7 @@ def pack_command(
     text_column: str | None,
     seq_len: int,
     val_fraction: float,
+    scope: Literal["run", "island"],
     as_json: bool,
 ) -> None:
     """Turn text into a pack: token shards with an index, ready to train on.
@@ -67,6 +75,7 @@ def pack_command(
             text_column=text_column,
             seq_len=seq_len,
             val_fraction=val_fraction,
+            scope=scope,
             on_progress=on_progress,
             on_note=notes.append,
         )

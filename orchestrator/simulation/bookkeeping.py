@@ -22,6 +22,7 @@ from workers.records import (
     RevokeRecord,
     RollbackRecord,
     Row,
+    ScopeRecord,
     SettleRecord,
     StopRecord,
     TermRecord,
@@ -73,7 +74,8 @@ class Bookkeeping:
         self.commits: list[list[CommitRecord]] = []
         self.digests: list[dict[str, str]] = []
         self.committed: list[int] = []
-        self.cursor = 0
+        self.cursors: dict[str, list[int]] = {"": [0, 0]}  # from where to where samples were issued; of all, and own
+        self.owner_of: dict[int, str] = {}
         self.free = self.dropped = self.tainted = 0
 
     def apply(self, row: Row) -> None:
@@ -109,6 +111,10 @@ class Bookkeeping:
                 life = self._life(r.member, r.incarnation)
                 must(life.live, 2, f"{r.member}.{r.incarnation} is fenced twice")
                 life.live, life.refused, life.fenced_in = False, r.refused, self.num_terms
+            case ScopeRecord() as r:
+                for name, (start, stop) in zip(r.members, r.ranges, strict=True):
+                    self.cursors[name] = [start, start]
+                    self.owner_of |= dict.fromkeys(range(start, stop), name)
             case LeaseRecord() as r:
                 self._lease(r)
             case CommitRecord() as r:
@@ -132,10 +138,12 @@ class Bookkeeping:
         must(life.live and r.index == len(life.samples), 5, f"lease {r.index} of {r.member}.{r.incarnation}")
         for start, stop in r.ranges:
             for sample in range(start, stop):
-                bit = 1 << sample
-                must(bit & self.free or sample == self.cursor, 8, f"sample {sample} is leased but somebody has it")
+                bit, owner = 1 << sample, self.owner_of.get(sample, "")
+                must(owner in ("", r.member), 8, f"sample {sample} is {owner}'s alone, and {r.member} is leased it")
+                issued = self.cursors[owner]
+                must(bit & self.free or sample == issued[1], 8, f"sample {sample} is leased but somebody has it")
                 self.free &= ~bit
-                self.cursor = max(self.cursor, sample + 1)
+                issued[1] = max(issued[1], sample + 1)
                 life.samples.append(sample)
 
     def _commit(self, r: CommitRecord) -> None:
@@ -237,7 +245,7 @@ class Bookkeeping:
         for bits in (full, partial, self.free, self.dropped, running):
             must(not together & bits, 5, "a sample has two fates")
             together |= bits
-        must(together == (1 << self.cursor) - 1, 5, "a sample has no fate")
+        must(together == bits_of([(a, b) for a, b in self.cursors.values()]), 5, "a sample has no fate")
         for what, theirs, mine in (
             ("free", state.free, self.free),
             ("partial", state.partial, partial),

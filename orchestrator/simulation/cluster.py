@@ -14,6 +14,7 @@ from orchestrator.simulation.controller import Controller
 from orchestrator.simulation.island import Island
 from orchestrator.simulation.requests import Fetch, FetchFailed, Job
 from orchestrator.simulation.scenario import Scenario
+from orchestrator.simulation.shared_log import OneJournal
 from orchestrator.simulation.standbys import Standbys, States
 from orchestrator.simulation.symbols import Names, Snapshots, must
 from workers.messages import Batch, Envelope
@@ -34,6 +35,7 @@ class Cluster:
         self.network = VirtualNetwork(self.time, self.rng, scenario.link)
         self.disk: VirtualDisk[Row] = VirtualDisk()
         self.names = Names()
+        self.one_journal = OneJournal()
         self.snapshots = Snapshots()
         self.counts: Counter[str] = Counter()
         self.checks = Checks(self)

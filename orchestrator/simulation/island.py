@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.simulation import jobs
 from orchestrator.simulation.copies import Copies
 from orchestrator.simulation.requests import Busy, Fetch, FetchFailed, Job
+from orchestrator.simulation.shared_log import SharedLog
 from orchestrator.simulation.symbols import (
     NonFinite,
     Replica,
@@ -56,6 +57,8 @@ class Island:
             run_id=scenario.plan.run_id, name=name, nonce=nonce, info=info, num_chunks=scenario.num_chunks
         )
         self.machine.pace.tick_s = scenario.heartbeat_s
+        if scenario.one_log:
+            self.machine.log = SharedLog(cluster.one_journal)
         self.replica = Replica(
             names=cluster.names,
             num_chunks=scenario.num_chunks,

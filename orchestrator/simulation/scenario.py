@@ -54,7 +54,8 @@ class Scenario:
     """Everything that a simulated run depends on, besides the order of random draws. Times in virtual seconds.
 
     Faults begin after `calm_commits` commits (or as many seconds), and stop `fault_s` later, or after `max_faults` of
-    them. `restart_s`: longest time without a controller.
+    them. `restart_s`: longest time without a controller. `one_log`: members share one copy of the journal (only where
+    nothing fails).
     """
 
     seed: int
@@ -84,6 +85,7 @@ class Scenario:
     standby: int = 0
     clock_skew: float = 0.1
     check_every: int = 100
+    one_log: bool = False
 
     def schedule(self, own_steps: Callable[[int], int], values_of: Callable[[int], Changes]) -> SendSchedule:
         """When a process of this run sends what.
@@ -241,5 +243,5 @@ def crowd(members: int, *, rounds: int = 3, seed: int = 0) -> Scenario:
         step_s=tuple(rng.uniform(1.0, 1.5) for _ in range(members)), overlap=False, inline=False, feedback=True,
         devices=1, link=LinkQuality(min_delay_s=0.02, max_delay_s=0.2), fault_s=0.0, rates=None, drain_s=600.0,
         heartbeat_s=exchange.heartbeat_s, tick_s=1.0, timeout_s=10.0, wait_s=exchange.wait_s, clock_skew=0.01,
-        check_every=100 * members,
+        check_every=100 * members, one_log=True,
     )  # fmt: skip

@@ -6,13 +6,13 @@ accounted for. Each rule of the protocol is then taken out of the production cod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 
-from orchestrator.simulation.batch import run_seed
+from orchestrator.simulation.batch import collected_at_the_end, run_seed
 from orchestrator.simulation.run import simulate
 from orchestrator.simulation.scenario import FaultRates, draw
 from workers.messages import ExchangeId
@@ -56,6 +56,12 @@ MUTANTS: dict[str, tuple[str, Callable[..., object]]] = {
     ),
     "C10 told before it is flushed": ("orchestrator.desk.may_tell", lambda decided, flushed: True),
 }
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    with collected_at_the_end():
+        yield
 
 
 def test_no_seed_breaks_an_invariant() -> None:

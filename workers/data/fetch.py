@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from workers.data.corpus import default_cache_dir
 from workers.data.errors import DataError
-from workers.data.index import INDEX_FILE, TOKENIZER_FILE, ShardIndex, load_index, shard_paths
+from workers.data.index import INDEX_FILE, TOKENIZER_FILE, ShardIndex, check_shared, load_index, shard_paths
 from workers.data.shard_cache import Source, ensure_shard
 from workers.data.tokenizers import load_tokenizer
 
@@ -87,6 +87,7 @@ class RemotePack:
         try:
             (staged / INDEX_FILE).write_bytes(text)
             index = load_index(staged)
+            check_shared(self.uri, index)
             if index.tokenizer.kind == "json":
                 (staged / TOKENIZER_FILE).write_bytes(self._read(TOKENIZER_FILE))
                 load_tokenizer(staged, index)

@@ -29,6 +29,7 @@ _DIGEST_BYTES = 16
 _MAX_INDEX_BYTES = 256 << 20
 
 SplitName: TypeAlias = Literal["train", "val"]
+Scope: TypeAlias = Literal["run", "island"]
 TokenType: TypeAlias = Literal["uint8", "uint16", "uint32"]
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
@@ -65,7 +66,10 @@ class TokenizerIndex(_Record):
 
 
 class PackIndex(_Record):
-    """A pack. `digest` names its content (tokenizer, tokens, sample length): equal content, equal digest, anywhere."""
+    """A pack. `digest` names its content (tokenizer, tokens, sample length): equal content, equal digest, anywhere.
+
+    `scope`: "run" is for all islands of a run; "island" never leaves its machine, and only the island there has it.
+    """
 
     schema_version: Literal[1]
     tokenizer: TokenizerIndex
@@ -77,6 +81,7 @@ class PackIndex(_Record):
     num_source_bytes: int = Field(ge=0)
     splits: dict[SplitName, SplitIndex]
     digest: Digest
+    scope: Scope = "run"
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -127,6 +132,33 @@ def load_index(path: Path) -> PackIndex:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "index"
         raise DataError(f"{path / INDEX_FILE}: damaged or edited at {place}: {first['msg']}; {_AGAIN}") from None
+
+
+def check_shared(path: Path | str, index: PackIndex) -> None:
+    """Refuse what one island has for itself wherever all islands of a run are meant. Raises `DataError`."""
+    if index.scope == "island":
+        raise DataError(
+            f"{path}: this pack has scope = 'island', it never leaves its machine and is no data of a whole run; name "
+            "it in [data.per_island.NAME] of the island that has it, beside data.path or data.corpus for all"
+        )
+
+
+def check_own(path: Path | str, index: PackIndex, shared: PackIndex, key: str) -> None:
+    """Whether the pack that `key` names is one island's own, and fits that of all. Raises `DataError`."""
+    if index.scope != "island":
+        raise DataError(
+            f"{key}.path = {str(path)!r}: this pack has scope = 'run', and could be handed to anybody; make it with "
+            "`atoll data pack --scope island`"
+        )
+    for name, mine, theirs in (
+        ("samples of so many tokens", index.seq_len, shared.seq_len),
+        ("a tokenizer of digest", index.tokenizer.digest, shared.tokenizer.digest),
+    ):
+        if mine != theirs:
+            raise DataError(
+                f"{key}.path = {str(path)!r}: it has {name}: {mine}, the data of all islands has {theirs}; make it "
+                "with the same --seq-len and --tokenizer"
+            )
 
 
 def shard_paths(path: Path, index: PackIndex) -> Iterator[tuple[SplitName, ShardIndex, Path]]:

@@ -28,6 +28,7 @@ from workers.data.index import (
     SPLITS,
     TOKENIZER_FILE,
     PackIndex,
+    Scope,
     SplitName,
     count_samples,
     load_index,
@@ -52,11 +53,13 @@ def pack(
     text_column: str | None = None,
     seq_len: int = 128,
     val_fraction: float = 0.05,
+    scope: Scope = "run",
     on_progress: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> PackIndex:
     """Tokenize `sources` (files and folders) into the pack `out` and return its index.
 
+    `scope`: "island" makes a pack that never leaves its machine (`PackIndex`).
     `tokenizer` is "bytes" or the path of a tokenizer.json; `text_field` and `text_column` name the text of .jsonl and
     .parquet. `on_progress(done_bytes, total_bytes)` is called about once per MiB, `on_note` with what the user should
     know. The folder appears whole or not at all; an existing pack is replaced, anything else is refused. Raises
@@ -72,7 +75,7 @@ def pack(
         try:
             packer.read(files, on_progress or (lambda done, total: None))
             _check_unknown(packer.unknown_shares, tokenizer, on_note)
-            index = packer.finish(seq_len, sum(file.num_bytes for file in files))
+            index = packer.finish(seq_len, scope, sum(file.num_bytes for file in files))
         finally:
             packer.abandon()
         _install(folder, target)
@@ -118,7 +121,7 @@ class _Packer:
         self._flush()
         on_progress(total, total)
 
-    def finish(self, seq_len: int, num_source_bytes: int) -> PackIndex:
+    def finish(self, seq_len: int, scope: Scope, num_source_bytes: int) -> PackIndex:
         """Close the shards, check that both parts have samples, write the tokenizer and, last, the index."""
         for name in SPLITS:
             if count_samples(self._num_tokens[name], seq_len) == 0:
@@ -147,10 +150,10 @@ class _Packer:
             "num_source_bytes": num_source_bytes,
             "splits": splits,
         }
-        index = PackIndex.model_validate(content | {"digest": pack_digest(content)}, strict=False)
+        index = PackIndex.model_validate(content | {"digest": pack_digest(content), "scope": scope}, strict=False)
         if tokenizer.kind == "json":
             _write(self._folder / TOKENIZER_FILE, tokenizer.to_json())
-        _write(self._folder / INDEX_FILE, index.model_dump_json(indent=2) + "\n")
+        _write(self._folder / INDEX_FILE, index.model_dump_json(indent=2, exclude_defaults=True) + "\n")
         return index
 
     def abandon(self) -> None:

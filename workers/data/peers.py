@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from workers.data.errors import DataError
-from workers.data.index import PackIndex, ShardIndex, shard_paths
+from workers.data.index import PackIndex, ShardIndex, check_shared, shard_paths
 from workers.digest import digest
 from workers.store import StoredBlob
 from workers.transport.base import MAX_KEYS, Transport
@@ -35,7 +35,8 @@ class PackFiles:
     """What a member serves of its pack: shards that are complete on its disk."""
 
     def __init__(self, folder: Path, index: PackIndex) -> None:
-        """`folder`: of the pack. Nothing is opened before it is asked for."""
+        """`folder`: of the pack. Nothing is opened before it is asked for. Raises DataError for one island's own."""
+        check_shared(folder, index)
         self.digest = index.digest
         self._files = {shard.file: file for _, shard, file in shard_paths(folder, index)}
 

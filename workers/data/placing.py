@@ -12,7 +12,7 @@ from workers.config import DataConfig
 from workers.data.corpus import default_cache_dir
 from workers.data.errors import DataError
 from workers.data.fetch import is_uri, opened_pack
-from workers.data.index import INDEX_FILE, TOKENIZER_FILE, load_index
+from workers.data.index import INDEX_FILE, TOKENIZER_FILE, check_shared, load_index
 
 log = logging.getLogger("atoll.island")
 
@@ -47,7 +47,9 @@ def adopt(files: Mapping[str, bytes], *, cache_dir: Path | None = None) -> Path:
     staged.mkdir(parents=True)
     try:
         (staged / INDEX_FILE).write_bytes(files[INDEX_FILE])
-        folder = packs / load_index(staged).digest
+        index = load_index(staged)
+        check_shared("the run's pack", index)
+        folder = packs / index.digest
         folder.mkdir(exist_ok=True)
         for name in (TOKENIZER_FILE, INDEX_FILE):
             if name in files:
@@ -61,5 +63,7 @@ def adopt(files: Mapping[str, bytes], *, cache_dir: Path | None = None) -> Path:
 
 
 def pack_files(pack: Path) -> dict[str, bytes]:
-    """What `adopt` needs of a pack: small files, that may travel with control messages."""
+    """What `adopt` needs of a pack: small files, that may travel with control messages. Raises DataError."""
+    if (pack / INDEX_FILE).is_file():
+        check_shared(pack, load_index(pack))
     return {name: (pack / name).read_bytes() for name in (INDEX_FILE, TOKENIZER_FILE) if (pack / name).is_file()}

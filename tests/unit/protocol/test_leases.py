@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orchestrator import leases, ledger
 from orchestrator.ledger_model import chain_of
-from orchestrator.run_state import RunState
+from orchestrator.run_state import Membership, RunState
 from orchestrator.simulation.bookkeeping import Bookkeeping
 from workers import ranges
 from workers.records import (
@@ -237,3 +239,19 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def test_a_cut_of_a_long_life_is_that_of_all_its_ranges() -> None:
+    rng = random.Random(5)
+    member, position = Membership(id=MemberId(name="a", incarnation=1), nonce="n", node="x", watermarks=[0]), 0
+    for _ in range(60):
+        start = position + rng.choice((0, 0, 3))
+        position = start + rng.randint(1, 6)
+        member.lease([(start, position)])
+    assert member.num_leased == ranges.count(member.leases) and len(member.offsets) == len(member.leases) > 10
+    for _ in range(300):
+        since = rng.randint(0, member.num_leased)
+        upto = rng.randint(since, member.num_leased)
+        assert member.cut(since, upto) == ranges.cut(member.leases, since, upto)
+    with pytest.raises(ValueError, match="reaches beyond"):
+        member.cut(0, member.num_leased + 1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import FrameType
 from unittest import mock
 
 from control import Control
 
+from orchestrator import events as ev
 from workers import messages as msg
 
 MANY = 40
@@ -70,3 +74,75 @@ def test_a_large_fleet_is_looked_at_less_often() -> None:
     suspect_s = Control(members=3).coordinator.roll.suspect_s
     assert 2.0 / 0.4 <= looks(0.1) + 1 <= 8, "every 0.3 s"
     assert looks(100.0) >= 2.0 // (suspect_s / 4), "but often enough to hear of silence in time"
+
+
+def calls_of(action: Callable[[], object]) -> int:
+    """How many functions are called meanwhile, compiled ones included."""
+    num = 0
+
+    def count(frame: FrameType, event: str, of: object) -> None:
+        nonlocal num
+        num += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return num
+
+
+def handled(control: Control, body: msg.MemberBody) -> int:
+    event = ev.Received(envelope=control.envelope("island-1", body))
+    return calls_of(lambda: control.coordinator.handle(event, control.now))
+
+
+def test_a_message_costs_the_same_among_few_and_among_many() -> None:
+    found: dict[int, dict[str, int]] = {}
+    for members in (10, 10 * MANY):
+        control = Control(members=members, samples=100 * members)
+        control.start()
+        control.tick(1.0)
+        hello = control.coordinator.roll.processes[control.id("island-1")].hello
+        assert hello is not None
+        heartbeat = handled(control, hello)
+        for i in range(3):
+            control.offer(f"island-{i + 2}")
+        offer = handled(control, control.make_offer("island-1"))
+        control.now += 0.5
+        quiet = calls_of(lambda control=control: control.coordinator.roll.judge(control.now))
+        found[members] = {"heartbeat": heartbeat, "offer": offer, "judging": quiet}
+    few, many = found[10], found[10 * MANY]
+    assert many["heartbeat"] <= few["heartbeat"] <= 60, found
+    assert many["offer"] <= few["offer"] + 10, found
+    assert many["judging"] <= few["judging"] + 10, "nobody's judgement can have changed"
+
+
+def test_what_a_status_depends_on_is_never_forgotten() -> None:
+    """A look costs what has changed: after each kind of change the status that is told is the right one."""
+    control = Control(members=4, exchange={"suspect_s": 3.0, "limbo_s": 12.0, "heartbeat_s": 1.0})
+    brain = control.coordinator
+
+    def agree() -> None:
+        control.now += 0.1
+        control.handle(ev.Tick())
+        assert brain.told_status == {m: p.status for m, p in brain.roll.processes.items()}
+
+    control.join("island-0")
+    agree()
+    control.start()
+    agree()
+    for _ in range(5):
+        control.tick(1.0, quiet=["island-1"])
+        agree()
+    assert brain.told_status[control.id("island-1")] == "suspect"
+    control.hello("island-1")
+    agree()
+    assert brain.told_status[control.id("island-1")] == "healthy"
+    control.handle(ev.LeaveRequested(name="island-2", why="asked"))
+    agree()
+    assert brain.told_status[control.id("island-2")] == "draining"
+    gone = control.id("island-3")
+    control.tick(14.0, quiet=["island-3"])
+    agree()
+    assert gone not in brain.told_status
