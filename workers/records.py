@@ -19,8 +19,11 @@ from workers.pipeline.records import (
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
+    StageCountRecord,
+    StageSyncRecord,
     StepFenceRecord,
     StepRecord,
+    WorkLostRecord,
 )
 from workers.ranges import Range
 from workers.record_base import Record as Record
@@ -341,7 +344,7 @@ KINDS: dict[str, type[Record]] = {
         TermRecord, GenesisRecord, JoinRecord, FenceRecord, LeaseRecord, CommitRecord, SettleRecord, DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
-        StageCommitRecord, RefusalRecord, StandingRecord,
+        StageCommitRecord, StageCountRecord, StageSyncRecord, WorkLostRecord, RefusalRecord, StandingRecord,
         PairRosterRecord, PairCommitRecord,
     )
 }  # fmt: skip

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from workers.transport.flight import FlightTransport
 
 TICK_S = 0.1
+HEARTBEAT_S = 1.0
 FETCH_THREADS = 8
 
 log = logging.getLogger("atoll.pipeline")
@@ -94,10 +95,10 @@ class StagePeerActor(_Process):
         """Open the log and serve; what this process is, and what it holds. Idempotent."""
         if self.host is None:
             with _logged("the peer did not start"):
-                from workers.pipeline.host import PeerHost
+                from workers.pipeline.local_host import build_host
 
                 store, transport = self._settle_in()
-                self.host = PeerHost(self.spec, self.process, store, transport)
+                self.host = build_host(self.spec, self.process, store, transport)
         return {**self._present(), **self.host.present()}
 
     @ray.method(concurrency_group="calls")
@@ -190,8 +191,12 @@ class TrainerActor(_Process):
         return read_piece(Path(self.log_file), offset, num_bytes)
 
     async def _tick(self) -> None:
+        beat_s = time.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
+            if time.monotonic() >= beat_s and self.host is not None:
+                beat_s = time.monotonic() + HEARTBEAT_S
+                self.tell(self.host.heartbeat())
             assert self.host is not None, "it ticks after it began"
             with _logged("the trainer failed"):
                 self.host.tick()
@@ -258,6 +263,23 @@ class TrainerActor(_Process):
             host.unreachable(call, round_, _first_line(error))
         else:
             host.withdrawn(call, round_, reply, data)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def end_stopped(pid: int) -> bool:
+    """SIGKILL to a worker's process on this machine that `ray.kill` could not end; whether it was there.
+
+    Ray asks a process to end itself, which one that is stopped (SIGSTOP) cannot do.
+    """
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    # The number may be another process's by now.
+    if not title.startswith((b"ray::TrainerActor", b"ray::StagePeerActor")):
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
 
 
 def _first_line(error: BaseException) -> str:

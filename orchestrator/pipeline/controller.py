@@ -16,15 +16,22 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    RayActorError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.config import RunConfig
 from orchestrator.hands import new_nonce, reason_of
 from orchestrator.island_actor import log_to
 from orchestrator.journal import FileJournal, open_segment
-from orchestrator.pipeline.actors import StagePeerActor, TrainerActor
-from orchestrator.pipeline.brain import PipelineBrain, end_all
+from orchestrator.pipeline.actors import StagePeerActor, TrainerActor, end_stopped
+from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
     Answered,
     Command,
@@ -48,6 +55,7 @@ from orchestrator.pipeline.commands import (
 from orchestrator.pipeline.figures import Figures
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import newest_snapshot, replay, seal
+from orchestrator.pipeline.rounds import make_brain
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, island_actor_name
 from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
@@ -78,6 +86,7 @@ class PipelineActor:
         self.spec = pipeline_spec(self.config, run_id=run_id, run_dir=self.run_dir, pack=self.pack)
         self.handles: dict[str, tuple[str, ActorHandle]] = {}  # process -> nonce, actor
         self.pids: dict[str, int] = {}
+        self.nodes: dict[str, str] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.over = asyncio.Event()
         self.began = False
@@ -122,12 +131,13 @@ class PipelineActor:
         plan = pipeline_plan(self.config, self.spec, self.run_dir)
         history = replay(row.record for row in self.journal.rows)
         if not history.num_stages:
-            return PipelineBrain(plan, first_incarnations=history.incarnations)
+            return make_brain(plan, first_incarnations=history.incarnations)
         plan = replace(
             plan,
             version=history.version,
-            round_=history.max_round.get(history.version, -1) + 1,
+            round_=history.next_round,
             digests=history.digests,
+            life=history.num_lives,
         )
         saved = newest_snapshot(plan.snapshots, at_most=history.version)
         if reborn:
@@ -137,7 +147,7 @@ class PipelineActor:
             plan = replace(plan, version=saved.version, from_folder=str(saved.folder), digests=())
         else:
             plan = replace(plan, version=0, digests=())
-        return PipelineBrain(plan, first_incarnations=history.incarnations)
+        return make_brain(plan, first_incarnations=history.incarnations)
 
     def _now_s(self) -> float:
         return time.monotonic() - self.started_s
@@ -221,7 +231,7 @@ class PipelineActor:
                 case Start(process=process, why=why):
                     self._start(process, why)
                 case End(process=process, nonce=nonce):
-                    self._end(process, nonce)
+                    self._end_for_good(process, nonce)
                 case Order():
                     self._task(self._order(command))
                 case Tell(process=process, nonce=nonce, message=message):
@@ -263,7 +273,7 @@ class PipelineActor:
             present = await through_cuts(handle.begin.remote, None, process)
             self.pids[process] = present.pop("pid")
             self._handle(Joined(**present))
-            node = present["node"]
+            node = self.nodes[process] = present["node"]
             while self._is(process, nonce):
                 await through_cuts(lambda: handle.wait.remote(WATCH_S), node, process)
             return
@@ -280,6 +290,21 @@ class PipelineActor:
     def _end(self, process: str, nonce: str) -> None:
         if self._is(process, nonce):
             ray.kill(self.handles.pop(process)[1])
+
+    def _end_for_good(self, process: str, nonce: str) -> None:
+        """End a process that hangs: it may be stopped, and would keep its memory for ever."""
+        if self._is(process, nonce):
+            self._end(process, nonce)
+            if process in self.nodes:
+                self._task(self._make_sure(process, self.pids[process], self.nodes[process]))
+
+    async def _make_sure(self, process: str, pid: int, node: str) -> None:
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        try:
+            if await asyncio.wait_for(end_stopped.options(scheduling_strategy=place).remote(pid), WATCH_S):
+                log.info("process %d of %s did not end by itself", pid, process)
+        except (RayActorError, RayTaskError, TaskUnschedulableError, WorkerCrashedError, TimeoutError) as error:
+            log.warning("whether process %d of %s ended is not known: %s", pid, process, error)
 
     async def _order(self, command: Order) -> None:
         """Have a peer obey; an answer that never comes is no matter: the process is dead, and the controller hears."""
@@ -301,12 +326,18 @@ class PipelineActor:
         with must_not_fail():
             await self._collect_figures()
             rows = self.journal.rows
+            history = replay(row.record for row in rows)
             summary = self.figures.summary(
-                self.brain, finish, self._now_s(), run_id=self.run_id, num_rows=len(rows), last_hash=rows[-1].hash
+                self.brain,
+                finish,
+                self._now_s(),
+                run_id=self.run_id,
+                num_commits=history.num_commits,
+                num_rows=len(rows),
+                last_hash=rows[-1].hash,
             )
             save_summary(summary, self.run_dir)
             self.journal.close(merge=True)
-            self._obey(end_all(self.brain))
             for process, (nonce, _) in list(self.handles.items()):
                 self._end(process, nonce)
             self.own.close()

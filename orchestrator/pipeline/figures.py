@@ -96,7 +96,15 @@ class Figures:
         }
 
     def summary(
-        self, brain: PipelineBrain, finish: Finish, now_s: float, *, run_id: str, num_rows: int, last_hash: str
+        self,
+        brain: PipelineBrain,
+        finish: Finish,
+        now_s: float,
+        *,
+        run_id: str,
+        num_commits: int,
+        num_rows: int,
+        last_hash: str,
     ) -> Summary:
         """What the run came to."""
         tokens = brain.version * brain.plan.pipeline.samples_per_step * self._seq_len
@@ -111,7 +119,7 @@ class Figures:
             seconds=now_s,
             params=brain.layout.num_params,
             tokens_committed=tokens,
-            exchanges_committed=brain.version * self._spec.num_stages,
+            exchanges_committed=num_commits,
             bytes_sent=int(self._bytes_sent),
             tokens_per_s=tokens_per_s(made, training_s),
             compute_utilization=min(busy, 1.0),
@@ -128,7 +136,7 @@ def stage_table(brain: PipelineBrain) -> list[dict[str, Any]]:
     out = []
     for stage in range(brain.layout.num_stages):
         serving = brain.roster.serving(stage)
-        buddies = [p.process for p in brain.roster.holders(stage, brain.version) if p.stage != stage]
+        buddies = [p.process for p in brain.roster.holders(stage, brain.held_version) if p.stage != stage]
         out.append(
             {
                 "stage": stage,

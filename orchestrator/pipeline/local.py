@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from dataclasses import replace as dc_replace
 from typing import Any
 
-from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
     Answered,
     Command,
@@ -33,7 +32,9 @@ from orchestrator.pipeline.commands import (
 from orchestrator.pipeline.commands import Event as BrainEvent
 from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.replay import replay, seal
+from orchestrator.pipeline.rounds import make_brain
 from workers.pipeline.host import PeerError, PeerHost
+from workers.pipeline.local_host import build_host
 from workers.pipeline.messages import FromTrainer, PeerPlace
 from workers.pipeline.microbatches import Call
 from workers.pipeline.peer import Request
@@ -78,7 +79,7 @@ class LocalSwarm:
 
     def __post_init__(self) -> None:
         """Nothing is started before `run`."""
-        self.brain = PipelineBrain(self.plan)
+        self.brain = make_brain(self.plan)
         self.processes: dict[str, _Process] = {}
         self._network = LoopbackNetwork()
         self._serial = 0
@@ -108,8 +109,9 @@ class LocalSwarm:
         self._at(TICK_S, self._tick)
         self._tell_brain(Tick())
         for process in list(self.processes.values()):
-            if process.alive and isinstance(process.host, TrainerHost):
+            if process.alive and not process.hangs and isinstance(process.host, TrainerHost):
                 process.host.tick()
+                self.hear(process.name, process.nonce, process.host.heartbeat())
 
     # ------------------------------------------------------------ processes
 
@@ -141,7 +143,7 @@ class LocalSwarm:
             hands = _Hands(self, name, nonce)
             host = TrainerHost(self.spec, name, store, transport, hands, lambda: self.now_s)
         else:
-            host = PeerHost(self.spec, name, store, transport, clock=lambda: self.now_s, sleep=lambda seconds: None)
+            host = build_host(self.spec, name, store, transport, clock=lambda: self.now_s, sleep=lambda seconds: None)
         process = _Process(name=name, nonce=nonce, transport=transport, host=host, free_at_s=self.now_s)
         self.processes[name] = process
         self._tell_brain(self._joined(process))
@@ -162,9 +164,14 @@ class LocalSwarm:
         history = replay(self.records)
         plan = self.plan
         if history.num_stages:
-            round_ = history.max_round.get(history.version, -1) + 1
-            plan = dc_replace(plan, version=history.version, round_=round_, digests=history.digests)
-        self.brain = PipelineBrain(plan, first_incarnations=history.incarnations)
+            plan = dc_replace(
+                plan,
+                version=history.version,
+                round_=history.next_round,
+                digests=history.digests,
+                life=history.num_lives,
+            )
+        self.brain = make_brain(plan, first_incarnations=history.incarnations)
         starts = [one for one in self.brain.begin(self.now_s) if isinstance(one, Start)]
         alive = {name: process for name, process in self.processes.items() if process.alive}
         for _, process in sorted(alive.items()):
@@ -199,7 +206,7 @@ class LocalSwarm:
                     self.finished = command
 
     def _tell(self, command: Tell) -> None:
-        if self._is_alive(command.process, command.nonce):
+        if self._is_alive(command.process, command.nonce) and not self.processes[command.process].hangs:
             host = self.processes[command.process].host
             assert isinstance(host, TrainerHost), command
             host.handle(command.message)
@@ -233,7 +240,7 @@ class LocalSwarm:
 
     def _serve(self, trainer: str, nonce: str, place: PeerPlace, peer_nonce: str, request: Request) -> None:
         self.on_call(request.call)
-        if not self._is_alive(trainer, nonce):
+        if not self._is_alive(trainer, nonce) or self.processes[trainer].hangs:
             return
         host = self.processes[trainer].host
         assert isinstance(host, TrainerHost), trainer

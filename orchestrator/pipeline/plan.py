@@ -24,7 +24,11 @@ PAYLOAD_HEADER_BYTES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
-    """What `PipelineBrain` decides by; `version` and the rest of the second half are where a resumed run begins."""
+    """What `PipelineBrain` decides by; `version` and the rest of the second half are where a resumed run begins.
+
+    `sync_steps`: steps that peers make of their own before their stage synchronises, 0: none; `life`: how often a
+    controller began before.
+    """
 
     layout: Layout
     pipeline: PipelineConfig
@@ -42,6 +46,8 @@ class PipelinePlan:
     round_: int = 0
     digests: tuple[str, ...] = ()
     from_folder: str | None = None
+    sync_steps: int = 0
+    life: int = 0
 
     def relative_speed(self, peer: str) -> float:
         """Speed of a peer that was not measured, in peers that are not slowed down."""
@@ -120,6 +126,7 @@ def pipeline_spec(config: RunConfig, *, run_id: str, run_dir: Path, pack: Path) 
         train=config.train,
         data=config.data,
         codec=config.codec,
+        strategy=config.strategy,
         total_steps=total_steps(config, index.seq_len),
         connections=config.exchange.connections,
         chunk_values=config.exchange.chunk_values or CHUNK_VALUES,
@@ -156,6 +163,7 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         start_timeout_s=config.run.start_timeout_s,
         snapshot_every_s=config.run.snapshot_every_s,
         max_restarts=config.run.max_restarts,
+        sync_steps=config.strategy.inner_steps if spec.is_local else 0,
     )
 
 

@@ -63,6 +63,13 @@ class PipelineLedger(BaseModel):
     samples: int = Field(description="Samples that are committed in every stage.")
     steps_begun_again: int = Field(description="Steps that were begun anew: a trainer or the controller had died.")
     steps_taken_back: int = Field(description="Steps that a snapshot took back.")
+    committed_by_stage: list[int] = Field(description="Microbatches that are committed in each stage.")
+    lost_by_stage: list[int] = Field(
+        description="Microbatches of each stage that were lost with peers that make steps of their own (DiLoCo)."
+    )
+    open_by_stage: list[int] = Field(
+        description="Microbatches of each stage that peers have stepped on and no synchronisation has committed yet."
+    )
     peers_fenced_for_a_step: int = Field(description="How often a peer was left out of a step.")
     findings: list[str] = Field(description="What does not add up; empty if every microbatch counts once.")
 
@@ -149,20 +156,33 @@ def pipeline_ledger(run_dir: Path, as_json: bool) -> int:
             samples=history.num_samples,
             steps_begun_again=history.num_begun_again,
             steps_taken_back=history.num_taken_back,
+            committed_by_stage=[_committed(history, stage) for stage in range(history.num_stages)],
+            lost_by_stage=[history.lost.get(stage, 0) for stage in range(history.num_stages)],
+            open_by_stage=[history.own_by_stage.get(stage, 0) for stage in range(history.num_stages)],
             peers_fenced_for_a_step=len(history.fenced),
             findings=findings,
         )
         print(told.model_dump_json(indent=2))
         return EXIT_WRONG if findings else 0
-    counted = history.version * history.num_stages * history.num_microbatches
+    counted = sum(_committed(history, stage) for stage in range(history.num_stages))
     print(f"{history.version} steps of {history.num_microbatches} microbatches in {history.num_stages} stages")
     print(f"{counted:,} times a microbatch was counted in a stage; {history.num_samples:,} samples")
     print(f"{history.num_begun_again} steps were begun anew, {history.num_taken_back} were taken back by a snapshot")
     print(f"{len(history.fenced)} times a peer was left out of a step")
+    for stage in sorted(history.lost.keys() | history.own_by_stage.keys()):
+        open_, lost = history.own_by_stage.get(stage, 0), history.lost.get(stage, 0)
+        print(f"stage {stage}: {lost} microbatches went with peers that died, {open_} are not committed yet")
     for finding in findings:
         print(f"wrong: {finding}")
-    print("every microbatch counts once in every stage" if not findings else "the journal does not add up")
+    exact = "every microbatch counts once in every stage" + (", or is lost there" if history.lost else "")
+    print(exact if not findings else "the journal does not add up")
     return EXIT_WRONG if findings else 0
+
+
+def _committed(history: PipelineHistory, stage: int) -> int:
+    if history.sync_steps:
+        return history.committed.get(stage, 0)
+    return history.version * history.num_microbatches
 
 
 def _against_summary(run_dir: Path, history: PipelineHistory) -> list[str]:

@@ -39,6 +39,9 @@ class PipelineConfig(Section):
     trainer_memory_bytes: int | None = Field(
         None, ge=1, description="Memory for boundary tensors of a trainer; unset: a quarter of the machine's."
     )
+    trainer_timeout_s: float = Field(
+        20.0, gt=0, le=86400, description="Silence after which a trainer is taken to hang, and replaced."
+    )
     pace_s: float = Field(
         0.0, ge=0, le=3600, description="Seconds that a forward takes at least (a backward 2.5 times as many)."
     )

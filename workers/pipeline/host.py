@@ -31,7 +31,9 @@ from workers.pipeline.messages import (
     FromPeer,
     Have,
     Holds,
+    LocalStep,
     Offered,
+    OfferWork,
     Reduce,
     Reduced,
     SaveStage,
@@ -125,10 +127,14 @@ class PeerHost:
                 peer = self.serving
                 if peer is None or peer.name != call.peer:
                     return None
-                if peer.accumulator.version >= call.step:
+                if peer.accumulator.version >= call.step and not self._waits():
                     return peer
                 if not self._moved.wait(deadline_s - time.monotonic()):
                     return None
+
+    def _waits(self) -> bool:
+        """Whether the parameters for the next step are not here yet, although those of this one are done with."""
+        return False
 
     def _keep_pace(self, call: Call, began_s: float) -> None:
         pace_s = self._pace_s * (BACKWARD_SIZE if call.direction == "backward" else 1.0)
@@ -167,6 +173,8 @@ class PeerHost:
                 self._drop(stage)
             case SaveStage():
                 self._save(order)
+            case LocalStep() | OfferWork():
+                raise PeerError(f"{self.process} makes no steps of its own: {order}")
         return Done()
 
     def _take(self, order: TakeStage) -> Holds:
@@ -177,7 +185,8 @@ class PeerHost:
                 self.held[order.stage] = state
                 self._pieces.publish_state(state)
             if order.serve_as is not None:
-                self._serve(state, order.serve_as)
+                step = state.version if order.step is None else order.step
+                self._serve(state, order.serve_as, step)
             return Holds(stage=order.stage, version=state.version, digest=state.digest)
 
     def _obtain(self, order: TakeStage) -> StageState:
@@ -195,7 +204,7 @@ class PeerHost:
             state.flats |= self._pieces.pull(last, 0, (order.tied_from,), units=(TIED,))
         return state
 
-    def _serve(self, state: StageState, name: str) -> None:
+    def _serve(self, state: StageState, name: str, step: int) -> None:
         if self.serving is not None and self.serving.name == name:
             return
         spec = self.spec
@@ -211,14 +220,19 @@ class PeerHost:
             store=self._store,
             transport=self._transport,
             seed=spec.train.seed,
-            version=state.version,
+            ordered=not spec.is_local,
+            version=step,
         )
         with self._compute, self._moved:
             for held in self.held.values():
                 held.bind_nothing()
-            state.bind(model)
+            self._bind(state, peer)
             self.serving = peer
             self._moved.notify_all()
+
+    def _bind(self, state: StageState, peer: StagePeer) -> None:
+        """What a peer computes with is the state itself."""
+        state.bind(peer.model)
 
     def _collect(self, order: Collect) -> Offered:
         peer = self.serving
@@ -229,10 +243,13 @@ class PeerHost:
                 raise PeerError(f"{order.peer} is in a newer round of step {order.step}")
             with peer.book:
                 offer = peer.accumulator.offer(order.step)
+                if self.spec.is_local:
+                    return Offered(microbatches=offer)  # nobody fetches gradients
                 parts = {m: peer.gradients.parts(order.step, 0)[m] for m in offer}
         for microbatch, named in parts.items():
             prefix = f"piece/{order.step}/{order.round_}/{order.peer}/{microbatch}"
-            self._pieces.publish(prefix, flatten(self.spec, peer.stage, named))
+            flats = flatten(self.spec, peer.stage, named)
+            self._pieces.publish(prefix, flats, counters=(order.step, microbatch, peer.stage))
         return Offered(microbatches=offer)
 
     def _spread(self, order: Spread) -> Have:
@@ -241,7 +258,8 @@ class PeerHost:
         with self._orders:
             if state.version != order.step:
                 raise PeerError(f"{self.process} moved on to version {state.version} of stage {order.stage}")
-            return Have(digest=state.compute_next(gradients, lr=order.lr, scale=order.scale).digest)
+            following = state.compute_next(gradients, lr=order.lr, scale=order.scale, version=order.next_version)
+            return Have(digest=following.digest)
 
     def _state_at(self, stage: int, version: int) -> StageState:
         state = self.held.get(stage)

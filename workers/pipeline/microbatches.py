@@ -180,6 +180,7 @@ class _Microbatch:
     num_inputs: int = 1  # stages whose input is kept; that of stage 0 are the tokens
     num_gradients: int = 0  # stages, from the last one, whose backward has given the gradient of its input
     started: bool = False
+    forwarded: dict[int, str] = field(default_factory=dict)  # stage -> peer whose forward is kept
     counted: dict[int, str] = field(default_factory=dict)  # stage -> peer
     jobs: dict[tuple[Direction, int], _Job] = field(default_factory=dict)
 
@@ -208,7 +209,10 @@ def lost_with(peer: str, counted: dict[int, str]) -> list[int]:
 
 
 class Microbatches:
-    """See the module. `max_in_flight` bounds the microbatches that have begun and are not yet counted everywhere."""
+    """See the module. `max_in_flight` bounds the microbatches that have begun and are not yet counted everywhere.
+
+    `sticky`: a backward goes to the peer that did the forward where it can, since no other one has its parameters.
+    """
 
     def __init__(
         self,
@@ -219,13 +223,14 @@ class Microbatches:
         forward_timeout_s: float = 30.0,
         backward_timeout_s: float = 75.0,
         retry_s: float = 0.5,
+        sticky: bool = False,
     ) -> None:
         assert num_stages >= 1 and max_in_flight >= 1, f"{num_stages} stages, {max_in_flight} in flight"
         self.router = router
         self._num_stages = num_stages
         self._max_in_flight = max_in_flight
         self._timeout_s: dict[Direction, float] = {"forward": forward_timeout_s, "backward": backward_timeout_s}
-        self._retry_s = retry_s
+        self._retry_s, self._sticky = retry_s, sticky
         self._attempt = 0
         self._steps: dict[int, _Step] = {}
         self.counts: dict[str, int] = {}
@@ -314,6 +319,7 @@ class Microbatches:
         assert microbatch is not None, f"no microbatch for {call}"
         del microbatch.jobs[(call.direction, call.stage)]
         if call.direction == "forward":
+            microbatch.forwarded[call.stage] = call.peer
             microbatch.num_inputs = max(microbatch.num_inputs, call.stage + 2)
         else:
             microbatch.counted[call.stage] = call.peer
@@ -426,7 +432,9 @@ class Microbatches:
         self, job: _Job, step: _Step, number: int, identity: int, stage: int, direction: Direction, now_s: float
     ) -> Iterator[Send]:
         size = FORWARD_SIZE if direction == "forward" else BACKWARD_SIZE
-        peer = self.router.choose(stage, size=size, avoid=job.avoid | step.fenced)
+        forwarded = step.microbatches[identity].forwarded.get(stage) if direction == "backward" else None
+        prefer = forwarded if self._sticky else None
+        peer = self.router.choose(stage, size=size, avoid=job.avoid | step.fenced, prefer=prefer)
         if peer is None:
             # Everybody was tried: whoever refused or failed for a while may be asked again.
             job.avoid.clear()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategies.config import CodecConfig
+from strategies.config import CodecConfig, StrategyConfig
 from strategies.swarm import Stage
 from workers.config import DataConfig, TrainConfig
 from workers.model.shape import DecoderShape, parameter_shapes
@@ -31,6 +31,7 @@ class PipelineSpec:
     train: TrainConfig
     data: DataConfig
     codec: CodecConfig
+    strategy: StrategyConfig
     total_steps: int
     connections: int = 2
     chunk_values: int = CHUNK_VALUES
@@ -39,6 +40,11 @@ class PipelineSpec:
     def num_stages(self) -> int:
         """Stages of the pipeline."""
         return len(self.stages)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether peers make steps of their own, and their stage synchronises after some of them."""
+        return self.strategy.name != "ddp"
 
     @property
     def is_tied(self) -> bool:

@@ -21,6 +21,7 @@ from workers.pipeline.messages import (
     FenceWanted,
     FromTrainer,
     GaveUp,
+    Heartbeat,
     OpenStep,
     PeerFenced,
     PeerPlace,
@@ -100,13 +101,14 @@ class TrainerHost:
             forward_timeout_s=spec.pipeline.forward_timeout_s,
             backward_timeout_s=spec.pipeline.backward_timeout_s,
             retry_s=retry_s,
+            sticky=spec.is_local,
         )
-        self.step, self.round_ = -1, 0
+        self.life, self.step, self.round_ = 0, -1, 0
         self._num_microbatches = 1
         self._places: dict[str, PeerPlace] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._losses: dict[int, float] = {}
-        self._num_errors = 0
+        self._num_errors = self._num_events = 0
 
     # ------------------------------------------------------------ the controller
 
@@ -124,11 +126,11 @@ class TrainerHost:
                     self._tell(Committed(stage=stage, step=step))
 
     def _open(self, message: OpenStep) -> None:
-        if (message.step, message.round_) <= (self.step, self.round_):
+        if (message.life, message.step, message.round_) <= (self.life, self.step, self.round_):
             return
         self.machine.restart(self.step)
         self._forget(self.step)
-        self.step, self.round_ = message.step, message.round_
+        self.life, self.step, self.round_ = message.life, message.step, message.round_
         self._num_microbatches, self._losses = message.num_microbatches, {}
         self._num_errors = 0
         self._announce(message.peers)
@@ -191,6 +193,10 @@ class TrainerHost:
         if deadline_s is not None and deadline_s <= self._clock():
             self._tell(Tick())
 
+    def heartbeat(self) -> Heartbeat:
+        """What the controller is told every so often."""
+        return Heartbeat(progress=self._num_events, owes=self.machine.num_in_flight > 0)
+
     def fetch(self, place: PeerPlace, reply: Reply) -> NDArray[Any] | None:
         """The tensor of a reply, None where it has none; on any thread. Raises TransportError."""
         if not reply.key:
@@ -211,6 +217,7 @@ class TrainerHost:
     # ------------------------------------------------------------ commands
 
     def _tell(self, event: Event) -> None:
+        self._num_events += 1
         for command in self.machine.handle(event, self._clock()):
             self._obey(command)
 

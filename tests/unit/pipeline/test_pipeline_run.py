@@ -30,6 +30,7 @@ from workers.pipeline.microbatches import Call
 from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord
 from workers.pipeline.spec import TIED
 from workers.pipeline.state import PARAMS, Next, StageState
+from workers.pipeline.trainer import TrainerHost
 from workers.pipeline.whole import load_whole
 from workers.records import FenceRecord
 
@@ -142,9 +143,9 @@ def test_losses_and_gradients_are_those_of_the_unsplit_model(
     seen: dict[tuple[int, str], torch.Tensor] = {}
     compute_next = StageState.compute_next
 
-    def record(state: StageState, gradients: dict[str, torch.Tensor], *, lr: float, scale: float) -> Next:
+    def record(state: StageState, gradients: Named, *, lr: float, scale: float, version: int | None) -> Next:
         seen.update({(state.version, unit): flat * scale for unit, flat in gradients.items()})
-        return compute_next(state, gradients, lr=lr, scale=scale)
+        return compute_next(state, gradients, lr=lr, scale=scale, version=version)
 
     monkeypatch.setattr(StageState, "compute_next", record)
     finish(swarm)
@@ -285,7 +286,43 @@ def test_a_peer_that_hangs_is_ended_and_replaced(make: Make, expected: tuple[str
     assert swarm.processes[victim.process].nonce != victim.nonce
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("num_trainers", [1, 2])
+def test_a_trainer_that_hangs_is_ended_and_its_microbatches_count_once(
+    make: Make, expected: tuple[str, ...], num_trainers: int
+) -> None:
+    swarm = make(f"pipeline.trainers={num_trainers}")
+    swarm.run(lambda: swarm.brain.version == 1)
+    calls: list[Call] = []
+    swarm.on_call = calls.append
+    swarm.run(lambda: len(calls) == 9)
+    victim = f"trainer-{num_trainers - 1}"
+    nonce, since_s = swarm.processes[victim].nonce, swarm.now_s
+    swarm.hang(victim)
+    swarm.run(lambda: bool(swarm.brain.num_restarts))
+    assert swarm.now_s - since_s < swarm.plan.pipeline.trainer_timeout_s + 2
+    assert finish(swarm) == expected
+    fences = [r for r in swarm.records if isinstance(r, FenceRecord)]
+    assert [fence.member for fence in fences] == [victim] and "no heartbeat" in fences[0].why
+    assert swarm.processes[victim].nonce != nonce and replay(swarm.records).num_begun_again >= 1
+
+
+def test_a_trainer_that_lives_and_gets_nowhere_is_replaced(make: Make, expected: tuple[str, ...]) -> None:
+    swarm = make("pipeline.backward_timeout_s=30")
+    swarm.run(lambda: swarm.brain.version == 1)
+    calls: list[Call] = []
+    swarm.on_call = calls.append
+    swarm.run(lambda: len(calls) == 5)
+    stuck = swarm.processes["trainer-0"].host
+    assert isinstance(stuck, TrainerHost)
+    # It handles nothing any more, and its heart beats.
+    stuck.machine.handle = lambda event, now_s: []  # type: ignore[method-assign]
+    stuck._tell = lambda event: None  # type: ignore[method-assign]
+    assert finish(swarm) == expected
+    fences = [r for r in swarm.records if isinstance(r, FenceRecord)]
+    assert [fence.member for fence in fences] == ["trainer-0"] and "without progress" in fences[0].why
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_random_deaths(make: Make, expected: tuple[str, ...], seed: int) -> None:
     swarm = make("pipeline.trainers=2")
     generator = np.random.default_rng(seed)
