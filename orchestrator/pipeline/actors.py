@@ -19,8 +19,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from orchestrator.island_actor import _logged, log_to, own_run_dir
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name, island_actor_name
+from workers.pipeline.calls import Call
+from workers.pipeline.memory import resident_bytes
 from workers.pipeline.messages import FromPeer, FromTrainer, PeerPlace, ToPeer, ToTrainer
-from workers.pipeline.microbatches import Call
 from workers.pipeline.spec import PipelineSpec
 from workers.stack import allow_dumps
 
@@ -132,10 +133,11 @@ class StagePeerActor(_Process):
 
     @ray.method(concurrency_group="watch")
     def figures(self) -> dict[str, float]:
-        """Seconds inside calls, and bytes on the wire, so far."""
+        """Seconds inside calls and bytes on the wire so far, and memory now."""
         assert self.host is not None and self.transport is not None, "begin() comes first"
         return {
             "busy_s": self.host.busy_s,
+            "memory_bytes": float(resident_bytes()),
             "bytes_sent": float(self.transport.bytes_sent),
             "bytes_received": float(self.transport.bytes_received),
         }

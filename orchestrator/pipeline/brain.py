@@ -25,10 +25,11 @@ from orchestrator.pipeline.commands import (
 )
 from orchestrator.pipeline.commit import Contradiction, StepCommit
 from orchestrator.pipeline.roster import Peer, deal
-from orchestrator.pipeline.watch import Watch
+from orchestrator.pipeline.validation import Validation
 from workers.pipeline.messages import (
     Applied,
     Apply,
+    Evaluated,
     FromPeer,
     FromTrainer,
     GaveUp,
@@ -51,7 +52,7 @@ SPREAD_GRACE_S = 5.0
 MAX_FAILURES = 3
 
 
-class PipelineBrain(Watch):
+class PipelineBrain(Validation):
     """See the module."""
 
     step_kind: type[StepCommit] = StepCommit
@@ -133,6 +134,7 @@ class PipelineBrain(Watch):
     def _died(self, event: Died) -> None:
         if self.roster.trainers.get(event.process) == event.nonce:
             del self.roster.trainers[event.process]
+            self._evaluator_died(event.process)
             if self.commit is not None and event.process in self.commit.trainers:
                 self._restart_step(f"{event.process} is gone")
         elif (peer := self.roster.peers.get(event.process)) is not None and peer.nonce == event.nonce:
@@ -207,7 +209,7 @@ class PipelineBrain(Watch):
 
     def _open_step(self, why: str) -> None:
         """The next step, or the same one anew; with nobody to serve a stage it waits."""
-        if self._is_over() or not self.roster.trainers:
+        if self._validates() or self._is_over() or not self.roster.trainers:
             return
         trainers = tuple(sorted(self.roster.trainers))
         dealt = deal(self.plan.pipeline.microbatches, trainers)
@@ -404,6 +406,12 @@ class PipelineBrain(Watch):
         commit = self.commit
         if isinstance(message, Heartbeat):
             self._heartbeat(process, message)
+            return
+        if isinstance(message, Evaluated):
+            self._evaluated_now(process, message)
+            return
+        if isinstance(message, GaveUp) and message.step < 0:
+            self._finish("failed", f"{process} gave up an evaluation: {message.reason}")
             return
         if commit is None or (message.step, message.round_) != (commit.step, commit.round_):
             return

@@ -64,6 +64,7 @@ from workers.pipeline.messages import FromTrainer, Reduce, Spread, TakeStage
 
 TICK_S = 0.1
 WATCH_S = 30.0
+FIGURES_S = 5.0
 LINGER_S = 300.0
 BEGIN_AGAIN_S = 1.0
 
@@ -126,6 +127,7 @@ class PipelineActor:
                 self._adopt(process, nonce, handle)
             self._obey(start for start in starts if isinstance(start, Start) and start.process not in found)
         self._task(self._pulse())
+        self._task(self._ask_figures())
 
     def _make_brain(self, reborn: bool) -> PipelineBrain:
         plan = pipeline_plan(self.config, self.spec, self.run_dir)
@@ -138,6 +140,7 @@ class PipelineActor:
             round_=history.next_round,
             digests=history.digests,
             life=history.num_lives,
+            evaluated=history.evaluated,
         )
         saved = newest_snapshot(plan.snapshots, at_most=history.version)
         if reborn:
@@ -161,6 +164,11 @@ class PipelineActor:
         while self.finished is None:
             await asyncio.sleep(TICK_S)
             self._handle(Tick())
+
+    async def _ask_figures(self) -> None:
+        while self.finished is None:
+            await asyncio.sleep(FIGURES_S)
+            await self._collect_figures()
 
     # ------------------------------------------------------------ events
 
@@ -271,6 +279,7 @@ class PipelineActor:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
             present = await through_cuts(handle.begin.remote, None, process)
+            self.figures.joined(self._now_s())
             self.pids[process] = present.pop("pid")
             self._handle(Joined(**present))
             node = self.nodes[process] = present["node"]
@@ -332,7 +341,7 @@ class PipelineActor:
                 finish,
                 self._now_s(),
                 run_id=self.run_id,
-                num_commits=history.num_commits,
+                history=history,
                 num_rows=len(rows),
                 last_hash=rows[-1].hash,
             )

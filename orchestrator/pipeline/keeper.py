@@ -13,6 +13,7 @@ from orchestrator.pipeline.commit import StepCommit, Wanted
 from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.roster import Peer, Roster
 from orchestrator.rebalance import PeerPower, Rebalancer, StageNeed, decide, place, stage_loads
+from workers.pipeline.calls import BACKWARD_SIZE, FORWARD_SIZE
 from workers.pipeline.messages import (
     DropStage,
     FenceStep,
@@ -23,7 +24,6 @@ from workers.pipeline.messages import (
     StepCommitted,
     TakeStage,
 )
-from workers.pipeline.microbatches import BACKWARD_SIZE, FORWARD_SIZE
 from workers.pipeline.records import ServeRecord, StepFenceRecord
 from workers.records import Record, StopRecord
 
@@ -212,6 +212,7 @@ class StageKeeper:
         if name is not None:
             before, peer.stage, peer.name = peer.stage, stage, name
             why, peer.why = peer.why, "it serves again"
+            peer.came = why
             peer.throughput = None
             self.rebalancer.changed()
             self._write(ServeRecord(process=peer.process, peer=name, stage=stage, why=why))

@@ -33,10 +33,10 @@ from orchestrator.pipeline.commands import Event as BrainEvent
 from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.replay import replay, seal
 from orchestrator.pipeline.rounds import make_brain
+from workers.pipeline.calls import Call
 from workers.pipeline.host import PeerError, PeerHost
 from workers.pipeline.local_host import build_host
 from workers.pipeline.messages import FromTrainer, PeerPlace
-from workers.pipeline.microbatches import Call
 from workers.pipeline.peer import Request
 from workers.pipeline.spec import PipelineSpec
 from workers.pipeline.trainer import TrainerHost
@@ -170,6 +170,7 @@ class LocalSwarm:
                 round_=history.next_round,
                 digests=history.digests,
                 life=history.num_lives,
+                evaluated=history.evaluated,
             )
         self.brain = make_brain(plan, first_incarnations=history.incarnations)
         starts = [one for one in self.brain.begin(self.now_s) if isinstance(one, Start)]

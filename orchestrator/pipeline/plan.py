@@ -26,8 +26,9 @@ PAYLOAD_HEADER_BYTES = 64
 class PipelinePlan:
     """What `PipelineBrain` decides by; `version` and the rest of the second half are where a resumed run begins.
 
-    `sync_steps`: steps that peers make of their own before their stage synchronises, 0: none; `life`: how often a
-    controller began before.
+    `eval_every`: share of the run between two evaluations, 0: there is nothing to evaluate with; `evaluated`: the
+    version that was evaluated last. `sync_steps`: steps that peers make of their own before their stage synchronises,
+    0: none; `life`: how often a controller began before.
     """
 
     layout: Layout
@@ -48,6 +49,8 @@ class PipelinePlan:
     from_folder: str | None = None
     sync_steps: int = 0
     life: int = 0
+    eval_every: float = 0.0
+    evaluated: int | None = None
 
     def relative_speed(self, peer: str) -> float:
         """Speed of a peer that was not measured, in peers that are not slowed down."""
@@ -127,6 +130,8 @@ def pipeline_spec(config: RunConfig, *, run_id: str, run_dir: Path, pack: Path) 
         data=config.data,
         codec=config.codec,
         strategy=config.strategy,
+        eval=config.eval,
+        num_validation=index.splits["val"].num_samples,
         total_steps=total_steps(config, index.seq_len),
         connections=config.exchange.connections,
         chunk_values=config.exchange.chunk_values or CHUNK_VALUES,
@@ -164,6 +169,7 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         snapshot_every_s=config.run.snapshot_every_s,
         max_restarts=config.run.max_restarts,
         sync_steps=config.strategy.inner_steps if spec.is_local else 0,
+        eval_every=config.eval.every if spec.num_validation else 0.0,
     )
 
 

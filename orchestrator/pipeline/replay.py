@@ -20,7 +20,7 @@ from workers.pipeline.records import (
     StepRecord,
     WorkLostRecord,
 )
-from workers.records import FenceRecord, JoinRecord, Record, StopRecord
+from workers.records import EvaluationRecord, FenceRecord, JoinRecord, Record, StopRecord
 
 MANIFEST = "pipeline.json"
 
@@ -52,6 +52,7 @@ class PipelineHistory:
     findings: list[str] = field(default_factory=list)
     stopped: StopRecord | None = None
     members: set[str] = field(default_factory=set)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
     sync_steps: int = 0
     num_lives: int = 0
     counts: dict[int, dict[int, StageCountRecord]] = field(default_factory=dict)  # step -> stage -> who counted it
@@ -86,6 +87,11 @@ class PipelineHistory:
     def num_commits(self) -> int:
         """Commits of stages that stand."""
         return self.num_syncs if self.sync_steps else self.version * self.num_stages
+
+    @property
+    def evaluated(self) -> int | None:
+        """The version that was evaluated last."""
+        return self.evaluations[-1].versions[0] if self.evaluations else None
 
     @property
     def next_step(self) -> int:
@@ -135,6 +141,8 @@ class PipelineHistory:
                 self._sync(record)
             case WorkLostRecord(peer=peer):
                 self._lose(peer)
+            case EvaluationRecord():
+                self.evaluations.append(record)
             case StopRecord():
                 self.stopped = record
             case _:
@@ -146,6 +154,7 @@ class PipelineHistory:
         if record.version > self.version:
             self.findings.append(f"version {record.version} is gone on from, and {self.version} is the last committed")
         self.stopped = None
+        self.evaluations = [one for one in self.evaluations if one.versions[0] <= record.version]
         self.sync_steps, self.num_lives = record.sync_steps, self.num_lives + 1
         if self.sync_steps:
             self._take_back(record.version)

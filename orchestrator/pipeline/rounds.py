@@ -19,6 +19,7 @@ from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.roster import Peer
 from workers.pipeline.messages import (
     Apply,
+    Evaluated,
     FromPeer,
     FromTrainer,
     Heartbeat,
@@ -265,7 +266,7 @@ class RoundBrain(PipelineBrain):
                 super()._failed(peer, about, why)
 
     def _heard(self, process: str, message: FromTrainer) -> None:
-        if isinstance(message, Heartbeat) or not isinstance(self.commit, WorkCommit):
+        if isinstance(message, Heartbeat | Evaluated) or not isinstance(self.commit, WorkCommit):
             super()._heard(process, message)
 
     def _fence_for_step(self, name: str, process: str, why: str) -> None:

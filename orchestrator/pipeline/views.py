@@ -17,6 +17,19 @@ from orchestrator.segments import read_run, segment_paths
 EXIT_WRONG = 5
 
 
+class PeerStatus(BaseModel):
+    """One peer that serves a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    peer: str
+    throughput: float | None = Field(description="Forwards a second, as trainers measure it (a backward is 2.5).")
+    queue: int = Field(description="Calls that trainers have sent to it and it has not answered.")
+    memory_bytes: int | None = Field(description="Memory that its process has; null: not asked yet.")
+    memory_limit_bytes: int = Field(description="Memory that a stage may take of it.")
+    why: str = Field(description="Why it serves this stage.")
+
+
 class StageStatus(BaseModel):
     """One stage as the newest step shows it."""
 
@@ -28,6 +41,7 @@ class StageStatus(BaseModel):
     peers: dict[str, float | None] = Field(
         description="Peers that serve it, with their measured throughput in forwards a second (a backward is 2.5)."
     )
+    serving: list[PeerStatus] = Field(default=[], description="The same peers with queue, memory and reason.")
     buddies: list[str] = Field(description="Processes of other stages that keep a copy of its state.")
     moving_here: list[str] = Field(description="Processes that pull its state and will serve it.")
 
@@ -44,6 +58,7 @@ class PipelineStatus(BaseModel):
     version: int = Field(description="Steps that are committed in every stage.")
     total_samples: int = Field(description="Samples that are committed in every stage.")
     loss: float | None = Field(description="Training loss of the newest step, nats per token.")
+    val_loss: float | None = Field(default=None, description="Newest validation loss, nats per token.")
     step_s: float | None = Field(description="Seconds that the newest step took.")
     num_begun_again: int = Field(description="Steps that were begun anew: a trainer or the controller had died.")
     stages: list[StageStatus]
@@ -96,6 +111,7 @@ def read_pipeline_status(run_dir: Path) -> PipelineStatus:
         version=history.version,
         total_samples=history.num_samples,
         loss=newest.get("loss"),
+        val_loss=history.evaluations[-1].val_loss if history.evaluations else None,
         step_s=newest.get("seconds"),
         num_begun_again=history.num_begun_again,
         stages=[StageStatus.model_validate(stage) for stage in newest.get("stages", [])],
@@ -123,19 +139,26 @@ def render_pipeline(status: PipelineStatus) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    validated = "-" if status.val_loss is None else f"{status.val_loss:.4f}"
     loss = "-" if status.loss is None else f"{status.loss:.4f} nats per token"
     took = "" if status.step_s is None else f", the last step took {status.step_s:.2f} s"
-    table = Table("stage", "parameters", "needs", "peers (forwards/s)", "buddy")
+    table = Table("stage", "parameters", "needs", "peer", "forwards/s", "queue", "memory", "why", "buddy")
     for stage in status.stages:
-        rates = ((peer, "not measured" if rate is None else f"{rate:.2f}") for peer, rate in stage.peers.items())
-        peers = ", ".join(f"{peer} {rate}" for peer, rate in rates)
-        moving = "".join(f", {process} is coming" for process in stage.moving_here)
-        needs = f"{stage.bytes / 1e6:,.1f} MB"
-        table.add_row(str(stage.stage), f"{stage.params:,}", needs, peers + moving, ", ".join(stage.buddies) or "-")
+        own = (str(stage.stage), f"{stage.params:,}", f"{stage.bytes / 1e6:,.1f} MB")
+        buddies = ", ".join(stage.buddies) or "-"
+        for place, peer in enumerate(stage.serving):
+            rate = "not measured" if peer.throughput is None else f"{peer.throughput:.2f}"
+            memory = "-" if peer.memory_bytes is None else f"{peer.memory_bytes / 1e6:,.0f} MB"
+            first = own if place == 0 else ("", "", "")
+            table.add_row(*first, peer.peer, rate, str(peer.queue), memory, peer.why, "" if place else buddies)
+        if not stage.serving:
+            table.add_row(*own, "nobody", "-", "-", "-", "-", buddies)
+        for process in stage.moving_here:
+            table.add_row("", "", "", process, "-", "-", "-", "is coming", "")
     parts: list[Any] = [
         Text(f"{status.run_dir}: {status.state}"),
         Text(f"step {status.version}, {status.total_samples:,} samples, {status.seconds:.0f} s{took}"),
-        Text(f"training loss {loss}"),
+        Text(f"training loss {loss}, validation loss {validated}"),
         table,
     ]
     parts += [Text(f"moved: {move}") for move in status.moves]

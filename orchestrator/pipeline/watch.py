@@ -5,7 +5,7 @@ The middle of `PipelineBrain`, between keeping stages and leading steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.pipeline.commands import Died, End
 from orchestrator.pipeline.keeper import StageKeeper
@@ -30,6 +30,7 @@ class _Sign:
     heard_s: float
     progress: int = -1
     moved_s: float = 0.0
+    queues: dict[str, int] = field(default_factory=dict)
 
 
 class Watch(StageKeeper):
@@ -80,9 +81,13 @@ class Watch(StageKeeper):
 
     def _heartbeat(self, process: str, beat: Heartbeat) -> None:
         sign = self._sign(process)
-        sign.heard_s = self._now_s
+        sign.heard_s, sign.queues = self._now_s, dict(beat.queues)
         if beat.progress != sign.progress or not beat.owes:
             sign.progress, sign.moved_s = beat.progress, self._now_s
+
+    def queue(self, peer: str) -> int:
+        """Calls that trainers have sent to a peer and that it has not answered, by their newest heartbeats."""
+        return sum(sign.queues.get(peer, 0) for name, sign in self._signs.items() if name in self.roster.trainers)
 
     def _sign(self, process: str) -> _Sign:
         nonce = self.roster.trainers[process]

@@ -49,6 +49,8 @@ name = "ddp"
 inner_steps = 1
 [codec]
 name = "fp32"
+[eval]
+windows = 8
 [pipeline]
 stages = 3
 peers = 2

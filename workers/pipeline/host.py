@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from workers.pipeline.accumulator import Begin
 from workers.pipeline.boundary import Boundary
+from workers.pipeline.calls import BACKWARD_SIZE, Call
 from workers.pipeline.layers import build_decoder_stage
 from workers.pipeline.memory import machine_bytes
 from workers.pipeline.messages import (
@@ -41,7 +42,6 @@ from workers.pipeline.messages import (
     TakeStage,
     ToPeer,
 )
-from workers.pipeline.microbatches import BACKWARD_SIZE, Call
 from workers.pipeline.peer import Reply, Request, StagePeer
 from workers.pipeline.pieces import Pieces, token_loss
 from workers.pipeline.spec import TIED, PipelineSpec, unit_of
@@ -127,7 +127,7 @@ class PeerHost:
                 peer = self.serving
                 if peer is None or peer.name != call.peer:
                     return None
-                if peer.accumulator.version >= call.step and not self._waits():
+                if peer.accumulator.version >= call.version and not self._waits():
                     return peer
                 if not self._moved.wait(deadline_s - time.monotonic()):
                     return None

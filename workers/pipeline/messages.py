@@ -65,7 +65,17 @@ class StepCommitted:
     step: int
 
 
-ToTrainer = OpenStep | Peers | PeerFenced | StepCommitted
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Send the fixed validation samples forward through the stages, which hold `version`."""
+
+    version: int
+    number: int
+    life: int
+    peers: tuple[PeerPlace, ...]
+
+
+ToTrainer = OpenStep | Peers | PeerFenced | StepCommitted | Evaluate
 
 # ---------------------------------------------------------------- trainer to controller
 
@@ -110,9 +120,20 @@ class Heartbeat:
 
     progress: int
     owes: bool
+    queues: tuple[tuple[str, int], ...] = ()
+    """Calls at each peer that it has not answered."""
 
 
-FromTrainer = FenceWanted | StageReady | GaveUp | Heartbeat
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """Mean loss over the validation samples, nats per token."""
+
+    version: int
+    number: int
+    loss: float
+
+
+FromTrainer = FenceWanted | StageReady | GaveUp | Heartbeat | Evaluated
 
 # ---------------------------------------------------------------- controller to peer, with the answers
 

@@ -17,29 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from workers.pipeline.calls import BACKWARD_SIZE, FORWARD_SIZE, Call, Direction
 from workers.pipeline.router import Router
 
-Direction = Literal["forward", "backward"]
-FORWARD_SIZE, BACKWARD_SIZE = 1.0, 2.5
-"""What a call costs a peer; a backward runs the forward again."""
 MAX_DOUBLINGS = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """One request to one peer. `attempt` grows with every call of the trainer."""
-
-    step: int
-    microbatch: int
-    stage: int
-    direction: Direction
-    attempt: int
-    peer: str
-
-    @property
-    def size(self) -> float:
-        """Its cost, for the router."""
-        return FORWARD_SIZE if self.direction == "forward" else BACKWARD_SIZE
 
 
 # ---------------------------------------------------------------- events
@@ -160,7 +141,14 @@ class Release:
     step: int
 
 
-Command = Send | Withdraw | AskFence | StageDone | Release
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """All microbatches of an evaluation went through all stages: it is over, and nothing of it is kept."""
+
+    step: int
+
+
+Command = Send | Withdraw | AskFence | StageDone | Release | Scored
 
 
 @dataclass(kw_only=True, slots=True)
@@ -281,10 +269,23 @@ class Microbatches:
     def num_in_flight(self) -> int:
         """Microbatches that have begun and are not counted in every stage."""
         return sum(
-            microbatch.started and len(microbatch.counted) < self._num_stages
-            for step in self._steps.values()
+            microbatch.started and not self._is_over(number, microbatch)
+            for number, step in self._steps.items()
             for microbatch in step.microbatches.values()
         )
+
+    def _is_over(self, step: int, microbatch: _Microbatch) -> bool:
+        if step < 0:
+            return microbatch.num_inputs > self._num_stages
+        return len(microbatch.counted) == self._num_stages
+
+    def queues(self) -> dict[str, int]:
+        """Calls that each peer has not answered."""
+        found: dict[str, int] = {}
+        for _, _, _, job in self._jobs():
+            if job.call is not None and job.state == "sent":
+                found[job.call.peer] = found.get(job.call.peer, 0) + 1
+        return found
 
     @property
     def num_kept(self) -> int:
@@ -411,15 +412,19 @@ class Microbatches:
                     if free <= 0:
                         continue
                     microbatch.started, free = True, free - 1
-                self._want(step, microbatch)
+                self._want(number, step, microbatch)
                 # A copy: nothing is added below, but the order of jobs must not depend on it.
                 for (direction, stage), job in list(microbatch.jobs.items()):
                     if job.state == "waiting" and job.not_before_s <= now_s:
                         yield from self._send(job, step, number, identity, stage, direction, now_s)
 
-    def _want(self, step: _Step, microbatch: _Microbatch) -> None:
+    def _want(self, number: int, step: _Step, microbatch: _Microbatch) -> None:
         """Every call whose tensors are here and whose result is not, becomes a job."""
         last = self._num_stages - 1
+        if number < 0:
+            if microbatch.num_inputs <= self._num_stages:
+                microbatch.jobs.setdefault(("forward", microbatch.num_inputs - 1), _Job())
+            return
         for stage in range(min(microbatch.num_inputs, last)):
             if stage + 1 == microbatch.num_inputs:
                 microbatch.jobs.setdefault(("forward", stage), _Job())
@@ -448,8 +453,13 @@ class Microbatches:
         job.state, job.deadline_s, job.not_before_s = "sent", now_s + timeout_s, 0.0
         yield Send(call=job.call)
 
-    def _report(self) -> Iterator[StageDone]:
+    def _report(self) -> Iterator[StageDone | Scored]:
         for number, step in sorted(self._steps.items()):
+            if number < 0:
+                if all(self._is_over(number, microbatch) for microbatch in step.microbatches.values()):
+                    del self._steps[number]
+                    yield Scored(step=number)
+                continue
             for stage in range(self._num_stages):
                 if stage in step.reported or stage in step.committed:
                     continue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from strategies.config import CodecConfig, StrategyConfig
 from strategies.swarm import Stage
-from workers.config import DataConfig, TrainConfig
+from workers.config import DataConfig, EvalConfig, TrainConfig
 from workers.model.shape import DecoderShape, parameter_shapes
 from workers.pipeline.config import PipelineConfig
 
@@ -32,6 +32,8 @@ class PipelineSpec:
     data: DataConfig
     codec: CodecConfig
     strategy: StrategyConfig
+    eval: EvalConfig
+    num_validation: int
     total_steps: int
     connections: int = 2
     chunk_values: int = CHUNK_VALUES

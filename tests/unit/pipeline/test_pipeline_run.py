@@ -24,15 +24,16 @@ from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.model.factory import next_token_loss
 from workers.model.llama import Llama
+from workers.pipeline.calls import Call
 from workers.pipeline.host import PeerHost
 from workers.pipeline.messages import Apply, Collect, Reduce, Spread
-from workers.pipeline.microbatches import Call
 from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord
 from workers.pipeline.spec import TIED
 from workers.pipeline.state import PARAMS, Next, StageState
 from workers.pipeline.trainer import TrainerHost
 from workers.pipeline.whole import load_whole
 from workers.records import FenceRecord
+from workers.samples import evenly_spread
 
 NUM_STEPS = 5
 TOML = """
@@ -50,6 +51,9 @@ inner_steps = 1
 name = "fp32"
 [exchange]
 chunk_values = 1024
+[eval]
+every = 1.0
+windows = 5
 [pipeline]
 stages = 3
 peers = 2
@@ -160,6 +164,29 @@ def test_losses_and_gradients_are_those_of_the_unsplit_model(
     for name, value in reference.items():
         # Adam divides by the size of the gradient: where that is nothing, rounding is all that is left.
         torch.testing.assert_close(held[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_validation_losses_are_those_of_the_unsplit_model(make: Make) -> None:
+    swarm = make("eval.every=0.5")
+    dead: list[str] = []
+
+    def watch(call: Call) -> None:
+        if call.step < -1 and not dead:
+            dead.append(call.peer.partition(".")[0])
+            swarm.kill(dead[0])
+
+    swarm.on_call = watch
+    swarm.run(lambda: swarm.brain.version == 1)
+    first = dict(swarm.brain.evaluations)
+    finish(swarm)
+    rows = replay(swarm.records).evaluations
+    assert dead and [row.versions[0] for row in rows] == [0, 3, 5]  # at the beginning, past the half, at the end
+    model, reader = Llama(swarm.spec.shape, seed=swarm.spec.train.seed), PackReader(swarm.spec.pack)
+    tokens = torch.from_numpy(reader.batch(evenly_spread(reader.num_samples("val"), 5), "val"))
+    with torch.no_grad():
+        assert first[0] == pytest.approx(float(next_token_loss(model, tokens)), rel=1e-5)
+        model.load_state_dict(parameters(swarm), strict=False)
+        assert rows[-1].val_loss == pytest.approx(float(next_token_loss(model, tokens)), rel=1e-5)
 
 
 def test_both_holders_of_the_tied_matrix_have_the_same_bits(make: Make) -> None:

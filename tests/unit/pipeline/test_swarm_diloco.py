@@ -21,9 +21,9 @@ from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.model.factory import next_token_loss
 from workers.model.llama import Llama
+from workers.pipeline.calls import Call
 from workers.pipeline.local_host import LocalHost
 from workers.pipeline.messages import Apply, LocalStep, OfferWork, Reduce, Spread
-from workers.pipeline.microbatches import Call
 from workers.pipeline.records import StageCountRecord, StageSyncRecord, WorkLostRecord
 from workers.pipeline.state import PARAMS, spread_out
 
@@ -45,6 +45,9 @@ outer_momentum = 0.9
 name = "fp32"
 [exchange]
 chunk_values = 1024
+[eval]
+every = 1.0
+windows = 5
 [pipeline]
 stages = 3
 peers = 2
