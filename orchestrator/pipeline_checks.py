@@ -28,7 +28,7 @@ def _sizes(config: RunConfig) -> Iterator[Problem]:
     stages = pipeline.stages
     assert stages is not None, "looked at before"
     layers = config.model.layers + 2
-    if stages > layers:
+    if config.model.factory is None and stages > layers:  # a list of layers is counted when it is there
         message = (
             f"pipeline.stages = {stages}, and the model has {layers} layers (embedding, {config.model.layers} decoder "
             "layers, head): a stage needs at least one"
@@ -71,7 +71,6 @@ def _others(config: RunConfig) -> Iterator[Problem]:
     """Settings of islands that a pipeline has no use for are refused, and not passed over."""
     yield from _synchronisation(config)
     needed = {
-        "model.factory": (config.model.factory, None),
         "model.init_from": (config.model.init_from, None),
         "train.loop": (config.train.loop, None),
         "train.optimizer": (config.train.optimizer, "adamw"),

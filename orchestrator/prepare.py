@@ -18,6 +18,7 @@ from orchestrator.telemetry.trackers import check_installed
 if TYPE_CHECKING:
     from faults.lab.schedule import LinkChange
     from orchestrator.config import RunConfig
+    from workers.pipeline.layer_table import LayerTable
 
 
 VERIFIED_BYTES = 2_000_000_000  # a second or two
@@ -96,14 +97,40 @@ def _check_pipeline(config: RunConfig, pack: Path) -> None:
     """Whether every stage fits somebody; raises SettingError with the numbers."""
     if config.pipeline.stages is None:
         return
-    from orchestrator.pipeline.plan import check_memory
+    from orchestrator.pipeline.plan import check_memory, outer_states
     from workers.data.index import load_index
     from workers.model.shape import resolve_shape
     from workers.pipeline.memory import machine_bytes
 
     index = load_index(pack)
     shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
-    check_memory(shape, config.pipeline, machine_bytes=machine_bytes(), on_one_machine=config.run.address is None)
+    check_memory(
+        shape,
+        config.pipeline,
+        machine_bytes=machine_bytes(),
+        on_one_machine=config.run.address is None,
+        table=layer_table(config, pack),
+        outer_states=outer_states(config),
+    )
+
+
+def layer_table(config: RunConfig, pack: Path) -> LayerTable | None:
+    """What is known of a pipeline's layers, where that is more than the settings say; raises ModelError."""
+    if config.model.factory is None and config.pipeline.split == "params":
+        return None
+    from workers.data.index import load_index
+    from workers.model.shape import resolve_shape
+    from workers.pipeline.user_layers import make_table
+
+    index = load_index(pack)
+    return make_table(
+        factory=config.model.factory,
+        options=dict(config.model.options),
+        shape=resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len),
+        seed=config.train.seed,
+        by_time=config.pipeline.split == "time",
+        source_digest=config.model.factory_digest,
+    )
 
 
 def _import_from_here() -> None:

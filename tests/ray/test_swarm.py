@@ -20,8 +20,10 @@ from orchestrator.build import resolve
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.launch import RaySession
 from orchestrator.pipeline.replay import PipelineHistory, replay
+from orchestrator.pipeline.views import read_pipeline_status
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
+from workers.data.index import load_index
 from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, WorkLostRecord
 from workers.records import FenceRecord, Record, TermRecord
 
@@ -264,7 +266,9 @@ DILOCO = (
 def test_diloco_inside_stages_loses_what_a_dead_peer_made_and_nothing_else(
     ray_cluster_of_eight: None, pack_dir: Path, tmp_path: Path
 ) -> None:
-    run = LiveSwarm(pack_dir, tmp_path / "run", *DILOCO)
+    # Of a model that nobody knows but the user: a list of layers.
+    own = ["model.factory=tests.list_model:build", f"model.options.vocab={load_index(pack_dir).vocab_size}"]
+    run = LiveSwarm(pack_dir, tmp_path / "run", *DILOCO, *own, "model.options.width=32")
     run.start()
     try:
         run.until_complete()
@@ -285,3 +289,6 @@ def test_diloco_inside_stages_loses_what_a_dead_peer_made_and_nothing_else(
         parts = history.committed[stage] + history.lost.get(stage, 0) + history.own_by_stage.get(stage, 0)
         assert parts == history.version * 6, (stage, history.committed, history.lost)
     assert all(len(r.holders) >= 2 for r in run.records() if isinstance(r, StageSyncRecord))
+    assert summary.initial_val_loss is not None and 0 < summary.goodput <= 1
+    stages = read_pipeline_status(run.run_dir).stages
+    assert all(peer.throughput and peer.memory_limit_bytes for stage in stages for peer in stage.serving)

@@ -15,6 +15,9 @@ class PipelineConfig(Section):
     stages: int | None = Field(None, ge=1, le=1024, description="Stages that the layers are cut into; unset: islands.")
     peers: int = Field(2, ge=1, le=1024, description="Stage peers for each stage, on average: processes of the run.")
     trainers: int = Field(1, ge=1, le=256, description="Processes that send microbatches through the stages.")
+    split: Literal["params", "time"] = Field(
+        "params", description="Stages of equal parameters, or of equal time (each layer is measured before the start)."
+    )
     microbatches: int = Field(8, ge=1, le=65536, description="Microbatches of one step, of all trainers together.")
     microbatch_size: int = Field(4, ge=1, le=65536, description="Samples in one microbatch.")
     in_flight: int = Field(

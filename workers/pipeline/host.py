@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from workers.pipeline.accumulator import Begin
 from workers.pipeline.boundary import Boundary
 from workers.pipeline.calls import BACKWARD_SIZE, Call
-from workers.pipeline.layers import build_decoder_stage
 from workers.pipeline.memory import machine_bytes
 from workers.pipeline.messages import (
     Applied,
@@ -43,9 +42,10 @@ from workers.pipeline.messages import (
     ToPeer,
 )
 from workers.pipeline.peer import Reply, Request, StagePeer
-from workers.pipeline.pieces import Pieces, token_loss
+from workers.pipeline.pieces import Pieces
 from workers.pipeline.spec import TIED, PipelineSpec, unit_of
 from workers.pipeline.state import Flats, StageState, flatten
+from workers.pipeline.user_layers import build_stage, loss_of
 from workers.store import BlobStore
 from workers.transport.base import Transport
 
@@ -197,7 +197,7 @@ class PeerHost:
             return StageState(self.spec, order.stage, flats, version=order.version)
         if order.version != 0:
             raise PeerError(f"stage {order.stage} at version {order.version} is held nowhere")
-        model = build_decoder_stage(self.spec.shape, self.spec.stages[order.stage], seed=self.spec.train.seed)
+        model = build_stage(self.spec, self.spec.stages[order.stage])
         state = StageState.begin(self.spec, order.stage, model)
         if order.tied_from is not None:
             last = self.spec.num_stages - 1
@@ -208,13 +208,13 @@ class PeerHost:
         if self.serving is not None and self.serving.name == name:
             return
         spec = self.spec
-        model = build_decoder_stage(spec.shape, spec.stages[state.stage], seed=spec.train.seed)
+        model = build_stage(spec, spec.stages[state.stage])
         peer = StagePeer(
             name=name,
             stage=state.stage,
             num_stages=spec.num_stages,
             model=model,
-            loss_fn=token_loss,
+            loss_fn=loss_of(spec),
             boundary=Boundary(spec.pipeline.boundary, spec.train.seed),
             optimizer=None,
             store=self._store,
