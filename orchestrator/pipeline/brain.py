@@ -178,6 +178,9 @@ class PipelineBrain(Validation):
             self._take_what_can()
         if self.placed and not self.begun:
             self._begin_training()
+        if self.commit is not None and (stage := self.commit.given_up()) is not None and not self._is_coming(stage):
+            # They live, or nobody would count them: in a new round they may serve again.
+            self._restart_step(f"everybody who serves stage {stage} was fenced")
         commit = self.commit
         if commit is not None:
             self._order_wanted(commit)
@@ -185,6 +188,9 @@ class PipelineBrain(Validation):
                 self._commit(commit)
         elif self.begun and self.finished is None:
             self._open_step("")
+
+    def _is_coming(self, stage: int) -> bool:
+        return any(peer.taking.get(stage) is not None for peer in self.roster.peers.values())
 
     def _order_wanted(self, commit: StepCommit) -> None:
         wanted, commit.wanted = commit.wanted, []
@@ -439,6 +445,12 @@ class PipelineBrain(Validation):
         self._look_for_trainers()
         if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()
+        if self.commit is not None:
+            self.commit.ask_again()
+        if self._now_s >= self._announced_s + self.plan.pipeline.forward_timeout_s:
+            # Who was banned and lives may be tried again.
+            self._announced_s = self._now_s
+            self._tell_all(Peers(peers=self.roster.places()))
         late = self.rebalancer.expire(self._now_s)
         if late is not None and (peer := self.roster.peers.get(late.move.peer)) is not None:
             self._stay(peer, late.move.target)

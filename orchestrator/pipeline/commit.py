@@ -130,13 +130,21 @@ class StepCommit:
             self._try_reduce(unit)
         return True
 
+    def given_up(self) -> int | None:
+        """A stage that is to be counted, and everybody who serves it was fenced for the step; None: there is none."""
+        for number, stage in enumerate(self.stages):
+            serving = self.roster.serving(number)
+            if stage.phase == "counting" and serving and not self._able(number):
+                return number
+        return None
+
     # ------------------------------------------------------------ reducing
 
     def _try_reduce(self, name: str) -> None:
         unit, stages = self.units[name], self.layout.stages_of[name]
         if unit.owners or any(self.stages[stage].phase != "collected" for stage in stages):
             return
-        owners = self._able(stages[0])
+        owners = self._able(stages[0]) or self._able(stages[-1])
         if not owners:
             return  # the stage has nobody: it counts anew when somebody is there
         self.attempt += 1
@@ -239,6 +247,17 @@ class StepCommit:
         """A holder could not compute its next state: it is not waited for, and catches up."""
         if spread == self.spreading:
             self.waiting.discard((stage, process))
+
+    def ask_again(self) -> None:
+        """Ask those who could not compute their next state, where too few could."""
+        if not self.spreading:
+            return
+        for stage, haves in self.haves.items():
+            busy = any(waiting == stage for waiting, _ in self.waiting)
+            if len(haves) < self._copies and not busy:
+                for peer in self.roster.holders(stage, self.step):
+                    if peer.process not in haves:
+                        self.ask(stage, peer)
 
     def stop_spreading(self) -> None:
         """A sum is lost before the step is on the record."""

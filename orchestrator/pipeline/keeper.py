@@ -53,7 +53,7 @@ class StageKeeper:
         self._ordered_s: dict[int, float] = {}
         self._strikes: dict[str, int] = {}  # process -> times in a row that it did not answer
         self._later: list[tuple[float, Callable[[], None]]] = []
-        self._now_s = self._step_since_s = self._look_s = self._saved_s = 0.0
+        self._now_s = self._step_since_s = self._look_s = self._saved_s = self._announced_s = 0.0
         self._failures = 0
         self._saving: tuple[str, int, set[int]] | None = None
         self._started_s: float | None = None
@@ -178,7 +178,7 @@ class StageKeeper:
             step=self.version,
         )
         if not sources and peer.versions.get(stage) != version:
-            if self.begun:
+            if self.begun or (version > 0 and self.plan.from_folder is None):
                 self._check_alive(stage)
                 return
             makers = [one for one in self.roster.peers.values() if one.taking.get(stage) is not None]

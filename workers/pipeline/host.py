@@ -205,8 +205,9 @@ class PeerHost:
         return state
 
     def _serve(self, state: StageState, name: str, step: int) -> None:
-        if self.serving is not None and self.serving.name == name:
-            return
+        known = self.serving
+        if known is not None and known.name == name and known.accumulator.version == step:
+            return  # of the same name with an older state: a step was committed on its way, and nobody has called it
         spec = self.spec
         model = build_stage(spec, spec.stages[state.stage])
         peer = StagePeer(

@@ -312,6 +312,7 @@ class Microbatches:
     def _on_replied(self, event: Replied) -> None:
         call = event.call
         self.router.answered(call.peer, size=call.size, seconds=event.seconds)
+        self.router.lift(call.peer)  # late or not: it answers, so it serves
         if self._job_of(call) is not None:
             self._finish(call)
 

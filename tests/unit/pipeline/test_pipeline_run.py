@@ -27,7 +27,7 @@ from workers.model.llama import Llama
 from workers.pipeline.calls import Call
 from workers.pipeline.host import PeerHost
 from workers.pipeline.messages import Apply, Collect, Reduce, Spread
-from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord
+from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord, StepRecord
 from workers.pipeline.spec import TIED
 from workers.pipeline.state import PARAMS, Next, StageState
 from workers.pipeline.trainer import TrainerHost
@@ -311,6 +311,24 @@ def test_a_peer_that_hangs_is_ended_and_replaced(make: Make, expected: tuple[str
     fences = [r for r in swarm.records if isinstance(r, FenceRecord)]
     assert [fence.member for fence in fences] == [victim.process] and "it hangs" in fences[0].why
     assert swarm.processes[victim.process].nonce != victim.nonce
+
+
+def test_the_only_peer_of_a_stage_is_fenced_and_lives(make: Make, expected: tuple[str, ...]) -> None:
+    times = ("pipeline.forward_timeout_s=5", "pipeline.backward_timeout_s=10", "pipeline.trainer_timeout_s=100")
+    swarm = make("pipeline.peers=1", *times)
+    hung: list[str] = []
+
+    def watch(call: Call) -> None:
+        if (call.step, call.stage, call.direction) == (2, 1, "backward") and not hung:
+            hung.append(call.peer.partition(".")[0])
+            swarm.hang(hung[0])
+            swarm._at(17.0, lambda: setattr(swarm.processes[hung[0]], "hangs", False))
+
+    swarm.on_call = watch
+    assert finish(swarm) == expected
+    assert [r.peer.partition(".")[0] for r in swarm.records if isinstance(r, StepFenceRecord)] == hung
+    again = [r.why for r in swarm.records if isinstance(r, StepRecord) and r.round > 0]
+    assert again == ["everybody who serves stage 1 was fenced"]
 
 
 @pytest.mark.parametrize("num_trainers", [1, 2])
