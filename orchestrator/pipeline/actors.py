@@ -242,7 +242,8 @@ class TrainerActor(_Process):
         assert host is not None, "it sends after it began"
         try:
             reply = await self._peer(place).call.remote(request)
-            data = await asyncio.get_running_loop().run_in_executor(self.fetching, host.fetch, place, reply)
+            loop = asyncio.get_running_loop()
+            reply, data = await loop.run_in_executor(self.fetching, host.fetch_timed, place, reply)
         except RayTaskError as error:
             host.failed(call, round_, _first_line(error))
         except (RayActorError, TransportError, ValueError, GetTimeoutError) as error:

@@ -61,8 +61,8 @@ class _Process:
 
 @dataclass(kw_only=True)
 class LocalSwarm:
-    """See the module. `speeds`: of peers, 1 where it is not given; `on_order` and `on_call` see what is about to be
-    done, and may kill.
+    """See the module. `speeds`: of peers, 1 where it is not given; `late_s`: who takes longer to start; `on_order` and
+    `on_call` see what is about to be done, and may kill.
     """
 
     spec: PipelineSpec
@@ -70,6 +70,7 @@ class LocalSwarm:
     speeds: dict[str, float] = field(default_factory=dict)
     memory_of: dict[str, int] = field(default_factory=dict)
     start_s: float = 2.0
+    late_s: dict[str, float] = field(default_factory=dict)
     on_order: Callable[[Order], None] = lambda order: None
     on_call: Callable[[Call], None] = lambda call: None
     now_s: float = 0.0
@@ -190,7 +191,7 @@ class LocalSwarm:
                 case Write(records=records):
                     self.records += records
                 case Start(process=name):
-                    self._at(self.start_s, lambda name=name: self._start(name))  # type: ignore[misc]
+                    self._at(self.late_s.get(name, self.start_s), lambda name=name: self._start(name))  # type: ignore[misc]
                 case End(process=name, nonce=nonce):
                     if self._is_alive(name, nonce):
                         self.processes[name].alive = False

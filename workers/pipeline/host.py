@@ -101,7 +101,9 @@ class PeerHost:
         peer = self._wait_for(request.call)
         if peer is None:
             return Reply(begin=Begin.OTHER_VERSION)
+        asked_s = self._clock()
         fetched = peer.fetch(request)
+        fetch_s = self._clock() - asked_s
         with self._compute:
             if self.serving is not peer or not self._is_current(request.call.step, request.round_):
                 return Reply(begin=Begin.OTHER_VERSION)
@@ -110,7 +112,8 @@ class PeerHost:
             self._keep_pace(request.call, began_s)
             seconds = self._clock() - began_s
             self.busy_s += seconds
-        return replace(reply, seconds=seconds)
+        # The next call's tensors come while this one computes: the longer of the two is what a call takes.
+        return replace(reply, seconds=max(seconds, fetch_s))
 
     def withdraw(self, call: Call, round_: int) -> Reply | None:
         """The reply of a backward that is counted here; None: this attempt is not, and never will be."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -234,6 +235,12 @@ class TrainerHost:
         """What the controller is told every so often."""
         queues = tuple(sorted(self.machine.queues().items()))
         return Heartbeat(progress=self._num_events, owes=self.machine.num_in_flight > 0, queues=queues)
+
+    def fetch_timed(self, place: PeerPlace, reply: Reply) -> tuple[Reply, NDArray[Any] | None]:
+        """The same, and the reply with the seconds that its peer's link makes a call last, if those are more."""
+        asked_s = self._clock()
+        data = self.fetch(place, reply)
+        return replace(reply, seconds=max(reply.seconds, self._clock() - asked_s)), data
 
     def fetch(self, place: PeerPlace, reply: Reply) -> NDArray[Any] | None:
         """The tensor of a reply, None where it has none; on any thread. Raises TransportError."""

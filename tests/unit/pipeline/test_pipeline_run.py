@@ -27,6 +27,7 @@ from workers.model.llama import Llama
 from workers.pipeline.calls import Call
 from workers.pipeline.host import PeerHost
 from workers.pipeline.messages import Apply, Collect, Reduce, Spread
+from workers.pipeline.peer import Fetched, Reply, Request
 from workers.pipeline.records import ServeRecord, StageCommitRecord, StepFenceRecord, StepRecord
 from workers.pipeline.spec import TIED
 from workers.pipeline.state import PARAMS, Next, StageState
@@ -403,6 +404,48 @@ def test_a_peer_moves_to_the_slowest_stage(make: Make, expected: tuple[str, ...]
     assert [move for _, move, how in swarm.brain.rebalancer.history if how == "joined" and move.target == 1]
     assert replay(swarm.records).moves
     assert not [r for r in swarm.records if isinstance(r, StepFenceRecord)], "a move costs nobody's work"
+
+
+def test_a_peer_that_joins_makes_steps_quicker_after_the_next_look(make: Make) -> None:
+    swarm = make("pipeline.microbatches=12", "pipeline.in_flight=12", f"train.tokens={40 * 24 * 16}")
+    swarm.late_s = {"peer-5": 600.0}
+    swarm.run(lambda: "peer-5" in swarm.processes)
+    before = [step.seconds for step in swarm.steps[-4:]]
+    assert len(before) == 4, "it began without the one that is late"
+    swarm.run(lambda: not any(peer.taking for peer in swarm.brain.roster.peers.values()))
+    for _ in range(2):
+        swarm._tell_brain(Rebalance())
+        version = swarm.brain.version
+        swarm.run(lambda version=version: swarm.brain.version >= version + 4)
+    after = [step.seconds for step in swarm.steps[-3:]]
+    assert max(after) < 0.85 * min(before), (before, after, swarm.brain.moves, swarm.brain.why_no_move)
+
+
+def test_a_peer_behind_a_slow_link_is_a_slow_peer(make: Make) -> None:
+    swarm = make()
+    swarm.run(lambda: swarm.brain.version == 1)
+    peer = swarm.brain.roster.serving(1)[0]
+    host = swarm.processes[peer.process].host
+    assert isinstance(host, PeerHost) and host.serving is not None
+    clock = [0.0]
+    host._clock = lambda: clock[0]
+    fetch = host.serving.fetch
+
+    def slowly(request: Request) -> Fetched:
+        clock[0] += 3.0  # the tensors are long on their way
+        return fetch(request)
+
+    host.serving.fetch = slowly  # type: ignore[method-assign]
+    replies: list[Reply] = []
+    call = host.call
+
+    def listen(request: Request) -> Reply:
+        replies.append(call(request))
+        return replies[-1]
+
+    host.call = listen  # type: ignore[method-assign]
+    swarm.run(lambda: swarm.brain.version == 2)
+    assert replies and all(reply.seconds == 3.0 for reply in replies) and host.busy_s < 3.0
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(make: Make, expected: tuple[str, ...], tmp_path: Path) -> None:
