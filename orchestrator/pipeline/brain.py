@@ -445,7 +445,8 @@ class PipelineBrain(Validation):
         self._look_for_trainers()
         if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()
-        if self.commit is not None:
+        if self.commit is not None and self._now_s >= self._asked_s + RETRY_S:
+            self._asked_s = self._now_s
             self.commit.ask_again()
         if self._now_s >= self._announced_s + self.plan.pipeline.forward_timeout_s:
             # Who was banned and lives may be tried again.

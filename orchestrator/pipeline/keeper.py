@@ -53,7 +53,8 @@ class StageKeeper:
         self._ordered_s: dict[int, float] = {}
         self._strikes: dict[str, int] = {}  # process -> times in a row that it did not answer
         self._later: list[tuple[float, Callable[[], None]]] = []
-        self._now_s = self._step_since_s = self._look_s = self._saved_s = self._announced_s = 0.0
+        self._now_s = self._step_since_s = self._look_s = self._saved_s = 0.0
+        self._announced_s = self._asked_s = 0.0
         self._failures = 0
         self._saving: tuple[str, int, set[int]] | None = None
         self._started_s: float | None = None

@@ -118,7 +118,9 @@ class LiveSwarm:
         def complete(status: dict[str, Any]) -> bool:
             stages = status["stages"]
             num = sum(len(stage["peers"]) for stage in stages)
-            return num == 6 and all(stage["buddies"] and stage["peers"] for stage in stages)
+            return num == self.config.pipeline.num_peers and all(
+                stage["buddies"] and stage["peers"] for stage in stages
+            )
 
         self.until(complete, "all peers to serve and every stage to have a buddy")
 
@@ -260,6 +262,7 @@ DILOCO = (
     "codec.name=int8",
     "codec.error_feedback=true",
     "pipeline.trainers=1",
+    "pipeline.peers=1",
 )
 
 

@@ -199,15 +199,6 @@ def test_both_holders_of_the_tied_matrix_have_the_same_bits(make: Make) -> None:
     assert len(matrices) >= 4 and all(torch.equal(matrices[0], matrix) for matrix in matrices)
 
 
-def test_int8_boundaries_train_as_well(make: Make) -> None:
-    tokens = f"train.tokens={20 * 12 * 16}"
-    exact, coarse = make(tokens), make(tokens, "pipeline.boundary=int8")
-    finish(exact)
-    finish(coarse)
-    assert coarse.steps[-1].loss == pytest.approx(exact.steps[-1].loss, rel=0.005)
-    assert coarse.steps[-1].loss != exact.steps[-1].loss
-
-
 # ---------------------------------------------------------------- nothing that dies changes bits
 
 
@@ -368,7 +359,7 @@ def test_a_trainer_that_lives_and_gets_nowhere_is_replaced(make: Make, expected:
     assert [fence.member for fence in fences] == ["trainer-0"] and "without progress" in fences[0].why
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_deaths(make: Make, expected: tuple[str, ...], seed: int) -> None:
     swarm = make("pipeline.trainers=2")
     generator = np.random.default_rng(seed)
