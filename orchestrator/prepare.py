@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from orchestrator.telemetry.trackers import check_installed
 if TYPE_CHECKING:
     from faults.lab.schedule import LinkChange
     from orchestrator.config import RunConfig
+    from workers.model.shape import DecoderShape
     from workers.pipeline.layer_table import LayerTable
 
 
@@ -120,16 +123,27 @@ def layer_table(config: RunConfig, pack: Path) -> LayerTable | None:
         return None
     from workers.data.index import load_index
     from workers.model.shape import resolve_shape
-    from workers.pipeline.user_layers import make_table
 
     index = load_index(pack)
+    shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
+    model, by_time = config.model, config.pipeline.split == "time"
+    return _table(model.factory, json.dumps(model.options), shape, config.train.seed, by_time, model.factory_digest)
+
+
+@cache
+def _table(
+    factory: str | None, options: str, shape: DecoderShape, seed: int, by_time: bool, source_digest: str | None
+) -> LayerTable | None:
+    """Once in a process: what is measured is another time something else."""
+    from workers.pipeline.user_layers import make_table
+
     return make_table(
-        factory=config.model.factory,
-        options=dict(config.model.options),
-        shape=resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len),
-        seed=config.train.seed,
-        by_time=config.pipeline.split == "time",
-        source_digest=config.model.factory_digest,
+        factory=factory,
+        options=json.loads(options),
+        shape=shape,
+        seed=seed,
+        by_time=by_time,
+        source_digest=source_digest,
     )
 
 
