@@ -216,7 +216,7 @@ def find_config(run: str | Path) -> tuple[Path, str]:
 
 def list_presets() -> dict[str, Path]:
     """Name -> file of the presets that come with Atoll, in alphabetical order."""
-    return {path.stem: path for path in sorted(presets_dir().glob("*.toml"))}
+    return {path.stem: path for path in sorted(presets_dir().glob("*.toml"), key=lambda path: path.stem)}
 
 
 def purpose_of(preset: Path) -> str:

@@ -279,6 +279,12 @@ class RaySession:
         token = secrets.token_hex(16)
         if self.config.pipeline.stages is not None:
             from orchestrator.pipeline.controller import PipelineActor
+            from orchestrator.prepare import layer_table
+            from workers.pipeline.layer_table import read_table
+
+            assert pack is not None, "a pipeline has a pack"
+            if read_table(run_dir) is None and (table := layer_table(self.config, pack)) is not None:
+                table.write(run_dir)
 
             shell = PipelineActor.options(**options, resources=this_machine())  # type: ignore[attr-defined]
             self.controller = shell.remote(*arguments, token, resume)

@@ -28,7 +28,7 @@ def _sizes(config: RunConfig) -> Iterator[Problem]:
     stages = pipeline.stages
     assert stages is not None, "looked at before"
     layers = config.model.layers + 2
-    if stages > layers:
+    if config.model.factory is None and stages > layers:  # a list of layers is counted when it is there
         message = (
             f"pipeline.stages = {stages}, and the model has {layers} layers (embedding, {config.model.layers} decoder "
             "layers, head): a stage needs at least one"
@@ -69,9 +69,8 @@ def _sizes(config: RunConfig) -> Iterator[Problem]:
 
 def _others(config: RunConfig) -> Iterator[Problem]:
     """Settings of islands that a pipeline has no use for are refused, and not passed over."""
+    yield from _synchronisation(config)
     needed = {
-        "strategy.name": (config.strategy.name, "ddp"),
-        "model.factory": (config.model.factory, None),
         "model.init_from": (config.model.init_from, None),
         "train.loop": (config.train.loop, None),
         "train.optimizer": (config.train.optimizer, "adamw"),
@@ -83,7 +82,6 @@ def _others(config: RunConfig) -> Iterator[Problem]:
         "run.redundancy": (config.run.redundancy, "none"),
         "run.snapshots": (config.run.snapshots, None),
         "run.fault_plan": (config.run.fault_plan, None),
-        "codec.error_feedback": (config.codec.error_feedback, False),
         "robust.rule": (config.robust.rule, "mean"),
         "robust.verify": (config.robust.verify, False),
     }
@@ -92,3 +90,25 @@ def _others(config: RunConfig) -> Iterator[Problem]:
             message = f"{key} = {value!r}, and a pipeline (pipeline.stages = {config.pipeline.stages}) does without it"
             remedy = f"{key} = {wanted!r}" if wanted is not None else f"unset it (`--set {key}=`)"
             yield Problem(key=key, message=message, remedy=remedy)
+
+
+def _synchronisation(config: RunConfig) -> Iterator[Problem]:
+    """Peers of a stage add gradients after every step (ddp), or what steps of their own moved (diloco)."""
+    strategy = config.strategy
+    where = f"a pipeline (pipeline.stages = {config.pipeline.stages})"
+    if strategy.name not in ("ddp", "diloco"):
+        message = f"strategy.name = {strategy.name!r}, and {where} synchronises its stages by ddp or diloco"
+        yield Problem(key="strategy.name", message=message, remedy="strategy.name = 'ddp' or 'diloco'")
+    if strategy.name == "ddp" and config.codec.error_feedback:
+        message = f"codec.error_feedback = True, and {where} with strategy.name = 'ddp' does without it"
+        remedy = "codec.error_feedback = False: microbatches go to other peers in every step, so residuals have no home"
+        yield Problem(key="codec.error_feedback", message=message, remedy=remedy)
+    plain = {
+        "strategy.warmup_sync": (strategy.warmup_sync, 0.0),
+        "strategy.qsr_alpha": (strategy.qsr_alpha, 0.0),
+        "strategy.num_fragments": (strategy.total_fragments, 1),
+    }
+    for key, (value, wanted) in plain.items():
+        if value != wanted:
+            message = f"{key} = {value!r}, and {where} does without it"
+            yield Problem(key=key, message=message, remedy=f"{key} = {wanted!r}")

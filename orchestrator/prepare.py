@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ from orchestrator.telemetry.trackers import check_installed
 if TYPE_CHECKING:
     from faults.lab.schedule import LinkChange
     from orchestrator.config import RunConfig
+    from workers.model.shape import DecoderShape
+    from workers.pipeline.layer_table import LayerTable
 
 
 VERIFIED_BYTES = 2_000_000_000  # a second or two
@@ -111,14 +115,51 @@ def _check_pipeline(config: RunConfig, pack: Path) -> None:
     """Whether every stage fits somebody; raises SettingError with the numbers."""
     if config.pipeline.stages is None:
         return
-    from orchestrator.pipeline.plan import check_memory
+    from orchestrator.pipeline.plan import check_memory, outer_states
     from workers.data.index import load_index
     from workers.model.shape import resolve_shape
     from workers.pipeline.memory import machine_bytes
 
     index = load_index(pack)
     shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
-    check_memory(shape, config.pipeline, machine_bytes=machine_bytes(), on_one_machine=config.run.address is None)
+    check_memory(
+        shape,
+        config.pipeline,
+        machine_bytes=machine_bytes(),
+        on_one_machine=config.run.address is None,
+        table=layer_table(config, pack),
+        outer_states=outer_states(config),
+    )
+
+
+def layer_table(config: RunConfig, pack: Path) -> LayerTable | None:
+    """What is known of a pipeline's layers, where that is more than the settings say; raises ModelError."""
+    if config.model.factory is None and config.pipeline.split == "params":
+        return None
+    from workers.data.index import load_index
+    from workers.model.shape import resolve_shape
+
+    index = load_index(pack)
+    shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
+    model, by_time = config.model, config.pipeline.split == "time"
+    return _table(model.factory, json.dumps(model.options), shape, config.train.seed, by_time, model.factory_digest)
+
+
+@cache
+def _table(
+    factory: str | None, options: str, shape: DecoderShape, seed: int, by_time: bool, source_digest: str | None
+) -> LayerTable | None:
+    """Once in a process: what is measured is another time something else."""
+    from workers.pipeline.user_layers import make_table
+
+    return make_table(
+        factory=factory,
+        options=json.loads(options),
+        shape=shape,
+        seed=seed,
+        by_time=by_time,
+        source_digest=source_digest,
+    )
 
 
 def _import_from_here() -> None:

@@ -21,8 +21,9 @@ Combine = Callable[[float, int, int], float]
 """`(cost of the stages before, first layer of the next one, its end) -> cost of all of them`."""
 
 PARAMETER_BYTES = 4
-# Gradient of the microbatch under way, and the two moments of Adam, each as large as the parameters.
-WORKING_COPIES = 3
+# Gradient of the microbatch under way, two moments of Adam, and the next state (three) beside the present one, each as
+# large as the parameters.
+WORKING_COPIES = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +152,8 @@ class PipelineSize:
     """What decides how much memory a pipeline takes. `boundary_bytes`: one encoded boundary tensor of a microbatch.
 
     `num_open_steps` is 2 with delayed parameter updates, else 1. `ordered`: peers keep the gradient of each microbatch
-    until the step is committed, so that they can be added in order (docs/adr/0033).
+    until the step is committed, so that they can be added in order (docs/adr/0033). `working_copies`: vectors as long
+    as the parameters that a peer has beside them; `buddy_copies`: of the largest stage, which it may keep for others.
     """
 
     num_microbatches: int
@@ -160,14 +162,20 @@ class PipelineSize:
     min_peers: int = 1
     num_open_steps: int = 1
     ordered: bool = True
+    working_copies: int = WORKING_COPIES
+    buddy_copies: int = 0
 
 
-def peer_bytes(stage: Stage, size: PipelineSize, *, activation_bytes: int = 0) -> int:
-    """Memory of one peer of the stage when only `min_peers` of them are left; `activation_bytes`: of one pass."""
+def peer_bytes(stage: Stage, size: PipelineSize, *, activation_bytes: int = 0, buddy_params: int = 0) -> int:
+    """Memory of one peer of the stage when only `min_peers` of them are left.
+
+    `activation_bytes`: of one pass; `buddy_params`: parameters of the largest stage whose copy it may keep.
+    """
     kept = -(-size.num_microbatches // size.min_peers) if size.ordered else 1
-    copies = 1 + WORKING_COPIES + kept * size.num_open_steps
+    copies = 1 + size.working_copies + kept * size.num_open_steps
+    buddy = buddy_params * PARAMETER_BYTES * size.buddy_copies
     # The stage's input and incoming gradient of the call under way and of the one that is fetched behind it.
-    return stage.num_params * PARAMETER_BYTES * copies + activation_bytes + 4 * size.boundary_bytes
+    return stage.num_params * PARAMETER_BYTES * copies + activation_bytes + 4 * size.boundary_bytes + buddy
 
 
 def trainer_bytes(num_stages: int, size: PipelineSize) -> int:
@@ -210,8 +218,9 @@ def check_pipeline(
             f"{trainer_limit_bytes:,}: take fewer or smaller microbatches, fewer stages, or a codec of fewer bits"
         )
     largest = max(peers.values())
+    buddy_params = max(stage.num_params for stage in stages)
     for stage in stages:
-        bytes_needed = peer_bytes(stage, size, activation_bytes=activation_bytes)
+        bytes_needed = peer_bytes(stage, size, activation_bytes=activation_bytes, buddy_params=buddy_params)
         if bytes_needed > largest:
             raise SettingError(
                 f"stage {stage.index} ({stage.names[0]} to {stage.names[-1]}) has {stage.num_params:,} parameters and "

@@ -23,8 +23,11 @@ from workers.pipeline.records import (
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
+    StageCountRecord,
+    StageSyncRecord,
     StepFenceRecord,
     StepRecord,
+    WorkLostRecord,
 )
 from workers.ranges import Range
 from workers.record_base import Record as Record
@@ -295,7 +298,7 @@ KINDS: dict[str, type[Record]] = {
         DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
-        StageCommitRecord, RefusalRecord, StandingRecord,
+        StageCommitRecord, StageCountRecord, StageSyncRecord, WorkLostRecord, RefusalRecord, StandingRecord,
         PairRosterRecord, PairCommitRecord,
     )
 }  # fmt: skip

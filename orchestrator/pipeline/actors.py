@@ -19,8 +19,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from orchestrator.island_actor import _logged, log_to, own_run_dir
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name, island_actor_name
+from workers.pipeline.calls import Call
+from workers.pipeline.memory import resident_bytes
 from workers.pipeline.messages import FromPeer, FromTrainer, PeerPlace, ToPeer, ToTrainer
-from workers.pipeline.microbatches import Call
 from workers.pipeline.spec import PipelineSpec
 from workers.stack import allow_dumps
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from workers.transport.flight import FlightTransport
 
 TICK_S = 0.1
+HEARTBEAT_S = 1.0
 FETCH_THREADS = 8
 
 log = logging.getLogger("atoll.pipeline")
@@ -94,10 +96,10 @@ class StagePeerActor(_Process):
         """Open the log and serve; what this process is, and what it holds. Idempotent."""
         if self.host is None:
             with _logged("the peer did not start"):
-                from workers.pipeline.host import PeerHost
+                from workers.pipeline.local_host import build_host
 
                 store, transport = self._settle_in()
-                self.host = PeerHost(self.spec, self.process, store, transport)
+                self.host = build_host(self.spec, self.process, store, transport)
         return {**self._present(), **self.host.present()}
 
     @ray.method(concurrency_group="calls")
@@ -131,10 +133,11 @@ class StagePeerActor(_Process):
 
     @ray.method(concurrency_group="watch")
     def figures(self) -> dict[str, float]:
-        """Seconds inside calls, and bytes on the wire, so far."""
+        """Seconds inside calls and bytes on the wire so far, and memory now."""
         assert self.host is not None and self.transport is not None, "begin() comes first"
         return {
             "busy_s": self.host.busy_s,
+            "memory_bytes": float(resident_bytes()),
             "bytes_sent": float(self.transport.bytes_sent),
             "bytes_received": float(self.transport.bytes_received),
         }
@@ -190,8 +193,12 @@ class TrainerActor(_Process):
         return read_piece(Path(self.log_file), offset, num_bytes)
 
     async def _tick(self) -> None:
+        beat_s = time.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
+            if time.monotonic() >= beat_s and self.host is not None:
+                beat_s = time.monotonic() + HEARTBEAT_S
+                self.tell(self.host.heartbeat())
             assert self.host is not None, "it ticks after it began"
             with _logged("the trainer failed"):
                 self.host.tick()
@@ -235,7 +242,8 @@ class TrainerActor(_Process):
         assert host is not None, "it sends after it began"
         try:
             reply = await self._peer(place).call.remote(request)
-            data = await asyncio.get_running_loop().run_in_executor(self.fetching, host.fetch, place, reply)
+            loop = asyncio.get_running_loop()
+            reply, data = await loop.run_in_executor(self.fetching, host.fetch_timed, place, reply)
         except RayTaskError as error:
             host.failed(call, round_, _first_line(error))
         except (RayActorError, TransportError, ValueError, GetTimeoutError) as error:
@@ -258,6 +266,23 @@ class TrainerActor(_Process):
             host.unreachable(call, round_, _first_line(error))
         else:
             host.withdrawn(call, round_, reply, data)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def end_stopped(pid: int) -> bool:
+    """SIGKILL to a worker's process on this machine that `ray.kill` could not end; whether it was there.
+
+    Ray asks a process to end itself, which one that is stopped (SIGSTOP) cannot do.
+    """
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    # The number may be another process's by now.
+    if not title.startswith((b"ray::TrainerActor", b"ray::StagePeerActor")):
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ from orchestrator.pipeline.commands import (
     Answered,
     Command,
     Died,
-    End,
     Event,
     Failed,
     Heard,
@@ -25,15 +24,17 @@ from orchestrator.pipeline.commands import (
     Tick,
 )
 from orchestrator.pipeline.commit import Contradiction, StepCommit
-from orchestrator.pipeline.keeper import StageKeeper
 from orchestrator.pipeline.roster import Peer, deal
+from orchestrator.pipeline.validation import Validation
 from workers.pipeline.messages import (
     Applied,
     Apply,
+    Evaluated,
     FromPeer,
     FromTrainer,
     GaveUp,
     Have,
+    Heartbeat,
     Holds,
     Offered,
     OpenStep,
@@ -49,11 +50,12 @@ from workers.records import FenceRecord, JoinRecord, Record, SnapshotRecord
 RETRY_S = 0.5
 SPREAD_GRACE_S = 5.0
 MAX_FAILURES = 3
-MAX_STRIKES, TAKE_FACTOR = 2, 10
 
 
-class PipelineBrain(StageKeeper):
+class PipelineBrain(Validation):
     """See the module."""
+
+    step_kind: type[StepCommit] = StepCommit
 
     # ------------------------------------------------------------ dispatch
 
@@ -120,8 +122,9 @@ class PipelineBrain(StageKeeper):
         self.roster.peers[event.process] = peer
         for stage, digest in event.has_next:
             # It was told to compute the step that is the last on the record, and nobody told it so.
-            if peer.versions.get(stage) == self.version - 1 and digest == self.digests[stage]:
-                order = Apply(step=self.version - 1, stage=stage, digest=digest)
+            before = peer.versions.get(stage)
+            if before is not None and before < self.version and self.digests and digest == self.digests[stage]:
+                order = Apply(step=before, stage=stage, digest=digest)
                 peer.versions[stage] = self.version
                 self._order((peer.process, order, ("applied", stage, self.version)))
         self.rebalancer.changed()
@@ -131,6 +134,7 @@ class PipelineBrain(StageKeeper):
     def _died(self, event: Died) -> None:
         if self.roster.trainers.get(event.process) == event.nonce:
             del self.roster.trainers[event.process]
+            self._evaluator_died(event.process)
             if self.commit is not None and event.process in self.commit.trainers:
                 self._restart_step(f"{event.process} is gone")
         elif (peer := self.roster.peers.get(event.process)) is not None and peer.nonce == event.nonce:
@@ -174,15 +178,24 @@ class PipelineBrain(StageKeeper):
             self._take_what_can()
         if self.placed and not self.begun:
             self._begin_training()
+        if self.commit is not None and (stage := self.commit.given_up()) is not None and not self._is_coming(stage):
+            # They live, or nobody would count them: in a new round they may serve again.
+            self._restart_step(f"everybody who serves stage {stage} was fenced")
         commit = self.commit
         if commit is not None:
-            wanted, commit.wanted = commit.wanted, []
-            for one in wanted:
-                self._order(one)
+            self._order_wanted(commit)
             if commit.may_commit(self._now_s, grace_s=SPREAD_GRACE_S):
                 self._commit(commit)
         elif self.begun and self.finished is None:
             self._open_step("")
+
+    def _is_coming(self, stage: int) -> bool:
+        return any(peer.taking.get(stage) is not None for peer in self.roster.peers.values())
+
+    def _order_wanted(self, commit: StepCommit) -> None:
+        wanted, commit.wanted = commit.wanted, []
+        for one in wanted:
+            self._order(one)
 
     def _begin_training(self) -> None:
         if not all(self.roster.serving(stage) for stage in range(self.layout.num_stages)):
@@ -196,12 +209,13 @@ class PipelineBrain(StageKeeper):
                 num_microbatches=self.plan.pipeline.microbatches,
                 samples_per_step=self.plan.pipeline.samples_per_step,
                 version=self.version,
+                sync_steps=self.plan.sync_steps,
             )
         )
 
     def _open_step(self, why: str) -> None:
         """The next step, or the same one anew; with nobody to serve a stage it waits."""
-        if self._is_over() or not self.roster.trainers:
+        if self._validates() or self._is_over() or not self.roster.trainers:
             return
         trainers = tuple(sorted(self.roster.trainers))
         dealt = deal(self.plan.pipeline.microbatches, trainers)
@@ -211,17 +225,7 @@ class PipelineBrain(StageKeeper):
         self._write(
             StepRecord(step=self.version, round=self.round_, ranges=((first, first + size),), trainers=names, why=why)
         )
-        self.commit = StepCommit(
-            self.layout,
-            self.roster,
-            step=self.version,
-            round_=self.round_,
-            num_microbatches=self.plan.pipeline.microbatches,
-            trainers=trainers,
-            lr=self.plan.rate(self.version),
-            grad_clip=self.plan.grad_clip,
-            copies=max(1, min(self.plan.copies, len(self.roster.peers), self._most_holders())),
-        )
+        self.commit = self._new_commit(self.step_kind, trainers)
         self._step_since_s = self._now_s
         places = self.roster.places()
         for name in trainers:
@@ -232,8 +236,22 @@ class PipelineBrain(StageKeeper):
                 num_microbatches=self.plan.pipeline.microbatches,
                 first_sample=first,
                 peers=places,
+                life=self.plan.life,
             )
             self._out.append(Tell(process=name, nonce=self.roster.trainers[name], message=message))
+
+    def _new_commit(self, kind: type[StepCommit], trainers: tuple[str, ...]) -> StepCommit:
+        return kind(
+            self.layout,
+            self.roster,
+            step=self.version,
+            round_=self.round_,
+            num_microbatches=self.plan.pipeline.microbatches,
+            trainers=trainers,
+            lr=self.plan.rate(self.version),
+            grad_clip=self.plan.grad_clip,
+            copies=max(1, min(self.plan.copies, len(self.roster.peers), self._most_holders())),
+        )
 
     def _most_holders(self) -> int:
         """Copies that every stage can have: with buddies one more than the peers that it is sure to have."""
@@ -290,18 +308,21 @@ class PipelineBrain(StageKeeper):
                 about = ("applied", stage, commit.step + 1)
                 self._order((process, Apply(step=commit.step, stage=stage, digest=digest), about))
         self.version, self.round_, self.commit, self._failures = commit.step + 1, 0, None, 0
+        self._step_done(commit)
+        self._catch_up()
+        self._between_steps()
+
+    def _step_done(self, commit: StepCommit) -> None:
         loss = commit.loss()
         self.losses.append(loss)
         seconds = self._now_s - self._step_since_s
         self._out.append(StepDone(step=commit.step, loss=loss, seconds=seconds, attempts=commit.attempt))
         self._tell_all(StepCommitted(step=commit.step))
-        self._catch_up()
-        self._between_steps()
 
     def _catch_up(self) -> None:
         """Whoever did not have the next state pulls it; until then it serves nobody."""
         for peer in self.roster.peers.values():
-            for stage in [stage for stage, version in peer.versions.items() if version < self.version]:
+            for stage in [stage for stage, version in peer.versions.items() if version < self.held_version]:
                 if stage in peer.taking:
                     continue
                 serves = peer.stage == stage
@@ -389,6 +410,15 @@ class PipelineBrain(StageKeeper):
 
     def _heard(self, process: str, message: FromTrainer) -> None:
         commit = self.commit
+        if isinstance(message, Heartbeat):
+            self._heartbeat(process, message)
+            return
+        if isinstance(message, Evaluated):
+            self._evaluated_now(process, message)
+            return
+        if isinstance(message, GaveUp) and message.step < 0:
+            self._finish("failed", f"{process} gave up an evaluation: {message.reason}")
+            return
         if commit is None or (message.step, message.round_) != (commit.step, commit.round_):
             return
         if isinstance(message, GaveUp):
@@ -412,8 +442,16 @@ class PipelineBrain(StageKeeper):
         for what in due:
             what()
         self._look_for_silence()
-        if self.begun and not self.roster.trainers and self.commit is not None:
+        self._look_for_trainers()
+        if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()
+        if self.commit is not None and self._now_s >= self._asked_s + RETRY_S:
+            self._asked_s = self._now_s
+            self.commit.ask_again()
+        if self._now_s >= self._announced_s + self.plan.pipeline.forward_timeout_s:
+            # Who was banned and lives may be tried again.
+            self._announced_s = self._now_s
+            self._tell_all(Peers(peers=self.roster.places()))
         late = self.rebalancer.expire(self._now_s)
         if late is not None and (peer := self.roster.peers.get(late.move.peer)) is not None:
             self._stay(peer, late.move.target)
@@ -421,31 +459,6 @@ class PipelineBrain(StageKeeper):
         if period_s and self._now_s >= self._look_s + period_s:
             self._look_s = self._now_s
             self._rebalance()
-
-    def _look_for_silence(self) -> None:
-        """Orders that are not answered in time: a process that hangs must not hold a step up."""
-        self._ordered_s = {ticket: at_s for ticket, at_s in self._ordered_s.items() if ticket in self._open}
-        limit_s = self.plan.pipeline.forward_timeout_s
-        for ticket, at_s in sorted(self._ordered_s.items()):
-            process, about = self._open.get(ticket, ("", ("",)))
-            # A state takes as long as it takes, within reason.
-            most_s = limit_s * (TAKE_FACTOR if about[0] == "take" else 1)
-            if about[0] in ("offer", "sums", "have", "take") and self._now_s > at_s + most_s:
-                del self._open[ticket]
-                if (peer := self.roster.peers.get(process)) is not None:
-                    self._failed(peer, about, f"no answer for {most_s:g} s")
-                    self._strike(process, f"no answer to {about[0]!r} for {most_s:g} s")
-
-    def _strike(self, process: str, why: str) -> None:
-        """A peer that does not answer again and again, and says nothing in between, is ended and replaced."""
-        peer = self.roster.peers.get(process)
-        if peer is None:
-            return
-        self._strikes[process] = self._strikes.get(process, 0) + 1
-        if self._strikes[process] >= MAX_STRIKES:
-            del self._strikes[process]
-            self._out.append(End(process=process, nonce=peer.nonce))
-            self._died(Died(process=process, nonce=peer.nonce, why=f"it hangs: {why}"))
 
     _saved_version = -1
 
@@ -474,9 +487,3 @@ class PipelineBrain(StageKeeper):
         self._out.append(Sealed(folder=folder, version=version, digests=digests))
         name = folder.rstrip("/").rpartition("/")[2]
         self._write(SnapshotRecord(name=name, versions=(version,) * self.layout.num_stages))
-
-
-def end_all(brain: PipelineBrain) -> list[End]:
-    """Every process that is known."""
-    peers = [End(process=peer.process, nonce=peer.nonce) for peer in brain.roster.peers.values()]
-    return peers + [End(process=name, nonce=nonce) for name, nonce in brain.roster.trainers.items()]

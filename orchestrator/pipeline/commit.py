@@ -45,9 +45,16 @@ class _Unit:
     owners: dict[int, str] = field(default_factory=dict)  # chunk -> process
     sums: dict[int, float] = field(default_factory=dict)
 
+    skipped: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its sum is there, or it has none."""
+        return self.skipped or (bool(self.owners) and self.sums.keys() == self.owners.keys())
+
     def forget(self) -> None:
         """Nothing of it is reduced any more."""
-        self.owners, self.sums = {}, {}
+        self.owners, self.sums, self.skipped = {}, {}, False
 
 
 class StepCommit:
@@ -78,6 +85,7 @@ class StepCommit:
         self.spread_since_s = math.inf
         self.haves: dict[int, dict[str, str]] = {}
         self.waiting: set[tuple[int, str]] = set()
+        self.next_version: int | None = None
         self._lr, self._grad_clip, self._copies = lr, grad_clip, copies
 
     # ------------------------------------------------------------ counting and collecting
@@ -122,13 +130,21 @@ class StepCommit:
             self._try_reduce(unit)
         return True
 
+    def given_up(self) -> int | None:
+        """A stage that is to be counted, and everybody who serves it was fenced for the step; None: there is none."""
+        for number, stage in enumerate(self.stages):
+            serving = self.roster.serving(number)
+            if stage.phase == "counting" and serving and not self._able(number):
+                return number
+        return None
+
     # ------------------------------------------------------------ reducing
 
     def _try_reduce(self, name: str) -> None:
         unit, stages = self.units[name], self.layout.stages_of[name]
         if unit.owners or any(self.stages[stage].phase != "collected" for stage in stages):
             return
-        owners = self._able(stages[0])
+        owners = self._able(stages[0]) or self._able(stages[-1])
         if not owners:
             return  # the stage has nobody: it counts anew when somebody is there
         self.attempt += 1
@@ -136,7 +152,7 @@ class StepCommit:
         chunks = range(self.layout.chunks[name])
         # Another owner first with each attempt: one that cannot fetch what it needs is not asked for ever.
         unit.owners = {chunk: owners[(chunk + self.attempt) % len(owners)].process for chunk in chunks}
-        groups = tuple(self._parts(stage) for stage in stages)
+        groups = tuple(parts for stage in stages if (parts := self._parts(stage)))
         for process in dict.fromkeys(unit.owners.values()):
             mine = tuple(chunk for chunk, owner in unit.owners.items() if owner == process)
             order = Reduce(
@@ -159,7 +175,7 @@ class StepCommit:
         if attempt != unit.attempt or not unit.owners:
             return
         unit.sums |= dict(sums)
-        if all(one.owners and one.sums.keys() == one.owners.keys() for one in self.units.values()):
+        if all(one.is_done for one in self.units.values()):
             self._spread(now_s)
 
     def reduce_failed(self, name: str, attempt: int) -> None:
@@ -210,7 +226,13 @@ class StepCommit:
                     for chunk, process in sorted(unit.owners.items())
                 ]
         order = Spread(
-            step=self.step, round_=self.round_, stage=stage, owners=tuple(owners), scale=self.scale(), lr=self._lr
+            step=self.step,
+            round_=self.round_,
+            stage=stage,
+            owners=tuple(owners),
+            scale=self.scale(),
+            lr=self._lr,
+            next_version=self.next_version,
         )
         self.waiting.add((stage, peer.process))
         self.wanted.append((peer.process, order, ("have", stage, self.spreading)))
@@ -225,6 +247,17 @@ class StepCommit:
         """A holder could not compute its next state: it is not waited for, and catches up."""
         if spread == self.spreading:
             self.waiting.discard((stage, process))
+
+    def ask_again(self) -> None:
+        """Ask those who could not compute their next state, where too few could."""
+        if not self.spreading:
+            return
+        for stage, haves in self.haves.items():
+            busy = any(waiting == stage for waiting, _ in self.waiting)
+            if len(haves) < self._copies and not busy:
+                for peer in self.roster.holders(stage, self.step):
+                    if peer.process not in haves:
+                        self.ask(stage, peer)
 
     def stop_spreading(self) -> None:
         """A sum is lost before the step is on the record."""

@@ -16,7 +16,14 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    RayActorError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.config import RunConfig
@@ -25,8 +32,8 @@ from orchestrator.dashboard.feed import FeedPart
 from orchestrator.hands import new_nonce, reason_of
 from orchestrator.island_actor import log_to
 from orchestrator.journal import FileJournal, open_segment
-from orchestrator.pipeline.actors import StagePeerActor, TrainerActor
-from orchestrator.pipeline.brain import PipelineBrain, end_all
+from orchestrator.pipeline.actors import StagePeerActor, TrainerActor, end_stopped
+from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
     Answered,
     Command,
@@ -50,6 +57,7 @@ from orchestrator.pipeline.commands import (
 from orchestrator.pipeline.figures import Figures
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import newest_snapshot, replay, seal
+from orchestrator.pipeline.rounds import make_brain
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, island_actor_name
 from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
@@ -58,6 +66,7 @@ from workers.pipeline.messages import FromTrainer, Reduce, Spread, TakeStage
 
 TICK_S = 0.1
 WATCH_S = 30.0
+FIGURES_S = 5.0
 LINGER_S = 300.0
 BEGIN_AGAIN_S = 1.0
 
@@ -80,6 +89,7 @@ class PipelineActor:
         self.spec = pipeline_spec(self.config, run_id=run_id, run_dir=self.run_dir, pack=self.pack)
         self.handles: dict[str, tuple[str, ActorHandle]] = {}  # process -> nonce, actor
         self.pids: dict[str, int] = {}
+        self.nodes: dict[str, str] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.over = asyncio.Event()
         self.began = False
@@ -119,17 +129,20 @@ class PipelineActor:
                 self._adopt(process, nonce, handle)
             self._obey(start for start in starts if isinstance(start, Start) and start.process not in found)
         self._task(self._pulse())
+        self._task(self._ask_figures())
 
     def _make_brain(self, reborn: bool) -> PipelineBrain:
         plan = pipeline_plan(self.config, self.spec, self.run_dir)
         history = replay(row.record for row in self.journal.rows)
         if not history.num_stages:
-            return PipelineBrain(plan, first_incarnations=history.incarnations)
+            return make_brain(plan, first_incarnations=history.incarnations)
         plan = replace(
             plan,
             version=history.version,
-            round_=history.max_round.get(history.version, -1) + 1,
+            round_=history.next_round,
             digests=history.digests,
+            life=history.num_lives,
+            evaluated=history.evaluated,
         )
         saved = newest_snapshot(plan.snapshots, at_most=history.version)
         if reborn:
@@ -139,7 +152,7 @@ class PipelineActor:
             plan = replace(plan, version=saved.version, from_folder=str(saved.folder), digests=())
         else:
             plan = replace(plan, version=0, digests=())
-        return PipelineBrain(plan, first_incarnations=history.incarnations)
+        return make_brain(plan, first_incarnations=history.incarnations)
 
     def _now_s(self) -> float:
         return time.monotonic() - self.started_s
@@ -153,6 +166,11 @@ class PipelineActor:
         while self.finished is None:
             await asyncio.sleep(TICK_S)
             self._handle(Tick())
+
+    async def _ask_figures(self) -> None:
+        while self.finished is None:
+            await asyncio.sleep(FIGURES_S)
+            await self._collect_figures()
 
     # ------------------------------------------------------------ events
 
@@ -228,7 +246,7 @@ class PipelineActor:
                 case Start(process=process, why=why):
                     self._start(process, why)
                 case End(process=process, nonce=nonce):
-                    self._end(process, nonce)
+                    self._end_for_good(process, nonce)
                 case Order():
                     self._task(self._order(command))
                 case Tell(process=process, nonce=nonce, message=message):
@@ -268,9 +286,10 @@ class PipelineActor:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
             present = await through_cuts(handle.begin.remote, None, process)
+            self.figures.joined(self._now_s())
             self.pids[process] = present.pop("pid")
             self._handle(Joined(**present))
-            node = present["node"]
+            node = self.nodes[process] = present["node"]
             while self._is(process, nonce):
                 await through_cuts(lambda: handle.wait.remote(WATCH_S), node, process)
             return
@@ -287,6 +306,21 @@ class PipelineActor:
     def _end(self, process: str, nonce: str) -> None:
         if self._is(process, nonce):
             ray.kill(self.handles.pop(process)[1])
+
+    def _end_for_good(self, process: str, nonce: str) -> None:
+        """End a process that hangs: it may be stopped, and would keep its memory for ever."""
+        if self._is(process, nonce):
+            self._end(process, nonce)
+            if process in self.nodes:
+                self._task(self._make_sure(process, self.pids[process], self.nodes[process]))
+
+    async def _make_sure(self, process: str, pid: int, node: str) -> None:
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        try:
+            if await asyncio.wait_for(end_stopped.options(scheduling_strategy=place).remote(pid), WATCH_S):
+                log.info("process %d of %s did not end by itself", pid, process)
+        except (RayActorError, RayTaskError, TaskUnschedulableError, WorkerCrashedError, TimeoutError) as error:
+            log.warning("whether process %d of %s ended is not known: %s", pid, process, error)
 
     async def _order(self, command: Order) -> None:
         """Have a peer obey; an answer that never comes is no matter: the process is dead, and the controller hears."""
@@ -308,12 +342,18 @@ class PipelineActor:
         with must_not_fail():
             await self._collect_figures()
             rows = self.journal.rows
+            history = replay(row.record for row in rows)
             summary = self.figures.summary(
-                self.brain, finish, self._now_s(), run_id=self.run_id, num_rows=len(rows), last_hash=rows[-1].hash
+                self.brain,
+                finish,
+                self._now_s(),
+                run_id=self.run_id,
+                history=history,
+                num_rows=len(rows),
+                last_hash=rows[-1].hash,
             )
             save_summary(summary, self.run_dir)
             self.journal.close(merge=True)
-            self._obey(end_all(self.brain))
             for process, (nonce, _) in list(self.handles.items()):
                 self._end(process, nonce)
             self.own.close()

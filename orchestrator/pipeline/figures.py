@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import Finish, StepDone
+from orchestrator.pipeline.replay import PipelineHistory
 from orchestrator.rundir import RunDir
 from orchestrator.summary import FaultRow, Summary, tokens_per_s
 from workers.pipeline.spec import PipelineSpec
@@ -22,12 +25,19 @@ class Figures:
     def __init__(self, config: RunConfig, spec: PipelineSpec, run_dir: RunDir, seq_len: int) -> None:
         self._config, self._spec, self._path, self._seq_len = config, spec, run_dir.path / FILE_NAME, seq_len
         self._first_s: float | None = None
+        self._joined_s: float | None = None
+        self._steps_s: list[float] = []
+        self._memory_bytes: dict[str, int] = {}
+        self._peak_bytes: int | None = None
         self._losses: list[float] = []
         self._seconds = 0.0
         self._faults: list[dict[str, Any]] = []
         self._busy_s: dict[str, float] = {}
-        self._bytes_sent = 0.0
-        self._num_commits = 0
+        self._sent: dict[str, float] = {}
+
+    def joined(self, now_s: float) -> None:
+        """A process is there; time counts from the first one on."""
+        self._joined_s = now_s if self._joined_s is None else self._joined_s
 
     def killed(self, process: str, now_s: float) -> None:
         """A fault is about to happen."""
@@ -42,16 +52,18 @@ class Figures:
             self._faults.append({"member": process, "t_s": now_s, "kind": "died", "detected_s": now_s, "guess": True})
 
     def of_peer(self, process: str, figures: dict[str, float]) -> None:
-        """What a peer says at the end."""
+        """What a peer says of itself every so often, and at the end."""
         self._busy_s[process] = figures["busy_s"]
-        self._bytes_sent += figures["bytes_sent"]
+        self._sent[process] = figures["bytes_sent"]
+        self._memory_bytes[process] = int(figures["memory_bytes"])
+        self._peak_bytes = max(self._peak_bytes or 0, self._memory_bytes[process])
 
     def step_done(self, done: StepDone, brain: PipelineBrain, now_s: float) -> None:
         """A step was committed."""
         self._first_s = now_s - done.seconds if self._first_s is None else self._first_s
         self._losses.append(done.loss)
         self._seconds = now_s
-        self._num_commits += self._spec.num_stages
+        self._steps_s.append(done.seconds)
         for fault in self._faults:
             if "detected_s" in fault:
                 fault.setdefault("next_commit_s", now_s)
@@ -61,7 +73,8 @@ class Figures:
             "loss": done.loss if math.isfinite(done.loss) else None,
             "seconds": round(done.seconds, 4),
             "attempts": done.attempts,
-            "stages": stage_table(brain),
+            "stages": stage_table(brain, self._memory_bytes),
+            "val_loss": self._validated(brain),
             "no_move": brain.why_no_move,
         }
         with self._path.open("a", encoding="utf-8") as out:
@@ -84,25 +97,53 @@ class Figures:
             "params": brain.layout.num_params,
             "rounds": brain.version,
             "loss": self._losses[-1] if self._losses else None,
-            "val_loss": None,
-            "evaluations": 0,
+            "val_loss": brain.evaluations[-1][1] if brain.evaluations else None,
+            "evaluations": len(brain.evaluations),
             "members": {f"{name}.{brain.num_restarts.get(name, 0) + 1}": one for name, one in sorted(members.items())},
             "faults": len(self._faults),
-            "stages": stage_table(brain),
+            "stages": stage_table(brain, self._memory_bytes),
             "moves": list(brain.moves),
             "no_move": brain.why_no_move,
             "fault_rows": list(self._faults),
             "version": brain.version,
         }
 
+    def _validated(self, brain: PipelineBrain) -> float | None:
+        """The newest validation loss, if it is finite."""
+        loss = brain.evaluations[-1][1] if brain.evaluations else math.nan
+        return loss if math.isfinite(loss) else None
+
+    def _goodput(self, history: PipelineHistory, tokens: int, end_s: float) -> float:
+        """Tokens committed over those of as many median steps as fit between the first join and the end.
+
+        The median step is one without faults unless most have some. What was lost with peers that step on their own is
+        not committed in its stage, and counts as that share of a token.
+        """
+        if not self._steps_s or self._joined_s is None or end_s <= self._joined_s:
+            return 0.0
+        step_tokens = self._spec.pipeline.samples_per_step * self._seq_len
+        possible = (end_s - self._joined_s) / statistics.median(self._steps_s) * step_tokens
+        counted, lost = sum(history.committed.values()), sum(history.lost.values())
+        share = counted / (counted + lost) if counted else 1.0
+        return min(tokens * share / possible, 1.0)
+
     def summary(
-        self, brain: PipelineBrain, finish: Finish, now_s: float, *, run_id: str, num_rows: int, last_hash: str
+        self,
+        brain: PipelineBrain,
+        finish: Finish,
+        now_s: float,
+        *,
+        run_id: str,
+        history: PipelineHistory,
+        num_rows: int,
+        last_hash: str,
     ) -> Summary:
         """What the run came to."""
         tokens = brain.version * brain.plan.pipeline.samples_per_step * self._seq_len
         made = len(self._losses) * brain.plan.pipeline.samples_per_step * self._seq_len
         training_s = self._seconds - self._first_s if self._first_s is not None else 0.0
         peers = len(brain.plan.peers)
+        losses = [one.val_loss for one in history.evaluations]
         busy = sum(self._busy_s.values()) / (peers * training_s) if training_s > 0 else 0.0
         return Summary(
             run_id=run_id,
@@ -111,8 +152,13 @@ class Figures:
             seconds=now_s,
             params=brain.layout.num_params,
             tokens_committed=tokens,
-            exchanges_committed=brain.version * self._spec.num_stages,
-            bytes_sent=int(self._bytes_sent),
+            exchanges_committed=history.num_commits,
+            tokens_reissued=history.num_taken_back * brain.plan.pipeline.samples_per_step * self._seq_len,
+            initial_val_loss=losses[0] if losses else None,
+            final_val_loss=losses[-1] if len(losses) > 1 else None,
+            goodput=self._goodput(history, made, now_s),
+            peak_memory_bytes=self._peak_bytes,
+            bytes_sent=int(sum(self._sent.values())),
             tokens_per_s=tokens_per_s(made, training_s),
             compute_utilization=min(busy, 1.0),
             codec_backend="torch",
@@ -123,18 +169,29 @@ class Figures:
         )
 
 
-def stage_table(brain: PipelineBrain) -> list[dict[str, Any]]:
-    """Each stage: its peers with their throughput, its buddies, its version."""
+def stage_table(brain: PipelineBrain, memory_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Each stage: its peers with throughput, queue and memory, and why they are there; its buddies."""
     out = []
     for stage in range(brain.layout.num_stages):
         serving = brain.roster.serving(stage)
-        buddies = [p.process for p in brain.roster.holders(stage, brain.version) if p.stage != stage]
+        buddies = [p.process for p in brain.roster.holders(stage, brain.held_version) if p.stage != stage]
         out.append(
             {
                 "stage": stage,
                 "params": brain.layout.params[stage],
                 "bytes": brain.layout.stage_bytes[stage],
                 "peers": {p.name: p.throughput for p in serving},
+                "serving": [
+                    {
+                        "peer": p.name,
+                        "throughput": p.throughput,
+                        "queue": brain.queue(p.name),
+                        "memory_bytes": memory_bytes.get(p.process),
+                        "memory_limit_bytes": p.memory_bytes,
+                        "why": p.came,
+                    }
+                    for p in serving
+                ],
                 "buddies": buddies,
                 "moving_here": [p.process for p in brain.roster.peers.values() if p.moving_to == stage],
             }

@@ -13,6 +13,7 @@ from orchestrator.pipeline.commit import StepCommit, Wanted
 from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.roster import Peer, Roster
 from orchestrator.rebalance import PeerPower, Rebalancer, StageNeed, decide, place, stage_loads
+from workers.pipeline.calls import BACKWARD_SIZE, FORWARD_SIZE
 from workers.pipeline.messages import (
     DropStage,
     FenceStep,
@@ -23,7 +24,6 @@ from workers.pipeline.messages import (
     StepCommitted,
     TakeStage,
 )
-from workers.pipeline.microbatches import BACKWARD_SIZE, FORWARD_SIZE
 from workers.pipeline.records import ServeRecord, StepFenceRecord
 from workers.records import Record, StopRecord
 
@@ -54,9 +54,15 @@ class StageKeeper:
         self._strikes: dict[str, int] = {}  # process -> times in a row that it did not answer
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._now_s = self._step_since_s = self._look_s = self._saved_s = 0.0
+        self._announced_s = self._asked_s = 0.0
         self._failures = 0
         self._saving: tuple[str, int, set[int]] | None = None
         self._started_s: float | None = None
+
+    @property
+    def held_version(self) -> int:
+        """The version that holders of a stage have."""
+        return self.version
 
     # ------------------------------------------------------------ saying
 
@@ -163,12 +169,17 @@ class StageKeeper:
         return any(who == peer.process and about[:2] == ("take", stage) for who, about in self._open.values())
 
     def _take(self, peer: Peer, stage: int, name: str | None) -> None:
-        sources = [one for one in self.roster.holders(stage, self.version) if one is not peer]
+        version = self.held_version
+        sources = [one for one in self.roster.holders(stage, version) if one is not peer]
         order = TakeStage(
-            stage=stage, version=self.version, sources=tuple(one.address for one in sources), serve_as=name
+            stage=stage,
+            version=version,
+            sources=tuple(one.address for one in sources),
+            serve_as=name,
+            step=self.version,
         )
-        if not sources and peer.versions.get(stage) != self.version:
-            if self.begun:
+        if not sources and peer.versions.get(stage) != version:
+            if self.begun or (version > 0 and self.plan.from_folder is None):
                 self._check_alive(stage)
                 return
             makers = [one for one in self.roster.peers.values() if one.taking.get(stage) is not None]
@@ -176,25 +187,25 @@ class StageKeeper:
                 return
             tied = None
             if self.layout.is_tied and stage == 0 and self.plan.from_folder is None:
-                owners = self.roster.holders(self.layout.num_stages - 1, self.version)
+                owners = self.roster.holders(self.layout.num_stages - 1, version)
                 if not owners:
                     return
                 tied = owners[0].address
             order = replace(order, tied_from=tied, from_folder=self.plan.from_folder)
-        self._order((peer.process, order, ("take", stage, name, self.version)))
+        self._order((peer.process, order, ("take", stage, name, version)))
 
     def _check_alive(self, stage: int) -> None:
         """A stage without any holder of its state cannot go on: only a snapshot has it."""
         if any(stage in peer.versions for peer in self.roster.peers.values()):
             return
-        self._finish("failed", f"every process that held stage {stage} at version {self.version} is gone; "
+        self._finish("failed", f"every process that held stage {stage} at version {self.held_version} is gone; "
                      "`atoll train --resume` goes on from the newest snapshot")  # fmt: skip
 
     def _took(self, peer: Peer, stage: int, name: str | None, answer: Holds) -> None:
         if peer.taking.get(stage, "") != name:
             return  # something else is wanted of it meanwhile
         peer.versions[stage] = answer.version
-        if answer.version != self.version:
+        if answer.version != self.held_version:
             return  # a step was committed meanwhile: it is ordered again
         if not self.begun and answer.digest and stage not in self.genesis_digests:
             self.genesis_digests[stage] = answer.digest
@@ -202,6 +213,7 @@ class StageKeeper:
         if name is not None:
             before, peer.stage, peer.name = peer.stage, stage, name
             why, peer.why = peer.why, "it serves again"
+            peer.came = why
             peer.throughput = None
             self.rebalancer.changed()
             self._write(ServeRecord(process=peer.process, peer=name, stage=stage, why=why))
@@ -242,7 +254,7 @@ class StageKeeper:
             spare = [peer for peer in spare if peer.memory_bytes >= needs[stage].bytes]
             if not spare:
                 continue
-            peer = min(spare, key=lambda one: (one.versions.get(stage) != self.version, one.process))
+            peer = min(spare, key=lambda one: (one.versions.get(stage) != self.held_version, one.process))
             assert peer.stage is not None
             counts[peer.stage] -= 1
             peer.why = f"moved from stage {peer.stage}: stage {stage} has nobody"
@@ -285,7 +297,7 @@ class StageKeeper:
         peer = self.roster.peers[claim.move.peer]
         self.moves.append(decision.reason)
         peer.moving_to = claim.move.target
-        if peer.versions.get(claim.move.target) != self.version:
+        if peer.versions.get(claim.move.target) != self.held_version:
             peer.taking[claim.move.target] = None
 
     def _stay(self, peer: Peer, target: int) -> None:

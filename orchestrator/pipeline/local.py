@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from dataclasses import replace as dc_replace
 from typing import Any
 
-from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
     Answered,
     Command,
@@ -33,9 +32,11 @@ from orchestrator.pipeline.commands import (
 from orchestrator.pipeline.commands import Event as BrainEvent
 from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.replay import replay, seal
+from orchestrator.pipeline.rounds import make_brain
+from workers.pipeline.calls import Call
 from workers.pipeline.host import PeerError, PeerHost
+from workers.pipeline.local_host import build_host
 from workers.pipeline.messages import FromTrainer, PeerPlace
-from workers.pipeline.microbatches import Call
 from workers.pipeline.peer import Request
 from workers.pipeline.spec import PipelineSpec
 from workers.pipeline.trainer import TrainerHost
@@ -60,8 +61,8 @@ class _Process:
 
 @dataclass(kw_only=True)
 class LocalSwarm:
-    """See the module. `speeds`: of peers, 1 where it is not given; `on_order` and `on_call` see what is about to be
-    done, and may kill.
+    """See the module. `speeds`: of peers, 1 where it is not given; `late_s`: who takes longer to start; `on_order` and
+    `on_call` see what is about to be done, and may kill.
     """
 
     spec: PipelineSpec
@@ -69,6 +70,7 @@ class LocalSwarm:
     speeds: dict[str, float] = field(default_factory=dict)
     memory_of: dict[str, int] = field(default_factory=dict)
     start_s: float = 2.0
+    late_s: dict[str, float] = field(default_factory=dict)
     on_order: Callable[[Order], None] = lambda order: None
     on_call: Callable[[Call], None] = lambda call: None
     now_s: float = 0.0
@@ -78,7 +80,7 @@ class LocalSwarm:
 
     def __post_init__(self) -> None:
         """Nothing is started before `run`."""
-        self.brain = PipelineBrain(self.plan)
+        self.brain = make_brain(self.plan)
         self.processes: dict[str, _Process] = {}
         self._network = LoopbackNetwork()
         self._serial = 0
@@ -108,8 +110,9 @@ class LocalSwarm:
         self._at(TICK_S, self._tick)
         self._tell_brain(Tick())
         for process in list(self.processes.values()):
-            if process.alive and isinstance(process.host, TrainerHost):
+            if process.alive and not process.hangs and isinstance(process.host, TrainerHost):
                 process.host.tick()
+                self.hear(process.name, process.nonce, process.host.heartbeat())
 
     # ------------------------------------------------------------ processes
 
@@ -141,7 +144,7 @@ class LocalSwarm:
             hands = _Hands(self, name, nonce)
             host = TrainerHost(self.spec, name, store, transport, hands, lambda: self.now_s)
         else:
-            host = PeerHost(self.spec, name, store, transport, clock=lambda: self.now_s, sleep=lambda seconds: None)
+            host = build_host(self.spec, name, store, transport, clock=lambda: self.now_s, sleep=lambda seconds: None)
         process = _Process(name=name, nonce=nonce, transport=transport, host=host, free_at_s=self.now_s)
         self.processes[name] = process
         self._tell_brain(self._joined(process))
@@ -162,9 +165,15 @@ class LocalSwarm:
         history = replay(self.records)
         plan = self.plan
         if history.num_stages:
-            round_ = history.max_round.get(history.version, -1) + 1
-            plan = dc_replace(plan, version=history.version, round_=round_, digests=history.digests)
-        self.brain = PipelineBrain(plan, first_incarnations=history.incarnations)
+            plan = dc_replace(
+                plan,
+                version=history.version,
+                round_=history.next_round,
+                digests=history.digests,
+                life=history.num_lives,
+                evaluated=history.evaluated,
+            )
+        self.brain = make_brain(plan, first_incarnations=history.incarnations)
         starts = [one for one in self.brain.begin(self.now_s) if isinstance(one, Start)]
         alive = {name: process for name, process in self.processes.items() if process.alive}
         for _, process in sorted(alive.items()):
@@ -182,7 +191,7 @@ class LocalSwarm:
                 case Write(records=records):
                     self.records += records
                 case Start(process=name):
-                    self._at(self.start_s, lambda name=name: self._start(name))  # type: ignore[misc]
+                    self._at(self.late_s.get(name, self.start_s), lambda name=name: self._start(name))  # type: ignore[misc]
                 case End(process=name, nonce=nonce):
                     if self._is_alive(name, nonce):
                         self.processes[name].alive = False
@@ -199,7 +208,7 @@ class LocalSwarm:
                     self.finished = command
 
     def _tell(self, command: Tell) -> None:
-        if self._is_alive(command.process, command.nonce):
+        if self._is_alive(command.process, command.nonce) and not self.processes[command.process].hangs:
             host = self.processes[command.process].host
             assert isinstance(host, TrainerHost), command
             host.handle(command.message)
@@ -233,7 +242,7 @@ class LocalSwarm:
 
     def _serve(self, trainer: str, nonce: str, place: PeerPlace, peer_nonce: str, request: Request) -> None:
         self.on_call(request.call)
-        if not self._is_alive(trainer, nonce):
+        if not self._is_alive(trainer, nonce) or self.processes[trainer].hangs:
             return
         host = self.processes[trainer].host
         assert isinstance(host, TrainerHost), trainer

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from orchestrator.config import RunConfig
 from orchestrator.pipeline.commands import Layout
-from strategies.swarm import PipelineSize, Stage, check_pipeline, peer_bytes, split_layers
+from strategies.swarm import WORKING_COPIES, PipelineSize, Stage, check_pipeline, peer_bytes, split_layers
 from workers.config import TrainConfig
 from workers.data.index import load_index
 from workers.model.shape import DecoderShape, resolve_shape
 from workers.pipeline.config import PipelineConfig
 from workers.pipeline.costs import decoder_costs
+from workers.pipeline.layer_table import LayerTable, read_table
 from workers.pipeline.spec import CHUNK_VALUES, PipelineSpec
 from workers.schedule import agreed_rate
 
@@ -24,7 +25,12 @@ PAYLOAD_HEADER_BYTES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
-    """What `PipelineBrain` decides by; `version` and the rest of the second half are where a resumed run begins."""
+    """What `PipelineBrain` decides by; `version` and the rest of the second half are where a resumed run begins.
+
+    `eval_every`: share of the run between two evaluations, 0: there is nothing to evaluate with; `evaluated`: the
+    version that was evaluated last. `sync_steps`: steps that peers make of their own before their stage synchronises,
+    0: none; `life`: how often a controller began before.
+    """
 
     layout: Layout
     pipeline: PipelineConfig
@@ -42,6 +48,10 @@ class PipelinePlan:
     round_: int = 0
     digests: tuple[str, ...] = ()
     from_folder: str | None = None
+    sync_steps: int = 0
+    life: int = 0
+    eval_every: float = 0.0
+    evaluated: int | None = None
 
     def relative_speed(self, peer: str) -> float:
         """Speed of a peer that was not measured, in peers that are not slowed down."""
@@ -64,25 +74,47 @@ def trainer_name(index: int) -> str:
     return f"trainer-{index}"
 
 
-def cut_model(shape: DecoderShape, pipeline: PipelineConfig) -> tuple[Stage, ...]:
-    """The stages of the built-in decoder, by parameters. Raises SettingError for more stages than layers."""
+def cut_model(shape: DecoderShape, pipeline: PipelineConfig, table: LayerTable | None = None) -> tuple[Stage, ...]:
+    """The stages of the model, by parameters or by measured time. Raises SettingError for more stages than layers."""
     assert pipeline.stages is not None, "a pipeline has stages"
-    return split_layers(decoder_costs(shape), pipeline.stages)
+    if table is None:
+        return split_layers(decoder_costs(shape), pipeline.stages)
+    costs = table.costs()
+    if table.is_decoder:  # with what it knows of the tied matrix
+        pairs = zip(decoder_costs(shape), costs, strict=True)
+        costs = [replace(known, seconds=measured.seconds) for known, measured in pairs]
+    return split_layers(costs, pipeline.stages, by=pipeline.split)
 
 
-def pipeline_size(shape: DecoderShape, pipeline: PipelineConfig) -> PipelineSize:
-    """What decides how much memory the pipeline takes."""
-    values = pipeline.microbatch_size * shape.seq_len * shape.dim
+def pipeline_size(
+    shape: DecoderShape, pipeline: PipelineConfig, table: LayerTable | None = None, *, outer_states: int | None = None
+) -> PipelineSize:
+    """What decides how much memory the pipeline takes. `outer_states`: of peers that step on their own, else None."""
+    in_sample = shape.seq_len * shape.dim if table is None or table.is_decoder else table.boundary_values
+    values = pipeline.microbatch_size * in_sample
+    local = outer_states is not None
+    # Of its own: gradient of a microbatch, two moments, displacement, residual; of the anchor: itself, its states, the
+    # next of all these.
+    copies = 5 + 2 * (1 + outer_states) if outer_states is not None else WORKING_COPIES
+    buddy_copies = 2 * (1 + outer_states if outer_states is not None else 3)
     return PipelineSize(
         num_microbatches=pipeline.microbatches,
         max_in_flight=pipeline.in_flight,
         boundary_bytes=int(values * BYTES_PER_VALUE[pipeline.boundary]) + PAYLOAD_HEADER_BYTES,
         min_peers=pipeline.min_peers,
+        ordered=not local,
+        working_copies=copies,
+        buddy_copies=buddy_copies if pipeline.buddies and pipeline.stages != 1 else 0,
     )
 
 
-def activation_bytes(shape: DecoderShape, pipeline: PipelineConfig, stages: tuple[Stage, ...]) -> int:
-    """What the widest stage keeps of one pass, roughly: 16 vectors a token and layer, scores, and the logits."""
+def activation_bytes(
+    shape: DecoderShape, pipeline: PipelineConfig, stages: tuple[Stage, ...], table: LayerTable | None = None
+) -> int:
+    """What the widest stage keeps of one pass: as measured, or roughly 16 vectors a token and layer, scores, logits."""
+    if table is not None:
+        saved = [row.saved_bytes + 4 * row.out_values for row in table.rows]
+        return pipeline.microbatch_size * max(sum(saved[stage.first : stage.end]) for stage in stages)
     tokens = pipeline.microbatch_size * shape.seq_len
     layers = max(len(stage.names) for stage in stages)
     scores = pipeline.microbatch_size * shape.heads * shape.seq_len * shape.seq_len
@@ -90,18 +122,24 @@ def activation_bytes(shape: DecoderShape, pipeline: PipelineConfig, stages: tupl
 
 
 def check_memory(
-    shape: DecoderShape, pipeline: PipelineConfig, *, machine_bytes: int, on_one_machine: bool
+    shape: DecoderShape,
+    pipeline: PipelineConfig,
+    *,
+    machine_bytes: int,
+    on_one_machine: bool,
+    table: LayerTable | None = None,
+    outer_states: int | None = None,
 ) -> tuple[Stage, ...]:
     """Cut the model and refuse, with the numbers, what can never run (`check_pipeline`); returns the stages."""
-    stages = cut_model(shape, pipeline)
+    stages = cut_model(shape, pipeline, table)
     share = machine_bytes // pipeline.num_processes if on_one_machine else machine_bytes
     limit = pipeline.peer_memory_bytes or share
     check_pipeline(
         stages,
-        pipeline_size(shape, pipeline),
+        pipeline_size(shape, pipeline, table, outer_states=outer_states),
         peers={peer_name(i): limit for i in range(pipeline.num_peers)},
         trainer_limit_bytes=pipeline.trainer_memory_bytes or machine_bytes // 4,
-        activation_bytes=activation_bytes(shape, pipeline, stages),
+        activation_bytes=activation_bytes(shape, pipeline, stages, table),
     )
     return stages
 
@@ -110,20 +148,35 @@ def pipeline_spec(config: RunConfig, *, run_id: str, run_dir: Path, pack: Path) 
     """What every process of the run is told."""
     index = load_index(pack)
     shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
+    table = read_table(run_dir)
     return PipelineSpec(
         run_id=run_id,
         run_dir=run_dir.resolve(),
         pack=pack,
         shape=shape,
-        stages=cut_model(shape, config.pipeline),
+        stages=cut_model(shape, config.pipeline, table),
         pipeline=config.pipeline,
         train=config.train,
         data=config.data,
         codec=config.codec,
+        strategy=config.strategy,
+        eval=config.eval,
+        num_validation=index.splits["val"].num_samples,
         total_steps=total_steps(config, index.seq_len),
+        factory=config.model.factory,
+        factory_digest=config.model.factory_digest,
+        options=dict(config.model.options),
+        table=table,
         connections=config.exchange.connections,
         chunk_values=config.exchange.chunk_values or CHUNK_VALUES,
     )
+
+
+def outer_states(config: RunConfig) -> int | None:
+    """Vectors of the outer step beside a stage's anchor; None where peers make no steps of their own."""
+    if config.strategy.name == "ddp":
+        return None
+    return {"nesterov": 1, "heavy-ball": 1, "adam": 2}.get(config.strategy.outer, 0)
 
 
 def total_steps(config: RunConfig, seq_len: int) -> int:
@@ -133,14 +186,17 @@ def total_steps(config: RunConfig, seq_len: int) -> int:
 
 def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> PipelinePlan:
     """What the controller decides by."""
-    size = pipeline_size(spec.shape, config.pipeline)
-    widest = activation_bytes(spec.shape, config.pipeline, spec.stages)
+    size = pipeline_size(spec.shape, config.pipeline, spec.table, outer_states=outer_states(config))
+    widest = activation_bytes(spec.shape, config.pipeline, spec.stages, spec.table)
+    largest = max(stage.num_params for stage in spec.stages)
     layout = Layout(
         num_stages=spec.num_stages,
         chunks={unit: len(spec.chunks(unit)) for unit in spec.units},
         stages_of={unit: spec.stages_of(unit) for unit in spec.units},
         params=tuple(stage.num_params for stage in spec.stages),
-        stage_bytes=tuple(peer_bytes(stage, size, activation_bytes=widest) for stage in spec.stages),
+        stage_bytes=tuple(
+            peer_bytes(stage, size, activation_bytes=widest, buddy_params=largest) for stage in spec.stages
+        ),
         is_tied=spec.is_tied,
     )
     return PipelinePlan(
@@ -156,6 +212,8 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         start_timeout_s=config.run.start_timeout_s,
         snapshot_every_s=config.run.snapshot_every_s,
         max_restarts=config.run.max_restarts,
+        sync_steps=config.strategy.inner_steps if spec.is_local else 0,
+        eval_every=config.eval.every if spec.num_validation else 0.0,
     )
 
 

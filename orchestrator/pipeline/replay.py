@@ -10,15 +10,31 @@ from pathlib import Path
 
 from orchestrator.pipeline.commands import Sealed
 from orchestrator.rundir import write_atomically
-from workers.pipeline.records import PipelineGenesisRecord, ServeRecord, StageCommitRecord, StepFenceRecord, StepRecord
-from workers.records import FenceRecord, JoinRecord, Record, StopRecord
+from workers.pipeline.records import (
+    PipelineGenesisRecord,
+    ServeRecord,
+    StageCommitRecord,
+    StageCountRecord,
+    StageSyncRecord,
+    StepFenceRecord,
+    StepRecord,
+    WorkLostRecord,
+)
+from workers.records import EvaluationRecord, FenceRecord, JoinRecord, Record, StopRecord
 
 MANIFEST = "pipeline.json"
+
+Accounts = tuple[dict[int, int], dict[int, int], dict[str, tuple[int, int]]]
+"""Microbatches that are committed and lost by stage, and what each peer has made of its own."""
 
 
 @dataclass(kw_only=True)
 class PipelineHistory:
-    """The journal's replay; `findings` are violations of "once per step, microbatch and stage"."""
+    """The journal's replay; `findings` are violations of "once per step, microbatch and stage".
+
+    Where peers make steps of their own: `own` is what each has made in its stage and nobody has committed, `lost` how
+    many microbatches went with their peers, by stage; the other ones are committed there.
+    """
 
     num_stages: int = 0
     num_microbatches: int = 0
@@ -36,10 +52,23 @@ class PipelineHistory:
     findings: list[str] = field(default_factory=list)
     stopped: StopRecord | None = None
     members: set[str] = field(default_factory=set)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    sync_steps: int = 0
+    num_lives: int = 0
+    counts: dict[int, dict[int, StageCountRecord]] = field(default_factory=dict)  # step -> stage -> who counted it
+    synced: int = 0
+    syncs: dict[int, StageSyncRecord] = field(default_factory=dict)  # stage -> its newest
+    own: dict[str, tuple[int, int]] = field(default_factory=dict)  # peer -> stage, microbatches
+    committed: dict[int, int] = field(default_factory=dict)  # stage -> microbatches, where peers step on their own
+    lost: dict[int, int] = field(default_factory=dict)
+    num_syncs: int = 0
+    _accounts: dict[int, Accounts] = field(default_factory=dict)  # as they were at each synchronisation
 
     @property
     def version(self) -> int:
         """Steps that are committed in every stage."""
+        if self.sync_steps:
+            return self.synced
         step = 0
         while step in self.commits and len(self.commits[step]) == self.num_stages > 0:
             step += 1
@@ -48,8 +77,36 @@ class PipelineHistory:
     @property
     def digests(self) -> tuple[str, ...]:
         """Of each stage's newest version; empty before the first commit."""
+        if self.sync_steps:
+            whole = len(self.syncs) == self.num_stages
+            return tuple(self.syncs[stage].digest for stage in sorted(self.syncs)) if whole else ()
         last = self.commits.get(self.version - 1, {})
         return tuple(last[stage].digest for stage in sorted(last))
+
+    @property
+    def num_commits(self) -> int:
+        """Commits of stages that stand."""
+        return self.num_syncs if self.sync_steps else self.version * self.num_stages
+
+    @property
+    def evaluated(self) -> int | None:
+        """The version that was evaluated last."""
+        return self.evaluations[-1].versions[0] if self.evaluations else None
+
+    @property
+    def next_step(self) -> int:
+        """The step that is to be opened: after those that are counted, committed or not."""
+        step = self.version
+        while self.sync_steps and len(self.counts.get(step, {})) == self.num_stages:
+            step += 1
+        return step
+
+    @property
+    def next_round(self) -> int:
+        """The round in which a new life of the controller goes on; no step had it before."""
+        if self.sync_steps:
+            return max(self.max_round.values(), default=-1) + 1
+        return self.max_round.get(self.version, -1) + 1
 
     @property
     def num_samples(self) -> int:
@@ -78,6 +135,14 @@ class PipelineHistory:
                 self.fenced.add((step, round_, peer))
             case StageCommitRecord():
                 self._commit(record)
+            case StageCountRecord():
+                self._count(record)
+            case StageSyncRecord():
+                self._sync(record)
+            case WorkLostRecord(peer=peer):
+                self._lose(peer)
+            case EvaluationRecord():
+                self.evaluations.append(record)
             case StopRecord():
                 self.stopped = record
             case _:
@@ -89,20 +154,26 @@ class PipelineHistory:
         if record.version > self.version:
             self.findings.append(f"version {record.version} is gone on from, and {self.version} is the last committed")
         self.stopped = None
+        self.evaluations = [one for one in self.evaluations if one.versions[0] <= record.version]
+        self.sync_steps, self.num_lives = record.sync_steps, self.num_lives + 1
+        if self.sync_steps:
+            self._take_back(record.version)
         for step in [step for step in self.commits if step >= record.version]:
             del self.commits[step]
+            self.opened.pop(step, None)
             self.num_taken_back += 1
 
     def _open(self, record: StepRecord) -> None:
         self.max_round[record.step] = max(self.max_round.get(record.step, 0), record.round)
-        self.num_begun_again += record.round > 0
-        if record.step != self.version:
-            self.findings.append(f"step {record.step} was opened at version {self.version}")
+        self.num_begun_again += record.step in self.opened
+        if record.step != self.next_step:
+            self.findings.append(f"step {record.step} was opened at version {self.next_step}")
         first = record.step * self.samples_per_step
         if record.ranges != ((first, first + self.samples_per_step),):
             self.findings.append(f"step {record.step} was given samples {record.ranges}, its own are from {first} on")
         # Rows of a commit that a crash cut short: nobody was told of them.
         self.commits.pop(record.step, None)
+        self.counts.pop(record.step, None)
         self.opened[record.step] = record
 
     def _commit(self, record: StageCommitRecord) -> None:
@@ -114,16 +185,86 @@ class PipelineHistory:
         if record.stage in stages:
             self.findings.append(f"{where}: committed twice")
         stages[record.stage] = record
+        self._cover(record, where)
+
+    def _cover(self, record: StageCommitRecord | StageCountRecord, where: str) -> dict[str, int]:
+        """How many microbatches each peer counted; together they must be those of a step, each once."""
         counted: list[int] = []
+        numbers: dict[str, int] = {}
         for entry in record.counted:
             peer, _, ids = entry.partition(":")
             counted += [int(number) for number in ids.split(",")]
+            numbers[peer] = len(ids.split(","))
             if (record.step, record.round, peer) in self.fenced:
                 self.findings.append(f"{where}: {peer} is in the commit, and was fenced for the step")
         if sorted(counted) != list(range(self.num_microbatches)):
             self.findings.append(
                 f"{where}: microbatches {sorted(counted)} were counted, {self.num_microbatches} are in a step"
             )
+        return numbers
+
+    # ------------------------------------------------------------ peers that step on their own
+
+    def _take_back(self, version: int) -> None:
+        for step in [step for step in self.counts if step >= version]:
+            del self.counts[step]
+            self.opened.pop(step, None)
+            self.num_taken_back += 1
+        # The accounts of then; what somebody carried along at that time is nobody's now.
+        committed, lost, carried = self._accounts.get(version, ({}, {}, {}))
+        self.committed, self.lost, self.own = dict(committed), dict(lost), {}
+        for stage, number in carried.values():
+            self.lost[stage] = self.lost.get(stage, 0) + number
+        self.synced = version
+
+    def _count(self, record: StageCountRecord) -> None:
+        where = f"step {record.step}, stage {record.stage}"
+        opened = self.opened.get(record.step)
+        if opened is None or opened.round != record.round:
+            self.findings.append(f"{where}: counted in round {record.round}, which was not open")
+        stages = self.counts.setdefault(record.step, {})
+        if record.stage in stages:
+            self.findings.append(f"{where}: counted twice")
+        stages[record.stage] = record
+        for peer, number in self._cover(record, where).items():
+            stage, before = self.own.get(peer, (record.stage, 0))
+            if stage != record.stage:
+                self.findings.append(f"{where}: {peer} serves stage {stage}")
+            self.own[peer] = (stage, before + number)
+
+    def _sync(self, record: StageSyncRecord) -> None:
+        where = f"version {record.version}, stage {record.stage}"
+        known = self.syncs.get(record.stage)
+        if record.stage == 0 and (record.base != self.version or record.version != self.next_step):
+            self.findings.append(f"{where}: from {record.base}, at {self.version} with {self.next_step} steps counted")
+        if known is not None and known.version == record.version and known.base == record.base:
+            self.findings.append(f"{where}: committed twice")
+        for peer in record.contributors:
+            stage, number = self.own.pop(peer, (-1, 0))
+            if stage != record.stage:
+                self.findings.append(f"{where}: {peer} is in the commit, and has counted nothing there")
+            self.committed[record.stage] = self.committed.get(record.stage, 0) + number
+        self.syncs[record.stage] = record
+        self.num_syncs += 1
+        if len(self.syncs) == self.num_stages and all(one.version == record.version for one in self.syncs.values()):
+            self.synced = record.version
+            self._accounts[self.synced] = (dict(self.committed), dict(self.lost), dict(self.own))
+            self.counts = {step: stages for step, stages in self.counts.items() if step >= self.synced}
+
+    def _lose(self, peer: str) -> None:
+        if peer not in self.own:
+            self.findings.append(f"{peer} lost work that it did not have")
+            return
+        stage, number = self.own.pop(peer)
+        self.lost[stage] = self.lost.get(stage, 0) + number
+
+    @property
+    def own_by_stage(self) -> dict[int, int]:
+        """Microbatches that peers have stepped on and nobody has committed yet."""
+        found: dict[int, int] = {}
+        for stage, number in self.own.values():
+            found[stage] = found.get(stage, 0) + number
+        return found
 
 
 def replay(records: Iterable[Record]) -> PipelineHistory:

@@ -27,6 +27,8 @@ class Peer:
     moving_to: int | None = None
     why: str = "placed"
     """Why it serves, or is going to serve, its stage."""
+    came: str = "placed"
+    """Why it came to the stage that it serves now."""
     serves: int | None = None
     """What it served before the controller came back."""
     throughput: float | None = None

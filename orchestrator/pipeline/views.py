@@ -17,6 +17,19 @@ from orchestrator.segments import read_run, segment_paths
 EXIT_WRONG = 5
 
 
+class PeerStatus(BaseModel):
+    """One peer that serves a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    peer: str
+    throughput: float | None = Field(description="Forwards a second, as trainers measure it (a backward is 2.5).")
+    queue: int = Field(description="Calls that trainers have sent to it and it has not answered.")
+    memory_bytes: int | None = Field(description="Memory that its process has; null: not asked yet.")
+    memory_limit_bytes: int = Field(description="Memory that a stage may take of it.")
+    why: str = Field(description="Why it serves this stage.")
+
+
 class StageStatus(BaseModel):
     """One stage as the newest step shows it."""
 
@@ -28,6 +41,7 @@ class StageStatus(BaseModel):
     peers: dict[str, float | None] = Field(
         description="Peers that serve it, with their measured throughput in forwards a second (a backward is 2.5)."
     )
+    serving: list[PeerStatus] = Field(default=[], description="The same peers with queue, memory and reason.")
     buddies: list[str] = Field(description="Processes of other stages that keep a copy of its state.")
     moving_here: list[str] = Field(description="Processes that pull its state and will serve it.")
 
@@ -44,6 +58,7 @@ class PipelineStatus(BaseModel):
     version: int = Field(description="Steps that are committed in every stage.")
     total_samples: int = Field(description="Samples that are committed in every stage.")
     loss: float | None = Field(description="Training loss of the newest step, nats per token.")
+    val_loss: float | None = Field(default=None, description="Newest validation loss, nats per token.")
     step_s: float | None = Field(description="Seconds that the newest step took.")
     num_begun_again: int = Field(description="Steps that were begun anew: a trainer or the controller had died.")
     stages: list[StageStatus]
@@ -63,6 +78,13 @@ class PipelineLedger(BaseModel):
     samples: int = Field(description="Samples that are committed in every stage.")
     steps_begun_again: int = Field(description="Steps that were begun anew: a trainer or the controller had died.")
     steps_taken_back: int = Field(description="Steps that a snapshot took back.")
+    committed_by_stage: list[int] = Field(description="Microbatches that are committed in each stage.")
+    lost_by_stage: list[int] = Field(
+        description="Microbatches of each stage that were lost with peers that make steps of their own (DiLoCo)."
+    )
+    open_by_stage: list[int] = Field(
+        description="Microbatches of each stage that peers have stepped on and no synchronisation has committed yet."
+    )
     peers_fenced_for_a_step: int = Field(description="How often a peer was left out of a step.")
     findings: list[str] = Field(description="What does not add up; empty if every microbatch counts once.")
 
@@ -89,6 +111,7 @@ def read_pipeline_status(run_dir: Path) -> PipelineStatus:
         version=history.version,
         total_samples=history.num_samples,
         loss=newest.get("loss"),
+        val_loss=history.evaluations[-1].val_loss if history.evaluations else None,
         step_s=newest.get("seconds"),
         num_begun_again=history.num_begun_again,
         stages=[StageStatus.model_validate(stage) for stage in newest.get("stages", [])],
@@ -116,19 +139,26 @@ def render_pipeline(status: PipelineStatus) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    validated = "-" if status.val_loss is None else f"{status.val_loss:.4f}"
     loss = "-" if status.loss is None else f"{status.loss:.4f} nats per token"
     took = "" if status.step_s is None else f", the last step took {status.step_s:.2f} s"
-    table = Table("stage", "parameters", "needs", "peers (forwards/s)", "buddy")
+    table = Table("stage", "parameters", "needs", "peer", "forwards/s", "queue", "memory", "why", "buddy")
     for stage in status.stages:
-        rates = ((peer, "not measured" if rate is None else f"{rate:.2f}") for peer, rate in stage.peers.items())
-        peers = ", ".join(f"{peer} {rate}" for peer, rate in rates)
-        moving = "".join(f", {process} is coming" for process in stage.moving_here)
-        needs = f"{stage.bytes / 1e6:,.1f} MB"
-        table.add_row(str(stage.stage), f"{stage.params:,}", needs, peers + moving, ", ".join(stage.buddies) or "-")
+        own = (str(stage.stage), f"{stage.params:,}", f"{stage.bytes / 1e6:,.1f} MB")
+        buddies = ", ".join(stage.buddies) or "-"
+        for place, peer in enumerate(stage.serving):
+            rate = "not measured" if peer.throughput is None else f"{peer.throughput:.2f}"
+            memory = "-" if peer.memory_bytes is None else f"{peer.memory_bytes / 1e6:,.0f} MB"
+            first = own if place == 0 else ("", "", "")
+            table.add_row(*first, peer.peer, rate, str(peer.queue), memory, peer.why, "" if place else buddies)
+        if not stage.serving:
+            table.add_row(*own, "nobody", "-", "-", "-", "-", buddies)
+        for process in stage.moving_here:
+            table.add_row("", "", "", process, "-", "-", "-", "is coming", "")
     parts: list[Any] = [
         Text(f"{status.run_dir}: {status.state}"),
         Text(f"step {status.version}, {status.total_samples:,} samples, {status.seconds:.0f} s{took}"),
-        Text(f"training loss {loss}"),
+        Text(f"training loss {loss}, validation loss {validated}"),
         table,
     ]
     parts += [Text(f"moved: {move}") for move in status.moves]
@@ -149,20 +179,33 @@ def pipeline_ledger(run_dir: Path, as_json: bool) -> int:
             samples=history.num_samples,
             steps_begun_again=history.num_begun_again,
             steps_taken_back=history.num_taken_back,
+            committed_by_stage=[_committed(history, stage) for stage in range(history.num_stages)],
+            lost_by_stage=[history.lost.get(stage, 0) for stage in range(history.num_stages)],
+            open_by_stage=[history.own_by_stage.get(stage, 0) for stage in range(history.num_stages)],
             peers_fenced_for_a_step=len(history.fenced),
             findings=findings,
         )
         print(told.model_dump_json(indent=2))
         return EXIT_WRONG if findings else 0
-    counted = history.version * history.num_stages * history.num_microbatches
+    counted = sum(_committed(history, stage) for stage in range(history.num_stages))
     print(f"{history.version} steps of {history.num_microbatches} microbatches in {history.num_stages} stages")
     print(f"{counted:,} times a microbatch was counted in a stage; {history.num_samples:,} samples")
     print(f"{history.num_begun_again} steps were begun anew, {history.num_taken_back} were taken back by a snapshot")
     print(f"{len(history.fenced)} times a peer was left out of a step")
+    for stage in sorted(history.lost.keys() | history.own_by_stage.keys()):
+        open_, lost = history.own_by_stage.get(stage, 0), history.lost.get(stage, 0)
+        print(f"stage {stage}: {lost} microbatches went with peers that died, {open_} are not committed yet")
     for finding in findings:
         print(f"wrong: {finding}")
-    print("every microbatch counts once in every stage" if not findings else "the journal does not add up")
+    exact = "every microbatch counts once in every stage" + (", or is lost there" if history.lost else "")
+    print(exact if not findings else "the journal does not add up")
     return EXIT_WRONG if findings else 0
+
+
+def _committed(history: PipelineHistory, stage: int) -> int:
+    if history.sync_steps:
+        return history.committed.get(stage, 0)
+    return history.version * history.num_microbatches
 
 
 def _against_summary(run_dir: Path, history: PipelineHistory) -> list[str]:

@@ -21,10 +21,10 @@ from random import Random
 
 from orchestrator.rebalance import PeerPower, Rebalancer, StageNeed, decide
 from workers.pipeline.accumulator import Accumulator, Begin, cover
+from workers.pipeline.calls import Call
 from workers.pipeline.microbatches import (
     Announced,
     AskFence,
-    Call,
     Command,
     Committed,
     Event,

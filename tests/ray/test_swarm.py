@@ -20,9 +20,11 @@ from orchestrator.build import resolve
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.launch import RaySession
 from orchestrator.pipeline.replay import PipelineHistory, replay
+from orchestrator.pipeline.views import read_pipeline_status
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
-from workers.pipeline.records import StageCommitRecord, StepFenceRecord
+from workers.data.index import load_index
+from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, WorkLostRecord
 from workers.records import FenceRecord, Record, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
@@ -49,6 +51,8 @@ name = "ddp"
 inner_steps = 1
 [codec]
 name = "fp32"
+[eval]
+windows = 8
 [pipeline]
 stages = 3
 peers = 2
@@ -58,18 +62,19 @@ microbatch_size = 2
 in_flight = 4
 boundary = "fp32"
 rebalance_s = 0.0
+trainer_timeout_s = 8.0
 """
 
 
-def config_of(pack_dir: Path) -> RunConfig:
-    return resolve(parse_config(TOML, overrides=[f"data.path={pack_dir}"]).config)
+def config_of(pack_dir: Path, *overrides: str) -> RunConfig:
+    return resolve(parse_config(TOML, overrides=[f"data.path={pack_dir}", *overrides]).config)
 
 
 class LiveSwarm:
     """A pipeline that was started through the launcher."""
 
-    def __init__(self, pack_dir: Path, run_dir: Path) -> None:
-        self.config, self.run_dir, self.pack = config_of(pack_dir), run_dir, pack_dir
+    def __init__(self, pack_dir: Path, run_dir: Path, *overrides: str) -> None:
+        self.config, self.run_dir, self.pack = config_of(pack_dir, *overrides), run_dir, pack_dir
         self.session = RaySession(self.config)
 
     def start(self, *, resume: bool = False) -> None:
@@ -113,7 +118,9 @@ class LiveSwarm:
         def complete(status: dict[str, Any]) -> bool:
             stages = status["stages"]
             num = sum(len(stage["peers"]) for stage in stages)
-            return num == 6 and all(stage["buddies"] and stage["peers"] for stage in stages)
+            return num == self.config.pipeline.num_peers and all(
+                stage["buddies"] and stage["peers"] for stage in stages
+            )
 
         self.until(complete, "all peers to serve and every stage to have a buddy")
 
@@ -131,6 +138,21 @@ class LiveSwarm:
         version = self.status()["version"]
         self.until(lambda now: now["version"] > version, f"a step after the deaths of {names}")
         return time.monotonic() - began
+
+    def freeze(self, name: str) -> float:
+        """Stop a process with SIGSTOP; seconds until a step after it was given up. It must be gone then."""
+        pid: int = self.status()["pids"][name]
+        began = time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
+        self.until(
+            lambda _: any("it hangs" in r.why for r in self.records() if isinstance(r, FenceRecord)),
+            f"{name} to be given up",
+        )
+        version = self.status()["version"]
+        self.until(lambda now: now["version"] > version, f"a step after {name} was given up")
+        took_s = time.monotonic() - began
+        self.until(lambda _: not Path(f"/proc/{pid}").exists(), f"process {pid}, which hung, to be gone")
+        return took_s
 
     def records(self) -> list[Record]:
         return [row.record for row in read_run(self.run_dir).rows]
@@ -163,6 +185,7 @@ def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.T
         recovered_s["a third"] = run.kill(*third)
         run.until_complete()
         recovered_s["a trainer"] = run.kill("trainer-1")
+        recovered_s["a trainer that hangs"] = run.freeze("trainer-0")
         lives = sum(isinstance(r, TermRecord) for r in run.records())
         ray.kill(run.controller, no_restart=False)
         run.until(lambda _: sum(isinstance(r, TermRecord) for r in run.records()) > lives, "the controller's next life")
@@ -178,7 +201,7 @@ def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.T
         history=replay(records),
         summary=load_summary(run.run_dir),
         recovered_s=recovered_s,
-        dead=[one, *whole, *third, "trainer-1"],
+        dead=[one, *whole, *third, "trainer-1", "trainer-0"],
     )
 
 
@@ -209,6 +232,11 @@ def _filled(records: list[Record]) -> set[str]:
     return {r.peer.partition(".")[0] for r in records if isinstance(r, StepFenceRecord) and "which has nobody" in r.why}
 
 
+def test_a_trainer_that_hangs_is_ended(story: Story) -> None:
+    [hung] = [r for r in story.records if isinstance(r, FenceRecord) and "it hangs" in r.why]
+    assert hung.member == "trainer-0" and "no heartbeat for 8 s" in hung.why
+
+
 def test_no_commit_has_a_single_holder(story: Story) -> None:
     commits = [r for r in story.records if isinstance(r, StageCommitRecord)]
     assert commits and all(len(commit.holders) >= 2 for commit in commits)
@@ -226,3 +254,44 @@ def test_the_loss_falls(story: Story) -> None:
 
     losses = [json.loads(line)["loss"] for line in (story.run_dir / "pipeline.jsonl").read_text().splitlines()]
     assert len(losses) >= 8 and losses[-1] < losses[0]
+
+
+DILOCO = (
+    "strategy.name=diloco",
+    "strategy.inner_steps=3",
+    "codec.name=int8",
+    "codec.error_feedback=true",
+    "pipeline.trainers=1",
+    "pipeline.peers=1",
+)
+
+
+def test_diloco_inside_stages_loses_what_a_dead_peer_made_and_nothing_else(
+    ray_cluster_of_eight: None, pack_dir: Path, tmp_path: Path
+) -> None:
+    # Of a model that nobody knows but the user: a list of layers.
+    own = ["model.factory=tests.list_model:build", f"model.options.vocab={load_index(pack_dir).vocab_size}"]
+    run = LiveSwarm(pack_dir, tmp_path / "run", *DILOCO, *own, "model.options.width=32")
+    run.start()
+    try:
+        run.until_complete()
+        run.steps_more(3)
+        run.kill(victim := run.serving(1)[0])
+        run.steps_more(4)
+        ray.get(run.controller.stop.remote(), timeout=WAIT_S)
+        run.until(lambda status: status["over"], "the end")
+    finally:
+        run.stop()
+    history = replay(run.records())
+    assert history.findings == [] and history.version >= 9
+    summary = load_summary(run.run_dir)
+    assert summary.exit_reason == "stopped" and summary.exchanges_committed == history.num_syncs >= 9
+    lost = [r for r in run.records() if isinstance(r, WorkLostRecord)]
+    assert {r.peer.partition(".")[0] for r in lost} <= {victim} and set(history.lost) <= {1}
+    for stage in range(3):
+        parts = history.committed[stage] + history.lost.get(stage, 0) + history.own_by_stage.get(stage, 0)
+        assert parts == history.version * 6, (stage, history.committed, history.lost)
+    assert all(len(r.holders) >= 2 for r in run.records() if isinstance(r, StageSyncRecord))
+    assert summary.initial_val_loss is not None and 0 < summary.goodput <= 1
+    stages = read_pipeline_status(run.run_dir).stages
+    assert all(peer.throughput and peer.memory_limit_bytes for stage in stages for peer in stage.serving)

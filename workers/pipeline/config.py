@@ -15,6 +15,9 @@ class PipelineConfig(Section):
     stages: int | None = Field(None, ge=1, le=1024, description="Stages that the layers are cut into; unset: islands.")
     peers: int = Field(2, ge=1, le=1024, description="Stage peers for each stage, on average: processes of the run.")
     trainers: int = Field(1, ge=1, le=256, description="Processes that send microbatches through the stages.")
+    split: Literal["params", "time"] = Field(
+        "params", description="Stages of equal parameters, or of equal time (each layer is measured before the start)."
+    )
     microbatches: int = Field(8, ge=1, le=65536, description="Microbatches of one step, of all trainers together.")
     microbatch_size: int = Field(4, ge=1, le=65536, description="Samples in one microbatch.")
     in_flight: int = Field(
@@ -38,6 +41,9 @@ class PipelineConfig(Section):
     )
     trainer_memory_bytes: int | None = Field(
         None, ge=1, description="Memory for boundary tensors of a trainer; unset: a quarter of the machine's."
+    )
+    trainer_timeout_s: float = Field(
+        20.0, gt=0, le=86400, description="Silence after which a trainer is taken to hang, and replaced."
     )
     pace_s: float = Field(
         0.0, ge=0, le=3600, description="Seconds that a forward takes at least (a backward 2.5 times as many)."

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from workers.pipeline.accumulator import Begin
 from workers.pipeline.boundary import Boundary
-from workers.pipeline.layers import build_decoder_stage
+from workers.pipeline.calls import BACKWARD_SIZE, Call
 from workers.pipeline.memory import machine_bytes
 from workers.pipeline.messages import (
     Applied,
@@ -31,7 +31,9 @@ from workers.pipeline.messages import (
     FromPeer,
     Have,
     Holds,
+    LocalStep,
     Offered,
+    OfferWork,
     Reduce,
     Reduced,
     SaveStage,
@@ -39,11 +41,11 @@ from workers.pipeline.messages import (
     TakeStage,
     ToPeer,
 )
-from workers.pipeline.microbatches import BACKWARD_SIZE, Call
 from workers.pipeline.peer import Reply, Request, StagePeer
-from workers.pipeline.pieces import Pieces, token_loss
+from workers.pipeline.pieces import Pieces
 from workers.pipeline.spec import TIED, PipelineSpec, unit_of
 from workers.pipeline.state import Flats, StageState, flatten
+from workers.pipeline.user_layers import build_stage, loss_of
 from workers.store import BlobStore
 from workers.transport.base import Transport
 
@@ -99,7 +101,9 @@ class PeerHost:
         peer = self._wait_for(request.call)
         if peer is None:
             return Reply(begin=Begin.OTHER_VERSION)
+        asked_s = self._clock()
         fetched = peer.fetch(request)
+        fetch_s = self._clock() - asked_s
         with self._compute:
             if self.serving is not peer or not self._is_current(request.call.step, request.round_):
                 return Reply(begin=Begin.OTHER_VERSION)
@@ -108,7 +112,8 @@ class PeerHost:
             self._keep_pace(request.call, began_s)
             seconds = self._clock() - began_s
             self.busy_s += seconds
-        return replace(reply, seconds=seconds)
+        # The next call's tensors come while this one computes: the longer of the two is what a call takes.
+        return replace(reply, seconds=max(seconds, fetch_s))
 
     def withdraw(self, call: Call, round_: int) -> Reply | None:
         """The reply of a backward that is counted here; None: this attempt is not, and never will be."""
@@ -125,10 +130,14 @@ class PeerHost:
                 peer = self.serving
                 if peer is None or peer.name != call.peer:
                     return None
-                if peer.accumulator.version >= call.step:
+                if peer.accumulator.version >= call.version and not self._waits():
                     return peer
                 if not self._moved.wait(deadline_s - time.monotonic()):
                     return None
+
+    def _waits(self) -> bool:
+        """Whether the parameters for the next step are not here yet, although those of this one are done with."""
+        return False
 
     def _keep_pace(self, call: Call, began_s: float) -> None:
         pace_s = self._pace_s * (BACKWARD_SIZE if call.direction == "backward" else 1.0)
@@ -167,6 +176,8 @@ class PeerHost:
                 self._drop(stage)
             case SaveStage():
                 self._save(order)
+            case LocalStep() | OfferWork():
+                raise PeerError(f"{self.process} makes no steps of its own: {order}")
         return Done()
 
     def _take(self, order: TakeStage) -> Holds:
@@ -177,7 +188,8 @@ class PeerHost:
                 self.held[order.stage] = state
                 self._pieces.publish_state(state)
             if order.serve_as is not None:
-                self._serve(state, order.serve_as)
+                step = state.version if order.step is None else order.step
+                self._serve(state, order.serve_as, step)
             return Holds(stage=order.stage, version=state.version, digest=state.digest)
 
     def _obtain(self, order: TakeStage) -> StageState:
@@ -188,37 +200,43 @@ class PeerHost:
             return StageState(self.spec, order.stage, flats, version=order.version)
         if order.version != 0:
             raise PeerError(f"stage {order.stage} at version {order.version} is held nowhere")
-        model = build_decoder_stage(self.spec.shape, self.spec.stages[order.stage], seed=self.spec.train.seed)
+        model = build_stage(self.spec, self.spec.stages[order.stage])
         state = StageState.begin(self.spec, order.stage, model)
         if order.tied_from is not None:
             last = self.spec.num_stages - 1
             state.flats |= self._pieces.pull(last, 0, (order.tied_from,), units=(TIED,))
         return state
 
-    def _serve(self, state: StageState, name: str) -> None:
-        if self.serving is not None and self.serving.name == name:
-            return
+    def _serve(self, state: StageState, name: str, step: int) -> None:
+        known = self.serving
+        if known is not None and known.name == name and known.accumulator.version == step:
+            return  # of the same name with an older state: a step was committed on its way, and nobody has called it
         spec = self.spec
-        model = build_decoder_stage(spec.shape, spec.stages[state.stage], seed=spec.train.seed)
+        model = build_stage(spec, spec.stages[state.stage])
         peer = StagePeer(
             name=name,
             stage=state.stage,
             num_stages=spec.num_stages,
             model=model,
-            loss_fn=token_loss,
+            loss_fn=loss_of(spec),
             boundary=Boundary(spec.pipeline.boundary, spec.train.seed),
             optimizer=None,
             store=self._store,
             transport=self._transport,
             seed=spec.train.seed,
-            version=state.version,
+            ordered=not spec.is_local,
+            version=step,
         )
         with self._compute, self._moved:
             for held in self.held.values():
                 held.bind_nothing()
-            state.bind(model)
+            self._bind(state, peer)
             self.serving = peer
             self._moved.notify_all()
+
+    def _bind(self, state: StageState, peer: StagePeer) -> None:
+        """What a peer computes with is the state itself."""
+        state.bind(peer.model)
 
     def _collect(self, order: Collect) -> Offered:
         peer = self.serving
@@ -229,10 +247,13 @@ class PeerHost:
                 raise PeerError(f"{order.peer} is in a newer round of step {order.step}")
             with peer.book:
                 offer = peer.accumulator.offer(order.step)
+                if self.spec.is_local:
+                    return Offered(microbatches=offer)  # nobody fetches gradients
                 parts = {m: peer.gradients.parts(order.step, 0)[m] for m in offer}
         for microbatch, named in parts.items():
             prefix = f"piece/{order.step}/{order.round_}/{order.peer}/{microbatch}"
-            self._pieces.publish(prefix, flatten(self.spec, peer.stage, named))
+            flats = flatten(self.spec, peer.stage, named)
+            self._pieces.publish(prefix, flats, counters=(order.step, microbatch, peer.stage))
         return Offered(microbatches=offer)
 
     def _spread(self, order: Spread) -> Have:
@@ -241,7 +262,8 @@ class PeerHost:
         with self._orders:
             if state.version != order.step:
                 raise PeerError(f"{self.process} moved on to version {state.version} of stage {order.stage}")
-            return Have(digest=state.compute_next(gradients, lr=order.lr, scale=order.scale).digest)
+            following = state.compute_next(gradients, lr=order.lr, scale=order.scale, version=order.next_version)
+            return Have(digest=following.digest)
 
     def _state_at(self, stage: int, version: int) -> StageState:
         state = self.held.get(stage)

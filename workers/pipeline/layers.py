@@ -7,9 +7,8 @@ model can hold its stage. Suffixes as in `workers/model/llama.py`; X: whatever g
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ __all__ = [
     "decoder_costs",
     "list_costs",
     "list_stage",
-    "measure_layers",
 ]
 
 
@@ -158,28 +156,3 @@ def list_stage(layers: Sequence[nn.Module], stage: Stage) -> StageModel:
     part = {f"layers.{index}": layers[index] for index in range(stage.first, stage.end)}
     names = {f"{name}.{local}": p for name, layer in part.items() for local, p in layer.named_parameters()}
     return StageModel(nn.Sequential(*part.values()), names)
-
-
-def measure_layers(
-    layers: Sequence[nn.Module],
-    costs: Sequence[LayerCost],
-    x: Tensor,
-    *,
-    clock: Callable[[], float] = time.perf_counter,
-    repeats: int = 3,
-) -> list[LayerCost]:
-    """The same costs with seconds: best of some forward and backward passes of each layer on what reaches it."""
-    measured = []
-    for layer, cost in zip(layers, costs, strict=True):
-        best_s = math.inf
-        for _ in range(repeats):
-            began_s = clock()
-            own = x.detach().requires_grad_(x.is_floating_point())
-            y = layer(own)
-            if y.requires_grad:
-                y.backward(torch.ones_like(y))
-            best_s = min(best_s, clock() - began_s)
-            layer.zero_grad(set_to_none=True)
-        measured.append(replace(cost, seconds=best_s))
-        x = y.detach()
-    return measured

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from workers.pipeline.accumulator import Begin, cover
 from workers.pipeline.boundary import Boundary
+from workers.pipeline.calls import Call
 from workers.pipeline.gradients import Gradients, add_tied, reduce_in_order
 from workers.pipeline.layers import StageModel
 from workers.pipeline.microbatches import (
     Announced,
     AskFence,
-    Call,
     Command,
     Committed,
     Event,

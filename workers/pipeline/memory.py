@@ -13,3 +13,8 @@ def machine_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     text = LIMIT.read_text().strip() if LIMIT.exists() else "max"
     return min(total, int(text)) if text.isdigit() else total
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])

@@ -29,7 +29,10 @@ class PeerPlace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenStep:
-    """These microbatches are yours. A higher round of the same step: begin it anew."""
+    """These microbatches are yours. A higher round of the same step: begin it anew.
+
+    `life` grows where steps are taken back: the controller came back, and what peers had made on their own is void.
+    """
 
     step: int
     round_: int
@@ -37,6 +40,7 @@ class OpenStep:
     num_microbatches: int
     first_sample: int
     peers: tuple[PeerPlace, ...]
+    life: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +65,17 @@ class StepCommitted:
     step: int
 
 
-ToTrainer = OpenStep | Peers | PeerFenced | StepCommitted
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Send the fixed validation samples forward through the stages, which hold `version`."""
+
+    version: int
+    number: int
+    life: int
+    peers: tuple[PeerPlace, ...]
+
+
+ToTrainer = OpenStep | Peers | PeerFenced | StepCommitted | Evaluate
 
 # ---------------------------------------------------------------- trainer to controller
 
@@ -100,7 +114,26 @@ class GaveUp:
     reason: str
 
 
-FromTrainer = FenceWanted | StageReady | GaveUp
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heartbeat:
+    """A trainer lives. `progress` grows with each answer, refusal and timeout; `owes`: not all is counted."""
+
+    progress: int
+    owes: bool
+    queues: tuple[tuple[str, int], ...] = ()
+    """Calls at each peer that it has not answered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """Mean loss over the validation samples, nats per token."""
+
+    version: int
+    number: int
+    loss: float
+
+
+FromTrainer = FenceWanted | StageReady | GaveUp | Heartbeat | Evaluated
 
 # ---------------------------------------------------------------- controller to peer, with the answers
 
@@ -110,6 +143,7 @@ class TakeStage:
     """Hold the state of a stage at `version`, and with `serve_as` serve it under that name.
 
     `sources`: where to pull it from; none: build it (version 0). `tied_from`: the holder of the tied matrix's values.
+    `step`: the step under way, where peers make steps of their own between two versions.
     """
 
     stage: int
@@ -118,6 +152,7 @@ class TakeStage:
     tied_from: str | None = None
     serve_as: str | None = None
     from_folder: str | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +178,25 @@ class Offered:
     """The microbatches that this peer has counted."""
 
     microbatches: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalStep:
+    """A step is counted in every stage: make your own step with what you counted, which the journal says is this."""
+
+    step: int
+    peer: str
+    counted: tuple[int, ...]
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfferWork:
+    """How far have your own steps taken you from `version`? That can be fetched from now on. Answer: `Offered`."""
+
+    version: int
+    round_: int
+    peer: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +233,10 @@ class Reduced:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Fetch the reduced chunks of a stage and compute the next state, without moving to it."""
+    """Fetch the reduced chunks of a stage and compute the next state, without moving to it.
+
+    `next_version`: None for the next step. A unit without owners stays as it is: nobody moved it.
+    """
 
     step: int
     round_: int
@@ -187,6 +244,7 @@ class Spread:
     owners: tuple[tuple[str, int, int, str], ...]  # unit, chunk, attempt of its reduction, address
     scale: float
     lr: float
+    next_version: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,11 +256,15 @@ class Have:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Apply:
-    """The step is on the record: move to the next state, which has this digest."""
+    """The step is on the record: move to the next state, which has this digest.
+
+    `included`: what the peer offered is in it (of peers that make steps of their own); if not, it is carried on.
+    """
 
     step: int
     stage: int
     digest: str
+    included: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,5 +303,5 @@ class Done:
     """Nothing to say but that it was done."""
 
 
-ToPeer = TakeStage | Collect | Reduce | Spread | Apply | FenceStep | DropStage | SaveStage
+ToPeer = TakeStage | Collect | LocalStep | OfferWork | Reduce | Spread | Apply | FenceStep | DropStage | SaveStage
 FromPeer = Holds | Offered | Reduced | Have | Applied | Done

@@ -17,29 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from workers.pipeline.calls import BACKWARD_SIZE, FORWARD_SIZE, Call, Direction
 from workers.pipeline.router import Router
 
-Direction = Literal["forward", "backward"]
-FORWARD_SIZE, BACKWARD_SIZE = 1.0, 2.5
-"""What a call costs a peer; a backward runs the forward again."""
 MAX_DOUBLINGS = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """One request to one peer. `attempt` grows with every call of the trainer."""
-
-    step: int
-    microbatch: int
-    stage: int
-    direction: Direction
-    attempt: int
-    peer: str
-
-    @property
-    def size(self) -> float:
-        """Its cost, for the router."""
-        return FORWARD_SIZE if self.direction == "forward" else BACKWARD_SIZE
 
 
 # ---------------------------------------------------------------- events
@@ -160,7 +141,14 @@ class Release:
     step: int
 
 
-Command = Send | Withdraw | AskFence | StageDone | Release
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """All microbatches of an evaluation went through all stages: it is over, and nothing of it is kept."""
+
+    step: int
+
+
+Command = Send | Withdraw | AskFence | StageDone | Release | Scored
 
 
 @dataclass(kw_only=True, slots=True)
@@ -180,6 +168,7 @@ class _Microbatch:
     num_inputs: int = 1  # stages whose input is kept; that of stage 0 are the tokens
     num_gradients: int = 0  # stages, from the last one, whose backward has given the gradient of its input
     started: bool = False
+    forwarded: dict[int, str] = field(default_factory=dict)  # stage -> peer whose forward is kept
     counted: dict[int, str] = field(default_factory=dict)  # stage -> peer
     jobs: dict[tuple[Direction, int], _Job] = field(default_factory=dict)
 
@@ -208,7 +197,10 @@ def lost_with(peer: str, counted: dict[int, str]) -> list[int]:
 
 
 class Microbatches:
-    """See the module. `max_in_flight` bounds the microbatches that have begun and are not yet counted everywhere."""
+    """See the module. `max_in_flight` bounds the microbatches that have begun and are not yet counted everywhere.
+
+    `sticky`: a backward goes to the peer that did the forward where it can, since no other one has its parameters.
+    """
 
     def __init__(
         self,
@@ -219,13 +211,14 @@ class Microbatches:
         forward_timeout_s: float = 30.0,
         backward_timeout_s: float = 75.0,
         retry_s: float = 0.5,
+        sticky: bool = False,
     ) -> None:
         assert num_stages >= 1 and max_in_flight >= 1, f"{num_stages} stages, {max_in_flight} in flight"
         self.router = router
         self._num_stages = num_stages
         self._max_in_flight = max_in_flight
         self._timeout_s: dict[Direction, float] = {"forward": forward_timeout_s, "backward": backward_timeout_s}
-        self._retry_s = retry_s
+        self._retry_s, self._sticky = retry_s, sticky
         self._attempt = 0
         self._steps: dict[int, _Step] = {}
         self.counts: dict[str, int] = {}
@@ -276,10 +269,23 @@ class Microbatches:
     def num_in_flight(self) -> int:
         """Microbatches that have begun and are not counted in every stage."""
         return sum(
-            microbatch.started and len(microbatch.counted) < self._num_stages
-            for step in self._steps.values()
+            microbatch.started and not self._is_over(number, microbatch)
+            for number, step in self._steps.items()
             for microbatch in step.microbatches.values()
         )
+
+    def _is_over(self, step: int, microbatch: _Microbatch) -> bool:
+        if step < 0:
+            return microbatch.num_inputs > self._num_stages
+        return len(microbatch.counted) == self._num_stages
+
+    def queues(self) -> dict[str, int]:
+        """Calls that each peer has not answered."""
+        found: dict[str, int] = {}
+        for _, _, _, job in self._jobs():
+            if job.call is not None and job.state == "sent":
+                found[job.call.peer] = found.get(job.call.peer, 0) + 1
+        return found
 
     @property
     def num_kept(self) -> int:
@@ -306,6 +312,7 @@ class Microbatches:
     def _on_replied(self, event: Replied) -> None:
         call = event.call
         self.router.answered(call.peer, size=call.size, seconds=event.seconds)
+        self.router.lift(call.peer)  # late or not: it answers, so it serves
         if self._job_of(call) is not None:
             self._finish(call)
 
@@ -314,6 +321,7 @@ class Microbatches:
         assert microbatch is not None, f"no microbatch for {call}"
         del microbatch.jobs[(call.direction, call.stage)]
         if call.direction == "forward":
+            microbatch.forwarded[call.stage] = call.peer
             microbatch.num_inputs = max(microbatch.num_inputs, call.stage + 2)
         else:
             microbatch.counted[call.stage] = call.peer
@@ -405,15 +413,19 @@ class Microbatches:
                     if free <= 0:
                         continue
                     microbatch.started, free = True, free - 1
-                self._want(step, microbatch)
+                self._want(number, step, microbatch)
                 # A copy: nothing is added below, but the order of jobs must not depend on it.
                 for (direction, stage), job in list(microbatch.jobs.items()):
                     if job.state == "waiting" and job.not_before_s <= now_s:
                         yield from self._send(job, step, number, identity, stage, direction, now_s)
 
-    def _want(self, step: _Step, microbatch: _Microbatch) -> None:
+    def _want(self, number: int, step: _Step, microbatch: _Microbatch) -> None:
         """Every call whose tensors are here and whose result is not, becomes a job."""
         last = self._num_stages - 1
+        if number < 0:
+            if microbatch.num_inputs <= self._num_stages:
+                microbatch.jobs.setdefault(("forward", microbatch.num_inputs - 1), _Job())
+            return
         for stage in range(min(microbatch.num_inputs, last)):
             if stage + 1 == microbatch.num_inputs:
                 microbatch.jobs.setdefault(("forward", stage), _Job())
@@ -426,7 +438,9 @@ class Microbatches:
         self, job: _Job, step: _Step, number: int, identity: int, stage: int, direction: Direction, now_s: float
     ) -> Iterator[Send]:
         size = FORWARD_SIZE if direction == "forward" else BACKWARD_SIZE
-        peer = self.router.choose(stage, size=size, avoid=job.avoid | step.fenced)
+        forwarded = step.microbatches[identity].forwarded.get(stage) if direction == "backward" else None
+        prefer = forwarded if self._sticky else None
+        peer = self.router.choose(stage, size=size, avoid=job.avoid | step.fenced, prefer=prefer)
         if peer is None:
             # Everybody was tried: whoever refused or failed for a while may be asked again.
             job.avoid.clear()
@@ -440,8 +454,13 @@ class Microbatches:
         job.state, job.deadline_s, job.not_before_s = "sent", now_s + timeout_s, 0.0
         yield Send(call=job.call)
 
-    def _report(self) -> Iterator[StageDone]:
+    def _report(self) -> Iterator[StageDone | Scored]:
         for number, step in sorted(self._steps.items()):
+            if number < 0:
+                if all(self._is_over(number, microbatch) for microbatch in step.microbatches.values()):
+                    del self._steps[number]
+                    yield Scored(step=number)
+                continue
             for stage in range(self._num_stages):
                 if stage in step.reported or stage in step.committed:
                     continue

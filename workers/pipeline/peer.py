@@ -19,10 +19,10 @@ from torch import Tensor
 
 from workers.pipeline.accumulator import Accumulator, Begin
 from workers.pipeline.boundary import Boundary
+from workers.pipeline.calls import Call, evaluation_of
 from workers.pipeline.gradients import Gradients, GradientStore
 from workers.pipeline.layers import StageModel
-from workers.pipeline.microbatches import Call
-from workers.pipeline.stage import BackwardResult, Loss, backward, backward_with_loss, forward, seeded
+from workers.pipeline.stage import BackwardResult, Loss, backward, backward_with_loss, evaluating, forward, seeded
 from workers.store import BlobStore
 from workers.transport.base import Transport
 
@@ -36,7 +36,7 @@ class Request:
     """A call with where its tensors are: at `address`, under keys. `weight`: the microbatch's share of the batch.
 
     `input_key`: the encoded activation; in the first stage the raw input (`input_type`). `other_key`: the encoded
-    gradient of the output; in the last stage the raw targets (`other_type`); "" for a forward.
+    gradient of the output; in the last stage the raw targets (`other_type`); "" for a forward that is no evaluation.
     """
 
     call: Call
@@ -123,7 +123,7 @@ class StagePeer:
     def fetch(self, request: Request) -> Fetched:
         """The tensors that a call needs; may run beside another call. Raises what transport and codec raise."""
         x = self._input(request)
-        if request.call.direction == "forward":
+        if not request.other_key:
             return Fetched(x=x, other=None)
         other = self._fetch(request.address, request.other_key, request.other_shape, request.other_type)
         return Fetched(x=x, other=other)
@@ -135,11 +135,14 @@ class StagePeer:
 
     def _forward(self, request: Request, fetched: Fetched | None) -> Reply:
         call = request.call
-        if call.step != self.accumulator.version:
+        if call.version != self.accumulator.version:
             return Reply(begin=Begin.OTHER_VERSION)
-        x = (fetched or self.fetch(request)).x
-        with self._seeded(call):
-            y = forward(self.model, x)
+        tensors = fetched or self.fetch(request)
+        with self._seeded(call), evaluating(self.model, call.step < 0):
+            y = forward(self.model, tensors.x)
+            if tensors.other is not None:
+                with torch.no_grad():
+                    return Reply(begin=Begin.RUN, loss=float(self._loss_fn(y, tensors.other)))
         return Reply(begin=Begin.RUN, key=self._put(call, y), shape=tuple(y.shape))
 
     def _backward(self, request: Request, fetched: Fetched | None) -> Reply:
@@ -219,6 +222,7 @@ class StagePeer:
         self.gradients.drop(step)
         self._counted = {key: one for key, one in self._counted.items() if key[0] != step}
         self._store.discard(f"pipeline/{step}")
+        self._store.discard(f"pipeline/{evaluation_of(step)}")
 
     def fence(self, step: int) -> None:
         """This peer was given up for a step: what it counted there is dropped."""

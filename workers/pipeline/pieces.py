@@ -16,10 +16,13 @@ from torch import Tensor
 
 from strategies.aggregate import accumulate
 from strategies.codecs.base import Codec
+from strategies.codecs.feedback import encode_with_feedback
+from strategies.codecs.stochastic import keyed
 from strategies.registry import build_codec, decode_payload
+from strategies.strategy import result_codec_of
 from workers.pipeline.messages import Part, Reduce, Spread
 from workers.pipeline.spec import PipelineSpec
-from workers.pipeline.state import FIELDS, Flats, StageState
+from workers.pipeline.state import Flats, StageState, fields_of
 from workers.store import BlobStore
 from workers.transport.base import MAX_KEYS, Transport
 from workers.transport.errors import BlobMissing, TransportError
@@ -37,17 +40,39 @@ class Pieces:
 
     def __init__(self, spec: PipelineSpec, store: BlobStore, transport: Transport) -> None:
         self._spec, self._store, self._transport = spec, store, transport
-        self._codec: Codec = build_codec(spec.codec, key=0)
+        self._codec: Codec = build_codec(spec.codec, key=spec.train.seed)
+        self._result_codec = result_codec_of(self._codec)
 
     # ------------------------------------------------------------ publishing
 
-    def publish(self, prefix: str, flats: dict[str, Tensor]) -> None:
-        """Encode vectors and keep their chunks under `<prefix>/<unit>/<chunk>`; nothing where they are there."""
-        for unit, flat in flats.items():
+    def publish(self, prefix: str, flats: dict[str, Tensor], *, counters: Sequence[int] = ()) -> None:
+        """Encode vectors and keep their chunks under `<prefix>/<unit>/<chunk>`; nothing where they are there.
+
+        `counters`: what tells these from every other one, for codecs that round at random.
+        """
+        for place, (unit, flat) in enumerate(sorted(flats.items())):
             for number, part in enumerate(self._spec.chunks(unit)):
                 key = f"{prefix}/{unit}/{number}"
                 if key not in self._store:
-                    self._store.put(key, self._codec.encode(flat[part].contiguous()).numpy())
+                    codec = keyed(self._codec, *counters, place, number)
+                    self._store.put(key, codec.encode(flat[part].contiguous()).numpy())
+
+    def publish_work(
+        self, prefix: str, flats: dict[str, Tensor], residuals: dict[str, Tensor], *, counters: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The same of displacements, with what the codec lost of earlier ones; returns what it loses of these."""
+        lost = {unit: torch.empty_like(flat) for unit, flat in flats.items()}
+        for place, (unit, flat) in enumerate(sorted(flats.items())):
+            for number, part in enumerate(self._spec.chunks(unit)):
+                codec = keyed(self._codec, *counters, place, number)
+                kept = residuals[unit][part] if unit in residuals else None
+                found = encode_with_feedback(
+                    codec, flat[part].contiguous(), kept, decay=self._spec.codec.feedback_decay
+                )
+                lost[unit][part] = found.next_residual_N
+                self._store.put(f"{prefix}/{unit}/{number}", found.payload.numpy())
+        keeps = self._spec.codec.error_feedback and self._codec.lossy
+        return lost if keeps else {}
 
     def publish_state(self, state: StageState) -> None:
         """Let others pull this version; the one before can be had no longer."""
@@ -76,7 +101,7 @@ class Pieces:
             total = totals[0][number]
             for other in totals[1:]:
                 total = torch.add(total, other[number])
-            payload = self._codec.encode(total)
+            payload = self._result_codec.encode(total)
             key = f"result/{order.step}/{order.round_}/{order.attempt}/{order.unit}/{number}"
             self._store.put(key, payload.numpy())
             decoded = decode_payload(payload, num_values=total.numel())
@@ -97,13 +122,14 @@ class Pieces:
             for (_, where), value in zip(keys, self._fetch(part.address, [k for k, _ in keys], sizes), strict=True):
                 pieces[where] = value
         totals: dict[int, Tensor | None] = dict.fromkeys(order.chunks)
-        for (_, _, number), value in sorted(pieces.items(), key=lambda item: item[0]):
-            totals[number] = accumulate(totals[number], value, 1.0)
+        weights = {part.peer: part.weight for part in group}
+        for (_, peer, number), value in sorted(pieces.items(), key=lambda item: item[0]):
+            totals[number] = accumulate(totals[number], value, weights[peer])
         return {number: _there(total) for number, total in totals.items()}
 
     def results(self, order: Spread) -> dict[str, Tensor]:
         """The reduced vectors of a stage, from the owners of their chunks."""
-        out = {unit: torch.empty(self._spec.num_values(unit)) for unit in self._spec.units_of(order.stage)}
+        out = {unit: torch.empty(self._spec.num_values(unit)) for unit, _, _, _ in order.owners}
         by_owner: dict[str, list[tuple[str, int, int]]] = {}
         for unit, number, attempt, address in order.owners:
             by_owner.setdefault(address, []).append((unit, number, attempt))
@@ -113,7 +139,7 @@ class Pieces:
             address, wanted = owner
             parts = [self._spec.chunks(unit)[number] for unit, number, _ in wanted]
             keys = [f"{prefix}/{attempt}/{unit}/{number}" for unit, number, attempt in wanted]
-            values = self._fetch(address, keys, [part.stop - part.start for part in parts])
+            values = self._fetch(address, keys, [part.stop - part.start for part in parts], self._result_codec)
             for (unit, _, _), part, value in zip(wanted, parts, values, strict=True):
                 out[unit][part] = value
 
@@ -121,9 +147,9 @@ class Pieces:
             list(pool.map(take, by_owner.items()))
         return out
 
-    def _fetch(self, address: str, keys: list[str], sizes: list[int]) -> list[Tensor]:
+    def _fetch(self, address: str, keys: list[str], sizes: list[int], codec: Codec | None = None) -> list[Tensor]:
         """Decoded vectors of these lengths; from this process's own store without a connection."""
-        blobs = self._blobs(address, keys, list(map(self._codec.num_bytes, sizes)))
+        blobs = self._blobs(address, keys, list(map((codec or self._codec).num_bytes, sizes)))
         pairs = zip(blobs, sizes, strict=True)
         return [decode_payload(torch.from_numpy(data), num_values=size) for data, size in pairs]
 
@@ -156,7 +182,7 @@ class Pieces:
         wanted = [
             (unit, field, number)
             for unit in units or self._spec.units_of(stage)
-            for field in FIELDS
+            for field in fields_of(self._spec)
             for number in range(len(self._spec.chunks(unit)))
         ]
         flats = {(unit, field): torch.empty(self._spec.num_values(unit)) for unit, field, _ in wanted}

@@ -11,7 +11,10 @@ from workers.record_base import Record
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineGenesisRecord(Record):
-    """Version 0 of every stage of a pipeline, or with `version` above 0 the snapshot that it goes on from."""
+    """Version 0 of every stage of a pipeline, or with `version` above 0 the snapshot that it goes on from.
+
+    `sync_steps`: steps that peers make of their own before their stage synchronises; 0: none.
+    """
 
     kind: ClassVar[str] = "pipeline_genesis"
     digests: tuple[str, ...]
@@ -19,6 +22,7 @@ class PipelineGenesisRecord(Record):
     num_microbatches: int
     samples_per_step: int
     version: int = 0
+    sync_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,3 +70,37 @@ class StageCommitRecord(Record):
     digest: str
     counted: tuple[str, ...]
     holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCountRecord(Record):
+    """A step is counted in a stage, and each peer steps on its own with what it counted (`peer:0,3`)."""
+
+    kind: ClassVar[str] = "stage_count"
+    step: int
+    round: int
+    stage: int
+    counted: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSyncRecord(Record):
+    """A stage's anchor moved from `base` to `version`, by what these peers had made of their own since they were in."""
+
+    kind: ClassVar[str] = "stage_sync"
+    base: int
+    version: int
+    stage: int
+    digest: str
+    contributors: tuple[str, ...]
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkLostRecord(Record):
+    """What a peer had made of its own and nobody has committed is void: in this stage these steps are partial."""
+
+    kind: ClassVar[str] = "work_lost"
+    peer: str
+    stage: int
+    why: str

@@ -84,8 +84,13 @@ class Router:
         """Banned peers and why."""
         return {name: peer.banned for name, peer in sorted(self._peers.items()) if peer.banned}
 
-    def choose(self, stage: int, *, size: float = 1.0, avoid: Container[str] = ()) -> str | None:
-        """Choose a peer for a task and charge it; None if the stage has nobody outside `avoid` who is not banned."""
+    def choose(
+        self, stage: int, *, size: float = 1.0, avoid: Container[str] = (), prefer: str | None = None
+    ) -> str | None:
+        """Choose a peer for a task and charge it; None if the stage has nobody outside `avoid` who is not banned.
+
+        `prefer`: this one, whatever its load, if it may be chosen.
+        """
         found = [
             (peer.load_s, peer.order, name)
             for name, peer in self._peers.items()
@@ -93,7 +98,7 @@ class Router:
         ]
         if not found:
             return None
-        name = min(found)[2]
+        name = prefer if prefer in {one[2] for one in found} and prefer is not None else min(found)[2]
         self._peers[name].load_s += size / self.throughput(name)
         return name
 

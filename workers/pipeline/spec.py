@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from strategies.config import CodecConfig
+from strategies.config import CodecConfig, StrategyConfig
 from strategies.swarm import Stage
-from workers.config import DataConfig, TrainConfig
+from workers.config import DataConfig, EvalConfig, TrainConfig
 from workers.model.shape import DecoderShape, parameter_shapes
 from workers.pipeline.config import PipelineConfig
+from workers.pipeline.layer_table import LayerTable
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
@@ -20,7 +22,10 @@ CHUNK_VALUES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineSpec:
-    """The cut model and all settings; the same in every process of a run."""
+    """The cut model and all settings; the same in every process of a run.
+
+    `factory`: of a model that is a list of layers, which `table` describes; `shape` then says only the samples' length.
+    """
 
     run_id: str
     run_dir: Path
@@ -31,7 +36,14 @@ class PipelineSpec:
     train: TrainConfig
     data: DataConfig
     codec: CodecConfig
+    strategy: StrategyConfig
+    eval: EvalConfig
+    num_validation: int
     total_steps: int
+    factory: str | None = None
+    factory_digest: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    table: LayerTable | None = None
     connections: int = 2
     chunk_values: int = CHUNK_VALUES
 
@@ -41,9 +53,22 @@ class PipelineSpec:
         return len(self.stages)
 
     @property
+    def is_local(self) -> bool:
+        """Whether peers make steps of their own, and their stage synchronises after some of them."""
+        return self.strategy.name != "ddp"
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter of the whole model -> shape."""
+        if self.factory is None:
+            return parameter_shapes(self.shape)
+        assert self.table is not None, "a list of layers has a table"
+        return self.table.shapes
+
+    @property
     def is_tied(self) -> bool:
         """Whether two stages hold the embedding matrix."""
-        return self.shape.tie_embeddings and self.num_stages > 1
+        return self.factory is None and self.shape.tie_embeddings and self.num_stages > 1
 
     def units_of(self, stage: int) -> tuple[str, ...]:
         """The vectors that the stage's state consists of: its own, and the tied matrix in the first and last stage."""
@@ -61,7 +86,7 @@ class PipelineSpec:
 
     def slots(self, unit: str) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, in the order of the flat vector."""
-        shapes = parameter_shapes(self.shape)
+        shapes = self.shapes
         if unit == TIED:
             return {EMBEDDING_WEIGHT: shapes[EMBEDDING_WEIGHT]}
         stage = self.stages[int(unit.removeprefix("stage-"))]

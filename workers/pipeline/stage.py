@@ -45,6 +45,19 @@ def seeded(*, seed: int, step: int, microbatch: int, stage: int, device: torch.d
         yield
 
 
+@contextmanager
+def evaluating(model: StageModel, yes: bool) -> Iterator[None]:
+    """With `yes` the model is in evaluation mode, and each module is afterwards as it was."""
+    was = [(module, module.training) for module in model.layers.modules()] if yes else []
+    if yes:
+        model.layers.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
+
+
 @torch.no_grad()
 def forward(model: StageModel, x: Tensor) -> Tensor:
     """What the next stage gets; run it inside `seeded`."""

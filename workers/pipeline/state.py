@@ -1,5 +1,8 @@
 """The state of one stage: parameters and the moments of Adam as flat vectors, moved from version to version.
 
+Where peers make steps of their own (`PipelineSpec.is_local`), it is the stage's anchor, with the states of the outer
+step in place of Adam's moments.
+
 The next state is computed beside the present one and gets a digest; only when its step is on the record does the
 holder move to it. All arithmetic is of single-rounding operations (`OuterAdam`), so that all holders of a stage have
 the same bits from the same gradients. AdamW: https://arxiv.org/abs/1711.05101, decay on matrices only.
@@ -15,15 +18,22 @@ import torch
 from torch import Tensor
 
 from strategies.outer_adam import OuterAdam
+from strategies.outer_choice import build_outer
 from workers.config import TrainConfig
 from workers.digest import combine, digest
 from workers.pipeline.layers import StageModel
 from workers.pipeline.spec import PipelineSpec
 
 PARAMS, FIRST, SECOND = "params", "first", "second"
-FIELDS = (PARAMS, FIRST, SECOND)
 Flats = dict[tuple[str, str], Tensor]
 """(unit, field) -> flat vector."""
+
+
+def fields_of(spec: PipelineSpec) -> tuple[str, ...]:
+    """The vectors of each unit, the parameters first."""
+    if not spec.is_local:
+        return (PARAMS, FIRST, SECOND)
+    return (PARAMS, *(f"outer-{number}" for number in range(build_outer(spec.strategy).num_states)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +56,13 @@ class StageState:
 
     @classmethod
     def begin(cls, spec: PipelineSpec, stage: int, model: StageModel) -> StageState:
-        """Version 0: the model's values, and moments of zero."""
+        """Version 0: the model's values, and all else zero."""
         flats: Flats = {}
         for unit in spec.units_of(stage):
             values = [model.names[name].detach().reshape(-1) for name in spec.slots(unit)]
             flats[unit, PARAMS] = torch.cat(values)
-            flats[unit, FIRST] = torch.zeros_like(flats[unit, PARAMS])
-            flats[unit, SECOND] = torch.zeros_like(flats[unit, PARAMS])
+            for field in fields_of(spec)[1:]:
+                flats[unit, field] = torch.zeros_like(flats[unit, PARAMS])
         return cls(spec, stage, flats, version=0)
 
     @property
@@ -74,11 +84,21 @@ class StageState:
         """The model that it had is not served any more."""
         self._model = None
 
-    def compute_next(self, gradients: Mapping[str, Tensor], *, lr: float, scale: float) -> Next:
-        """The state after a step with these gradients (unit -> flat sum), times `scale`; see `OuterAdam`."""
-        flats: Flats = {}
+    def compute_next(
+        self, gradients: Mapping[str, Tensor], *, lr: float, scale: float, version: int | None = None
+    ) -> Next:
+        """The state after a step with these gradients (unit -> flat sum), times `scale`; see `OuterAdam`.
+
+        Of an anchor: after an outer step with these displacements, to `version`.
+        """
+        if self.spec.is_local:
+            assert version is not None, "an anchor moves to the version that its stage has reached"
+            flats = self._outer_step(gradients)
+            self.next = Next(version=version, flats=flats, digest=_digest(flats))
+            return self.next
+        flats = {}
         for unit in self.spec.units_of(self.stage):
-            held = tuple(self.flats[unit, field] for field in FIELDS)
+            held = tuple(self.flats[unit, field] for field in fields_of(self.spec))
             gradient = gradients[unit] if scale == 1.0 else gradients[unit] * scale
             decayed = self._decayed(unit, held[0], lr)
             params, (first, second) = _adam(self.spec.train, lr).step(
@@ -87,6 +107,21 @@ class StageState:
             flats |= {(unit, PARAMS): params, (unit, FIRST): first, (unit, SECOND): second}
         self.next = Next(version=self.version + 1, flats=flats, digest=_digest(flats))
         return self.next
+
+    def _outer_step(self, displacements: Mapping[str, Tensor]) -> Flats:
+        outer, fields = build_outer(self.spec.strategy), fields_of(self.spec)
+        rounds = -(-self.version // self.spec.strategy.inner_steps)
+        flats: Flats = {}
+        for unit in self.spec.units_of(self.stage):
+            held = [self.flats[unit, field] for field in fields]
+            if unit in displacements:
+                g = displacements[unit]
+                params, states = outer.step(
+                    held[0], tuple(held[1:]), g, scale=outer.prepare([g]), version=rounds, progress=0.0
+                )
+                held = [params, *states]
+            flats |= {(unit, field): value for field, value in zip(fields, held, strict=True)}
+        return flats
 
     def apply(self, digest_hex: str) -> bool:
         """Move to the next state if it is the one with this digest; False if it is not here."""
@@ -111,12 +146,8 @@ class StageState:
         """Let the model's parameters be views of the vectors: nothing is copied."""
         if self._model is None:
             return
-        for unit in self.spec.units_of(self.stage):
-            start = 0
-            for name, shape in self.spec.slots(unit).items():
-                size = math.prod(shape)
-                self._model.names[name].data = self.flats[unit, PARAMS][start : start + size].view(shape)
-                start += size
+        for name, value in spread_out(self.spec, self.stage, self.flats).items():
+            self._model.names[name].data = value
 
 
 def flatten(spec: PipelineSpec, stage: int, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,6 +156,18 @@ def flatten(spec: PipelineSpec, stage: int, named: Mapping[str, Tensor]) -> dict
         unit: torch.cat([named[name].detach().reshape(-1) for name in spec.slots(unit)])
         for unit in spec.units_of(stage)
     }
+
+
+def spread_out(spec: PipelineSpec, stage: int, flats: Flats) -> dict[str, Tensor]:
+    """The parameters of flat vectors by name: views."""
+    found: dict[str, Tensor] = {}
+    for unit in spec.units_of(stage):
+        start = 0
+        for name, shape in spec.slots(unit).items():
+            size = math.prod(shape)
+            found[name] = flats[unit, PARAMS][start : start + size].view(shape)
+            start += size
+    return found
 
 
 def _adam(train: TrainConfig, lr: float) -> OuterAdam:

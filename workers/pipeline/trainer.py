@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +18,14 @@ from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.pipeline.accumulator import Begin
 from workers.pipeline.boundary import Boundary
+from workers.pipeline.calls import Call, evaluation_of
 from workers.pipeline.messages import (
+    Evaluate,
+    Evaluated,
     FenceWanted,
     FromTrainer,
     GaveUp,
+    Heartbeat,
     OpenStep,
     PeerFenced,
     PeerPlace,
@@ -32,7 +37,6 @@ from workers.pipeline.messages import (
 from workers.pipeline.microbatches import (
     Announced,
     AskFence,
-    Call,
     Command,
     Committed,
     Event,
@@ -41,6 +45,7 @@ from workers.pipeline.microbatches import (
     Refused,
     Release,
     Replied,
+    Scored,
     Send,
     StageDone,
     StepOpened,
@@ -52,6 +57,7 @@ from workers.pipeline.microbatches import (
 from workers.pipeline.peer import FETCH_TIMEOUT_S, Reply, Request
 from workers.pipeline.router import Router
 from workers.pipeline.spec import PipelineSpec
+from workers.samples import cut, evenly_spread
 from workers.store import BlobStore
 from workers.transport.base import Transport
 
@@ -100,13 +106,18 @@ class TrainerHost:
             forward_timeout_s=spec.pipeline.forward_timeout_s,
             backward_timeout_s=spec.pipeline.backward_timeout_s,
             retry_s=retry_s,
+            sticky=spec.is_local,
         )
-        self.step, self.round_ = -1, 0
+        self._newest = (0, -1, 0)  # life, step and round that were opened
+        self._evaluation = (0, 0)  # life and number
+        # What is under way: a step, or an evaluation.
+        self.step, self.round_ = 0, 0
         self._num_microbatches = 1
         self._places: dict[str, PeerPlace] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._losses: dict[int, float] = {}
-        self._num_errors = 0
+        self._sizes: list[int] = []
+        self._num_errors = self._num_events = 0
 
     # ------------------------------------------------------------ the controller
 
@@ -119,18 +130,18 @@ class TrainerHost:
                 self._announce(peers)
             case PeerFenced(peer=peer, step=step):
                 self._tell(Fenced(peer=peer, step=step))
+            case Evaluate():
+                self._evaluate(message)
             case StepCommitted(step=step):
                 for stage in range(self.spec.num_stages):
                     self._tell(Committed(stage=stage, step=step))
 
     def _open(self, message: OpenStep) -> None:
-        if (message.step, message.round_) <= (self.step, self.round_):
+        newest = (message.life, message.step, message.round_)
+        if newest <= self._newest:
             return
-        self.machine.restart(self.step)
-        self._forget(self.step)
-        self.step, self.round_ = message.step, message.round_
-        self._num_microbatches, self._losses = message.num_microbatches, {}
-        self._num_errors = 0
+        self._newest = newest
+        self._begin(message.step, message.round_, message.num_microbatches)
         self._announce(message.peers)
         size = self.spec.pipeline.microbatch_size
         for microbatch in message.microbatches:
@@ -141,6 +152,35 @@ class TrainerHost:
             self._keep(microbatch, "input", 0, tokens[:, :-1])
             self._keep(microbatch, "other", self.spec.num_stages - 1, tokens[:, 1:])
         self._tell(StepOpened(step=self.step, microbatches=message.microbatches))
+
+    def _begin(self, step: int, round_: int, num_microbatches: int) -> None:
+        self.machine.restart(self.step)
+        self._forget(self.step)
+        self.step, self.round_ = step, round_
+        self._num_microbatches, self._losses = num_microbatches, {}
+        self._num_errors = 0
+
+    def _evaluate(self, message: Evaluate) -> None:
+        """Fixed samples, evenly spread over the validation part, forward through all stages."""
+        if (message.life, message.number) <= self._evaluation:
+            return
+        self._evaluation = (message.life, message.number)
+        num, size = self.spec.num_validation, self.spec.pipeline.microbatch_size
+        pieces = list(cut(evenly_spread(num, self.spec.eval.windows), size))
+        self._begin(evaluation_of(message.version), message.number, len(pieces))
+        self._announce(message.peers)
+        for number, ids in enumerate(pieces):
+            tokens = self._reader.batch(ids, "val")
+            self._keep(number, "input", 0, tokens[:, :-1])
+            self._keep(number, "other", self.spec.num_stages - 1, tokens[:, 1:])
+        self._sizes = [len(ids) for ids in pieces]
+        self._tell(StepOpened(step=self.step, microbatches=tuple(range(len(pieces)))))
+
+    def _scored(self) -> None:
+        total = math.fsum(self._losses[number] * size for number, size in enumerate(self._sizes))
+        version, number = evaluation_of(self.step), self._evaluation[1]
+        self._hands.tell(Evaluated(version=version, number=number, loss=total / sum(self._sizes)))
+        self._forget(self.step)
 
     def _announce(self, peers: tuple[PeerPlace, ...]) -> None:
         for name in self._places.keys() - {place.peer for place in peers}:
@@ -191,6 +231,17 @@ class TrainerHost:
         if deadline_s is not None and deadline_s <= self._clock():
             self._tell(Tick())
 
+    def heartbeat(self) -> Heartbeat:
+        """What the controller is told every so often."""
+        queues = tuple(sorted(self.machine.queues().items()))
+        return Heartbeat(progress=self._num_events, owes=self.machine.num_in_flight > 0, queues=queues)
+
+    def fetch_timed(self, place: PeerPlace, reply: Reply) -> tuple[Reply, NDArray[Any] | None]:
+        """The same, and the reply with the seconds that its peer's link makes a call last, if those are more."""
+        asked_s = self._clock()
+        data = self.fetch(place, reply)
+        return replace(reply, seconds=max(reply.seconds, self._clock() - asked_s)), data
+
     def fetch(self, place: PeerPlace, reply: Reply) -> NDArray[Any] | None:
         """The tensor of a reply, None where it has none; on any thread. Raises TransportError."""
         if not reply.key:
@@ -211,6 +262,7 @@ class TrainerHost:
     # ------------------------------------------------------------ commands
 
     def _tell(self, event: Event) -> None:
+        self._num_events += 1
         for command in self.machine.handle(event, self._clock()):
             self._obey(command)
 
@@ -226,6 +278,8 @@ class TrainerHost:
                 self._hands.tell(self._ready(step, stage, counted))
             case Release(step=step):
                 self._forget(step)
+            case Scored():
+                self._scored()
 
     def _ready(self, step: int, stage: int, counted: tuple[tuple[int, str], ...]) -> StageReady:
         loss = sum(loss for _, loss in sorted(self._losses.items())) if stage == self.spec.num_stages - 1 else None
@@ -236,14 +290,15 @@ class TrainerHost:
     def _request(self, call: Call) -> Request:
         backward, last = call.direction == "backward", self.spec.num_stages - 1
         input_key = self._kept(call.microbatch, "input", call.stage)
-        other_key = self._kept(call.microbatch, "other", call.stage) if backward else ""
+        needs_other = backward or (call.step < 0 and call.stage == last)
+        other_key = self._kept(call.microbatch, "other", call.stage) if needs_other else ""
         return Request(
             call=call,
             address=self._transport.address,
             input_key=input_key,
             other_key=other_key,
             input_shape=self._shapes[input_key],
-            other_shape=self._shapes[other_key] if backward else (),
+            other_shape=self._shapes[other_key] if needs_other else (),
             input_type="int64" if call.stage == 0 else "encoded",
             other_type="int64" if call.stage == last else "encoded",
             weight=1.0 / self._num_microbatches,

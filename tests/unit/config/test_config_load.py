@@ -32,7 +32,7 @@ def complaint(*overrides: str, run: str = "demo") -> UserError:
 def test_presets_are_the_documented_ones() -> None:
     strategies = [
         "async-dn", "decoupled", "delayed", "diloco", "eager", "gossip", "muloco", "noloco", "sparseloco", "streaming",
-        "swarm",
+        "swarm", "swarm-diloco",
     ]  # fmt: skip
     assert list(list_presets()) == sorted(["ddp", "debug", "demo", "robust", "storm", *strategies])
 

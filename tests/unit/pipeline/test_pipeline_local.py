@@ -17,6 +17,7 @@ from workers.config import ModelConfig
 from workers.model.factory import next_token_loss
 from workers.model.llama import Llama
 from workers.model.shape import DecoderShape, resolve_shape
+from workers.pipeline.calls import Call
 from workers.pipeline.layers import (
     build_decoder_stage,
     decoder_costs,
@@ -24,7 +25,6 @@ from workers.pipeline.layers import (
     list_stage,
 )
 from workers.pipeline.local import Fate, LocalPipeline, StepResult
-from workers.pipeline.microbatches import Call
 from workers.pipeline.stage import seeded
 
 NUM_STAGES, NUM_MICROBATCHES, SEED = 3, 8, 11

@@ -74,10 +74,13 @@ ROOMY = dict.fromkeys(("a", "b", "c", "d"), 1 << 30)
 
 
 def test_memory_is_what_is_kept() -> None:
-    # Parameters, gradient, two moments and eight gradients of microbatches, of 2 M parameters in fp32; four boundaries.
-    assert peer_bytes(STAGES[0], size()) == 2_000_000 * 4 * (4 + 8) + 4000
-    assert peer_bytes(STAGES[0], size(ordered=False)) == 2_000_000 * 4 * (4 + 1) + 4000
-    assert peer_bytes(STAGES[0], size(min_peers=2)) == 2_000_000 * 4 * (4 + 4) + 4000
+    # Parameters, gradient, two moments, the next state, eight gradients of microbatches, each 2 M values in fp32; four
+    # boundaries.
+    assert peer_bytes(STAGES[0], size()) == 2_000_000 * 4 * (7 + 8) + 4000
+    assert peer_bytes(STAGES[0], size(ordered=False)) == 2_000_000 * 4 * (7 + 1) + 4000
+    assert peer_bytes(STAGES[0], size(min_peers=2)) == 2_000_000 * 4 * (7 + 4) + 4000
+    held = peer_bytes(STAGES[0], size(buddy_copies=6), buddy_params=3_000_000)
+    assert held == peer_bytes(STAGES[0], size()) + 3_000_000 * 4 * 6
     assert trainer_bytes(2, size()) == 2 * 1 * 1000 * 8
     assert trainer_bytes(2, size(num_open_steps=2)) == 2 * trainer_bytes(2, size())
 
@@ -96,9 +99,9 @@ def test_memory_is_what_is_kept() -> None:
         ({}, ROOMY, 15_999, "16,000 bytes, and may take 15,999"),
         (
             {},
-            dict.fromkeys("abcd", 96_003_999),
+            dict.fromkeys("abcd", 120_003_999),
             1 << 30,
-            "needs 96,004,000 bytes; the largest .* 96,003,999",
+            "needs 120,004,000 bytes; the largest .* 120,003,999",
         ),
     ],
 )
@@ -110,4 +113,4 @@ def test_what_can_never_run_is_refused_with_the_numbers(
 
 
 def test_what_just_fits_is_taken() -> None:
-    check_pipeline(STAGES, size(), peers=dict.fromkeys("abcd", 96_004_000), trainer_limit_bytes=16_000)
+    check_pipeline(STAGES, size(), peers=dict.fromkeys("abcd", 120_004_000), trainer_limit_bytes=16_000)

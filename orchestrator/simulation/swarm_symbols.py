@@ -1,0 +1,445 @@
+"""Peers and trainers of a pipeline without tensors, for `orchestrator/simulation/swarm_brain.py`.
+
+They follow `PeerHost`, `LocalHost` and `TrainerHost` call by call; a gradient is the microbatch that it is of, a state
+the multiset of those that are in it, and its digest names both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Protocol
+
+from orchestrator.pipeline.plan import PipelinePlan
+from workers.pipeline.accumulator import Accumulator, Begin
+from workers.pipeline.calls import Call, evaluation_of
+from workers.pipeline.messages import (
+    Applied,
+    Apply,
+    Collect,
+    Done,
+    DropStage,
+    Evaluate,
+    Evaluated,
+    FenceStep,
+    FenceWanted,
+    FromPeer,
+    FromTrainer,
+    Have,
+    Heartbeat,
+    Holds,
+    LocalStep,
+    Offered,
+    OfferWork,
+    OpenStep,
+    PeerFenced,
+    PeerPlace,
+    Peers,
+    Reduce,
+    Reduced,
+    Spread,
+    StageReady,
+    StepCommitted,
+    TakeStage,
+    ToPeer,
+    ToTrainer,
+)
+from workers.pipeline.microbatches import (
+    Announced,
+    AskFence,
+    Committed,
+    Event,
+    Fenced,
+    Microbatches,
+    Refused,
+    Replied,
+    Scored,
+    Send,
+    StageDone,
+    StepOpened,
+    Tick,
+    Unreachable,
+    Withdraw,
+    Withdrawn,
+)
+from workers.pipeline.router import Router
+
+Content = Counter[tuple[int, int]]
+"""(step, microbatch) -> how often it is in a state."""
+
+Piece = tuple[int, int, str, int]
+"""Step, round, peer and number of a contribution."""
+
+
+class SymbolError(Exception):
+    """An order that cannot be obeyed."""
+
+
+class World(Protocol):
+    """What peers and trainers ask of it."""
+
+    now_s: float
+
+    def peer_at(self, address: str) -> SymbolPeer:
+        """Who can be fetched from; raises SymbolError."""
+
+    def send(self, trainer: SymbolTrainer, place: PeerPlace, call: Call, round_: int) -> None:
+        """A call goes out."""
+
+    def withdraw(self, trainer: SymbolTrainer, place: PeerPlace, call: Call, round_: int) -> None:
+        """A withdrawal goes out."""
+
+    def hear(self, trainer: SymbolTrainer, message: FromTrainer) -> None:
+        """A trainer tells the controller."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One stage at a version."""
+
+    stage: int
+    version: int
+    content: Content
+
+    @property
+    def digest(self) -> str:
+        """Names it."""
+        text = f"{self.stage}/{self.version}/{sorted(self.content.items())}"
+        return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(kw_only=True, slots=True)
+class _Serving:
+    name: str
+    stage: int
+    book: Accumulator
+    sums: dict[int, set[int]] = field(default_factory=dict)
+    own: Content = field(default_factory=Counter)  # steps of its own since the anchor
+    offered: tuple[int, Content] | None = None
+    synchronises: bool = False
+
+
+class SymbolPeer:
+    """See `PeerHost` and `LocalHost`."""
+
+    def __init__(self, world: World, address: str, plan: PipelinePlan) -> None:
+        self._world, self._address, self._plan = world, address, plan
+        self._is_local = plan.sync_steps > 0
+        self.held: dict[int, State] = {}
+        self._next: dict[int, State] = {}
+        self.serving: _Serving | None = None
+        self._rounds: dict[int, int] = {}
+        self._pieces: dict[Piece, Content] = {}
+        self._results: dict[tuple[int, int, int, str, int], tuple[Content, ...]] = {}
+
+    def present(self) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, str], ...], int | None]:
+        """What it holds, what it could move to, and what it serves."""
+        held = tuple((stage, state.version) for stage, state in sorted(self.held.items()))
+        following = tuple((stage, state.digest) for stage, state in sorted(self._next.items()))
+        return held, following, self.serving.stage if self.serving is not None else None
+
+    # ------------------------------------------------------------ trainers
+
+    def call(self, call: Call, round_: int) -> Begin:
+        """See `PeerHost.call`."""
+        serving = self.serving
+        if serving is None or serving.name != call.peer or serving.synchronises:
+            return Begin.OTHER_VERSION
+        if not self._is_current(call.step, round_):
+            return Begin.OTHER_VERSION
+        if call.direction == "forward":
+            return Begin.RUN if call.version == serving.book.version else Begin.OTHER_VERSION
+        begin = serving.book.begin(call.step, call.microbatch, call.attempt)
+        if begin is not Begin.RUN:
+            return begin
+        if not serving.book.finish(call.step, call.microbatch):
+            return Begin.WITHDRAWN
+        known = serving.sums.setdefault(call.step, set())
+        assert call.microbatch not in known, f"{call} was added before"
+        known.add(call.microbatch)
+        return Begin.DONE
+
+    def withdraw(self, call: Call, round_: int) -> bool:
+        """See `PeerHost.withdraw`."""
+        serving = self.serving
+        if serving is None or serving.name != call.peer or self._rounds.get(call.step, 0) > round_:
+            return False
+        return serving.book.withdraw(call.step, call.microbatch, call.attempt)
+
+    def _is_current(self, step: int, round_: int) -> bool:
+        known = self._rounds.get(step, 0)
+        if round_ > known:
+            self._rounds[step] = round_
+            if self.serving is not None:
+                self.serving.book.restart(step)
+                self.serving.sums.pop(step, None)
+        return round_ >= known
+
+    # ------------------------------------------------------------ the controller
+
+    def do(self, order: ToPeer) -> FromPeer:
+        """Obey; raises SymbolError."""
+        match order:
+            case TakeStage():
+                return self._take(order)
+            case Collect():
+                return self._collect(order)
+            case Reduce():
+                return self._reduce(order)
+            case Spread():
+                return self._spread(order)
+            case Apply():
+                return self._apply(order)
+            case LocalStep():
+                self._step(order)
+            case OfferWork():
+                return self._offer(order)
+            case FenceStep(peer=name, step=step):
+                if self.serving is not None and self.serving.name == name:
+                    self.serving.book.fence(step)
+                    self.serving.sums.pop(step, None)
+            case DropStage(stage=stage):
+                if self.serving is None or self.serving.stage != stage:
+                    self.held.pop(stage, None)
+                    self._next.pop(stage, None)
+        return Done()
+
+    def _take(self, order: TakeStage) -> Holds:
+        state = self.held.get(order.stage)
+        if state is None or state.version != order.version:
+            state = self._obtain(order)
+            self.held[order.stage] = state
+            self._next.pop(order.stage, None)
+        name = order.serve_as
+        step = order.step if order.step is not None else state.version
+        known = self.serving
+        if name is not None and (known is None or known.name != name or known.book.version != step):
+            self.serving = _Serving(name=name, stage=order.stage, book=Accumulator(version=step))
+            if self._is_local:
+                self._rounds.clear()
+        return Holds(stage=order.stage, version=state.version, digest=state.digest)
+
+    def _obtain(self, order: TakeStage) -> State:
+        for address in order.sources:
+            try:
+                held = self._world.peer_at(address).held.get(order.stage)
+            except SymbolError:
+                continue
+            if held is not None and held.version == order.version:
+                return held
+        if order.sources or order.version != 0:
+            raise SymbolError(f"stage {order.stage} at version {order.version} cannot be pulled from {order.sources}")
+        return State(order.stage, 0, Counter())
+
+    def _collect(self, order: Collect) -> Offered:
+        serving = self.serving
+        if serving is None or serving.name != order.peer:
+            return Offered(microbatches=())
+        if not self._is_current(order.step, order.round_):
+            raise SymbolError(f"{order.peer} is in a newer round of step {order.step}")
+        offer = serving.book.offer(order.step)
+        assert set(offer) == serving.sums.get(order.step, set()), f"{order.peer}: {offer}, {serving.sums}"
+        for microbatch in offer:
+            self._pieces[order.step, order.round_, order.peer, microbatch] = Counter([(order.step, microbatch)])
+        return Offered(microbatches=offer)
+
+    def _reduce(self, order: Reduce) -> Reduced:
+        groups = []
+        for group in order.groups:
+            total: Content = Counter()
+            for part in group:
+                peer = self if part.address == self._address else self._world.peer_at(part.address)
+                for number in part.numbers:
+                    piece = peer._pieces.get((order.step, order.round_, part.peer, number))
+                    if piece is None:
+                        raise SymbolError(f"{part.address} has no piece of {part.peer}")
+                    total.update(piece)
+            groups.append(total)
+        for chunk in order.chunks:
+            self._results[order.step, order.round_, order.attempt, order.unit, chunk] = tuple(groups)
+        return Reduced(sums=tuple((chunk, 1.0) for chunk in order.chunks))
+
+    def _spread(self, order: Spread) -> Have:
+        state = self.held.get(order.stage)
+        if state is None or state.version != order.step:
+            raise SymbolError(f"stage {order.stage} is not held at {order.step}")
+        added: dict[str, list[tuple[Content, ...]]] = {}
+        for unit, chunk, attempt, address in order.owners:
+            peer = self if address == self._address else self._world.peer_at(address)
+            found = peer._results.get((order.step, order.round_, attempt, unit, chunk))
+            if found is None:
+                raise SymbolError(f"{address} has no result of {unit}")
+            added.setdefault(unit, []).append(found)
+        content = Counter(state.content)
+        for unit, results in added.items():
+            assert all(one == results[0] for one in results), f"chunks of {unit} differ: {results}"
+            if unit == f"stage-{order.stage}":
+                content.update(results[0][0])
+        version = order.step + 1 if order.next_version is None else order.next_version
+        self._next[order.stage] = State(order.stage, version, content)
+        if self._is_local and self.serving is not None and self.serving.stage == order.stage:
+            self.serving.synchronises = True
+        return Have(digest=self._next[order.stage].digest)
+
+    def _apply(self, order: Apply) -> Applied:
+        state, following = self.held.get(order.stage), self._next.get(order.stage)
+        if state is not None and state.version > order.step:
+            return Applied(done=True)
+        if state is None or following is None or following.digest != order.digest:
+            return Applied(done=False)
+        self.held[order.stage] = self._next.pop(order.stage)
+        serving = self.serving
+        if serving is not None and serving.stage == order.stage:
+            if self._is_local:
+                if order.included:
+                    assert serving.offered is not None, "what was not offered is not included"
+                    serving.own = serving.own - serving.offered[1]
+                serving.offered, serving.synchronises = None, False
+            else:
+                serving.book.commit(order.step)
+                serving.sums.pop(order.step, None)
+        self._rounds = {step: round_ for step, round_ in self._rounds.items() if step > order.step}
+        self._pieces = {key: piece for key, piece in self._pieces.items() if key[0] != order.step}
+        return Applied(done=True)
+
+    # ------------------------------------------------------------ steps of its own
+
+    def _mine(self, name: str) -> _Serving:
+        if self.serving is None or self.serving.name != name:
+            raise SymbolError(f"it does not serve as {name}")
+        return self.serving
+
+    def _step(self, order: LocalStep) -> None:
+        serving = self._mine(order.peer)
+        book = serving.book
+        while book.version < order.step:
+            if book.offer(book.version):
+                raise SymbolError(f"{order.peer} was never told that step {book.version} is over")
+            book.commit(book.version)
+        if book.version > order.step:
+            return
+        if order.counted and book.offer(order.step) != order.counted:
+            raise SymbolError(f"{order.peer} counted {book.offer(order.step)}, not {order.counted}")
+        serving.own.update((order.step, microbatch) for microbatch in order.counted)
+        book.commit(order.step)
+        serving.sums.pop(order.step, None)
+
+    def _offer(self, order: OfferWork) -> Offered:
+        serving = self._mine(order.peer)
+        state = self.held.get(serving.stage)
+        if state is None or state.version != order.version:
+            raise SymbolError(f"stage {serving.stage} is not held at {order.version}")
+        serving.offered = (order.version, Counter(serving.own))
+        self._pieces[order.version, order.round_, order.peer, 0] = Counter(serving.own)
+        return Offered(microbatches=())
+
+
+class SymbolTrainer:
+    """See `TrainerHost`."""
+
+    def __init__(self, world: World, name: str, nonce: str, plan: PipelinePlan) -> None:
+        self._world, self.name, self.nonce, self._plan = world, name, nonce, plan
+        self.machine = Microbatches(
+            num_stages=plan.layout.num_stages,
+            router=Router(trainer=name, smoothing=0.3),
+            max_in_flight=plan.pipeline.in_flight,
+            forward_timeout_s=plan.pipeline.forward_timeout_s,
+            backward_timeout_s=plan.pipeline.backward_timeout_s,
+            retry_s=0.2,
+            sticky=plan.sync_steps > 0,
+        )
+        self._newest, self._evaluation = (0, -1, 0), (0, 0)
+        self.step = self.round_ = 0
+        self._places: dict[str, PeerPlace] = {}
+        self._num_events = 0
+
+    def handle(self, message: ToTrainer) -> None:
+        """See `TrainerHost.handle`."""
+        match message:
+            case OpenStep():
+                newest = (message.life, message.step, message.round_)
+                if newest > self._newest:
+                    self._newest = newest
+                    self._begin(message.step, message.round_, message.microbatches, message.peers)
+            case Evaluate():
+                if (message.life, message.number) > self._evaluation:
+                    self._evaluation = (message.life, message.number)
+                    self._begin(evaluation_of(message.version), message.number, (0, 1), message.peers)
+            case Peers(peers=peers):
+                self._announce(peers)
+            case PeerFenced(peer=peer, step=step):
+                self._tell(Fenced(peer=peer, step=step))
+            case StepCommitted(step=step):
+                for stage in range(self._plan.layout.num_stages):
+                    self._tell(Committed(stage=stage, step=step))
+
+    def _begin(self, step: int, round_: int, microbatches: tuple[int, ...], peers: tuple[PeerPlace, ...]) -> None:
+        self.machine.restart(self.step)
+        self.step, self.round_ = step, round_
+        self._announce(peers)
+        self._tell(StepOpened(step=step, microbatches=microbatches))
+
+    def _announce(self, peers: tuple[PeerPlace, ...]) -> None:
+        for name in self._places.keys() - {place.peer for place in peers}:
+            self.machine.router.ban(name, "it does not serve any more")
+        self._places |= {place.peer: place for place in peers}
+        for place in peers:
+            self._tell(Announced(peer=place.peer, stage=place.stage, announcement=place.announcement))
+
+    def _is_stale(self, call: Call, round_: int) -> bool:
+        return (call.step, round_) != (self.step, self.round_)
+
+    def replied(self, call: Call, round_: int, begin: Begin, seconds: float) -> None:
+        """See `TrainerHost.replied`."""
+        if self._is_stale(call, round_):
+            return
+        if begin in (Begin.RUN, Begin.DONE):
+            self._tell(Replied(call=call, seconds=seconds))
+        else:
+            self._tell(Refused(call=call, reason=begin.value))
+
+    def withdrawn(self, call: Call, round_: int, done: bool) -> None:
+        """See `TrainerHost.withdrawn`."""
+        if not self._is_stale(call, round_):
+            self._tell(Withdrawn(call=call, done=done))
+            self.machine.router.lift(call.peer)
+
+    def unreachable(self, call: Call, round_: int) -> None:
+        """See `TrainerHost.unreachable`."""
+        if not self._is_stale(call, round_):
+            self._tell(Unreachable(call=call, reason="it is dead"))
+
+    def tick(self) -> None:
+        """Time has passed, and the heart beats."""
+        deadline_s = self.machine.next_deadline_s()
+        if deadline_s is not None and deadline_s <= self._now():
+            self._tell(Tick())
+        beat = Heartbeat(progress=self._num_events, owes=self.machine.num_in_flight > 0)
+        self._world.hear(self, beat)
+
+    def _now(self) -> float:
+        return self._world.now_s
+
+    def _tell(self, event: Event) -> None:
+        self._num_events += 1
+        for command in self.machine.handle(event, self._now()):
+            match command:
+                case Send(call=call):
+                    self._world.send(self, self._places[call.peer], call, self.round_)
+                case Withdraw(call=call):
+                    self._world.withdraw(self, self._places[call.peer], call, self.round_)
+                case AskFence(peer=peer, step=step, reason=reason):
+                    wanted = FenceWanted(peer=peer, step=step, round_=self.round_, reason=reason)
+                    self._world.hear(self, wanted)
+                case StageDone(step=step, stage=stage, counted=counted):
+                    speeds = {n: self.machine.router.throughput(n) for n in self.machine.router.serving(stage)}
+                    ready = StageReady(
+                        step=step, round_=self.round_, stage=stage, counted=counted, loss=1.0, throughputs=speeds
+                    )
+                    self._world.hear(self, ready)
+                case Scored(step=step):
+                    done = Evaluated(version=evaluation_of(step), number=self._evaluation[1], loss=1.0)
+                    self._world.hear(self, done)
+                case _:
+                    pass
