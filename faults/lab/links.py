@@ -15,6 +15,9 @@ MTU_BYTES = 1500
 TRAIN_S = 0.002
 """Packets that travel as one frame take no longer than this on the wire, unless it is a single one."""
 
+TOGETHER_S = 2.5e-4
+"""Packets of a frame that jitter parts by no more than this (and an eighth of it) stay one frame."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
@@ -74,6 +77,7 @@ class Link:
     _queue_s: float = field(init=False)
     _delay_s: float = field(init=False)
     _jitter_s: float = field(init=False)
+    _together_s: float = field(init=False)
     _until_loss: int = field(init=False)
     _free_at_s: float = field(default=-math.inf, init=False)
     _last_arrival_s: float = field(default=-math.inf, init=False)
@@ -89,6 +93,7 @@ class Link:
         self._queue_s = shape.queue_ms / 1e3
         self._delay_s = shape.delay_ms / 1e3
         self._jitter_s = shape.jitter_ms / 1e3
+        self._together_s = min(TOGETHER_S, self._jitter_s / 8)
         self._until_loss = self._draw_gap()
         self.is_plain = shape.is_plain
         self.has_jitter = shape.jitter_ms > 0
@@ -119,13 +124,14 @@ class Link:
     def scatter(self, arrival_s: float, num_packets: int) -> list[tuple[int, float]]:
         """When packets that would arrive together do arrive, with jitter: (how many, when), in order.
 
-        Each is late by a time of its own, but none overtakes: what catches up with the one before comes with it.
+        Each is late by a time of its own, but none overtakes: what catches up with the one before comes with it, and so
+        does what would come less than `TOGETHER_S` later, in the same turn of the switch.
         """
         groups: list[tuple[int, float]] = []
         last_s, num = self._last_arrival_s, 0
         for _ in range(num_packets):
             own_s = arrival_s + self._jitter_s * self.random()
-            if own_s > last_s:
+            if own_s > last_s and (not num or own_s > last_s + self._together_s):
                 if num:
                     groups.append((num, last_s))
                 last_s, num = own_s, 0
