@@ -146,8 +146,26 @@ class RunBook:
                 compute_s=0.0,
                 num_steps=1,
             )
+            self._validated(t_s, num_steps, row.get("val_loss"))
             self._until(t_s)
         self.version += 1
+
+    def _validated(self, t_s: float, num_steps: int, val_loss: object) -> None:
+        """A pipeline's steps repeat the newest validation loss."""
+        known = self.evals[-1].val_loss if self.evals else None
+        if not isinstance(val_loss, float) or val_loss == known:
+            return
+        tokens, target = num_steps * self.tokens_of_step(), self.about.setting("train", "tokens")
+        self.evals.append(
+            EvalRow(
+                t_s=t_s,
+                member=ALL_STAGES,
+                version=num_steps,
+                progress=min(tokens / target, 1.0) if isinstance(target, int) and target > 0 else 0.0,
+                val_loss=val_loss,
+                tokens_committed=tokens,
+            )
+        )
 
     def add_records(self, rows: Iterable[Row]) -> None:
         """Rows of the journal, in order."""

@@ -99,21 +99,9 @@ def crowd(browser: Chromium, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Site(browser, link)
 
 
-@pytest.fixture(scope="module")
-def steady(browser: Chromium, site: Site) -> Iterator[Site]:
-    """A page that stays open for all tests that can do with one."""
-    own = Site(browser, site.link)
-    yield own
-    own.close()
-
-
 @pytest.fixture
-def page(steady: Site) -> Iterator[Page]:
-    """It shows the end of the run; what else a test before has left there is no matter."""
-    opened = steady.page or steady.open()
-    opened.call("Page.bringToFront")
-    opened.evaluate("document.getElementById('live').click()")
-    until(opened, "document.getElementById('live').ariaPressed === 'true'", "the end of the run")
+def page(site: Site) -> Iterator[Page]:
+    opened = site.open()
     yield opened
     assert opened.problems == []
 

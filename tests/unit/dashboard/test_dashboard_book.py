@@ -180,9 +180,10 @@ def test_rows_that_cannot_be_read_are_counted_and_said(tmp_path: Path) -> None:
 
 def pipeline_lines() -> bytes:
     lines = []
-    for step, (t_s, rate) in enumerate(((1.0, None), (2.0, 1.5))):
+    for step, (t_s, rate, val_loss) in enumerate(((1.0, None, None), (2.0, 1.5, 4.25), (2.5, 1.5, 4.25))):
         stage = {"stage": 0, "params": 10, "bytes": 80, "peers": {"a": rate}, "buddies": ["b"], "moving_here": []}
         row = {"t_s": t_s, "step": step, "loss": 4.5, "seconds": 1.0, "attempts": 1, "stages": [stage], "no_move": ""}
+        row["val_loss"] = val_loss
         lines.append(json.dumps(row).encode() + b"\n")
     return b"".join(lines)
 
@@ -226,8 +227,9 @@ def test_a_pipeline_is_as_far_as_its_steps_and_its_controller_hands_them_over(tm
     told = run_figures(source.book, None)
     assert told["stages"][0]["peers"] == {"a": 1.5} and told["problem"] == "" and told["state"] == "running"
     figures = told["figures"]
-    assert (figures["tokens"], figures["progress"], figures["rounds"]) == (2 * 4 * 2 * 256, 0.5, 2)
-    assert figures["tokens_per_s"] == 2048.0 and told["ledger"]["committed"] == 4096
+    assert (figures["tokens"], figures["progress"], figures["rounds"]) == (3 * 4 * 2 * 256, 0.75, 3)
+    assert figures["tokens_per_s"] == pytest.approx(2 * 2048 / 1.5) and told["ledger"]["committed"] == 6144
+    assert figures["val_loss"] == 4.25 and len(source.book.evals) == 1, "steps repeat the newest one"
     assert run_figures(source.book, 1.5)["figures"]["tokens"] == 2048
     assert told["members"] == [], "all stages together are no member"
     controller.finished = SimpleNamespace(reason="done")
