@@ -31,6 +31,7 @@ from workers.records import (
     Record,
     RecordError,
     RefusalRecord,
+    ScopeRecord,
     StandingRecord,
     StopRecord,
     Term,
@@ -57,6 +58,7 @@ ROWS = [
         [
             *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
+            ScopeRecord(members=("island-1",), ranges=((400, 500),)),
             *PIPELINE,
             PairRosterRecord(round_=0, groups=("island-0.1+island-1.1",)),
             PairCommitRecord(
