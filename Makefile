@@ -6,7 +6,7 @@
 # make bench-robust   what attackers do to a run under each rule (several hours, resumable)
 # make bench-lab      what emulated links do and cost, and runs on them (root; 25 minutes, resumable)
 # make storm          ten minutes of random faults on eight islands, beside two without (results as above)
-# make simulate       a hundred thousand simulated runs with faults (about half an hour, resumable)
+# make simulate       a hundred thousand simulated runs with faults (about 25 minutes, resumable)
 # make soak           half an hour on busy cores, resumable: nobody may be blamed who did nothing wrong
 # make docs           the documentation as a site, in build/docs
 # make clean          remove caches; make distclean removes .venv as well; runs/ is never touched

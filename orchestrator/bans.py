@@ -58,10 +58,12 @@ class Bans:
         """Remember what became of the contributions to an exchange. Whoever is banned is not counted: what it sent
         before, to an exchange that ended after, is judged already.
         """
-        for member in sorted(verdicts):
-            entry = self.entries.setdefault(member, _Entry())
+        for member, why in verdicts.items():
+            entry = self.entries.get(member)
+            if entry is None:
+                entry = self.entries[member] = _Entry()
             if entry.standing != "banned":
-                entry.recent.append((serial, verdicts[member]))
+                entry.recent.append((serial, why))
 
     def due(self, serial: int) -> list[StandingChange]:
         """Whose standing changes by what was counted up to exchange `serial`, and is changed by this call."""

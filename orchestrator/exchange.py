@@ -30,6 +30,7 @@ from workers.records import (
 __all__ = ["Blame", "Drop", "Effect", "Fence", "FragmentExchange", "Journal", "Note", "ToAll", "ToOne", "ToSome"]
 
 ANNOUNCED_TO_ALL = 2
+"""So many first offers are announced to everybody; among many members one: that a few miss it holds nobody up."""
 MEMBERS_AN_ANNOUNCEMENT = 64
 """Owners hear of so many times fewer offers at once than there are members; of what is left with the next tick."""
 PARTED_S = 30.0
@@ -113,7 +114,7 @@ class FragmentExchange(OwnersWork):
             open_.likely_names = tuple(str(owner) for owner in open_.likely)
         body = msg.Announce(offer_by=sender, address=open_.offers[sender][0], offer=offer, owners=open_.likely_names)
         open_.first = open_.first or body
-        if len(open_.offers) <= ANNOUNCED_TO_ALL:
+        if len(open_.offers) <= (1 if len(fleet.members) > MEMBERS_AN_ANNOUNCEMENT else ANNOUNCED_TO_ALL):
             return [ToAll(body=body)]
         open_.unannounced.append(body)
         enough = len(open_.unannounced) >= len(fleet.members) // MEMBERS_AN_ANNOUNCEMENT

@@ -20,6 +20,8 @@ from workers.records import HUNG, FaultRecord, MemberId, Row, StopRecord, Term
 EARLY_DEATHS = 3
 SILENT_S = 1.0  # a suspect heard more recently hangs, or is far behind
 SHORT_FOR_S = 5.0
+QUORUM_S_PER_MEMBER = 5e-4
+"""Whether there are enough of them is looked at no more often than this: ten thousand every 5 s."""
 SAY_AGAIN_S = 60.0
 
 
@@ -37,7 +39,7 @@ class Judgement(Lifecycle):
         self.hung: dict[MemberId, str] = {}
         self.short_of = ""
         self.short_since: float | None = None
-        self.short_said_s = float("-inf")
+        self.short_said_s = self.quorum_looked_s = float("-inf")
         for row in rows:
             self._remember(row)
 
@@ -196,6 +198,9 @@ class Judgement(Lifecycle):
 
     def _watch_quorum(self, fleet: Fleet) -> None:
         """Whether enough members are there to commit; else who is missing and what to set, once a minute."""
+        if self.now - self.quorum_looked_s < QUORUM_S_PER_MEMBER * len(self.roll.processes):
+            return
+        self.quorum_looked_s = self.now
         absent = {**self.given_up, **dict.fromkeys(self.away_since, "it left")}
         first = self.exchanges[0]
         short = quorum.shortfall(

@@ -52,8 +52,7 @@ class OfferId(NamedTuple):
         return f"{self.member}/{self.seq}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RosterEntry:
+class RosterEntry(NamedTuple):
     """One contribution of a commit: which samples, how many steps, with which coefficient (fp32)."""
 
     member: str
@@ -77,7 +76,4 @@ class RosterEntry:
 
     def weighed(self, coefficient: float) -> RosterEntry:
         """The same with another coefficient."""
-        return RosterEntry(
-            member=self.member, incarnation=self.incarnation, seq=self.seq, since=self.since, upto=self.upto,
-            ranges=self.ranges, num_steps=self.num_steps, coefficient=coefficient,
-        )  # fmt: skip
+        return self._replace(coefficient=coefficient)

@@ -315,12 +315,42 @@ class RecordError(ValueError):
     """A journal row that cannot be read; says which field and why."""
 
 
-def to_body(record: Record) -> dict[str, Any]:
+class _Rosters:
+    """The text of the roster that was encoded last: one and the same is named, agreed on and sealed in a row."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[RosterEntry, ...], str] = ((), "[]")
+
+    def text(self, roster: tuple[RosterEntry, ...]) -> str:
+        """Its canonical JSON."""
+        known, text = self._last
+        if known is not roster:
+            text = _CANONICAL.encode([_entry_body(entry) for entry in roster])
+            self._last = (roster, text)
+        return text
+
+
+_ROSTERS = _Rosters()
+
+
+def _row_payload(seq: int, record: Record) -> bytes:
+    """What the hash of a row is taken of: the canonical form of its number and fields."""
+    body = {"seq": seq, **to_body(record, with_roster=not isinstance(record, CommitRecord))}
+    text = _CANONICAL.encode(body)
+    if isinstance(record, CommitRecord):  # the body's keys are in order: this one comes before "roster_digest"
+        before, key, after = text.partition('"roster_digest":')
+        text = f'{before}"roster":{_ROSTERS.text(record.roster)},{key}{after}'
+    return text.encode()
+
+
+def to_body(record: Record, *, with_roster: bool = True) -> dict[str, Any]:
     """JSON-ready fields of a record, `kind` first. (`asdict` copies every range of every roster, one by one.)"""
     body: dict[str, Any] = {"kind": record.kind}
     for name in _FIELDS[type(record)]:
         body[name] = getattr(record, name)
-    if isinstance(record, CommitRecord):
+    if not with_roster:
+        del body["roster"]
+    elif isinstance(record, CommitRecord):
         body["roster"] = tuple(_entry_body(entry) for entry in record.roster)
     return body
 
@@ -344,7 +374,7 @@ def chain_hash(prev: str, payload: bytes) -> str:
 
 def roster_digest(roster: tuple[RosterEntry, ...]) -> str:
     """Digest of a roster with its coefficients: names what a reduced part was made of."""
-    return chain_hash("roster", canonical({"roster": [_entry_body(entry) for entry in roster]}))
+    return chain_hash("roster", f'{{"roster":{_ROSTERS.text(roster)}}}'.encode())
 
 
 def work_digest(of_roster: str, recipe: Recipe | None) -> str:
@@ -420,7 +450,7 @@ class Row:
 
 def make_row(seq: int, prev: str, record: Record) -> Row:
     """Row `seq` of a journal whose last hash is `prev`."""
-    return Row(seq=seq, prev=prev, hash=chain_hash(prev, canonical({"seq": seq, **to_body(record)})), record=record)
+    return Row(seq=seq, prev=prev, hash=chain_hash(prev, _row_payload(seq, record)), record=record)
 
 
 def dump_row(row: Row) -> bytes:

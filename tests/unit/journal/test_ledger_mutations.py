@@ -19,12 +19,14 @@ from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.records import (
     KINDS,
     CommitRecord,
+    GenesisRecord,
     LeaseRecord,
     OperatorRecord,
     Record,
     RefusalRecord,
     RollbackRecord,
     Row,
+    ScopeRecord,
     StandingRecord,
     StopRecord,
     TermRecord,
@@ -45,6 +47,8 @@ def history() -> list[Row]:
         refused = RefusalRecord(member="island-1", incarnation=1, why="too long")
         banned = StandingRecord(member="island-1", standing="banned", serial=3, why="refused 3 times")
         story = Story(seed, num_fragments=2, operations=True).run(90).records
+        owned = ScopeRecord(members=("island-2",), ranges=((10**6, 10**6 + 50),))
+        story = [made for record in story for made in (record, *([owned] if isinstance(record, GenesisRecord) else ()))]
         rows = chain_rows([*story, roster, refused, banned, asked, StopRecord(reason="done")])
         if {row.record.kind for row in rows} == set(KINDS) - OF_PIPELINES - {PairCommitRecord.kind} and len(
             {type(r.record) for r in rows[-8:]}
@@ -110,6 +114,8 @@ def edited(line: bytes) -> bytes:
         body[number] += 1
     elif "values" in body:
         body["values"]["exchange.copies"] = 1
+    elif body["kind"] == ScopeRecord.kind:
+        body["ranges"][0][1] += 1
     else:
         text = next(name for name, value in body.items() if name not in ("prev", "kind") and isinstance(value, str))
         body[text] += "1"

@@ -202,7 +202,7 @@ CASES: dict[str, tuple[Callable[[Records], None], str, str, str]] = {
         "0:10 are counted twice",
     ),
     "no steps": (
-        reseal("commit 1", roster=(replace(entry("a", 0, 10, (0, 10)), num_steps=0),)),
+        reseal("commit 1", roster=(entry("a", 0, 10, (0, 10))._replace(num_steps=0),)),
         "commit 1",
         "commit",
         "0 steps",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from workers.records import (
     Record,
     RecordError,
     RefusalRecord,
+    ScopeRecord,
     StandingRecord,
     StopRecord,
     Term,
@@ -57,6 +58,7 @@ ROWS = [
         [
             *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
+            ScopeRecord(members=("island-1",), ranges=((400, 500),)),
             *PIPELINE,
             PairRosterRecord(round_=0, groups=("island-0.1+island-1.1",)),
             PairCommitRecord(
@@ -188,9 +190,9 @@ def test_a_roster_digest_names_every_value() -> None:
     assert roster_digest(commit.roster) == commit.roster_digest
     first = commit.roster[0]
     for changed in (
-        replace(first, coefficient=first.coefficient * 0.5),
-        replace(first, upto=first.upto + 1),
-        replace(first, ranges=((0, 1), *first.ranges)),
+        first._replace(coefficient=first.coefficient * 0.5),
+        first._replace(upto=first.upto + 1),
+        first._replace(ranges=((0, 1), *first.ranges)),
     ):
         assert roster_digest((changed, *commit.roster[1:])) != commit.roster_digest
     assert version_chain("a", {"n": 1}) != version_chain("b", {"n": 1}) != version_chain("b", {"n": 2})

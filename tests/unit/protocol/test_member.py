@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mate import Mate, entry, member_id, offer_id
 
 from workers import member_events as ev
@@ -430,7 +428,7 @@ def test_heartbeat_tells_what_the_member_knows_of_the_open_exchange() -> None:
 
 def test_roster_entries_name_incarnations() -> None:
     ours = entry("island-0", 0, 4, incarnation=2)
-    assert ours.offer.member == member_id("island-0", 2) and replace(ours, seq=2).offer != ours.offer
+    assert ours.offer.member == member_id("island-0", 2) and ours._replace(seq=2).offer != ours.offer
 
 
 def test_a_version_0_that_was_made_here_is_none_before_the_journal_has_it() -> None:
