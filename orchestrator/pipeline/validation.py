@@ -14,6 +14,9 @@ from orchestrator.pipeline.watch import Watch
 from workers.pipeline.messages import Evaluate, Evaluated
 from workers.records import EvaluationRecord
 
+OF_A_LIFE = 1_000_000
+"""Evaluations that one life of a controller may number."""
+
 
 class Validation(Watch):
     """See the module. `evaluations`: version and loss of each."""
@@ -23,7 +26,8 @@ class Validation(Watch):
         self.evaluations: list[tuple[int, float]] = []
         self._evaluated = plan.evaluated
         self._evaluating: tuple[str, int] | None = None  # trainer, number of the evaluation
-        self._num_evaluations = 0
+        # It is the round of the evaluation's calls: peers refuse what is lower than they have seen, in any life.
+        self._num_evaluations = plan.life * OF_A_LIFE
 
     def _validates(self) -> bool:
         """Whether an evaluation is under way, or begins now: the next step waits for it."""
