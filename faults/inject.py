@@ -102,7 +102,7 @@ class Tap:
         """`context`: that of the island, before it is tapped."""
         self._name, self._store = context.spec.name, context.store
         self._folder = faults_dir(context.spec.run_dir)
-        self._version, self._incarnation = 0, 0
+        self._version, self._incarnation, self._noted = 0, 0, 0
 
     def posting(self, envelope: Envelope) -> None:
         """The island is about to say something to the controller."""
@@ -129,7 +129,7 @@ class Tap:
                     self._at("offered")
                 case Assign():
                     self._version = body.base.n
-                case LeaseGrant(index=0):
+                case LeaseGrant(index=0) if self._noted != self._incarnation:  # said again while it trains already
                     self._note_start()
                 case _:
                     pass
@@ -161,6 +161,7 @@ class Tap:
         replica = self._store.replica if isinstance(self._store, MemberStore) else None
         if replica is None:
             return
+        self._noted = self._incarnation
         with replica.lock:
             distances = [
                 float((part.anchor - gather(spec, replica.tensors)).abs().max())
