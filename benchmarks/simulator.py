@@ -9,7 +9,7 @@ time inside `Coordinator.handle` from the first commit on, whatever it was for: 
 heartbeats between exchanges, the ticks, the rows of the journal with their hashes; divided by members and exchanges.
 The shell's work (files, sockets) is not in it.
 
-Two figures: the same events told once more to a fresh brain, alone, as a controller has a process of its own
+Two figures: the same events told once more to a fresh brain in a process of its own, as a controller has one
 (`microseconds_per_member_and_exchange`; it must come to the same journal); and what they took among the simulated
 members, whose objects displace those of the controller from the processor's caches between any two events.
 """
@@ -23,6 +23,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 from unittest import mock
 
@@ -63,12 +66,12 @@ def hundred() -> dict[str, float]:
 
 
 class Recorder:
-    """What a controller was told, and what its brain needed for it where it stood, among the simulated members."""
+    """What a controller was told, in a file, and what its brain needed for it among the simulated members."""
 
-    def __init__(self) -> None:
-        self.told: list[tuple[ev.Event, float]] = []
-        self.plan: RunPlan | None = None
-        self.began: tuple[list[Row], Term, float] | None = None
+    def __init__(self, file: Path) -> None:
+        """`file`: written while it records."""
+        self.path, self.file = file, file.open("wb")
+        self.begun = False
         self.costs = Costs()
         self.last_hash = ""
 
@@ -77,12 +80,13 @@ class Recorder:
         begin, handle = Coordinator.__init__, Coordinator.handle
 
         def began(brain: Coordinator, plan: RunPlan, rows: Sequence[Row], term: Term, *, now: float) -> None:
-            assert self.began is None, "the controller was started again: nothing is to fail here"
-            self.plan, self.began = plan, (list(rows), term, now)
+            assert not self.begun, "the controller was started again: nothing is to fail here"
+            self.begun = True
+            pickle.dump((plan, list(rows), term, now), self.file, protocol=5)
             begin(brain, plan, rows, term, now=now)
 
         def told(brain: Coordinator, event: ev.Event, now: float) -> list[ev.Command]:
-            self.told.append((event, now))
+            pickle.dump((event, now), self.file, protocol=5)
             commands = self.costs.of(partial(handle, brain, event, now), brain, event)
             self.last_hash = brain.rows[-1].hash
             return commands
@@ -96,22 +100,32 @@ class Recorder:
 
     def __exit__(self, *_: object) -> None:
         """No more."""
+        self.file.close()
         for patch in self._patches:
             patch.stop()
 
     def again(self) -> Costs:
-        """The same told to a fresh brain that has the processor's caches to itself, as in a process of its own.
-
-        Each event is decoded just before, as what comes from a socket is, and its time is not taken.
-        """
-        assert self.plan is not None and self.began is not None
-        rows, term, now = self.began
-        costs, brain = Costs(), Coordinator(self.plan, rows, term, now=now)
-        for told, at_s in self.told:
-            event: ev.Event = pickle.loads(pickle.dumps(told, protocol=5))
-            costs.of(partial(brain.handle, event, at_s), brain, event)
-        assert brain.rows[-1].hash == self.last_hash, "it came to other decisions"
+        """The same told to a fresh brain in a process of its own, as controllers have one."""
+        context = get_context("spawn")
+        with context.Pool(1) as pool:
+            costs, last_hash = pool.apply(replayed, (self.path,))
+        assert last_hash == self.last_hash, "it came to other decisions"
         return costs
+
+
+def replayed(path: Path) -> tuple[Costs, str]:
+    """Tell a fresh brain what a file says. Each event is decoded just before it is handled, as one from a socket is."""
+    gc.disable()
+    costs = Costs()
+    with path.open("rb") as file:
+        plan, rows, term, now = pickle.load(file)
+        brain = Coordinator(plan, rows, term, now=now)
+        while True:
+            try:
+                event, at_s = pickle.load(file)
+            except EOFError:
+                return costs, brain.rows[-1].hash
+            costs.of(partial(brain.handle, event, at_s), brain, event)
 
 
 class Costs:
@@ -144,10 +158,11 @@ def many(members: int) -> dict[str, object]:
     began_s = time.process_time()
     gc.disable()  # its pauses are those of the simulated members' objects, and would fall on whoever runs
     try:
-        with Recorder() as recorder:
-            result = simulate(0, scenario=crowd(members))
-        assert result.ok, result.problem
-        alone = recorder.again()
+        with TemporaryDirectory(prefix="atoll-") as folder:
+            with Recorder(Path(folder) / "told") as recorder:
+                result = simulate(0, scenario=crowd(members))
+            assert result.ok, result.problem
+            alone = recorder.again()
     finally:
         gc.enable()
     exchanges = result.counts["commits"] - 1
