@@ -135,6 +135,8 @@ class LocalSwarm:
             process.transport.stop()
 
     def _start(self, name: str) -> None:
+        if name in self.processes and self.processes[name].alive:
+            return  # a controller that is gone had started it already
         self._serial += 1
         nonce, store = f"{name}-{self._serial}", BlobStore()
         transport = LoopbackTransport(self._network, nonce, store)
