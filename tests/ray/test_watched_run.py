@@ -175,7 +175,7 @@ def watched(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A run in `runs/` of a folder in which Prometheus was started, with its page in a browser."""
     folder = tmp_path_factory.mktemp("watched")
     (folder / "runs").mkdir()
-    values = ("run.islands=3", "train.tokens=128_000", "strategy.inner_steps=4", "exchange.suspect_s=30")
+    values = ("run.islands=3", "train.tokens=96_000", "strategy.inner_steps=4", "exchange.suspect_s=30")
     values += ("metrics.port=0", "metrics.ray=true", "metrics.tensorboard=true")
     config = small_config(pack_dir, *values)
     with ExitStack() as stack:
