@@ -36,7 +36,16 @@ from workers.records import (
 )
 
 Lines = list[bytes]
-OF_PIPELINES = {"pipeline_genesis", "serve", "step", "step_fence", "stage_commit"}
+OF_PIPELINES = {
+    "pipeline_genesis",
+    "serve",
+    "step",
+    "step_fence",
+    "stage_commit",
+    "stage_count",
+    "stage_sync",
+    "work_lost",
+}
 
 
 def history() -> list[Row]:

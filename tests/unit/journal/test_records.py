@@ -15,8 +15,11 @@ from workers.pipeline.records import (
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
+    StageCountRecord,
+    StageSyncRecord,
     StepFenceRecord,
     StepRecord,
+    WorkLostRecord,
 )
 from workers.records import (
     GENESIS_HASH,
@@ -52,6 +55,9 @@ PIPELINE = [
     StepRecord(step=0, round=1, ranges=((0, 8),), trainers=("trainer-0.1",), why="trainer-1 is gone"),
     StepFenceRecord(peer="peer-0.2", step=0, round=1, why="it died"),
     StageCommitRecord(step=0, round=1, stage=1, digest="c", counted=("peer-1.2:0,1,2,3",), holders=("peer-1",)),
+    StageCountRecord(step=1, round=1, stage=0, counted=("peer-0.3:0,3",)),
+    StageSyncRecord(base=0, version=1, stage=0, digest="d", contributors=("peer-0.3",), holders=("peer-0.3",)),
+    WorkLostRecord(peer="peer-2.1", stage=0, why="it died"),
 ]
 ROWS = [
     *chain_rows(
