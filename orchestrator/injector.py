@@ -125,10 +125,14 @@ class Injector:
             self._afflict(name, replace(fault, for_s=left_s))
 
     def _fit(self) -> list[str]:
-        """Whom a storm may hit: those that train and are well; one fault at a time."""
+        """Whom a storm may hit: those that train and are well; one fault at a time.
+
+        Not in their first steps, which may take long (a compiler): nobody could tell that they hang.
+        """
         processes, now = self._host.coordinator.roll.processes, time.monotonic()
         here = {name for name in self._actors() if self._struck.get(name, now) <= now}
-        return [m.name for m, p in processes.items() if p.status == "healthy" and p.stepped and m.name in here]
+        well = [(m.name, p.progress()) for m, p in processes.items() if p.status == "healthy" and m.name in here]
+        return [name for name, told in well if told.step_s > 0.0 and told.doing not in ("starting", "first_steps")]
 
     def _inject(self, fault: PlannedFault, text: str) -> None:
         log.warning("injecting %s", text)
