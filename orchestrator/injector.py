@@ -131,8 +131,7 @@ class Injector:
         """
         processes, now = self._host.coordinator.roll.processes, time.monotonic()
         here = {name for name in self._actors() if self._struck.get(name, now) <= now}
-        well = [(m.name, p.progress()) for m, p in processes.items() if p.status == "healthy" and m.name in here]
-        return [name for name, told in well if told.step_s > 0.0 and told.doing not in ("starting", "first_steps")]
+        return [m.name for m, p in processes.items() if p.status == "healthy" and p.is_steady and m.name in here]
 
     def _inject(self, fault: PlannedFault, text: str) -> None:
         log.warning("injecting %s", text)

@@ -150,6 +150,12 @@ class Process:
         return self.consumed + steps * self.info.batch_size
 
     @property
+    def is_steady(self) -> bool:
+        """Whether its steps have a usual length by now, so that one that takes too long is noticed."""
+        told = self.progress()
+        return told.step_s > 0.0 and told.doing not in ("starting", "first_steps")
+
+    @property
     def stepped(self) -> bool:
         """Whether this incarnation has made an inner step."""
         return self.consumed > 0

@@ -30,7 +30,7 @@ class Controller:
         self.clock = JumpClock(lambda: 0.0)
         self.gone: set[str] = set()
         processes = {
-            MemberId(name=name, incarnation=1): SimpleNamespace(status="healthy", stepped=True) for name in NAMES
+            MemberId(name=name, incarnation=1): SimpleNamespace(status="healthy", is_steady=True) for name in NAMES
         }
         coordinator = SimpleNamespace(
             state=SimpleNamespace(heads=[SimpleNamespace(version=SimpleNamespace(n=0))], last_incarnation={}),
@@ -127,6 +127,18 @@ def test_a_storm_hits_who_is_well_one_fault_at_a_time() -> None:
     hit = [name for now_s in range(100) for name, _ in controller.tick(0, float(now_s)) if name != "journal"]
     assert len(hit) == 1  # of the two that are well one hangs; a storm leaves the last one alone
     assert hit[0] in ("island-1", "island-2")
+
+
+def test_a_storm_spares_who_makes_its_first_steps() -> None:
+    """They may take long: nobody could tell that such a member hangs."""
+    controller = Controller("storm,rate=36000,kinds=hang")
+    for process in controller.processes.values():
+        process.is_steady = False
+    controller.tick(1, 0.0)
+    assert [who for who, _ in controller.tick(1, 10.0) if who != "journal"] == []
+    for process in controller.processes.values():
+        process.is_steady = True
+    assert [who for who, _ in controller.tick(1, 20.0) if who != "journal"]
 
 
 def test_a_storm_that_was_asked_for_goes_on_after_a_restart() -> None:
