@@ -46,9 +46,9 @@ def attach(run_dir: Path, address: str | None = None) -> ActorHandle[Any]:
             place=str(run_dir),
             remedy="--address of the cluster, or the directory of a run that goes on",
         )
-    from orchestrator.launch import LOOPBACK_ONLY, RAY_ENVIRONMENT, enter_cluster
+    from orchestrator.launch import LOOPBACK_ONLY, enter_cluster, set_ray_environment
 
-    os.environ.update(RAY_ENVIRONMENT)
+    set_ray_environment(address)
     known = enter_cluster(address)
     if known is None and told:
         os.environ[LOOPBACK_ONLY] = "0"

@@ -128,6 +128,15 @@ def python_path() -> list[str]:
     return list(dict.fromkeys(map(str, paths)))
 
 
+def set_ray_environment(address: str | None) -> None:
+    """What Ray reads from the environment; `address`: of the cluster that is entered, None = one of our own.
+
+    How somebody else's cluster is entered (`RAY_AUTH_MODE=token`) is said by whoever runs this, and stays as it is.
+    """
+    given = {} if address is None else {key: os.environ[key] for key in ("RAY_AUTH_MODE",) if key in os.environ}
+    os.environ.update(RAY_ENVIRONMENT | given)
+
+
 class RaySession:
     """A connection to Ray: a cluster of its own on this machine, or the one at `run.address`."""
 
@@ -142,7 +151,7 @@ class RaySession:
 
     def __enter__(self) -> RaySession:
         """Start or join the cluster; raises `ClusterUnreachable`."""
-        os.environ.update(RAY_ENVIRONMENT)
+        set_ray_environment(self.config.run.address)
         if self.config.metrics.ray:
             os.environ["RAY_enable_metrics_collection"] = "1"
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))

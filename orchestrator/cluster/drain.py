@@ -56,6 +56,11 @@ def drain(
     return LATE if waiting else DONE
 
 
+def can_be_asked(controller: object) -> bool:
+    """Whether a run's members hand over before they leave. Those of a pipeline do not: their work goes elsewhere."""
+    return hasattr(controller, "leave")
+
+
 def main() -> int:
     """Connect, drain, disconnect."""
     parser = argparse.ArgumentParser()
@@ -82,6 +87,8 @@ def main() -> int:
     def leave(name: str) -> Mapping[str, Sequence[str]] | None:
         try:
             controller = ray.get_actor(name, namespace=NAMESPACE)
+            if not can_be_asked(controller):
+                return None
             answer: Any = ray.get(controller.leave.remote(options.member, options.node, options.now), timeout=CALL_S)
         except (ValueError, RayActorError):
             return None  # its run is over

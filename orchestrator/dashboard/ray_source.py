@@ -60,11 +60,10 @@ def connect(address: str, run: str | None) -> str:
 
     `run`: which one, where several go on. Raises ClusterUnreachable, or UserError where that run is not there.
     """
-    import os
 
-    from orchestrator.launch import RAY_ENVIRONMENT, enter_cluster
+    from orchestrator.launch import enter_cluster, set_ray_environment
 
-    os.environ.update(RAY_ENVIRONMENT)
+    set_ray_environment(address)
     known = enter_cluster(address, asked="--address")
     import ray
 

@@ -6,12 +6,13 @@ import stat
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from faults.lab.processes import myself
 from orchestrator.cluster.control import Control, ask
-from orchestrator.cluster.drain import DONE, LATE, drain
+from orchestrator.cluster.drain import DONE, LATE, can_be_asked, drain
 from orchestrator.cluster.leave import choose
 from orchestrator.cluster.state import ClusterState
 from orchestrator.errors import ClusterUnreachable, UserError
@@ -127,6 +128,11 @@ def leaving(*names: str, unknown: Sequence[str] = ()) -> Mapping[str, Sequence[s
 
 def test_without_runs_nothing_has_to_leave() -> None:
     assert run_drain({}) == (DONE, [{"done": True, "controllers": 0, "leaving": [], "unknown": []}])
+
+
+def test_a_pipeline_is_not_asked_and_holds_nobody_up() -> None:
+    assert can_be_asked(SimpleNamespace(leave=None))
+    assert not can_be_asked(SimpleNamespace(stop=None))
 
 
 def test_all_runs_are_waited_for_and_each_change_is_said_once() -> None:

@@ -17,6 +17,7 @@ from orchestrator.cluster.job_server import JobServer, JobServerArguments
 from orchestrator.cluster.join_string import JoinString
 from orchestrator.cluster.tokens import new_token, write_token
 from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.launch import set_ray_environment
 from orchestrator.submit import submit_run
 
 TOKEN = new_token()
@@ -88,3 +89,12 @@ class _Nobody:
     @staticmethod
     def JobSubmissionClient(address: str) -> None:
         raise ConnectionError(f"Failed to connect to Ray at address: {address}.")
+
+
+def test_how_a_cluster_of_somebody_else_is_entered_stays_as_it_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {"RAY_AUTH_MODE": "token"})
+    set_ray_environment("10.0.0.1:6379")
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    set_ray_environment(None)
+    assert os.environ["RAY_AUTH_MODE"] == "disabled", "a Ray of our own is on this machine alone"

@@ -46,6 +46,8 @@ def complaint(*overrides: str) -> str:
         ("pipeline.pace_of.peer-6=1.0", "'peer-6'"),
         ("strategy.name=streaming", "strategy.name = 'streaming', and a pipeline"),
         ("run.elastic=true", "run.elastic = True, and a pipeline"),
+        ("notify.command=say", "notify.command = 'say', and a pipeline"),
+        ("metrics.tensorboard=true", "metrics.tensorboard = True, and a pipeline"),
         ("train.device=auto", "train.device = 'auto', and a pipeline"),
         ("codec.error_feedback=true", "codec.error_feedback = True, and a pipeline"),
     ],
