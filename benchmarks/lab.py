@@ -56,7 +56,9 @@ def main() -> int:
     with waiting("cases", len(missing)) as show:
         for done, (name, measure) in enumerate(missing):
             show(done)
-            rows[name] = measure(options) | {"load_1min": round(os.getloadavg()[0], 1)}
+            here = environment()
+            taken = {"load_1min": round(os.getloadavg()[0], 1), "commit": here["commit"], "date": here["date"]}
+            rows[name] = measure(options) | taken
             print(f"{name}: " + "  ".join(f"{key} {_short(value)}" for key, value in rows[name].items()), flush=True)
             _write(arguments.keep, {"environment": environment(), "kernel": os.uname().release, "rows": rows})
     broken = [name for name, row in rows.items() if not row.get("ok", True)]

@@ -167,7 +167,18 @@ def _one_topology(lab: Lab, congestion: str, options: Options) -> Row:
         row[f"goodput_mbit_{num_streams}"] = _of(rates)
         row[f"loaded_delay_ms_{num_streams}"] = _of(loaded)
     good = abs(statistics.median(one.delay_ms for one in idle) - asked_ms) < DELAY_WITHIN_MS
+    if congestion == "cubic" and (rate_mbit := _rate_mbit(lab, source, target)) is not None:
+        good &= abs(row["goodput_mbit_8"][0] / (PAYLOAD_SHARE * rate_mbit) - 1) < RATE_WITHIN
     return row | _punctuality(lab) | {"asked_delay_ms": asked_ms, "ok": good}
+
+
+def _rate_mbit(lab: Lab, source: str, target: str) -> float | None:
+    """What streams that fill a way get through; None where nothing limits it, or losses do."""
+    plan = plan_lab(lab.topology, "10.0.0.0/24")
+    route = next(route for route in plan.routes if (route.source, route.target) == (source, target))
+    shapes = [plan.links[name] for name in route.links]
+    rates = [shape.rate_mbit for shape in shapes if shape.rate_mbit is not None]
+    return min(rates) if rates and not any(shape.loss for shape in shapes) else None
 
 
 def one_way_s(topology: Topology, source: str | None = None, target: str | None = None) -> float:

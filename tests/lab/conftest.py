@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from faults.lab.namespaces import why_no_lab
 from faults.lab.state import LabStates
 
+LABS = Path("/run/atoll-lab-tests")
 HERE = Path(__file__).resolve().parent
 WHY_NOT = why_no_lab()
 
@@ -29,10 +32,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{len(skipped)} tests of the lab skipped{reason}")
 
 
+@pytest.fixture(scope="session")
+def labs() -> Iterator[Path]:
+    """The folder of the labs of all test sessions; what a session that was killed has left is removed first."""
+    LABS.mkdir(mode=0o700, exist_ok=True)
+    for root in LABS.iterdir():
+        states = LabStates(root)
+        with states.lock():
+            states.sweep()
+    yield LABS
+    with suppress(OSError):  # another session has labs there
+        LABS.rmdir()
+
+
 @pytest.fixture
-def lab_root(tmp_path: Path) -> Iterator[Path]:
+def lab_root(labs: Path) -> Iterator[Path]:
     """A place for the state of labs that no other lab on this machine uses; empty again afterwards."""
-    root = tmp_path / "labs"
+    root = labs / secrets.token_hex(4)
     yield root
     states = LabStates(root)
     left = {name: states.read(name) for name in states.names()}

@@ -24,13 +24,13 @@ from orchestrator.build import resolve
 from orchestrator.finish import build_summary
 from orchestrator.ledger import ledger_command
 from orchestrator.local import LocalRun
-from orchestrator.metrics import FaultEvent, latest_faults, read_rows
+from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
 from orchestrator.topology import load_topology
 from tests.lab.chain import ENTROPY, make_chain_pack
 from tests.lab.live import LabRun
 from tests.small_run import small_config
-from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId
+from workers.records import CommitRecord, FaultRecord, FenceRecord, JoinRecord, MemberId
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -72,8 +72,8 @@ def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, pack_dir: Path) -> Iterator[Story]:
-    root, folder = tmp_path_factory.mktemp("labs"), tmp_path_factory.mktemp("story")
+def story(labs: Path, tmp_path_factory: pytest.TempPathFactory, pack_dir: Path) -> Iterator[Story]:
+    root, folder = labs / secrets.token_hex(4), tmp_path_factory.mktemp("story")
     # Where the kernel can, TCP does not wait twice as long each time: a way that is healed is found within seconds.
     rto_max_ms = 2000 if has_rto_max() else None
     topology = load_topology("three-continents").model_copy(update={"rto_max_ms": rto_max_ms})
@@ -221,5 +221,5 @@ def test_starved_links_are_no_reason_for_suspicion(tmp_path: Path, pack_dir: Pat
     link = next(link for link in links if link["name"] == "a>b")
     assert link["num_bytes"] > 4e6, "it was full for seconds"
     assert link["queue_ms"] == 500
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert latest_faults(row for row in rows if isinstance(row, FaultEvent)) == []
+    rows = read_run(tmp_path / "run").rows
+    assert [row.record for row in rows if isinstance(row.record, FaultRecord)] == [], "nobody was suspected either"

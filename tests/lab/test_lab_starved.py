@@ -101,7 +101,7 @@ def test_heartbeats_are_heard_while_a_state_crosses_a_starved_link(lab_root: Pat
             )
             server.communicate("")
     assert p99(crowded) > 0.15, "the link was not full: this shows nothing"
-    assert p99(delays) < 1.0, "exchange.suspect_s is 3 s"
+    assert p99(delays) < 1.0, "a member is suspect after 2.5 s"
     assert statistics.median(delays) < 0.7 * statistics.median(crowded)
     assert NUM_BYTES / paced_s < 0.55 * LINK_BYTES_PER_S, "more than its share of the link"
     assert NUM_BYTES / paced_s > 0.35 * LINK_BYTES_PER_S, "its share of the link is not used"
