@@ -48,6 +48,35 @@ every = 0.5
 windows = 4
 """
 
+# Three stages of two peers, summed after each step.
+PIPELINE_TOML = """
+[train]
+lr = 1e-2
+device = "cpu"
+[model]
+layers = 2
+dim = 16
+heads = 2
+[strategy]
+name = "ddp"
+inner_steps = 1
+[codec]
+name = "fp32"
+[exchange]
+chunk_values = 1024
+[eval]
+every = 1.0
+windows = 5
+[pipeline]
+stages = 3
+peers = 2
+microbatches = 6
+microbatch_size = 2
+in_flight = 4
+boundary = "fp32"
+rebalance_s = 0.0
+"""
+
 
 def make_pack(folder: Path) -> Path:
     """Pack words in random order (the same each time) into `folder/pack`."""

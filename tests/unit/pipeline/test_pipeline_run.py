@@ -19,7 +19,7 @@ from orchestrator.pipeline.commands import Order, Rebalance, Stop
 from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import newest_snapshot, replay
-from tests.small_run import make_pack
+from tests.small_run import PIPELINE_TOML, make_pack
 from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.model.factory import next_token_loss
@@ -37,33 +37,6 @@ from workers.records import FenceRecord
 from workers.samples import evenly_spread
 
 NUM_STEPS = 5
-TOML = """
-[train]
-lr = 1e-2
-device = "cpu"
-[model]
-layers = 2
-dim = 16
-heads = 2
-[strategy]
-name = "ddp"
-inner_steps = 1
-[codec]
-name = "fp32"
-[exchange]
-chunk_values = 1024
-[eval]
-every = 1.0
-windows = 5
-[pipeline]
-stages = 3
-peers = 2
-microbatches = 6
-microbatch_size = 2
-in_flight = 4
-boundary = "fp32"
-rebalance_s = 0.0
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +51,7 @@ Make = Callable[..., LocalSwarm]
 def make(pack_dir: Path, tmp_path: Path) -> Make:
     def build(*overrides: str, run_dir: Path = tmp_path) -> LocalSwarm:
         tokens = f"train.tokens={NUM_STEPS * 12 * 16}"
-        config = parse_config(TOML, overrides=[f"data.path={pack_dir}", tokens, *overrides]).config
+        config = parse_config(PIPELINE_TOML, overrides=[f"data.path={pack_dir}", tokens, *overrides]).config
         spec = pipeline_spec(config, run_id="local", run_dir=run_dir, pack=pack_dir)
         return LocalSwarm(spec=spec, plan=pipeline_plan(config, spec, run_dir))
 
@@ -205,7 +178,9 @@ def test_both_holders_of_the_tied_matrix_have_the_same_bits(make: Make) -> None:
 @pytest.fixture(scope="module")
 def expected(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("expected")
-    config = parse_config(TOML, overrides=[f"data.path={pack_dir}", f"train.tokens={NUM_STEPS * 12 * 16}"]).config
+    config = parse_config(
+        PIPELINE_TOML, overrides=[f"data.path={pack_dir}", f"train.tokens={NUM_STEPS * 12 * 16}"]
+    ).config
     spec = pipeline_spec(config, run_id="local", run_dir=folder, pack=pack_dir)
     return finish(LocalSwarm(spec=spec, plan=pipeline_plan(config, spec, folder)))
 

@@ -16,7 +16,7 @@ from orchestrator.pipeline.commands import Order, Stop
 from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import PipelineHistory, replay
-from tests.small_run import make_pack
+from tests.small_run import PIPELINE_TOML, make_pack
 from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.model.factory import next_token_loss
@@ -28,35 +28,12 @@ from workers.pipeline.records import StageCountRecord, StageSyncRecord, WorkLost
 from workers.pipeline.state import PARAMS, spread_out
 
 H, NUM_STEPS = 3, 6
-TOML = """
-[train]
-lr = 1e-2
-device = "cpu"
-[model]
-layers = 2
-dim = 16
-heads = 2
-[strategy]
-name = "diloco"
-inner_steps = 3
-outer_lr = 0.7
-outer_momentum = 0.9
-[codec]
-name = "fp32"
-[exchange]
-chunk_values = 1024
-[eval]
-every = 1.0
-windows = 5
-[pipeline]
-stages = 3
-peers = 2
-microbatches = 6
-microbatch_size = 2
-in_flight = 4
-boundary = "fp32"
-rebalance_s = 0.0
-"""
+DILOCO = [
+    "strategy.name=diloco",
+    f"strategy.inner_steps={H}",
+    "strategy.outer_lr=0.7",
+    "strategy.outer_momentum=0.9",
+]
 
 Make = Callable[..., LocalSwarm]
 
@@ -70,7 +47,7 @@ def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(pack_dir: Path, tmp_path: Path) -> Make:
     def build(*overrides: str) -> LocalSwarm:
         tokens = f"train.tokens={NUM_STEPS * 12 * 16}"
-        config = parse_config(TOML, overrides=[f"data.path={pack_dir}", tokens, *overrides]).config
+        config = parse_config(PIPELINE_TOML, overrides=[*DILOCO, f"data.path={pack_dir}", tokens, *overrides]).config
         spec = pipeline_spec(config, run_id="local", run_dir=tmp_path, pack=pack_dir)
         return LocalSwarm(spec=spec, plan=pipeline_plan(config, spec, tmp_path))
 
