@@ -76,7 +76,7 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     for note in prepared.notes:
         _say(note)
     _, warning = resolve_backend(config.codec.backend)
-    if warning is not None and config.codec.name not in ("fp32", "bf16"):
+    if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
     if resume and config.run.address is None:  # elsewhere the run may be going on, see `RaySession.start`
         with waiting("looking at what can be resumed"):

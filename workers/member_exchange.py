@@ -178,6 +178,7 @@ class ExchangeSide(MemberCore):
                     roster_digest=assign.roster_digest,
                     chunks=tuple(chunks),
                     digests=digests,
+                    assign=assign,
                 )
             )
 

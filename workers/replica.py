@@ -34,6 +34,7 @@ from strategies.strategy import Strategy
 from workers.digest import combine, digest
 from workers.in_flight import Part, displacement_of, own_anchor, set_aside
 from workers.member_rules import aside_after, residual_after
+from workers.memory import ALIGNED_BYTES, Room
 from workers.robust import measure_pieces, mix_pieces
 
 
@@ -158,6 +159,7 @@ class Replica:
         payloads: list[Tensor] = []
         next_residual = torch.empty_like(part.anchor) if feedback else None
         sums: list[float] = []
+        room = Room(sum(strategy.codec.num_bytes(spec.chunk_values) + ALIGNED_BYTES for _ in range(spec.num_chunks)))
         for chunk in range(spec.num_chunks):
             where = spec.chunk_slice(chunk)
             values_C = self._contribution(part, spec, where)
@@ -176,8 +178,8 @@ class Replica:
                 sent_C = self._decode(payload, where, fragment)
             else:
                 sent_C = codec.decode(payload, num_values=values_C.numel()) if codec.lossy else values_C
-            sums.append(float(sum_of_squares(sent_C)))
-            payloads.append(payload.cpu())
+            sums.append(float(sum_of_squares(sent_C, backend=codec.backend)))
+            payloads.append(torch.from_numpy(room.keep(as_bytes(payload))))
         part.next_residual, part.displacement, part.due, part.sent = next_residual, None, None, True
         if strategy.in_flight != "keep":
             outer = strategy.outer_at(progress)
@@ -241,7 +243,7 @@ class Replica:
                 values_C = self._decode(piece.payload, where, fragment)
             except ValueError as error:
                 raise BadPiece(f"it cannot be decoded: {error}", place) from error
-            self._check(float(sum_of_squares(values_C)), piece.sumsq, place)
+            self._check(float(sum_of_squares(values_C, backend=self.strategy.codec.backend)), piece.sumsq, place)
             out.append(values_C)
         return out
 
