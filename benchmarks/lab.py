@@ -30,6 +30,7 @@ def cases() -> Iterator[tuple[str, Callable[[lab_links.Options], Row]]]:
     """Name -> measurement."""
     yield from lab_links.cases()
     yield "run cut off for 60 s", lambda options: lab_runs.cut(60.0, "cubic")
+    yield "overlap", lambda options: lab_runs.overlap(options.repeats)
     for topology in ("two-regions", "slow-pair"):
         for congestion in lab_links.CONGESTION:
             yield (
