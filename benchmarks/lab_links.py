@@ -193,8 +193,6 @@ def one_way_s(topology: Topology, source: str | None = None, target: str | None 
     # Jitter adds half of its width on average.
     way = _way(topology, source or names[0], target or names[-1])
     return sum(one.delay_ms + one.jitter_ms / 2 for one in way) / 1e3
-        sum(one.delay_ms + one.jitter_ms / 2 for one in _way(topology, source or names[0], target or names[-1])) / 1e3
-    )
 
 
 def _way(topology: Topology, source: str, target: str) -> list[Shape]:
