@@ -4,7 +4,7 @@ Called by `faults.lab.measure` alone. All nodes share one machine and so one clo
 which the kernel received it minus the time of sending that it carries. The receiving roles print their port, then, when
 they are done, one JSON object.
 
-    receive HOST NUM IDLE_S      datagrams until NUM came, or none for IDLE_S
+    receive HOST NUM IDLE_S      datagrams until NUM came, the sender has said that it is over, or none for IDLE_S
     send HOST PORT NUM SIZE RATE_MBIT
     sink HOST NUM_STREAMS WARM_UP_S
     stream HOST PORT SECONDS NUM_STREAMS
@@ -21,6 +21,8 @@ from itertools import pairwise
 
 STAMP = struct.Struct("!Iq")
 HEADERS_BYTES = 28
+OVER = 0xFFFFFFFF
+FAREWELLS, FAREWELL_S = 10, 0.05
 BUFFER_BYTES = 1 << 20
 _SO_RCVBUFFORCE = 33
 _SO_TIMESTAMPNS = 35
@@ -47,6 +49,8 @@ def receive(host: str, num: str, idle_s: str) -> None:
             break
         listener.settimeout(float(idle_s))
         number, sent_ns = STAMP.unpack_from(data)
+        if number == OVER:
+            break
         seconds, nanoseconds = _TIMESPEC.unpack(control[0][2])
         last_ns = seconds * 10**9 + nanoseconds
         if numbers:
@@ -80,6 +84,9 @@ def send(host: str, port: str, num: str, size: str, rate_mbit: str) -> None:
         if wait_s > 0:
             time.sleep(wait_s)
         sender.send(STAMP.pack(number, time.time_ns()) + padding)
+    for _ in range(FAREWELLS):  # nothing overtakes: whoever hears one need not wait for what was lost before
+        time.sleep(FAREWELL_S)
+        sender.send(STAMP.pack(OVER, 0))
 
 
 def sink(host: str, num_streams: str, warm_up_s: str) -> None:
