@@ -1,4 +1,4 @@
-"""`make bench-lab`: what the lab's links do and cost, and runs on its clusters (needs root, about 25 minutes).
+"""`make bench-lab`: what the lab's links do and cost, and runs on its clusters (needs root, about 30 minutes).
 
     python -m benchmarks.lab                                     # all that is not measured yet
     python -m benchmarks.lab --only unshaped loss                # cases whose names begin so
