@@ -86,7 +86,10 @@ def send(host: str, port: str, num: str, size: str, rate_mbit: str) -> None:
         sender.send(STAMP.pack(number, time.time_ns()) + padding)
     for _ in range(FAREWELLS):  # nothing overtakes: whoever hears one need not wait for what was lost before
         time.sleep(FAREWELL_S)
-        sender.send(STAMP.pack(OVER, 0))
+        try:
+            sender.send(STAMP.pack(OVER, 0))
+        except ConnectionRefusedError:
+            return  # it has heard it, and is gone
 
 
 def sink(host: str, num_streams: str, warm_up_s: str) -> None:
