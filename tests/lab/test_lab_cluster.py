@@ -144,6 +144,7 @@ def _live(
     killed = run.current(victim)
     lab.kill("asia-1")
     run.until(lambda: run.fenced(killed), f"{killed} to be fenced")
+    set_distances(lab, near=True)
     cluster.join("asia-1")
 
     def contributes_again() -> MemberId | None:
@@ -151,7 +152,6 @@ def _live(
         return next((m for m in members if m.name == victim and m.incarnation > killed.incarnation), None)
 
     rejoined = run.until(contributes_again, f"{victim} in a commit from its new process")
-    set_distances(lab, near=True)
     return Story(
         run=run,
         summary=run.finish(),
