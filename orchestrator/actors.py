@@ -23,6 +23,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from faults.lab.schedule import LinkChange
 from faults.plan import FaultPlanError, PlannedFault
 from faults.process import JumpClock
 from orchestrator import places
@@ -69,7 +70,7 @@ class ControllerActor(Hands, Keeper):
         run_dir: str,
         pack: str | None,
         token: str,
-        faults: list[PlannedFault],
+        faults: list[PlannedFault | LinkChange],
         resume: bool,
         wrap: ContextWrapper | None = None,
     ) -> None:
@@ -377,7 +378,7 @@ class ControllerActor(Hands, Keeper):
             "run_dir": str(self.run_dir),
             "paused": coordinator.state.paused,
             "settings": coordinator.state.settings.newest(),
-            "unfired": self.injector.schedule.unfired(),
+            "unfired": self.injector.unfired(),
             "metrics": self.telemetry.told,
         }
 
@@ -475,7 +476,7 @@ class ControllerActor(Hands, Keeper):
             os._exit(0)
         if self.host.finished is not None and not self.concluding:
             self.concluding = True
-            for fault in self.injector.schedule.unfired():
+            for fault in self.injector.unfired():
                 log.warning("%s did not happen: the run was over before", fault)
             self._task(self._conclude())
 

@@ -150,9 +150,14 @@ class FragmentExchange(OwnersWork):
         return bool(rules.awaited_members(open_, alone))
 
     def _reaching(self, fleet: Fleet, roster: Iterable[MemberId], now: float) -> list[MemberId]:
-        """Who can own parts of what this roster offers, as far as is known of cuts between members."""
+        """Who can own parts of what this roster offers, as far as is known of cuts between members.
+
+        Whoever is left out this time needs the results like the others: he would wait in vain for those of an owner
+        that he cannot reach, be late for the next roster, and so again.
+        """
         self.parted = {pair: at_s for pair, at_s in self.parted.items() if now - at_s <= PARTED_S}
-        return rules.reaching_owners(self._able(fleet), set(roster), self.parted)
+        everybody = {*roster, *(m for m, view in fleet.members.items() if not view.suspect)} if self.parted else ()
+        return rules.reaching_owners(self._able(fleet), everybody, self.parted)
 
     def _close(self, open_: OpenExchange, fleet: Fleet, now: float, because: str) -> list[Effect]:
         refused = rules.refused_lengths(open_.offers, self.robust.refuse_times) if self.robust.rule != "mean" else {}

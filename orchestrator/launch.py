@@ -29,6 +29,7 @@ from strategies.codecs.backends import resolve_backend
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from faults.lab.schedule import LinkChange
     from orchestrator.cluster.state import ClusterState
     from orchestrator.config import RunConfig
     from orchestrator.island_actor import ContextWrapper
@@ -89,12 +90,13 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
             if not quiet:
                 warm_up()
             stack.enter_context(session)
-        if prepared.links:
+        if prepared.links and config.pipeline.stages is not None:  # its controller causes no faults
             from faults.lab.lab import Lab
             from faults.lab.playing import Playing
 
             stack.enter_context(Playing(Lab.around(), prepared.links, say=_warn))
-        summary = session.run(run_dir.resolve(), prepared.pack, prepared.faults, resume=resume, quiet=quiet)
+        plan = (*prepared.faults, *prepared.links)
+        summary = session.run(run_dir.resolve(), prepared.pack, plan, resume=resume, quiet=quiet)
     if summary.tokens_committed and config.pipeline.stages is None:  # its journal has other rows
         from orchestrator.report.build import build_report
 
@@ -252,7 +254,7 @@ class RaySession:
         self,
         run_dir: Path,
         pack: Path | None,
-        faults: Sequence[PlannedFault],
+        faults: Sequence[PlannedFault | LinkChange],
         *,
         resume: bool,
         wrap: ContextWrapper | None = None,
@@ -318,7 +320,13 @@ class RaySession:
         write_cluster_file(RunDir(run_dir).cluster_file, {**values, "local": self.config.run.address is None})
 
     def run(
-        self, run_dir: Path, pack: Path | None, faults: Sequence[PlannedFault], *, resume: bool, quiet: bool
+        self,
+        run_dir: Path,
+        pack: Path | None,
+        faults: Sequence[PlannedFault | LinkChange],
+        *,
+        resume: bool,
+        quiet: bool,
     ) -> Summary:
         """Start, watch, and return the summary."""
         with interrupts_afterwards():

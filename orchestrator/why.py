@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from faults.lab.schedule import LINK_FAULT
 from orchestrator.metrics import ExchangeRow
 from workers.ranges import count
 from workers.records import (
@@ -212,7 +213,9 @@ def _in_or_out(record: CommitRecord, name: str, inside: bool) -> str:
 
 
 def _about(record: Record, name: str) -> str | None:
-    """A record in words, if it concerns a member."""
+    """A record in words, if it concerns a member; the links of a lab may concern everybody."""
+    if isinstance(record, FaultRecord) and record.injected and record.fault.startswith(LINK_FAULT):
+        return _fault(record)
     if name not in str(getattr(record, "member", "")).split("+"):
         return None
     if isinstance(record, LeaseRecord):
