@@ -51,6 +51,8 @@ class PairSync(IslandSync):
     roster: PairRoster | None = None
     outcome: p.Apply | None = None
     pair_mark = 0
+    pair_steps = 0
+    """Meetings at this send point; `pair_mark`: local steps when the first of them began."""
     pair_samples = 0
 
     def begin_pairs(self, config: StrategyConfig) -> None:
@@ -181,6 +183,7 @@ class PairSync(IslandSync):
         self.pairs.anchor_N = self.replica.parts[0].anchor.clone()
         self.pairs.offered_N = None
         self.base, self.pair_mark, self.pair_samples = base, self.schedule.total_steps, 0
+        self.pair_steps = 0
 
     def _busy(self) -> bool:
         machine = self.pair_machine
@@ -215,12 +218,16 @@ class PairSync(IslandSync):
         machine, state, roster = self._machine(), self.machine.fragments[0], self.roster
         if machine is None or roster is None or roster.pair is None or machine.me not in roster.pair.members:
             return False
-        steps = self.schedule.total_steps - self.pair_mark
+        due = self._at_send_point() or 0 < self.pair_steps < self.config.gossip_steps
         newer = roster.round_ > machine.last_round and self.machine.consumed > state.watermark
         free = state.pending is None and state.staged is None and not self.machine.open_seen(0)
         left = self.machine.consumed < self.machine.num_leased() and not self.machine.leaving
         behind = self.machine.log.next(0, state.chain) is not None
-        return steps >= self.config.inner_steps and newer and free and left and not behind
+        return due and newer and free and left and not behind
+
+    def _at_send_point(self) -> bool:
+        """Whether the local steps of a round are made since the last send point."""
+        return self.schedule.total_steps - self.pair_mark >= self.config.inner_steps
 
     def _meet(self) -> None:
         assert self.roster is not None and self.roster.pair is not None and self.pairs is not None
@@ -230,7 +237,9 @@ class PairSync(IslandSync):
         self.store.discard("gossip")
         named = self.store.put(_key(pair), data)
         self.shared = {machine.me: self.pairs.parse(data)}
-        self.pair_mark = self.schedule.total_steps
+        if self._at_send_point():
+            self.pair_mark, self.pair_steps = self.schedule.total_steps, 0
+        self.pair_steps += 1
         self._pair(
             p.Begin(pair=pair, since=self.machine.fragments[0].watermark, upto=self.machine.consumed, digest=named)
         )
