@@ -40,8 +40,11 @@ def groups_of(
         return topo.exponential_pairs(names, round_=turn)
     if strategy.topology == "ring":
         return topo.ring_pairs(names, round_=turn)
-    if strategy.topology == "near" and not topo.is_far_round(turn, strategy.keep_gap):
-        return topo.groups_within(names, regions=regions, seed=seed, round_=round_, size=strategy.group_size)
+    if strategy.topology == "near":
+        return topo.near_groups(
+            names, regions=regions, seed=seed, round_=round_, turn=turn, size=strategy.group_size,
+            keep_gap=strategy.keep_gap,
+        )  # fmt: skip
     return topo.random_groups(names, seed=seed, round_=round_, size=strategy.group_size)
 
 

@@ -40,6 +40,9 @@ DELAYED = ("eager", "delayed")
 GOSSIP = ("noloco", "gossip")
 """Strategies whose members meet in pairs or groups between two exchanges of all."""
 
+REMEMBERING = ("nesterov", "heavy-ball")
+"""Values of `outer` whose state is a sum over earlier results that fades."""
+
 OVERLAPPING = ("streaming", "decoupled")
 """Strategies that train on for `overlap_steps` while a fragment is under way."""
 

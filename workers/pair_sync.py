@@ -139,10 +139,13 @@ class PairSync(IslandSync):
         address = dict(self.roster.addresses).get(str(offer.sender)) if self.roster is not None else None
         if address is None:
             return failed
-        size = 12 * self.pairs.spec.numel
         try:
             (blob,) = self.transport.fetch(
-                address, [_key(offer.pair)], timeout_s=self.settings.timeout_s, wait_s=0.0, max_bytes=size
+                address,
+                [_key(offer.pair)],
+                timeout_s=self.settings.timeout_s,
+                wait_s=0.0,
+                max_bytes=self.pairs.num_bytes,
             )
             if digest(blob.data) != offer.digest:
                 return failed
@@ -198,7 +201,7 @@ class PairSync(IslandSync):
         if self.machine.reset_wanted or self.pairs is None:
             return
         own = outcome.pair.members.index(machine.me)
-        self.pairs.apply([self.shared[offer.sender] for offer in outcome.offers], own, merge=False)
+        self.pairs.apply([self.shared[offer.sender] for offer in outcome.offers], own)
         state, offer = self.machine.fragments[0], outcome.offers[own]
         self.pair_samples += round((offer.upto - state.watermark) * self.machine.fleet_samples())
         state.watermark, self.shared = offer.upto, {}
@@ -233,7 +236,7 @@ class PairSync(IslandSync):
         assert self.roster is not None and self.roster.pair is not None and self.pairs is not None
         pair, machine = self.roster.pair, self.pair_machine
         assert machine is not None
-        data = self.pairs.publish(momentum=False)
+        data = self.pairs.publish()
         self.store.discard("gossip")
         named = self.store.put(_key(pair), data)
         self.shared = {machine.me: self.pairs.parse(data)}
