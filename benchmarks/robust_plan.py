@@ -19,18 +19,20 @@ GROSS = ("sign_flip", "scale", "noise", "nan", "lying_owner")
 STEALTHY = ("little_is_enough", "inner_product", "copy_cat", "label_flip")
 RULES = ("mean", "clip", "median", "trimmed", "krum", "centered_clip", "nnm")
 PRESET = "clip"  # of robust.toml
-STEPS, INNER_STEPS, SEEDS = 600, 30, (1, 2, 3)
-OUTER = {"strategy.outer_lr": 0.9, "strategy.outer_momentum": 0.5}
+STEPS, INNER_STEPS, SEEDS = 720, 30, (1, 2, 3)
+OUTER: Settings = {"strategy.outer_lr": 0.9, "strategy.outer_momentum": 0.5}  # as presets of short runs
+TUNED: Settings = {"strategy.outer_lr": 0.7, "strategy.outer_momentum": 0.5}
+"""The best of 0.9 / 0.5, 0.7 / 0.5 and plain averaging here (docs/log.md): what gossip is measured against."""
 GOSSIP: Mapping[str, Settings] = {
     "noloco": {
         "strategy.name": "noloco",
-        "strategy.outer_lr": 0.9,  # that of DiLoCo, so that the means make the same steps
-        "strategy.outer_momentum": 0.5,
-        "strategy.gamma": 0.7,
+        "strategy.outer_lr": 0.9,  # less momentum than published, and so less that members are apart (docs/gossip.md)
+        "strategy.outer_momentum": 0.3,
+        "strategy.gamma": 0.9,
     },
     "exponential": {"strategy.name": "gossip", "strategy.topology": "exponential"},
 }
-"""Row -> settings; all have one full merge, at the end. Beside them DiLoCo, which is the row `mean/clean`."""
+"""Row -> settings; all have one full merge, at the end. Beside them DiLoCo, the row `mean/clean/tuned`."""
 
 REFUSED_ALREADY = ("nan",)  # plain averaging refuses what is not finite, too
 
@@ -46,13 +48,20 @@ class Job:
     verify: bool = False
     skewed: bool = False
     gossip: str = ""
+    tuned: bool = False
 
     @property
     def name(self) -> str:
         """What the table calls it, whatever its seed."""
         if self.gossip:
             return f"gossip/{self.gossip}"
-        parts = (self.rule, "verify" * self.verify, self.attack or "clean", "skewed" * self.skewed)
+        parts = (
+            self.rule,
+            "verify" * self.verify,
+            self.attack or "clean",
+            "skewed" * self.skewed,
+            "tuned" * self.tuned,
+        )
         return "/".join(part for part in parts if part)
 
     @property
@@ -72,17 +81,19 @@ class Job:
         return {
             **COMMON,
             "run.islands": NUM_ISLANDS,
-            "exchange.chunk_values": 16384,
+            "model.layers": 1,
+            "exchange.chunk_values": 8192,  # every member owns a part of the 69,000 values
             "train.tokens": NUM_ISLANDS * self.steps * BATCH_SIZE * SEQ_LEN,
             "train.seed": self.seed,
             "train.lr": 5e-3,
+            "train.schedule": "constant",  # as in the middle of a long run: noise of ten times one's length stays loud
             "strategy.inner_steps": INNER_STEPS,
             "codec.name": "int8",
             "eval.every": 0.5,
             "robust.rule": self.rule,
             "robust.num_wrong": 2,
             "robust.verify": self.verify,
-            **(GOSSIP[self.gossip] if self.gossip else OUTER),
+            **(GOSSIP[self.gossip] if self.gossip else TUNED if self.tuned else OUTER),
             **merges,
         }
 
@@ -108,6 +119,7 @@ def all_jobs(steps: int, seeds: Sequence[int], rules: Sequence[str] = RULES) -> 
 def _of_goals(steps: int, seed: int) -> Iterator[Job]:
     for rule in ("mean", PRESET):
         yield Job(rule=rule, seed=seed, steps=steps)
+    yield Job(rule="mean", tuned=True, seed=seed, steps=steps)
     for gossip in GOSSIP:
         yield Job(rule="mean", gossip=gossip, seed=seed, steps=steps)
     yield Job(rule="mean", skewed=True, seed=seed, steps=steps)
@@ -155,8 +167,8 @@ def judge(records: Sequence[Mapping[str, Any]]) -> list[Goal]:
 
     at_most("without attackers the rule costs under 1 %", f"{PRESET}/clean", "mean/clean", 1.01)
     at_most("... with verify too", f"{PRESET}/verify/clean", "mean/clean", 1.01)
-    at_most("NoLoCo, 8 islands: the full merge within 3 % of DiLoCo", "gossip/noloco", "mean/clean", 1.03)
-    at_most("... one-peer exponential D-SGD beside it", "gossip/exponential", "mean/clean", float("inf"))
+    at_most("NoLoCo, 8 islands: the full merge within 3 % of DiLoCo", "gossip/noloco", "mean/clean/tuned", 1.03)
+    at_most("... one-peer exponential D-SGD beside it", "gossip/exponential", "mean/clean/tuned", float("inf"))
     met = [record for record in records if record["job"].startswith("gossip/")]
     alone = all(record["groups"] == [2] and record["exchanges"] == 1 for record in met)
     found = f"groups of {sorted({size for record in met for size in record['groups']})}"

@@ -163,7 +163,7 @@ def pairs(case: Case, config: RunConfig) -> Traffic:
     merge = all_reduce(case, config)
     strategy, values = config.strategy, sum(merge.values)
     every = strategy.merge_every
-    sent = 8 * values * (strategy.group_size - 1) * (every - 1)
+    sent = 8 * values * (strategy.group_size - 1) * (every - 1) * strategy.gossip_steps
     return replace(
         merge,
         exchanges=(-(-(sum(merge.exchanges) + sent) // every),),

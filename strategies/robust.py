@@ -241,8 +241,10 @@ def decide(
     if rule == "mean" or num < 3:
         return Decision(weights=tuple(coefficients), recipe=None, why="the sum")
     if rule == "clip":
-        weights = tuple(c * k for c, k in zip(coefficients, factors, strict=True))
-        return Decision(weights=weights, recipe=None, why=why)
+        clipped = [c * k for c, k in zip(coefficients, factors, strict=True)]
+        # What is taken off some is given back to all: else unequal data would make every outer step a shorter one.
+        given = total / math.fsum(clipped)
+        return Decision(weights=tuple(given * weight for weight in clipped), recipe=None, why=why)
     groups = buckets(num, bucket, seed=seed)
     points = [[float(i in group) / len(group) for i in range(num)] for group in groups]
     borne = bearable(rule, len(points), num_wrong) if rule in FUNCTION_OF else num_wrong

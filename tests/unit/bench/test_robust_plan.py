@@ -34,12 +34,14 @@ def test_every_run_is_there_once_and_its_settings_are_those_of_a_run() -> None:
 
 def test_goals_are_judged_by_what_is_there() -> None:
     assert {goal.met for goal in judge([])} == {None}
-    runs = [record("mean/clean", 2.0), record("mean/clean", 3.0, seed=2), record("gossip/noloco", 2.04, groups=[2])]
+    runs = [record("mean/clean/tuned", float(seed), seed=seed) for seed in (2, 3)]
+    runs += [record("mean/clean", 2.0, seed=2), record("gossip/noloco", 2.04, seed=2, groups=[2])]
     assert found(runs, "NoLoCo, 8 islands") == ("+2.00 %, 1 seed", True)
     assert found(runs, "no exchange has more than its pair")[1] is False, "twenty exchanges of all"
     runs[-1]["exchanges"] = 1
     assert found(runs, "no exchange has more than its pair")[1] is True
-    runs += [record(f"{PRESET}/verify/noise", None, refused_early=list(ATTACKERS)), record("mean/noise", None)]
+    runs += [record("mean/noise", None, seed=2)]
+    runs += [record(f"{PRESET}/verify/noise", None, seed=2, refused_early=list(ATTACKERS))]
     assert found(runs, "noise: within 3 %") == ("diverged, 1 seed", False)
     assert found(runs, "noise: plain averaging") == ("diverged", True)
     assert found(runs, "noise: both attackers named") == ("yes", True)

@@ -49,7 +49,8 @@ def reference(rule: robust.Rule, updates: list[torch.Tensor], num_wrong: int = 2
         case "mean":
             return agg.weighted_sum(updates, EQUAL)
         case "clip":
-            return agg.weighted_sum(clipped, EQUAL)
+            kept = sum(robust.clip_factors(agg.norms(updates))) / len(updates)
+            return agg.weighted_sum(clipped, EQUAL) / kept
         case "median":
             return agg.coordinate_median(clipped)
         case "trimmed":
