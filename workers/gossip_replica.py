@@ -2,7 +2,8 @@
 
 The send point publishes anchor and displacement; training goes on, and what was trained since is kept when the exchange
 is applied: `theta = phi' - (D_now - D_offered)`. A skipped exchange changes nothing, and the displacement is offered
-again, longer. `Averaging` is D-SGD on a pair or group: no momentum, and the mean of the parameters themselves.
+again, longer. `Averaging` is D-SGD on a pair or group: no momentum, and the mean of the parameters, which are
+then all that is published.
 Suffix: N = all values of the model.
 """
 
@@ -59,6 +60,7 @@ class GossipReplica:
     def __init__(self, *, spec: FragmentSpec, tensors: Mapping[str, Tensor], step: GossipStep) -> None:
         """`tensors`: live parameters by name, fp32, read and written in place; the anchor begins as their copy."""
         self.spec, self.tensors, self.step = spec, tensors, step
+        self.averages = isinstance(step, Averaging)
         self.anchor_N = gather(spec, tensors)
         self.momentum_N = torch.zeros_like(self.anchor_N)
         self.offered_N: Tensor | None = None
@@ -66,7 +68,7 @@ class GossipReplica:
     @property
     def num_bytes(self) -> int:
         """Bytes of what it publishes."""
-        return 2 * 4 * self.spec.numel
+        return (1 if self.averages else 2) * 4 * self.spec.numel
 
     def displacement(self) -> Tensor:
         """How far local training has moved since the anchor: anchor minus live parameters."""
@@ -75,6 +77,8 @@ class GossipReplica:
     def publish(self) -> np.ndarray:
         """At the send point: the bytes of what this member offers, which it remembers until `apply`."""
         self.offered_N = self.displacement()
+        if self.averages:
+            return gather(self.spec, self.tensors).cpu().view(torch.uint8).numpy()
         return torch.cat([self.anchor_N, self.offered_N]).cpu().view(torch.uint8).numpy()
 
     def parse(self, data: np.ndarray) -> Shared:
@@ -82,6 +86,8 @@ class GossipReplica:
         if len(data) != self.num_bytes:
             raise PayloadDamaged(f"{len(data)} bytes, expected {self.num_bytes}")
         flat = torch.from_numpy(np.frombuffer(data, dtype=np.float32).copy()).to(self.anchor_N.device)
+        if self.averages:
+            return Shared(anchor_N=flat, displacement_N=torch.zeros_like(flat))
         anchor_N, displacement_N = flat.view(2, -1)
         return Shared(anchor_N=anchor_N, displacement_N=displacement_N)
 

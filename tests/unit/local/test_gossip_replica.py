@@ -58,6 +58,7 @@ def test_averaging_is_d_sgd() -> None:
     b.tensors["w"] += 3.0
     meet([a, b])
     assert torch.equal(a.tensors["w"], torch.full((VALUES,), 2.0)) and torch.equal(b.tensors["w"], a.tensors["w"])
+    assert a.num_bytes == 4 * VALUES, "parameters are all that is sent"
     assert not a.momentum_N.any() and not a.displacement().any()
 
 
