@@ -63,6 +63,7 @@ bench-quality: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 bench-robust: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.gossip_sync
 	$(BIN)/python -m benchmarks.robust $(ARGS)
 
 bench-lab: $(DEV_STAMP)

@@ -183,9 +183,9 @@ def judge(records: Sequence[Mapping[str, Any]]) -> list[Goal]:
             out.append(Goal(text=text, found=_show(value), met=None if value is None else value > 1.2))
         mine = [record for record in records if record["job"] == name]
         named = all(set(record["refused_early"]) == set(ATTACKERS) for record in mine)
-        out.append(Goal(text=f"{attack}: both attackers named within 5 exchanges, nobody else",
-                        found="yes" if named else str([record["refused_early"] for record in mine]),
-                        met=named if mine else None))  # fmt: skip
+        who = "yes" if named else str([record["refused_early"] for record in mine])
+        text = f"{attack}: both attackers named within 5 exchanges, nobody else"
+        out.append(Goal(text=text, found=who if mine else "not run", met=named if mine else None))
     for attack in STEALTHY:
         text = f"{attack}: no worse than plain averaging and 2 %"
         at_most(text, f"{PRESET}/{attack}", f"mean/{attack}", 1.02)
