@@ -113,11 +113,17 @@ def write_report(records: list[dict[str, Any]], out: Path, seconds: dict[str, fl
     return text, all(goal.met is not False for goal in goals)
 
 
+def of_plan(runs: RunsFile, jobs: list[Job]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Finished runs of these jobs, by name and seed: on this corpus, and with the settings that they have now."""
+    wanted = {(job.name, job.seed): dict(job.settings) for job in jobs}
+    same = [r for r in runs.of_corpus(corpus_digest()) if wanted.get((r["job"], r["seed"])) == r["settings"]]
+    return {(r["job"], r["seed"]): r for r in same}
+
+
 def still_missing(runs: RunsFile, jobs: list[Job]) -> list[Job]:
-    """Jobs that no finished run of this corpus answers, each once, in the order of the plan."""
-    done = {(r["job"], r["seed"], r["steps"]) for r in runs.of_corpus(corpus_digest())}
-    todo = {(job.name, job.seed, job.steps): job for job in jobs}
-    return [job for key, job in todo.items() if key not in done]
+    """Jobs that no finished run answers, in the order of the plan."""
+    done = of_plan(runs, jobs)
+    return [job for job in jobs if (job.name, job.seed) not in done]
 
 
 def work(runs: RunsFile, missing: list[Job], workers: int, minutes: float) -> None:
@@ -177,8 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; finished runs are kept: start again to go on", file=sys.stderr)
             stopped = True
-    keys = {(job.name, job.seed, job.steps) for job in planned}
-    records = [r for r in runs.of_corpus(corpus_digest()) if (r["job"], r["seed"], r["steps"]) in keys]
+    records = list(of_plan(runs, planned).values())
     seconds = {} if stopped else reduce_seconds(RULES)
     text, met = write_report(records, options.out, seconds, len(still_missing(runs, planned)))
     print(text)

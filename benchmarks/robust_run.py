@@ -107,6 +107,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "job": job.name,
         "seed": job.seed,
         "steps": job.steps,
+        "settings": dict(job.settings),
         "corpus": corpus,
         "final": final,
         "first": losses[0] if losses else None,
