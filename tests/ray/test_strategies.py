@@ -37,7 +37,7 @@ SMALL = (
 # What a preset has too much of for two layers; and where the island dies.
 CASES: dict[str, tuple[Point | PairPoint, tuple[str, ...]]] = {
     "robust": ("reducing", ("run.islands=3",)),  # a member that checks another one's part dies
-    "noloco": ("reducing", ("strategy.merge_every=3", "strategy.pair_timeout_s=1")),
+    "noloco": ("reducing", ("strategy.merge_every=3", "strategy.pair_timeout_s=1", "strategy.topology=near")),
     "streaming": ("offered", ("strategy.num_fragments=2", "strategy.overlap_steps=6")),
     "eager": ("committed", ()),
     "delayed": ("before_offer", ()),
