@@ -23,7 +23,7 @@ STEPS, INNER_STEPS, SEEDS = 720, 30, (1, 2, 3)
 OUTER: Settings = {"strategy.outer_lr": 0.9, "strategy.outer_momentum": 0.7}
 """What the sweep of `make bench-quality` found for rounds of so many steps."""
 TUNED: Settings = {"strategy.outer_lr": 0.7, "strategy.outer_momentum": 0.5}
-"""The best of 0.9 / 0.7, 0.9 / 0.5, 0.7 / 0.5 and averaging in so short runs (docs/log.md): gossip is compared with it."""
+"""The best of 0.9 / 0.7, 0.9 / 0.5, 0.7 / 0.5 and averaging in so short runs (docs/log.md); gossip stands beside it."""
 GOSSIP: Mapping[str, Settings] = {
     "noloco": {
         "strategy.name": "noloco",
