@@ -3,7 +3,7 @@
 # make check          lint, types, layers
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
-# make bench-robust   what attackers do to a run under each rule (several hours, resumable)
+# make bench-robust   what attackers do to a run under each rule, and gossip (an hour of two cores, resumable)
 # make bench-lab      what emulated links do and cost, and runs on them (root; 30 minutes, resumable)
 # make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about 25 minutes, resumable)
@@ -63,6 +63,7 @@ bench-quality: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 bench-robust: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.gossip_sync
 	$(BIN)/python -m benchmarks.robust $(ARGS)
 
 bench-lab: $(DEV_STAMP)

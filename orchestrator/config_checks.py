@@ -11,6 +11,7 @@ from orchestrator.config_problem import Problem
 from orchestrator.names import label_problem
 from orchestrator.pipeline_checks import check_pipeline_settings
 from orchestrator.strategy_checks import check_strategy
+from strategies.config import REMEMBERING
 from strategies.robust import FUNCTION_OF, RULE_MINIMA
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def check_robust(config: RunConfig) -> Iterator[Problem]:
     if robust.rule != "mean" and config.strategy.own_pace:
         message = f"robust.rule = {robust.rule!r}: with strategy.name = {config.strategy.name!r} each push is alone"
         yield Problem(key="robust.rule", message=message, remedy="'mean': there is nobody to compare a push with")
+    yield from check_history(config)
     if islands == "auto":
         return
     least = MIN_ISLANDS if robust.watches else 1
@@ -193,6 +195,22 @@ def check_robust(config: RunConfig) -> Iterator[Problem]:
         in_buckets = f" in buckets of {robust.bucket}" if robust.bucket > 1 else ""
         message = f"{what}{against}{in_buckets} needs at least {least} islands, run.islands = {islands}"
         yield Problem(key="robust.rule", message=message, remedy=f"run.islands = {least}, or a smaller num_wrong")
+
+
+def check_history(config: RunConfig) -> Iterator[Problem]:
+    """Earlier results are there for who begins from them, on every member and with the same bits."""
+    robust, strategy = config.robust, config.strategy
+    if not robust.history:
+        return
+    if robust.rule != "centered_clip":
+        message = f"robust.history = true: robust.rule = {robust.rule!r} does not begin from anything"
+        yield Problem(key="robust.history", message=message, remedy="false, or robust.rule = 'centered_clip'")
+    if strategy.name == "ddp" or strategy.outer not in REMEMBERING or strategy.outer_momentum == 0:
+        kept = "strategy.name = 'ddp'" if strategy.name == "ddp" else f"strategy.outer = {strategy.outer!r}"
+        if strategy.name != "ddp" and strategy.outer in REMEMBERING:
+            kept = "strategy.outer_momentum = 0"
+        message = f"robust.history = true takes earlier results from the outer momentum, which {kept} has none of"
+        yield Problem(key="robust.history", message=message, remedy="strategy.outer = 'nesterov' or 'heavy-ball'")
 
 
 def _divisors(number: int) -> str:

@@ -221,7 +221,10 @@ class Jobs:
         done: list[tuple[int, str]] = []
         measured: list[tuple[int, tuple[float, ...]]] = []
         room = Room(0 if c.assign.measures else self._chunk_bytes(c.assign.fragment, len(c.chunks)))
+        part, history = self.replica.parts[c.assign.fragment], c.assign.recipe is not None and c.assign.recipe.history
         for chunk in c.chunks:
+            if history and part.chain != c.assign.base.chain:  # superseded meanwhile
+                return None
             pieces: list[Piece] = []
             for entry in c.assign.roster:
                 data = self.store.get(piece_key(c.assign.fragment, entry.offer, chunk))

@@ -28,6 +28,7 @@ from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.merge import advance_included, carry_over, rebase
 from strategies.norm import sum_of_squares
 from strategies.outer import OuterStep
+from strategies.outer_choice import mean_of_results
 from strategies.registry import decode_payload, decoder_of
 from strategies.robust import Recipe
 from strategies.strategy import Strategy
@@ -224,7 +225,7 @@ class Replica:
         Raises `BadPiece`, whose second argument is the place in `pieces`, for a piece that must not count.
         """
         if recipe is not None:
-            total = mix_pieces(self._checked(fragment, chunk, pieces), recipe)
+            total = mix_pieces(self._checked(fragment, chunk, pieces), recipe, self._history(fragment, chunk, recipe))
         else:
             total = self._sum(fragment, chunk, pieces)
         if self.distort is not None:
@@ -233,7 +234,12 @@ class Replica:
 
     def measure(self, fragment: int, chunk: int, pieces: Sequence[Piece], recipe: Recipe) -> tuple[float, ...]:
         """Squared distances between the pieces of one chunk, as `recipe` has them. Raises `BadPiece`."""
-        return measure_pieces(self._checked(fragment, chunk, pieces), recipe)
+        return measure_pieces(self._checked(fragment, chunk, pieces), recipe, self._history(fragment, chunk, recipe))
+
+    def _history(self, fragment: int, chunk: int, recipe: Recipe) -> Tensor | None:
+        """Where a recipe begins from earlier results: their mean, which the outer momentum keeps on all members."""
+        part, where = self.parts[fragment], self.specs[fragment].chunk_slice(chunk)
+        return mean_of_results(self.strategy.outer_at(1.0), part.states, where) if recipe.history else None
 
     def _checked(self, fragment: int, chunk: int, pieces: Sequence[Piece]) -> list[Tensor]:
         """What the pieces decode to, each looked at as `_sum` does."""

@@ -179,6 +179,8 @@ def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
     assert version >= saved
     refused = head.atoll("set", "train.lr=1", "--at", head.place, code=2)
     assert "cannot change while a run goes on" in refused
+    assert "island-0 is not banned" in head.atoll("unban", "island-0", "--at", head.place, code=2)
+    assert "no member 'island-9'" in head.atoll("unban", "island-9", "--at", head.place, code=2)
 
     assert json.loads(head.atoll("pause", str(job_run), "--json"))["paused"]
     until(lambda: {m.doing for m in Status.model_validate_json(

@@ -42,7 +42,6 @@ SHELLS = {
     "orchestrator.pipeline.controller": {"ray"},
     "orchestrator.pipeline.local": {"torch"},
     "orchestrator.local": {"torch"},
-    "orchestrator.gossip_local": {"torch"},
 }
 
 IMPURE_MODULES = {
