@@ -30,7 +30,8 @@ Recipients = MemberId | str | list[MemberId]
 class RunPlan:
     """What the coordinator needs to know of the run's configuration.
 
-    `own_samples`: how many of the samples are of a pack that one island alone has, by name.
+    `own_samples`: how many of the samples are of a pack that one island alone has, by name; `own_wait_s`: how long the
+    run's end waits for an island that is away and has some left.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class RunPlan:
     load: Literal["equal", "by_speed"] = "equal"
     keeps_copies: bool = False
     own_samples: tuple[tuple[str, int], ...] = ()
+    own_wait_s: float = 600.0
     robust: RobustConfig = field(default_factory=RobustConfig)
 
     def budgets(self) -> Budgets:

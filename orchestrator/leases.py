@@ -64,6 +64,12 @@ def own_left(state: RunState, name: str) -> int:
     return ranges.count(free_of(state, name)) + state.scopes.own[name][1] - state.own_next[name]
 
 
+def rest_of(state: RunState, name: str) -> tuple[Range, ...]:
+    """Those of a member's own samples that it has not: given back ones first, then what was never leased."""
+    at, stop = state.own_next[name], state.scopes.own[name][1]
+    return (*free_of(state, name), *([(at, stop)] if at < stop else ()))
+
+
 def waiting(state: RunState) -> dict[str, int]:
     """Samples that wait for one member which does not live: nobody else may have them."""
     lacking = {name: own_left(state, name) for name in state.scopes.own if name not in state.current}

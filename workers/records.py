@@ -91,6 +91,19 @@ class ScopeRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AbandonRecord(Record):
+    """What is left of `member`'s own samples, which nobody else may have: they are dropped, for it did not come back.
+
+    `ranges`: first those that were leased and given back, then those that never were.
+    """
+
+    kind: ClassVar[str] = "abandon"
+    member: str
+    ranges: tuple[Range, ...]
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseRecord(Record):
     """Samples given to an incarnation; `index` = samples it had been given before."""
 
@@ -294,7 +307,8 @@ class OperatorRecord(Record):
 KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
-        TermRecord, GenesisRecord, JoinRecord, FenceRecord, ScopeRecord, LeaseRecord, CommitRecord, SettleRecord,
+        TermRecord, GenesisRecord, JoinRecord, FenceRecord, ScopeRecord, AbandonRecord, LeaseRecord, CommitRecord,
+        SettleRecord,
         DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,

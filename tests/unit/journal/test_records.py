@@ -24,6 +24,7 @@ from workers.pipeline.records import (
 from workers.records import (
     GENESIS_HASH,
     KINDS,
+    AbandonRecord,
     CommitRecord,
     EvaluationRecord,
     FaultRecord,
@@ -65,6 +66,7 @@ ROWS = [
             *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
             ScopeRecord(members=("island-1",), ranges=((400, 500),)),
+            AbandonRecord(member="island-1", ranges=((400, 500),), why="it left"),
             *PIPELINE,
             PairRosterRecord(round_=0, groups=("island-0.1+island-1.1",)),
             PairCommitRecord(
