@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator import leases
 from orchestrator.desk import RunPlan
+from orchestrator.membership import Process
 from orchestrator.standing import Standings
 from workers import messages as msg
 from workers.records import AbandonRecord, MemberId, Row, ScopeRecord, Term
@@ -40,12 +41,6 @@ class Granting(Standings):
     def _grant(self, only: MemberId | None = None) -> None:
         """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
         if not self.started or self.stopping is not None:
-            return
-        if (
-            only is not None
-            and self.granted_at == len(self.rows)
-            and (self._in_tail(only.name) or not self._wants(only))
-        ):
             return
         if only is None and self.granted_to_all == (self.num_events, len(self.rows)):
             return
@@ -143,11 +138,13 @@ class Granting(Standings):
             return "given up"
         return "it left" if name in self.away_since else "not here"
 
-    def _wants(self, member: MemberId) -> bool:
-        """Whether a member should be given samples, while the journal is as it was when leases were last granted."""
-        process = self.roll.processes.get(member)
-        if process is None or not process.holds_state:
+    def _may_want(self, process: Process) -> bool:
+        """Whether a member may have to be given samples; most often it is seen at once that it has enough."""
+        if self.granted_at != len(self.rows):
+            return True
+        # The journal is as it was when leases were last granted.
+        if self._in_tail(process.id.name) or not process.holds_state:
             return False
         if self.lease_plan is None or self.state.shares is not None:
             return True
-        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, self.lease_plan) > 0
+        return leases.wanted(process.entry, process.info.batch_size, process.consumed, self.lease_plan) > 0

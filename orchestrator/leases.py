@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heapreplace
 
-from orchestrator.run_state import RunState
+from orchestrator.run_state import Membership, RunState
 from workers import ranges
 from workers.ranges import Range
 from workers.records import LeaseRecord, MemberId
@@ -76,9 +76,8 @@ def waiting(state: RunState) -> dict[str, int]:
     return {name: num for name, num in sorted(lacking.items()) if num}
 
 
-def wanted(state: RunState, member: MemberId, batch: int, consumed: int, plan: Plan) -> int:
-    """Samples that `member` should be given now; whole batches; 0 if it has enough ahead."""
-    entry = state.members[member]
+def wanted(entry: Membership, batch: int, consumed: int, plan: Plan) -> int:
+    """Samples that a member should be given now; whole batches; 0 if it has enough ahead."""
     watermark = min(entry.watermarks, default=0)
     ahead = entry.num_leased - watermark
     if ahead < plan.low_steps * batch + 1:
@@ -141,7 +140,7 @@ def grant(
         inner_steps = known.get(member, plan.inner_steps)
         if inner_steps not in plans:
             plans[inner_steps] = replace(plan, inner_steps=inner_steps)
-        want = wanted(state, member, batch, consumed, plans[inner_steps])
+        want = wanted(state.members[member], batch, consumed, plans[inner_steps])
         if want and member.name in state.scopes.own:  # its own samples first: nobody else can make up for them
             own[member], want = _take_own(state, member.name, want)
         demands[member] = (want, batch)
