@@ -291,8 +291,9 @@ class RunState:
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
         self.history[r.fragment].append(r)
         self.num_commits += 1
-        self.bans.count(self.num_commits, {**{entry.member: "" for entry in r.roster}, **self.refused_since})
-        self.refused_since = {}
+        if self.bans.entries or self.refused_since:
+            self.bans.count(self.num_commits, {**{entry.member: "" for entry in r.roster}, **self.refused_since})
+            self.refused_since = {}
         self.digests[r.fragment][r.n] = r.digest
 
     def _settle(self, r: SettleRecord) -> None:

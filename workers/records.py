@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from json.encoder import encode_basestring_ascii
+from math import isfinite
 from typing import Any, ClassVar, get_type_hints
 
 from blake3 import blake3
@@ -339,7 +341,7 @@ class _Rosters:
         """Its canonical JSON."""
         known, text = self._last
         if known is not roster:
-            text = _CANONICAL.encode([_entry_body(entry) for entry in roster])
+            text = f"[{','.join(map(_entry_text, roster))}]"
             self._last = (roster, text)
         return text
 
@@ -374,6 +376,18 @@ def _entry_body(entry: RosterEntry) -> dict[str, Any]:
         "member": entry.member, "incarnation": entry.incarnation, "seq": entry.seq, "since": entry.since,
         "upto": entry.upto, "ranges": entry.ranges, "num_steps": entry.num_steps, "coefficient": entry.coefficient,
     }  # fmt: skip
+
+
+def _entry_text(entry: RosterEntry) -> str:
+    """Its canonical JSON, as `_CANONICAL` has it of `_entry_body`, in a third of the time: rosters have thousands."""
+    member, incarnation, seq, since, upto, ranges, num_steps, coefficient = entry
+    plain = type(coefficient) is float and isfinite(coefficient)
+    share = float.__repr__(coefficient) if plain else _CANONICAL.encode(coefficient)
+    spans = ",".join([f"[{start},{stop}]" for start, stop in ranges])
+    return (
+        f'{{"coefficient":{share},"incarnation":{incarnation},"member":{encode_basestring_ascii(member)},'
+        f'"num_steps":{num_steps},"ranges":[{spans}],"seq":{seq},"since":{since},"upto":{upto}}}'
+    )
 
 
 def canonical(body: dict[str, Any]) -> bytes:
