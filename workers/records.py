@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from json.encoder import encode_basestring_ascii
-from math import isfinite
 from typing import Any, ClassVar, get_type_hints
 
 from blake3 import blake3
@@ -33,6 +31,7 @@ from workers.pipeline.records import (
 )
 from workers.ranges import Range
 from workers.record_base import Record as Record
+from workers.roster_text import RosterTexts
 
 GENESIS_HASH = "0" * 32
 
@@ -331,22 +330,7 @@ class RecordError(ValueError):
     """A journal row that cannot be read; says which field and why."""
 
 
-class _Rosters:
-    """The text of the roster that was encoded last: one and the same is named, agreed on and sealed in a row."""
-
-    def __init__(self) -> None:
-        self._last: tuple[tuple[RosterEntry, ...], str] = ((), "[]")
-
-    def text(self, roster: tuple[RosterEntry, ...]) -> str:
-        """Its canonical JSON."""
-        known, text = self._last
-        if known is not roster:
-            text = f"[{','.join(map(_entry_text, roster))}]"
-            self._last = (roster, text)
-        return text
-
-
-_ROSTERS = _Rosters()
+_ROSTERS = RosterTexts()
 
 
 def _row_payload(seq: int, record: Record) -> bytes:
@@ -376,18 +360,6 @@ def _entry_body(entry: RosterEntry) -> dict[str, Any]:
         "member": entry.member, "incarnation": entry.incarnation, "seq": entry.seq, "since": entry.since,
         "upto": entry.upto, "ranges": entry.ranges, "num_steps": entry.num_steps, "coefficient": entry.coefficient,
     }  # fmt: skip
-
-
-def _entry_text(entry: RosterEntry) -> str:
-    """Its canonical JSON, as `_CANONICAL` has it of `_entry_body`, in a third of the time: rosters have thousands."""
-    member, incarnation, seq, since, upto, ranges, num_steps, coefficient = entry
-    plain = type(coefficient) is float and isfinite(coefficient)
-    share = float.__repr__(coefficient) if plain else _CANONICAL.encode(coefficient)
-    spans = ",".join([f"[{start},{stop}]" for start, stop in ranges])
-    return (
-        f'{{"coefficient":{share},"incarnation":{incarnation},"member":{encode_basestring_ascii(member)},'
-        f'"num_steps":{num_steps},"ranges":[{spans}],"seq":{seq},"since":{since},"upto":{upto}}}'
-    )
 
 
 def canonical(body: dict[str, Any]) -> bytes:
