@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -48,7 +49,7 @@ async def make_sure(name: str, pid: int, node: str, *, timeout_s: float = WITHIN
         log.warning("whether process %d of %s ended is not known: %s", pid, name, error or "no answer")
 
 
-def whereabouts(handle: ActorHandle) -> tuple[int, str] | None:
+def whereabouts(handle: ActorHandle[Any]) -> tuple[int, str] | None:
     """Process id and node of an actor as Ray has them, without asking its process; None where it runs nowhere."""
     from ray._private.state import state
 

@@ -89,9 +89,10 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("elastic")
     far, caches = folder / "far", {name: {"XDG_CACHE_HOME": str(folder / name)} for name in ("here", "there")}
     shutil.copytree(pack_dir, far)
-    letters = folder / "letters.txt"
-    letters.write_text("Dear friend, the reef is far. " * 400)
-    pack([letters], folder / "own", seq_len=SEQ_LEN, val_fraction=0.2, scope="island")
+    letters = [folder / f"letter-{number}.txt" for number in range(40)]
+    for number, letter in enumerate(letters):
+        letter.write_text(f"Dear friend {number}, the reef is far. " * 20)
+    pack(letters, folder / "own", seq_len=SEQ_LEN, val_fraction=0.2, scope="island")
     values = [
         f"data.per_island.island-1.path={folder / 'own'}",
         f"data.per_island.island-1.tokens={OWN_TOKENS}",
