@@ -138,13 +138,11 @@ class Coordinator(Heartbeats):
         if (verdict := self.roll.heard(process, self.now)) is not None:
             self._verdict(verdict)
         for body in envelope.bodies:
-            if isinstance(body, msg.Join):
-                self._join(envelope, body)
-            elif self.roll.by_nonce.get(process.nonce) is not process:  # fenced for what it said before
-                continue
-            elif isinstance(body, msg.Hello):  # most of what there is
+            if process.here and isinstance(body, msg.Hello):  # most of what there is
                 self._hello(process, body)
-            else:
+            elif isinstance(body, msg.Join):
+                self._join(envelope, body)
+            elif process.here:  # it may have been fenced for what it said before
                 self._body(process.id, body)
 
     def _from_stranger(self, envelope: msg.Envelope) -> None:

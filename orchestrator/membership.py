@@ -66,7 +66,7 @@ class Process:
 
     `entry`: what the journal says of the incarnation, at hand, since looking up one of thousands waits for memory;
     `consumed`: samples, by its last heartbeat or what it has offered since; `holds_state`: of every fragment;
-    `bytes_before`: what it had sent by the heartbeat before.
+    `here`: its incarnation lives; `bytes_before`: what it had sent by the heartbeat before.
     """
 
     id: MemberId
@@ -87,6 +87,7 @@ class Process:
     first_step_s: float | None = None
     stepping_since_s: float | None = None
     clock: MemberClock = field(default_factory=MemberClock)
+    here: bool = True
     rows_sent: int = 0
     bytes_before: int = 0
 
@@ -237,6 +238,7 @@ class Roll:
         self.lasting.pop(member, None)
         process = self.processes.pop(member, None)
         if process is not None:
+            process.here = False
             self.by_nonce.pop(process.nonce, None)
         return process
 
@@ -256,14 +258,11 @@ class Roll:
         first_step = process.said(hello, now)
         if process.holds_state != held:
             self.changed[process.id] = None
-        if hello.doing_s > self._lasts_s():
+        if hello.doing_s > HANG_S or hello.doing_s > self.limbo_s:  # nothing that takes no longer is a hang
             self.lasting[process.id] = None
         elif self.lasting and not process.hanging:
             self.lasting.pop(process.id, None)
         return first_step
-
-    def _lasts_s(self) -> float:
-        return HANG_S if HANG_S < self.limbo_s else self.limbo_s  # nothing that takes no longer is a hang
 
     def heard(self, process: Process, now: float) -> Verdict | None:
         """A message arrived."""
