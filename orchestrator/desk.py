@@ -19,21 +19,8 @@ from orchestrator.settings import ExchangeConfig, RobustConfig
 from strategies.config import StrategyConfig
 from workers import messages as msg
 from workers.live_settings import with_changes
-from workers.records import (
-    EvaluationRecord,
-    FaultRecord,
-    MemberId,
-    OperatorRecord,
-    Record,
-    Row,
-    SnapshotRecord,
-    Term,
-    make_row,
-)
+from workers.records import FaultRecord, MemberId, OperatorRecord, Record, Row, Term, make_row
 from workers.scopes import ALL_SHARED, Scopes, scopes_of
-
-ONLY_KEPT = {EvaluationRecord, SnapshotRecord, FaultRecord, OperatorRecord}
-"""Records by which members decide nothing: they travel with the next one that is heeded, not for their own sake."""
 
 Recipients = MemberId | str | list[MemberId]
 """A member, a process without incarnation by its nonce, or all members at that moment."""
@@ -105,7 +92,6 @@ class Desk:
         """`rows`: the journal so far, its last row being this term's; `started_s`: run time that had passed before."""
         self.term, self.rank = term, term.rank
         self.rows: list[Row] = []
-        self.last_heeded = -1  # of the rows
         self.state = RunState()
         for row in rows:
             self._replay(row)
@@ -158,8 +144,6 @@ class Desk:
 
     def _replay(self, row: Row) -> None:
         self.state.apply(row.record)
-        if type(row.record) not in ONLY_KEPT:
-            self.last_heeded = len(self.rows)
         self.rows.append(row)
 
     def _log(self, *records: Record) -> None:

@@ -63,7 +63,7 @@ class Heartbeats(PairDesk):
         first_step = self.roll.said(process, hello, self.now)
         if hello.journal_len < process.rows_sent and (had is None or had.journal_len >= hello.journal_len):
             process.rows_sent = hello.journal_len
-        if process.rows_sent <= self.flushed and process.rows_sent <= self.last_heeded:
+        if process.rows_sent <= self.flushed:
             self._sync(member)
         if first_step:
             process.first_step_s = self.seconds()
