@@ -193,8 +193,12 @@ class Desk:
         while self.held and may_tell(self.held[0][0], self.flushed):
             due.append(self.held.popleft()[1:])
         slices: dict[int, tuple[Row, ...]] = {}  # many lack the same rows
-        if len(due) == 1 and isinstance(due[0][0], list):
-            self._send_to_all(due[0][0], due[0][1], slices)
+        if len(due) == 1:  # mostly
+            to, bodies = due[0]
+            if isinstance(to, list):
+                self._send_to_all(to, bodies, slices)
+            else:
+                self._send(to, bodies, slices)
             return
         grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
         for to, bodies in due:
