@@ -40,10 +40,11 @@ help:
 demo: $(RUN_STAMP)
 	$(BIN)/atoll demo $(ARGS)
 
-# Two at a time, but for those that measure times of real processes or of links: they have the machine alone.
+# Two at a time, in the order of their folders: those that wait for processes first, and many short ones to fill up at
+# the end. But for those that measure times of real processes or of links: they have the machine alone.
 test: $(DEV_STAMP)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not alone and not lab" tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone and not lab" tests
 	$(BIN)/python -m pytest -m "alone or lab" tests/ray tests/lab
 else
 	$(BIN)/python -m pytest $(ARGS)

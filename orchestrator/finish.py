@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from orchestrator.metrics import ExchangeRow, SpanRow, StepRow, read_rows
 from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures, first_joins
 from strategies.codecs.backends import resolve_backend
+from workers.ranges import count
 
 EARLIER = "summary.before-resume.json"
 
@@ -43,6 +44,7 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         final_val_loss=state.evaluations[-1].val_loss if len(state.evaluations) > 1 else None,
         tokens_committed=tokens,
         tokens_lost=state.lost * plan.seq_len,
+        tokens_dropped=count(state.dropped) * plan.seq_len,
         tokens_reissued=state.reissued * plan.seq_len,
         exchanges_committed=sum(head.version.n for head in state.heads),
         exchanges_discarded=sum(exchange.discards for exchange in coordinator.exchanges)

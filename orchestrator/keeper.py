@@ -36,7 +36,7 @@ class Keeper(Controls):
     nonce_of: dict[str, str]
     place_of: dict[str, str]
     log_of: dict[str, Path]  # nonce -> log, of the processes that this life started
-    pids: dict[str, int]
+    pids: dict[str, tuple[int, str]]  # nonce -> process id and node
     pack: Path | None
     own: ExitStack
 
@@ -46,7 +46,7 @@ class Keeper(Controls):
 
     async def _look_after(self, name: str, nonce: str, handle: ActorHandle[Any], node: str) -> None:
         """A process has begun: its id is kept, for when it hangs, and its log is copied where that is needed."""
-        self.pids[nonce] = await through_cuts(handle.pid.remote, node, name)
+        self.pids[nonce] = await through_cuts(handle.pid.remote, node, name), node
         if nonce in self.log_of:
             self._task(self._collect_log(nonce, handle))
 
@@ -104,12 +104,13 @@ class Keeper(Controls):
         await self._ready()
         name = member.partition(".")[0]
         nonce = self.nonce_of.get(name)
-        if nonce is None or nonce not in self.pids or name not in self.place_of:
+        if nonce is None or nonce not in self.pids:
             known = ", ".join(sorted(self.nonce_of)) or "none"
             raise UserError(f"no process of {member!r} runs", remedy=f"one of these: {known}")
-        where = NodeAffinitySchedulingStrategy(self.place_of[name], soft=False)
+        pid, node = self.pids[nonce]
+        where = NodeAffinitySchedulingStrategy(node, soft=False)
         dump = ray.remote(dump_stack).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
-        text = str(await dump.remote(self.pids[nonce]))
+        text = str(await dump.remote(pid))
         current = self.host.coordinator.state.current.get(name)
         file = add_stack(self.run_dir / "logs", str(current) if current is not None else name, text)
         return {"run": self.run_id, "member": str(current or name), "text": text, "file": str(file)}

@@ -58,7 +58,7 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
         )
     names = [island_name(i) for i in range(num_islands(config))]
     for name in config.train.per_island:
-        if name not in names:
+        if name not in names and not config.run.elastic:
             raise UserError(
                 f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
             )

@@ -82,6 +82,11 @@ class Summary(BaseModel):
     )
     tokens_committed: int = Field(ge=0, description="Tokens of the leases that commits carry.")
     tokens_lost: int = Field(0, ge=0, description="Tokens that were trained on but are in no commit.")
+    tokens_dropped: int = Field(
+        0,
+        ge=0,
+        description="Tokens that a rule left out for good, such as those of an own pack that did not come back.",
+    )
     tokens_reissued: int = Field(0, ge=0, description="Tokens that were leased again after their first lease was lost.")
     exchanges_committed: int = Field(0, ge=0, description="Exchanges that were committed (each of one fragment).")
     exchanges_discarded: int = Field(0, ge=0, description="Exchanges that were given up without a commit.")

@@ -15,6 +15,7 @@ from orchestrator.metrics import ExchangeRow
 from workers.ranges import count
 from workers.records import (
     LEFT,
+    AbandonRecord,
     CommitRecord,
     DropRecord,
     EvaluationRecord,
@@ -244,6 +245,8 @@ def _decision(record: Record) -> str | None:
         case DropRecord():
             who = MemberId(name=record.member, incarnation=record.incarnation)
             return f"work of {who} up to its sample {record.upto} was dropped: {record.why}"
+        case AbandonRecord():
+            return f"{count(record.ranges)} samples of {record.member}'s own pack were dropped: {record.why}"
         case RevokeRecord():
             return f"version {record.n} of fragment {record.fragment} was revoked: nobody held it"
         case FaultRecord():

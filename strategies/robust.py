@@ -229,17 +229,18 @@ def decide(
     """What is done with contributions that have these coefficients and lengths.
 
     Args:
+        lengths: not looked at for the mean.
         squares: distances between the contributions, each clipped to the median length, where `to_measure` asked.
         num_wrong: wrong ones that the rule is to bear; fewer where too few contributions are there, which `why` says.
         bucket: contributions that are averaged at random, by `seed`, before the rule sees them.
         history: what was measured from, where the rule has a centre, is what owners keep of earlier results.
     """
     num, total = len(coefficients), math.fsum(coefficients)
+    if rule == "mean" or num < 3:
+        return Decision(weights=tuple(coefficients), recipe=None, why="the sum")
     factors = clip_factors(lengths)
     num_clipped = sum(k < 1.0 for k in factors)
     why = f"{num_clipped} of {num} clipped to the median length"
-    if rule == "mean" or num < 3:
-        return Decision(weights=tuple(coefficients), recipe=None, why="the sum")
     if rule == "clip":
         clipped = [c * k for c, k in zip(coefficients, factors, strict=True)]
         # What is taken off some is given back to all: else unequal data would make every outer step a shorter one.

@@ -16,23 +16,17 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    ActorUnschedulableError,
-    RayActorError,
-    RayTaskError,
-    TaskUnschedulableError,
-    WorkerCrashedError,
-)
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
 from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.config import RunConfig
 from orchestrator.dashboard.controls import pipeline_part
 from orchestrator.dashboard.feed import FeedPart
+from orchestrator.ending import make_sure
 from orchestrator.hands import new_nonce, reason_of
 from orchestrator.island_actor import log_to
 from orchestrator.journal import FileJournal, open_segment
-from orchestrator.pipeline.actors import StagePeerActor, TrainerActor, end_stopped
+from orchestrator.pipeline.actors import StagePeerActor, TrainerActor
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
     Answered,
@@ -312,15 +306,7 @@ class PipelineActor:
         if self._is(process, nonce):
             self._end(process, nonce)
             if process in self.nodes:
-                self._task(self._make_sure(process, self.pids[process], self.nodes[process]))
-
-    async def _make_sure(self, process: str, pid: int, node: str) -> None:
-        place = NodeAffinitySchedulingStrategy(node, soft=False)
-        try:
-            if await asyncio.wait_for(end_stopped.options(scheduling_strategy=place).remote(pid), WATCH_S):
-                log.info("process %d of %s did not end by itself", pid, process)
-        except (RayActorError, RayTaskError, TaskUnschedulableError, WorkerCrashedError, TimeoutError) as error:
-            log.warning("whether process %d of %s ended is not known: %s", pid, process, error)
+                self._task(make_sure(process, self.pids[process], self.nodes[process]))
 
     async def _order(self, command: Order) -> None:
         """Have a peer obey; an answer that never comes is no matter: the process is dead, and the controller hears."""

@@ -36,6 +36,7 @@ SHELLS = {
     "orchestrator.actors": {"ray"},
     "orchestrator.keeper": {"ray"},
     "orchestrator.hands": {"ray"},
+    "orchestrator.ending": {"ray"},
     "orchestrator.dashboard.actor": {"ray"},
     "orchestrator.island_actor": {"ray"},
     "orchestrator.pipeline.actors": {"ray"},
