@@ -21,6 +21,7 @@ from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.rundir import LATEST, RUNS, RunDir, open_run_dir, read_json
 
 ASKED = "the run that is meant"
+ELSEWHERE = "atoll status and atoll logs show what went on there"  # for errors of lower layers, which name no remedy
 
 
 class Runs(Protocol):
@@ -60,7 +61,7 @@ def unpack(reply: Mapping[str, Any]) -> Any:
     if "error" in reply:
         error = reply["error"]
         kind = ClusterUnreachable if error.get("code") == ClusterUnreachable.exit_code else UserError
-        raise kind(str(error["message"]), place=error.get("place"), remedy=error.get("remedy"))
+        raise kind(str(error["message"]), place=error.get("place"), remedy=error.get("remedy") or ELSEWHERE)
     return reply["ok"]
 
 

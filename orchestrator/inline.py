@@ -145,7 +145,11 @@ class InlineRun:
             if self.failure is not None or not ended:
                 self.host.close()
                 cause = self.failure or f"it did not end within {END_TIMEOUT_S:g} s of its islands"
-                raise RunFailed(f"the run's controller failed: {cause}", place=str(self.run_dir.path)) from self.failure
+                raise RunFailed(
+                    f"the run's controller failed: {cause}",
+                    place=str(self.run_dir.path),
+                    remedy=f"the end of {self.run_dir.logs / 'controller.log'}",
+                ) from self.failure
             summary = build_summary(self.host, self.config)
             save_summary(summary, self.run_dir.path)
             self.host.close()
@@ -178,7 +182,11 @@ class InlineRun:
             job()
             self.telemetry.tick(self.host)
             if self.host.died is not None:
-                raise RunFailed(self.host.died.why, place=str(self.run_dir.path))
+                raise RunFailed(
+                    self.host.died.why,
+                    place=str(self.run_dir.path),
+                    remedy=f"the end of {self.run_dir.logs / 'controller.log'}",
+                )
             if self.host.finished is not None:
                 self.over.set()
 
@@ -190,7 +198,13 @@ class InlineRun:
     def _abort_islands(self) -> None:
         for context in self.contexts.values():
             if context.abort is not None:
-                context.abort(RunFailed(f"the run's controller failed: {self.failure}", place=str(self.run_dir.path)))
+                context.abort(
+                    RunFailed(
+                        f"the run's controller failed: {self.failure}",
+                        place=str(self.run_dir.path),
+                        remedy=f"the end of {self.run_dir.logs / 'controller.log'}",
+                    )
+                )
 
     @staticmethod
     def _log_to(stack: ExitStack, name: str, path: Path) -> None:

@@ -97,7 +97,7 @@ def answer(request: Mapping[str, Any]) -> Any:
             raise UserError(
                 str(getattr(cause, "message", cause)),
                 place=getattr(cause, "place", None),
-                remedy=getattr(cause, "remedy", None),
+                remedy=getattr(cause, "remedy", None) or "atoll logs shows what went on there",
             ) from error
         raise
     except UserError:
@@ -124,7 +124,7 @@ def answer_line(line: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
         if not isinstance(request, dict):
-            raise UserError("a request is one line with a JSON object")
+            raise UserError("a request is one line with a JSON object", remedy='{"do": "runs"}')
         return {"ok": answer(request)}
     except ValueError as error:
         told = {key: getattr(error, key, None) for key in ("message", "place", "remedy")}

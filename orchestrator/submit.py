@@ -145,7 +145,11 @@ def _submit(client: JobSubmissionClient, *, entrypoint: str, runtime_env: dict[s
             )
         except RuntimeError as error:
             if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
-                raise ClusterUnreachable(f"the job server does not take the job: {error}", place="--address") from error
+                raise ClusterUnreachable(
+                    f"the job server does not take the job: {error}",
+                    place="--address",
+                    remedy="ray job list shows what it has; the same once more if the cluster has just started",
+                ) from error
             time.sleep(AGENT_POLL_S)
         else:
             return str(job_id)

@@ -41,11 +41,19 @@ def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_j
         if any(fault.startswith("controller_kill") for fault in faults):
             answer = {"done": list(faults), "error": None}  # it could not say it any more
         else:
-            raise ClusterUnreachable(f"the controller does not answer: {error}", place=str(directory.path)) from error
+            raise ClusterUnreachable(
+                f"the controller does not answer: {error}",
+                place=str(directory.path),
+                remedy=f"atoll status {directory.path}; if it goes on, the same once more",
+            ) from error
     finally:
         ray.shutdown()
     if answer["error"]:
-        raise UserError(answer["error"], place=str(directory.path))
+        raise UserError(
+            answer["error"],
+            place=str(directory.path),
+            remedy="atoll status names the members; atoll chaos --help the faults",
+        )
     if as_json:
         from orchestrator.answers import Injected
 

@@ -41,7 +41,9 @@ def why(what: str | None, run_dir: Path | None, as_json: bool) -> int:
         else:
             lines = why_member(rows, times, what)
     except NothingKnown as error:
-        raise UserError(str(error), place=str(directory.path)) from error
+        raise UserError(
+            str(error), place=str(directory.path), remedy="atoll why alone tells of the whole run"
+        ) from error
     if as_json:
         from orchestrator.answers import WhyLines
 

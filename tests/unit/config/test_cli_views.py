@@ -158,7 +158,7 @@ def test_a_run_that_never_began_leaves_nothing_behind(
     import orchestrator.launch
 
     def train(config: Any, path: Path, **options: Any) -> int:
-        raise UserError("the model cannot be found")
+        raise UserError("the model cannot be found", remedy="another one")
 
     monkeypatch.setattr(orchestrator.launch, "train", train)
     assert main(["train", "debug"]) == 2
