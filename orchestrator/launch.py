@@ -98,7 +98,8 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     if summary.tokens_committed and config.pipeline.stages is None:  # its journal has other rows
         from orchestrator.report.build import build_report
 
-        build_report(run_dir)
+        with waiting("writing the report"):
+            build_report(run_dir)
     return summary
 
 
@@ -321,7 +322,7 @@ class RaySession:
         self, run_dir: Path, pack: Path | None, faults: Sequence[PlannedFault], *, resume: bool, quiet: bool
     ) -> Summary:
         """Start, watch, and return the summary."""
-        with interrupts_afterwards():
+        with waiting("starting the controller"), interrupts_afterwards():
             controller = self.start(run_dir, pack, faults, resume=resume)
         with Progress(self.config, quiet=quiet, places=self.places) as progress:
             # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.

@@ -31,12 +31,16 @@ def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_j
 
     directory = open_run_dir(run_dir)
     from orchestrator.attach import attach
+    from orchestrator.waiting import waiting
 
-    controller = attach(directory.path.resolve(), address)
+    with waiting("reaching the run"):
+        controller = attach(directory.path.resolve(), address)
     import ray
 
     try:
-        answer: dict[str, Any] = ray.get(controller.chaos.remote(list(faults)), timeout=ANSWER_S)  # type: ignore[assignment]
+        with waiting("causing it"):
+            asked: Any = controller.chaos.remote(list(faults))
+            answer: dict[str, Any] = ray.get(asked, timeout=ANSWER_S)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
         if any(fault.startswith("controller_kill") for fault in faults):
             answer = {"done": list(faults), "error": None}  # it could not say it any more
