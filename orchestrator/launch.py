@@ -20,6 +20,7 @@ from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.lean_ray import lean_start
 from orchestrator.progress import Progress
 from orchestrator.resume import check_resumable
+from orchestrator.room import check_room, look, who_is_waited_for
 from orchestrator.rundir import RunDir
 from orchestrator.summary import load_summary
 from orchestrator.waiting import waiting
@@ -164,21 +165,10 @@ class RaySession:
             known = enter_cluster(self.config.run.address)
         import ray
 
-        from orchestrator.processes import WORKER_RESOURCE
-
         if ray.is_initialized():
             self.connected_before = True
             return self
         self._connect(known)
-        places = self.places = int(ray.cluster_resources().get(WORKER_RESOURCE, 0))  # type: ignore[no-untyped-call]
-        if places < num_islands(self.config):
-            ray.shutdown()
-            raise UserError(
-                f"the cluster at {self.config.run.address!r} has room for {places} islands "
-                f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
-                place="run.address",
-                remedy="a smaller run.islands, atoll up --workers N, or atoll join ... --workers N on another machine",
-            )
         return self
 
     def _connect(self, known: ClusterState | None) -> None:
@@ -261,6 +251,7 @@ class RaySession:
         """Create the run's controller, which starts the islands. `wrap`: see `faults.inject`.
 
         A run that is resumed may be going on: its controller outlives whoever started it, and is taken over then.
+        Raises UserError where the cluster can never have all its islands.
         """
         import ray
 
@@ -269,6 +260,8 @@ class RaySession:
         run_id, self.run_dir = run_dir.name, run_dir
         self.run_id = run_id
         alive = _find_controller(run_id)
+        room = look(self.config.run.labels)
+        self.places = room.places
         if alive is not None and resume:
             self.controller = alive
             return alive
@@ -278,6 +271,9 @@ class RaySession:
                 place=str(run_dir),
                 remedy="another --run-dir: the name of the folder is the run's name in the cluster",
             )
+        check_room(self.config, room)
+        if self.config.run.address is not None:  # elsewhere nobody else trains, and Ray tells what is free seconds late
+            _say(who_is_waited_for(self.config, room))
         if resume:
             elsewhere = self.config.run.address is not None
             found = check_resumable(RunDir(run_dir), snapshots=self.config.run.snapshots, elsewhere=elsewhere)
