@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from faults.plan import PlannedFault
 from orchestrator.attach import note_address
 from orchestrator.build import num_islands
+from orchestrator.calibration import former_step
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.lean_ray import lean_start
 from orchestrator.progress import Progress
@@ -320,7 +321,9 @@ class RaySession:
         """Start, watch, and return the summary."""
         with waiting("starting the controller"), interrupts_afterwards():
             controller = self.start(run_dir, pack, faults, resume=resume)
-        with Progress(self.config, quiet=quiet, places=self.places) as progress:
+        own_pipeline = self.config.pipeline.stages is not None
+        former = None if quiet or own_pipeline else former_step(self.config, run_dir.parent)
+        with Progress(self.config, quiet=quiet, places=self.places, former=former) as progress:
             # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.
             own = self.config.run.address is None or self.connected_before
             watch(controller, progress, None if own else self.find_again)
