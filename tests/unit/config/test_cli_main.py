@@ -240,7 +240,12 @@ def test_commands_hand_over_to_their_backends(backend: Callable[..., Calls], tmp
     artifacts = backend("orchestrator.artifacts", export=None, sample="once upon")
     assert main(["export", str(path), "--out", "hf"]) == 0
     assert main(["sample", str(path), "--prompt", "def ", "--max-new-tokens", "5", "--seed", "2"]) == 0
-    assert artifacts == [("export", path, Path("hf")), ("sample", path, "def ", 5, 0.8, 2)]
+    assert main(["export", str(path), "--out", "hf", "--snapshot", "v3"]) == 0
+    assert artifacts == [
+        ("export", path, Path("hf"), None),
+        ("sample", path, "def ", 5, 0.8, 2, None),
+        ("export", path, Path("hf"), "v3"),
+    ]
 
 
 DENIED = "error: Permission denied: /root/x\n  try:   a path that this user may read and write\n"
