@@ -25,6 +25,7 @@ from orchestrator.errors import RunFailed, UserError
 from orchestrator.events import ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
+from orchestrator.notify import notifying
 from orchestrator.rundir import RunDir
 from orchestrator.summary import Summary, save_summary
 from orchestrator.telemetry.telemetry import Telemetry
@@ -93,6 +94,8 @@ class InlineRun:
             self._log_to(stack, "atoll.island", self.run_dir.log(island_name(0), life))
             stack.callback(self.telemetry.stop)
             self.telemetry.start(self.host)
+            num = len(self.host.plan.islands)
+            stack.enter_context(notifying(self.host, self.config.notify, run_id=self.run_id, num_islands=num))
             self._held = stack.pop_all()
         self._thread.start()
 

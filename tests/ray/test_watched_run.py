@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -177,6 +178,10 @@ def watched(pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (folder / "runs").mkdir()
     values = ("run.islands=3", "train.tokens=96_000", "strategy.inner_steps=4", "exchange.suspect_s=30")
     values += ("metrics.port=0", "metrics.ray=true", "metrics.tensorboard=true")
+    note = folder / "note.py"
+    note.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())\n")
+    values += (f"notify.command={sys.executable} {note} {folder / 'told'}",)
+    values += ("notify.below_quorum_s=0.5", "notify.loss_spike=1.0001")  # as the loss of every few steps is
     config = small_config(pack_dir, *values)
     with ExitStack() as stack:
         prometheus = Prometheus(folder)
@@ -253,8 +258,12 @@ def there(request: pytest.FixtureRequest, watched: Watched) -> set[str]:
 
 @pytest.fixture(scope="module")
 def summary(request: pytest.FixtureRequest, watched: Watched, there: set[str]) -> Summary:
-    """The run is over."""
-    return watched.run.finish()
+    """The run is over, at whose end a parameter of island-0 becomes not a number."""
+    run = watched.run
+    answer = ray.get(run.controller.chaos.remote(["nan:island-0"]), timeout=WAIT_S)
+    assert answer == {"done": ["nan:island-0"], "error": None}
+    run.until(lambda: any(isinstance(r, FenceRecord) and r.refused for r in run.records()), "what is no number")
+    return run.finish()
 
 
 @needs_browser
@@ -350,6 +359,18 @@ def test_ray_exports_the_same_with_its_tags(watched: Watched, there: set[str]) -
 
     lines = until(exported, f"island-1.2 at {address}")
     assert any('run="watched"' in line and 'island="island-0"' in line for line in lines)
+
+
+def test_somebody_is_woken_for_what_happened_and_told_of_the_end(watched: Watched, summary: Summary) -> None:
+    told = (watched.run.run_dir.parents[1] / "told").read_text().splitlines()
+    events = [json.loads(line) for line in told]
+    assert {event["run"] for event in events} == {"watched"}
+    kinds = [event["kind"] for event in events]
+    assert {"member_dead", "below_quorum", "loss_spike", "loss_nan"} <= set(kinds) and kinds[-1] == "finished"
+    dead = [event for event in events if event["kind"] == "member_dead"]
+    assert [event["member"] for event in dead] == ["island-1"] and dead[0]["detail"].startswith("died")
+    assert [event["member"] for event in events if event["kind"] == "loss_nan"] == ["island-0"]
+    assert "2 members live, 3 are needed" in next(e["detail"] for e in events if e["kind"] == "below_quorum")
 
 
 def test_the_run_ends_with_its_trackers_and_takes_its_address_away(watched: Watched, summary: Summary) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.alarms import Alarm, Alarms, NotifyConfig
-from orchestrator.notify import MAX_WAITING, Notifier
+from orchestrator.local import LocalRun
+from orchestrator.notify import MAX_WAITING, Notifier, notifying
 from orchestrator.settings import ExchangeConfig
+from tests.small_run import make_pack, small_config
 from workers.records import FaultRecord, FenceRecord, StopRecord
 
 
@@ -136,3 +138,22 @@ def test_nobody_waits_for_the_command(tmp_path: Path, caplog: pytest.LogCaptureF
     gate.touch()
     notifier._thread.join(20.0)
     assert not notifier._thread.is_alive()
+
+
+def test_a_run_that_diverges_and_recovers_has_woken_somebody(tmp_path: Path) -> None:
+    """A member's anchor is changed under it: it notices by the next digest, and the command hears of it."""
+    out = tmp_path / "told"
+    code = f"import sys; open({str(out)!r}, 'a').write(sys.stdin.read())"
+    command = f"notify.command={sys.executable} -c {code!r}"
+    run = LocalRun(small_config(make_pack(tmp_path), "run.islands=3", command, "train.tokens=20_000"), tmp_path / "run")
+    with notifying(run.host, run.config.notify, run_id="run", num_islands=3):
+        run.start()
+        run.run(until=lambda: run.host.coordinator.state.heads[0].version.n > 2)
+        run.islands["island-1"].loop.island.sync.replica.parts[0].anchor[7] += 1.0
+        ended = run.run(max_turns=20_000)
+    run.close()
+    assert ended is not None and ended.reason == "done"
+    events = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(event["kind"], event["member"]) for event in events] == [("diverged", "island-1"), ("finished", "")]
+    assert "applied state differs from the sealed digest" in events[0]["detail"]
+    assert {event["run"] for event in events} == {"run"}
