@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ from workers.records import (
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(150)]
 
 WAIT_S = 90.0
+DEAD_WITHIN_S = 3.0  # as on the page of a dashboard that needs no door
 POLL_S = 0.1
 ATOLL = [sys.executable, "-m", "orchestrator.cli.main"]
 
@@ -255,6 +257,16 @@ def test_the_dashboard_reads_and_asks_through_the_door(head: Head, job_run: Path
             assert ask("act", b'{"action": "save"}') == {"outcome": "asked"}
             asked = [r for r in records(job_run, OperatorRecord) if isinstance(r, OperatorRecord)]
             assert [(r.action, r.by) for r in asked] == [("save", "dashboard, 127.0.0.1")]
+
+            def shown(member: str) -> dict[str, Any]:
+                return next(row for row in ask("run")["members"] if row["name"] == member)
+
+            [pid] = re.findall(r"is process (\d+)", (job_run / "logs" / "island-1-1.log").read_text())
+            os.kill(int(pid), signal.SIGKILL)
+            began_s = time.monotonic()
+            until(lambda: shown("island-1")["doing"] == "dead", "the death to be shown")
+            assert time.monotonic() - began_s < DEAD_WITHIN_S
+            until(lambda: shown("island-1")["incarnation"] == 2 and shown("island-1")["here"], "its successor")
         finally:
             server.terminate()
             assert server.wait(timeout=WAIT_S) == 0
