@@ -415,7 +415,8 @@ def demo(prepared: Prepared, run_dir: Path, *, as_json: bool) -> int:
     if code == 0:
         console.rule("a sample before training, and after")
         for when in ("genesis", None):
-            text = sample(run_dir, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
+            with waiting("writing a sample"):
+                text = sample(run_dir, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
             console.print(_glyphs(text) if when else text, markup=False, highlight=False)
             console.rule()
         console.print(console_table(load_summary(run_dir)))
