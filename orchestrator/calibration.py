@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 MOST_RUNS = 20
 TAIL_BYTES = 256 * 1024
 # All that an inner step's length depends on; `[model]` whole, but for the weights that it starts from.
-OF_TRAIN = ("batch_size", "accumulation", "fit_batch", "optimizer", "precision", "threads", "device", "pace_s")
-OF_TRAIN += ("loop", "loop_digest", "per_island")
+OF_TRAIN = (
+    *("batch_size", "accumulation", "fit_batch", "optimizer", "precision", "threads", "device", "pace_s"),
+    *("loop", "loop_digest", "per_island"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
