@@ -81,8 +81,8 @@ def what_ends(actors: Iterable[Mapping[str, Any]], node: str, pipelines: Collect
     for name in sorted(name for name in here if name.startswith(CONTROLLER_PREFIX)):
         run = name.removeprefix(CONTROLLER_PREFIX)
         said.append(
-            f"the controller of {run} is on this machine: the run rests without it "
-            f"(atoll stop --run {run} before ends it so that atoll train --resume goes on)"
+            f"the controller of {run} is on this machine and ends with it: "
+            f"atoll stop --run {run} before lets atoll train --resume go on exactly there"
         )
     return said
 

@@ -250,7 +250,7 @@ def test_leaving_waits_for_the_islands_and_ends_only_its_own_processes(cluster: 
     os.kill(told.supervisor.pid, signal.SIGTERM)
     log = told.folder / "supervisor.log"
     until(lambda: "to leave: island-0" in log.read_text(), "SIGTERM to ask its islands to leave")
-    assert "the controller of pipe-1 is on this machine: the run rests without it" in log.read_text()
+    assert "the controller of pipe-1 is on this machine and ends with it" in log.read_text()
     os.kill(told.supervisor.pid, signal.SIGTERM)  # again: at once
     until(lambda: not told.folder.exists(), "its machine to have left")
     node = cluster.join()
