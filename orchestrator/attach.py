@@ -49,7 +49,7 @@ def attach(run_dir: Path, address: str | None = None) -> ActorHandle[Any]:
     from orchestrator.launch import LOOPBACK_ONLY, enter_cluster, set_ray_environment
 
     set_ray_environment(address)
-    known = enter_cluster(address)
+    known = enter_cluster(address, asked="--address")
     if known is None and told:
         os.environ[LOOPBACK_ONLY] = "0"
     import ray

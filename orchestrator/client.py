@@ -93,12 +93,17 @@ def _reach(target: str | None, token_file: Path | None, held: ExitStack) -> Runs
         return RayRuns()
     where = read_json(directory.cluster_file)
     if not where or directory.state() != "running":
-        raise UserError(
-            f"the run in {directory.path} does not go on: it is {directory.state()}",
-            remedy=f"atoll train --resume {directory.path}, or name a cluster",
-        )
+        raise does_not_go_on(directory)
     held.enter_context(_driver(str(where["address"]), str(where["node_ip"]), local=bool(where["local"])))
     return RayRuns(str(where["run"]))
+
+
+def does_not_go_on(directory: RunDir) -> UserError:
+    """The error for a run that is asked for something when it is over."""
+    path, state = directory.path, directory.state()
+    known = {"done": f"atoll report {path} shows what came of it", "failed": f"atoll logs --at {path}"}
+    remedy = known.get(state, f"atoll train --resume {path}")
+    return UserError(f"the run in {path} does not go on: it is {state}", remedy=f"{remedy}; or name a cluster")
 
 
 def directory_of(target: str | None) -> RunDir | None:

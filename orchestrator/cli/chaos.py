@@ -31,8 +31,11 @@ def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_j
 
     directory = open_run_dir(run_dir)
     from orchestrator.attach import attach
+    from orchestrator.client import does_not_go_on
     from orchestrator.waiting import waiting
 
+    if address is None and directory.state() in ("done", "failed", "stopped"):
+        raise does_not_go_on(directory)
     with waiting("reaching the run"):
         controller = attach(directory.path.resolve(), address)
     import ray
