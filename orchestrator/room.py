@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.build import num_islands
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,9 +49,16 @@ def look(labels: Mapping[str, str]) -> Room:
     return Room(places=places, free=sum(free.values()), elsewhere=everywhere - places, known=tuple(sorted(known)))
 
 
+def num_needed(config: RunConfig) -> int:
+    """Places without which the run does not begin; also of a configuration that is not resolved yet."""
+    if config.pipeline.stages is not None:
+        return config.pipeline.num_processes
+    return 1 if config.run.islands == "auto" else config.run.islands
+
+
 def check_room(config: RunConfig, room: Room) -> None:
     """Raises UserError where the run can never have all its islands, whoever else ends."""
-    needed, labels = num_islands(config), _as_text(config.run.labels)
+    needed, labels = num_needed(config), _as_text(config.run.labels)
     if room.places >= needed:
         return
     what = "processes" if config.pipeline.stages is not None else "islands"
@@ -77,7 +83,7 @@ def check_room(config: RunConfig, room: Room) -> None:
 
 def who_is_waited_for(config: RunConfig, room: Room) -> str:
     """What to say where other runs use places that this one needs; empty where it can begin. An elastic run can."""
-    needed = num_islands(config)
+    needed = num_needed(config)
     free = max(min(room.free, needed), 0)
     if free == needed or (config.run.elastic and free):
         return ""

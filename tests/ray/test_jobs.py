@@ -197,6 +197,9 @@ def test_islands_are_on_machines_with_the_labels_that_were_asked_for(head: Head,
     refused = head.atoll(*command, "run.labels.zone=c", code=2)
     assert "has room for 0 islands (resource atoll_worker) on machines with the label zone=c" in refused
     assert "labels there are zone=a, zone=b" in refused
+    submit = ["submit", str(head.toml("nobody", islands=3)), "--address", head.place, "--set", "run.labels.zone=b"]
+    refused = head.atoll(*submit, code=2)  # before there is a job
+    assert "has room for 2 islands" in refused and "on machines with the label zone=b, the run has 3" in refused
     assert not (head.folder / "runs").exists() or not list((head.folder / "runs").glob("nobody*"))
 
 
