@@ -138,7 +138,7 @@ def test_commands_take_the_newest_run_when_none_is_named(
     main(["ledger"])
     assert "1 row" in capsys.readouterr().out
     artifacts = types.ModuleType("orchestrator.artifacts")
-    vars(artifacts).update(export=lambda run, out: None, sample=lambda run, *rest: f"of {run.name}")
+    vars(artifacts).update(export=lambda run, out, snapshot: None, sample=lambda run, *rest: f"of {run.name}")
     monkeypatch.setitem(sys.modules, artifacts.__name__, artifacts)
     assert main(["export", "--out", "x"]) == main(["sample", "--prompt", "a"]) == 0
     exported = f"exported runs/{finished_run.name} to x"
