@@ -24,7 +24,7 @@ def _load(run_dir: Path) -> RunConfig:
 
 
 def _snapshot(run_dir: Path, name: str | None) -> Path:
-    from workers.saved import newest
+    from workers.saved import complete_snapshots, newest
 
     folder, uri = RunDir(run_dir).snapshots, _load(run_dir).run.snapshots
     if uri is not None:
@@ -32,10 +32,12 @@ def _snapshot(run_dir: Path, name: str | None) -> Path:
     else:
         found = folder / name if name is not None else newest(folder)
     if found is None or not found.exists():
+        wait = "wait for the first one (run.snapshot_every_s), or for the end of the run"
+        known = ", ".join(sorted((path.name for path in complete_snapshots(folder)), key=lambda n: (len(n), n)))
         raise UserError(
-            f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of the model yet",
+            f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of the model" + ("" if known else " yet"),
             place=str(folder) if uri is None else uri,
-            remedy="wait for the first one (run.snapshot_every_s), or for the end of the run",
+            remedy=f"one of these: {known}" if known else wait,
         )
     return found
 
@@ -95,8 +97,11 @@ def _of_stages(config: RunConfig, run_dir: Path, name: str | None) -> dict[str, 
     return load_whole(spec, max(found, key=lambda saved: saved.version).folder)
 
 
-def export(run_dir: Path, out: Path) -> Path:
-    """Write the newest anchor in Hugging Face format to `out`; raises UserError where something else lies there."""
+def export(run_dir: Path, out: Path, snapshot: str | None = None) -> Path:
+    """Write the newest anchor, or that of the named snapshot, in Hugging Face format to `out`.
+
+    Raises UserError where something else lies there.
+    """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file())):
         raise UserError(
             f"--out {out}: there is something else", place="--out", remedy="a new folder, or an older export"
@@ -105,7 +110,7 @@ def export(run_dir: Path, out: Path) -> Path:
 
     config = _load(run_dir)
     reader = _reader(config, "export")
-    tensors = load_anchor(run_dir)
+    tensors = load_anchor(run_dir, snapshot)
     export_hf(out, config.model, tensors, reader.tokenizer, seq_len=reader.index.seq_len)
     return out
 

@@ -15,11 +15,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.actor_tools import through_cuts
-from orchestrator.alarms import Alarms
 from orchestrator.controls import Controls
 from orchestrator.errors import UserError
 from orchestrator.log_shipping import EVERY_S, LogCopy
-from orchestrator.notify import Notifier
+from orchestrator.notify import notifying
 from orchestrator.rollback import set_aside_later, store_of
 from orchestrator.rundir import RunDirInUse
 from workers.data.placing import pack_files
@@ -58,14 +57,8 @@ class Keeper(Controls):
             log.warning("%s", error)
         if self.config.run.snapshots is not None:
             self.host.rolled_back = self._clear_store
-        config = self.config.notify
-        if config.command is None:
-            return
-        notifier = Notifier(config, {"run": self.run_id, "run_dir": str(self.run_dir)})
         num_islands = len(self.host.plan.islands) if not self.config.run.elastic else 0
-        self.host.alarms, self.host.tell = Alarms(config, num_islands=num_islands), notifier.tell
-        notifier.start()
-        self.own.callback(notifier.close, config.timeout_s)
+        self.own.enter_context(notifying(self.host, self.config.notify, run_id=self.run_id, num_islands=num_islands))
 
     def _clear_store(self, versions: Sequence[int]) -> None:
         self._task(self._set_aside(versions))

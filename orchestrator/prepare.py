@@ -60,7 +60,9 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
     for name in config.train.per_island:
         if name not in names and not config.run.elastic:
             raise UserError(
-                f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
+                f"train.per_island names {name!r}, the run has {', '.join(names)}",
+                place="train.per_island",
+                remedy=f"[train.per_island.{names[-1]}], or a larger run.islands",
             )
     plan, links = read_faults(config, faults, names), read_link_changes(config)
     _import_from_here()

@@ -139,7 +139,11 @@ def load_summary(run_dir: Path) -> Summary:
     try:
         version = json.loads(text).get("schema_version")
     except (ValueError, AttributeError) as error:
-        raise SummaryError(f"the summary is not a JSON object: {error}", place=str(path)) from None
+        raise SummaryError(
+            f"the summary is not a JSON object: {error}",
+            place=str(path),
+            remedy="atoll report and atoll ledger work from the journal; remove the file if it is damaged",
+        ) from None
     if version != SCHEMA_VERSION:
         raise SummaryError(
             f"schema_version = {version!r}, but this atoll reads {SCHEMA_VERSION}",
@@ -151,7 +155,11 @@ def load_summary(run_dir: Path) -> Summary:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise SummaryError(f"{where} = {first['input']!r}: {first['msg']}", place=str(path)) from None
+        raise SummaryError(
+            f"{where} = {first['input']!r}: {first['msg']}",
+            place=str(path),
+            remedy="the version of atoll in versions.json beside it; atoll ledger works from the journal",
+        ) from None
 
 
 # --- derived figures ---------------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_the_command_tells_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixt
     told = json.loads(capsys.readouterr().out)
     assert sum("was in with coefficient" in line["text"] for line in told) == 2
     assert all(line["at_s"] is not None for line in told if "was in" in line["text"])
-    assert main(["why", "island-1", "--run", str(run_dir)]) == 0
+    assert main(["why", str(run_dir), "island-1"]) == 0, "as the other commands take a directory"
     assert "island-1.1 is in version 1" in capsys.readouterr().out
     assert main(["why", "island-9", "--run", str(run_dir)]) == 2
     assert "knows no member 'island-9'" in capsys.readouterr().err

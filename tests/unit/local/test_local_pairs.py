@@ -10,6 +10,7 @@ import torch
 from orchestrator.errors import UserError
 from orchestrator.ledger import recompute
 from orchestrator.local import LocalRun
+from orchestrator.rollback import find_target
 from orchestrator.segments import read_run
 from tests.small_run import make_pack, small_config
 from workers.pair_records import PairCommitRecord
@@ -121,6 +122,9 @@ def test_a_run_that_is_stopped_goes_on_with_every_sample(tmp_path: Path) -> None
     run = start(tmp_path)
     state = run.host.coordinator.state
     run.run(max_turns=20_000, until=lambda: len(state.pair_rows) > 8)
+    with pytest.raises(UserError, match="the run gossips") as refused:  # as `atoll rollback --to 1` asks
+        find_target(run.run_dir / "snapshots", state, 1)
+    assert "atoll export --snapshot v1 " in refused.value.remedy
     run.stop()
     run.close()
     before = len(pairs_of([row.record for row in read_run(run.run_dir).rows]))
