@@ -33,7 +33,7 @@ from faults.lab.tap import open_tap
 SOCKET = "switch.sock"
 PLAN = "switch.json"
 MAX_FRAME_BYTES = 1 << 17
-FRAMES_IN_A_ROW = 32
+FRAMES_IN_A_ROW = 64
 RETRY_S = 0.1
 TURN_S = 1e-3
 BURST = 8
