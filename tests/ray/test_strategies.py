@@ -139,10 +139,9 @@ def test_everybody_holds_the_anchors_that_were_sealed(story: Story) -> None:
 
 
 def test_members_that_gossip_have_met_before_the_kill_and_after_it(stories: dict[str, Story]) -> None:
-    for name in ("noloco", "gossip"):
-        pairs = [r for r in stories[name].records if isinstance(r, PairCommitRecord)]
-        lives = {dict(zip(r.members, r.incarnations, strict=True)).get("island-1", 1) for r in pairs}
-        assert lives == {1, 2} and {len(r.members) for r in pairs} == {2}
+    pairs = [r for r in stories["noloco"].records if isinstance(r, PairCommitRecord)]
+    lives = {dict(zip(r.members, r.incarnations, strict=True))["island-1"] for r in pairs}
+    assert lives == {1, 2} and {len(r.members) for r in pairs} == {2}
 
 
 def test_a_member_that_dies_in_a_pair_loses_its_work_since_the_last_one_and_nobody_else_anything(
@@ -154,6 +153,7 @@ def test_a_member_that_dies_in_a_pair_loses_its_work_since_the_last_one_and_nobo
         state.apply(record)
     (fence,) = [at for at, record in enumerate(rows) if isinstance(record, FenceRecord)]
     met = [r for r in rows if isinstance(r, PairCommitRecord)]
+    assert {len(r.members) for r in met} == {2}
     spans = [(r.round_, str(MemberId(name=name, incarnation=n)), upto)
              for r in met for name, n, upto in zip(r.members, r.incarnations, r.upto, strict=True)]  # fmt: skip
     planned = {r.round_ for r in rows[:fence] if isinstance(r, PairRosterRecord) if str(victim) in "+".join(r.groups)}
@@ -163,7 +163,7 @@ def test_a_member_that_dies_in_a_pair_loses_its_work_since_the_last_one_and_nobo
     committed = max([upto for _, member, upto in spans if member == str(victim)] + merged)
     assert state.members[victim].watermarks == [committed], "what was in a pair or a merge counts, to the sample"
     losses = {(r.member, r.incarnation): r.lost for r in rows if isinstance(r, SettleRecord) and r.lost}
-    assert set(losses) == {(victim.name, victim.incarnation)} and losses[victim.name, victim.incarnation] <= 8 * 4 + 4
+    assert set(losses) == {(victim.name, victim.incarnation)}, "its open work is trained on again, and nobody else's"
     # The others go on without it: before its successor is in anything, they have committed again.
     later = rows[fence:]
     back = next(at for at, r in enumerate(later) if isinstance(r, JoinRecord) and r.member == victim.name)
