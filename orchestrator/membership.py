@@ -183,11 +183,6 @@ class Process:
             return None
         return self.hello.fragments[fragment]
 
-    def behind(self, fragment: int, head: int) -> int:
-        """How many versions it has yet to apply, by its last heartbeat."""
-        report = self.report(fragment)
-        return 0 if report is None else max(head - report.n, 0)
-
     def ready(self) -> bool:
         """Whether it holds a state of every fragment, so that it can train, offer and own parts."""
         return self.holds_state
