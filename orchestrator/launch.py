@@ -97,7 +97,7 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
             from faults.lab.playing import Playing
 
             stack.enter_context(Playing(Lab.around(), prepared.links, say=_warn))
-        plan = (*prepared.faults, *prepared.links)
+        plan: tuple[PlannedFault | LinkChange, ...] = (*prepared.faults, *prepared.links)
         summary = session.run(run_dir.resolve(), prepared.pack, plan, resume=resume, quiet=quiet)
     if summary.tokens_committed and config.pipeline.stages is None:  # its journal has other rows
         from orchestrator.report.build import build_report
