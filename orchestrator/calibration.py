@@ -41,13 +41,12 @@ def former_step(config: RunConfig, runs: Path) -> FormerStep | None:
     """Of the newest run below `runs` with the same model, batch, devices and number of islands; None without one."""
     wanted = _costs(config)
     for run in reversed(list_runs(runs)[-MOST_RUNS:]):
-        if not run.metrics.exists():
-            continue
         try:
             same = _costs(load_config(run.config).config) == wanted
-        except UserError:  # of another version of Atoll
+            seconds = measured_s(run) if same else None
+        except (UserError, OSError):  # of another version of Atoll; it has measured nothing, or is another user's
             continue
-        if same and (seconds := measured_s(run)) is not None:
+        if seconds is not None:
             return FormerStep(seconds=seconds, run=run.path)
     return None
 

@@ -102,6 +102,8 @@ def test_the_first_line_says_what_link_is_needed_where_an_earlier_run_has_timed_
         ]
         steps = [json.dumps({"kind": "step", "member": m, "step_ms": ms}, separators=(",", ":")) for m, ms in rows]
         (run_dir / "metrics.jsonl").write_text("\n".join([*steps, '{"kind":"step","memb']))
+    (tmp_path / "later-2026-01-04-0000").mkdir()
+    (tmp_path / "later-2026-01-04-0000" / "config.toml").write_text(config.to_toml())  # it has measured nothing yet
     former = former_step(config, tmp_path)
     assert former is not None and former.run == tmp_path / "same-2026-01-02-0000"
     assert former.seconds == pytest.approx(0.2), "the median of the slower island"
