@@ -43,7 +43,7 @@ SETTINGS = [
     "exchange.quorum=0.5",
     "exchange.staleness_limit=64",
     "strategy.inner_steps=10",
-    "train.tokens=48000",
+    "train.tokens=56000",
     "train.lr=2e-2",
     "eval.windows=64",
 ]
@@ -219,7 +219,7 @@ def test_three_continents_train_one_model(story: Story) -> None:
     joins = [record for record in story.run.records() if isinstance(record, JoinRecord) and record.incarnation == 1]
     assert len({join.node for join in joins}) == 3, "an island on each machine"
     assert story.summary.exit_reason == "done"
-    assert story.summary.tokens_committed == 48_000
+    assert story.summary.tokens_committed == 56_000
     assert ledger_command(story.run.run_dir, False) == 0
 
 
