@@ -3,7 +3,7 @@
 # make check          lint, types, layers
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
-# make bench-robust   what attackers do to a run under each rule, and gossip (an hour of two cores, resumable)
+# make bench-robust   what attackers do to a run under each rule, and gossip (an hour of a core, resumable)
 # make bench-lab      what emulated links do and cost, and runs on them (root; 30 minutes, resumable)
 # make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about 25 minutes, resumable)
