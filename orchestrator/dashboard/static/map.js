@@ -38,7 +38,7 @@ export class Map_ {
       const anchor = Math.abs(side) < 0.3 ? "middle" : side > 0 ? "start" : "end";
       drawing.append(
         svg("circle", { class: `node p-${PHASE_OF[member.doing] ?? "start"}`, cx: x, cy: y, r: 12 }),
-        text(MIDDLE + out * Math.cos(a), MIDDLE + out * Math.sin(a) - 2, `${member.name}`, "label", anchor),
+        text(MIDDLE + out * Math.cos(a), MIDDLE + out * Math.sin(a) - 5, `${member.name}`, "label", anchor),
         text(MIDDLE + out * Math.cos(a), MIDDLE + out * Math.sin(a) + 13, member.doing, "", anchor),
       );
     });
