@@ -296,7 +296,7 @@ class RaySession:
                 table.write(run_dir)
 
             shell = PipelineActor.options(**options, resources=this_machine())  # type: ignore[attr-defined]
-            self.controller = shell.remote(*arguments, token, resume)
+            self.controller = shell.remote(*arguments, token, list(faults), resume)
         else:
             from orchestrator.actors import ControllerActor
 
@@ -310,7 +310,7 @@ class RaySession:
         """Leave in the run's directory where its Ray is."""
         import ray
 
-        from orchestrator.controls import write_cluster_file
+        from orchestrator.log_files import write_cluster_file
 
         context = ray.get_runtime_context()
         node = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())  # type: ignore[no-untyped-call]

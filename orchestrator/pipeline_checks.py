@@ -81,12 +81,6 @@ def _others(config: RunConfig) -> Iterator[Problem]:
         "run.standby": (config.run.standby, 0),
         "run.redundancy": (config.run.redundancy, "none"),
         "run.snapshots": (config.run.snapshots, None),
-        "run.fault_plan": (config.run.fault_plan, None),
-        "notify.command": (config.notify.command, None),
-        "metrics.port": (config.metrics.port, None),
-        "metrics.ray": (config.metrics.ray, False),
-        "metrics.tensorboard": (config.metrics.tensorboard, False),
-        "metrics.tracker": (config.metrics.tracker, None),
         "robust.rule": (config.robust.rule, "mean"),
         "robust.verify": (config.robust.verify, False),
     }

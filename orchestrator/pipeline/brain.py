@@ -16,7 +16,6 @@ from orchestrator.pipeline.commands import (
     Heard,
     Joined,
     Rebalance,
-    Sealed,
     Start,
     StepDone,
     Stop,
@@ -24,8 +23,8 @@ from orchestrator.pipeline.commands import (
     Tick,
 )
 from orchestrator.pipeline.commit import Contradiction, StepCommit
+from orchestrator.pipeline.operations import Operations
 from orchestrator.pipeline.roster import Peer, deal
-from orchestrator.pipeline.validation import Validation
 from workers.pipeline.messages import (
     Applied,
     Apply,
@@ -40,19 +39,18 @@ from workers.pipeline.messages import (
     OpenStep,
     Peers,
     Reduced,
-    SaveStage,
     StageReady,
     StepCommitted,
 )
 from workers.pipeline.records import PipelineGenesisRecord, StageCommitRecord, StepRecord
-from workers.records import FenceRecord, JoinRecord, Record, SnapshotRecord
+from workers.records import FenceRecord, JoinRecord, Record
 
 RETRY_S = 0.5
 SPREAD_GRACE_S = 5.0
 MAX_FAILURES = 3
 
 
-class PipelineBrain(Validation):
+class PipelineBrain(Operations):
     """See the module."""
 
     step_kind: type[StepCommit] = StepCommit
@@ -62,7 +60,7 @@ class PipelineBrain(Validation):
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """One event in, what to do out; in that order."""
         self._now_s = now_s
-        if self.finished is None:
+        if self.finished is None and not self.went_back:
             try:
                 self._dispatch(event)
                 self._go_on()
@@ -95,6 +93,8 @@ class PipelineBrain(Validation):
                 self._rebalance()
             case Stop():
                 self.stopping = event
+            case _:
+                self._operate(event)
 
     def begin(self, now_s: float) -> list[Command]:
         """Start all processes."""
@@ -139,6 +139,7 @@ class PipelineBrain(Validation):
                 self._restart_step(f"{event.process} is gone")
         elif (peer := self.roster.peers.get(event.process)) is not None and peer.nonce == event.nonce:
             self._lost(peer, event.why)
+        self._fault("non_finite" if event.damaged else "died", event.process, event.why, injected=False)
         self._write(
             FenceRecord(member=event.process, incarnation=self.roster.incarnations.get(event.process, 0), why=event.why)
         )
@@ -167,7 +168,7 @@ class PipelineBrain(Validation):
 
     def _go_on(self) -> None:
         """Whatever is possible now."""
-        if self.finished is not None:
+        if self.finished is not None or self.went_back:
             return
         if not self.placed:
             self._place_all()
@@ -215,7 +216,7 @@ class PipelineBrain(Validation):
 
     def _open_step(self, why: str) -> None:
         """The next step, or the same one anew; with nobody to serve a stage it waits."""
-        if self._validates() or self._is_over() or not self.roster.trainers:
+        if self._validates() or self._is_over() or self.paused or not self.roster.trainers:
             return
         trainers = tuple(sorted(self.roster.trainers))
         dealt = deal(self.plan.pipeline.microbatches, trainers)
@@ -459,31 +460,3 @@ class PipelineBrain(Validation):
         if period_s and self._now_s >= self._look_s + period_s:
             self._look_s = self._now_s
             self._rebalance()
-
-    _saved_version = -1
-
-    def _save(self) -> None:
-        """Every stage into one folder, by one of its holders; the manifest when all are there."""
-        folder = self.plan.snapshot_folder(self.version)
-        self._saving = (folder, self.version, set())
-        self._saved_s = self._now_s
-        for stage in range(self.layout.num_stages):
-            holders = self.roster.holders(stage, self.version)
-            if not holders:
-                self._saving = None
-                return
-            order = SaveStage(stage=stage, version=self.version, folder=folder)
-            self._order((holders[0].process, order, ("saved", stage, folder)))
-
-    def _saved(self, stage: int, folder: str) -> None:
-        if self._saving is None or self._saving[0] != folder:
-            return
-        _, version, done = self._saving
-        done.add(stage)
-        if len(done) < self.layout.num_stages:
-            return
-        self._saving, self._saved_version = None, version
-        digests = self.digests if version == self.version else ()
-        self._out.append(Sealed(folder=folder, version=version, digests=digests))
-        name = folder.rstrip("/").rpartition("/")[2]
-        self._write(SnapshotRecord(name=name, versions=(version,) * self.layout.num_stages))

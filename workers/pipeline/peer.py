@@ -82,6 +82,19 @@ class _Counted:
     shape: tuple[int, ...]
 
 
+class NotFinite(ArithmeticError):
+    """What a call made is not finite: nothing of it counts, and nothing is sent on."""
+
+    def __init__(self, peer: str, call: Call) -> None:
+        super().__init__(peer, call)
+        self.peer, self.call = peer, call
+
+    def __str__(self) -> str:
+        """Who made what."""
+        call = self.call
+        return f"the {call.direction} of microbatch {call.microbatch} of step {call.step} at {self.peer} is not finite"
+
+
 class StagePeer:
     """Computes for one stage.
 
@@ -140,6 +153,7 @@ class StagePeer:
         tensors = fetched or self.fetch(request)
         with self._seeded(call), evaluating(self.model, call.step < 0):
             y = forward(self.model, tensors.x)
+            self._must_be_finite(call, y)
             if tensors.other is not None:
                 with torch.no_grad():
                     return Reply(begin=Begin.RUN, loss=float(self._loss_fn(y, tensors.other)))
@@ -155,6 +169,7 @@ class StagePeer:
             return Reply(begin=begin)
         try:
             result = self._compute(request, fetched or self.fetch(request))
+            self._must_be_finite(call, *result.gradients.values())
             # Before it counts: a gradient that cannot be sent must not be in the sum.
             gradient = result.input_gradient
             if gradient is not None and self.stage > 0:
@@ -172,6 +187,14 @@ class StagePeer:
                 shape=() if gradient is None else tuple(gradient.shape),
             )
             return self.reply_again(call)
+
+    def _must_be_finite(self, call: Call, *values: Tensor) -> None:
+        """Who makes what is not a number says so himself: in another peer's result nobody could tell whose it is.
+
+        One sum each is enough, since infinities and NaN stay in it; in fp64, where sums of fp32 do not overflow.
+        """
+        if call.step >= 0 and not all(math.isfinite(float(value.sum(dtype=torch.float64))) for value in values):
+            raise NotFinite(self.name, call)
 
     def _compute(self, request: Request, fetched: Fetched) -> BackwardResult:
         assert fetched.other is not None, "a backward has a gradient or targets"
