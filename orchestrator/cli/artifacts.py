@@ -16,8 +16,8 @@ from orchestrator.cli.options import json_option, latest_run_dir_argument, shown
 def export(run_dir: Path | None, out: Path, as_json: bool) -> int:
     """Write the trained model as a Hugging Face folder.
 
-    The folder has safetensors, config.json and the tokenizer, and loads with transformers. Without RUN_DIR it is
-    the newest run, runs/latest.
+    The folder has safetensors, config.json and the tokenizer, and loads with transformers; that of a pipeline's list
+    of layers says in config.json what builds it. Without RUN_DIR it is the newest run, runs/latest.
     """
     from orchestrator.rundir import open_run_dir
 

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,22 @@ def seconds_so_far(run_dir: Path) -> float:
     return float(newest_line(run_dir).get("t_s", 0.0))
 
 
-def newest_line(run_dir: Path) -> dict[str, Any]:
-    """The newest step's line; empty before the first one."""
+def step_lines(run_dir: Path, *, newest_first: bool = False) -> Iterator[dict[str, Any]]:
+    """The lines of all steps, in the order in which they were committed; after a rollback some steps come again."""
     path = run_dir / FILE_NAME
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines) if newest_first else lines:
         try:
             row = json.loads(line)
         except ValueError:
             continue  # the last line of a process that was killed while it wrote
-        return row if isinstance(row, dict) else {}
-    return {}
+        if isinstance(row, dict):
+            yield row
+
+
+def newest_line(run_dir: Path) -> dict[str, Any]:
+    """The newest step's line; empty before the first one."""
+    return next(step_lines(run_dir, newest_first=True), {})
 
 
 class Figures:

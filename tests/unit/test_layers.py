@@ -36,6 +36,7 @@ SHELLS = {
     "orchestrator.actor_tools": {"ray"},
     "orchestrator.actors": {"ray"},
     "orchestrator.caretaker": {"ray"},
+    "orchestrator.controls": {"ray"},
     "orchestrator.keeper": {"ray"},
     "orchestrator.hands": {"ray"},
     "orchestrator.dashboard.actor": {"ray"},

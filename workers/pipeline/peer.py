@@ -193,7 +193,9 @@ class StagePeer:
 
         One sum each is enough, since infinities and NaN stay in it; in fp64, where sums of fp32 do not overflow.
         """
-        if call.step >= 0 and not all(math.isfinite(float(value.sum(dtype=torch.float64))) for value in values):
+        if call.step >= 0 and not all(
+            math.isfinite(float(value.detach().sum(dtype=torch.float64))) for value in values
+        ):
             raise NotFinite(self.name, call)
 
     def _compute(self, request: Request, fetched: Fetched) -> BackwardResult:

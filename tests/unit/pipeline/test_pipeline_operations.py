@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from faults.plan import FaultPlanError, parse_fault
 from faults.stage import StageChaos
 from orchestrator.alarms import Alarms, NotifyConfig
+from orchestrator.cli.why import why as why_command
 from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.errors import UserError
 from orchestrator.events import (
@@ -23,6 +25,7 @@ from orchestrator.events import (
     SettingsRequested,
 )
 from orchestrator.fault_plan import read_faults
+from orchestrator.journal import open_segment
 from orchestrator.pipeline.commands import StepDone
 from orchestrator.pipeline.controls import check_pipeline_changes, find_snapshot
 from orchestrator.pipeline.figures import Figures
@@ -30,6 +33,8 @@ from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import newest_snapshot, replay, saved_snapshots
 from orchestrator.pipeline.telemetry import PipelineAlarms, PipelineTelemetry
+from orchestrator.report.build import build_report
+from orchestrator.report.load import load_run
 from orchestrator.rundir import RunDir
 from orchestrator.telemetry.catalogue import COMMON, PIPELINES
 from orchestrator.telemetry.exposition import render
@@ -294,3 +299,60 @@ def test_what_a_dashboard_asked_for_is_on_the_record(make: Make) -> None:
     swarm._tell_brain(Operated(action="pause", member="", by="a test", outcome="asked"))
     [row] = [r for r in swarm.records if isinstance(r, OperatorRecord)]
     assert (row.action, row.by, row.outcome) == ("pause", "a test", "asked")
+
+
+# ---------------------------------------------------------------- what is read afterwards
+
+
+@pytest.fixture
+def told(make: Make, pack_dir: Path, tmp_path: Path) -> Path:
+    """The directory of a run in which a peer was killed on purpose."""
+    swarm, config = make(), config_of(pack_dir, "eval.every=0.5")
+    directory = RunDir(tmp_path / "run")
+    directory.path.mkdir()
+    directory.config.write_text(config.to_toml())
+    figures = Figures(config, swarm.spec, directory, 16)
+    journal, written = open_segment(directory.path, controller="c"), 0
+    victim = ""
+    while swarm.finished is None:
+        known = len(swarm.steps)
+        swarm.run(lambda n=known: len(swarm.steps) > n)  # type: ignore[misc]
+        journal.append(swarm.records[written:])
+        written = len(swarm.records)
+        if len(swarm.steps) > known:
+            figures.step_done(swarm.steps[-1], swarm.brain, swarm.now_s)
+        if len(swarm.steps) == 2 and not victim:
+            victim = swarm.brain.roster.serving(1)[0].process
+            swarm._tell_brain(FaultInjected(fault="kill", member=victim, detail=f"kill:{victim}"))
+            swarm.kill(victim)
+    journal.close(merge=True)
+    return directory.path
+
+
+def test_why_tells_who_served_and_who_counted(told: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def why(*words: str) -> str:
+        result = CliRunner().invoke(why_command, [*words, "--run", str(told)])
+        return result.output if result.exit_code == 0 else f"{result.exit_code} {result.exception}"
+
+    run = why()
+    assert "3 stages" in run and "steps 0 to 1 were counted once in every stage" in run
+    victim = next(line.split(" kill ")[1].split()[0] for line in run.splitlines() if "injected: kill" in line)
+    member = why(victim)
+    assert f"{victim} is gone: killed" in member and f"noticed: died {victim}" in member
+    assert member.count(f"{victim} serves stage") == 2
+    step = why("2")
+    assert "step 2 was opened with samples 24 to 35, round 0" in step and step.count(" counted ") >= 3
+    assert "held the next state" in step
+    assert "step 99 was never opened; the newest is 5" in why("99") and "knows no process 'reef'" in why("reef")
+
+
+def test_the_report_of_a_pipeline(told: Path) -> None:
+    page = build_report(told).read_text()
+    text = page.replace("\u00a0", " ")
+    assert "3 stages with " in text and "Stages at the newest step" in text
+    data = load_run(told)
+    assert not any("metrics.jsonl" in note for note in data.notes), "its figures are in another file"
+    [fault] = data.faults
+    assert (fault.fault, fault.estimated) == ("kill", False) and fault.next_commit_s is not None
+    assert fault.detected_s is not None and fault.injected_s is not None and fault.injected_s < fault.detected_s
+    assert data.num_member_steps() == NUM_STEPS and data.steps["all stages", 1].loss[-1] > 0
