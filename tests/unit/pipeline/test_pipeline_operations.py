@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,19 @@ from orchestrator.pipeline.controls import check_pipeline_changes, find_snapshot
 from orchestrator.pipeline.figures import Figures
 from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
+from orchestrator.pipeline.planner import pipeline_cost
 from orchestrator.pipeline.replay import newest_snapshot, replay, saved_snapshots
 from orchestrator.pipeline.telemetry import PipelineAlarms, PipelineTelemetry
+from orchestrator.planner import Case
 from orchestrator.report.build import build_report
 from orchestrator.report.load import load_run
 from orchestrator.rundir import RunDir
 from orchestrator.telemetry.catalogue import COMMON, PIPELINES
 from orchestrator.telemetry.exposition import render
+from strategies.errors import SettingError
 from tests.small_run import PIPELINE_TOML, make_pack
+from workers.config import ModelConfig
+from workers.model.shape import resolve_shape
 from workers.pipeline.host import PeerHost
 from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord
 from workers.records import FaultRecord, FenceRecord, OperatorRecord, PauseRecord, SettingRecord, SnapshotRecord
@@ -356,3 +362,51 @@ def test_the_report_of_a_pipeline(told: Path) -> None:
     assert (fault.fault, fault.estimated) == ("kill", False) and fault.next_commit_s is not None
     assert fault.detected_s is not None and fault.injected_s is not None and fault.injected_s < fault.detected_s
     assert data.num_member_steps() == NUM_STEPS and data.steps["all stages", 1].loss[-1] > 0
+
+
+# ---------------------------------------------------------------- before anything is started
+
+
+@pytest.mark.parametrize(
+    "more", [("pipeline.boundary=int8", "codec.name=int8"), (*DILOCO, "codec.name=int8", "strategy.inner_steps=3")]
+)
+def test_planned_bytes_are_those_that_a_run_sends(make: Make, pack_dir: Path, more: tuple[str, ...]) -> None:
+    plain = ("pipeline.buddies=false", "exchange.copies=1", "model.tie_embeddings=false", "codec.block=256", *more)
+    made = make(*plain)
+    swarm = LocalSwarm(spec=made.spec, plan=replace(made.plan, eval_every=0.0))
+    swarm.run(lambda: len(swarm.brain.roster.assignment()) == 6)  # states are pulled; nobody has answered a call
+    before = {name: process.transport.bytes_sent for name, process in swarm.processes.items()}
+    finish(swarm)
+    sent = {name: process.transport.bytes_sent - before[name] for name, process in swarm.processes.items()}
+    config = config_of(pack_dir, *plain)
+    shape = swarm.spec.shape
+    case = Case(num_params=1, num_islands=2, link_bit_per_s=1e9, rtt_s=0.01, step_s=1.0, shape=shape)
+    row = pipeline_cost("own", config, case)
+    assert [stage.params for stage in row.stages] == list(swarm.plan.layout.params)
+    tokens = 6 * NUM_STEPS * 2 * 2 * 16 * 8 + 6 * NUM_STEPS * 2 * 16 * 8  # the first stage's twice, and the targets
+    assert sent["trainer-0"] == pytest.approx(NUM_STEPS * row.trainer_bytes_per_step + tokens, rel=0.1)
+    synchronised = NUM_STEPS // row.inner_steps
+    planned = sum(2 * stage.gradient_bytes * synchronised for stage in row.stages)
+    planned += sum(2 * stage.boundary_bytes * NUM_STEPS for stage in row.stages)
+    planned -= NUM_STEPS * row.trainer_bytes_per_step  # what peers receive
+    peers = sum(num for name, num in sent.items() if name.startswith("peer-"))
+    assert peers == pytest.approx(planned, rel=0.1), (row, sent)
+
+
+def test_faster_links_and_longer_rounds_help_a_pipeline() -> None:
+    shape = resolve_shape(ModelConfig(layers=12, dim=768, heads=12), vocab_size=32_000, seq_len=1024)
+    slow = Case(num_params=1, num_islands=4, link_bit_per_s=100e6, rtt_s=0.05, step_s=60.0, shape=shape)
+    quick = replace(slow, link_bit_per_s=10e9, rtt_s=0.001)
+    presets = {name: load_config(name).config for name in ("swarm", "swarm-diloco")}
+    share = {
+        (name, case.link_bit_per_s): pipeline_cost(name, config, case).utilisation
+        for name, config in presets.items()
+        for case in (slow, quick)
+    }
+    assert share["swarm", 100e6] < share["swarm-diloco", 100e6] < share["swarm-diloco", 10e9] <= 1
+    stages = presets["swarm"].pipeline.model_copy(update={"stages": 15})
+    deep = presets["swarm"].model_copy(update={"pipeline": stages})
+    with pytest.raises(SettingError, match="15 stages, but the model has 14 layers"):
+        pipeline_cost("swarm", deep, slow)
+    with pytest.raises(SettingError, match="give RUN in place of --params"):
+        pipeline_cost("swarm", presets["swarm"], replace(slow, shape=None))
