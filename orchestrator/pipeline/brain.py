@@ -54,6 +54,12 @@ class PipelineBrain(Operations):
     """See the module."""
 
     step_kind: type[StepCommit] = StepCommit
+    _done_s = 0.0
+
+    @property
+    def next_step(self) -> int:
+        """The step that is open, or is opened next."""
+        return self.version
 
     # ------------------------------------------------------------ dispatch
 
@@ -161,8 +167,9 @@ class PipelineBrain(Operations):
         if stage is not None:
             self._fence_for_step(name, peer.process, why)
             self._tell_all(Peers(peers=self.roster.places()))
-        elif self.commit is not None:
-            self.commit.lost_owner(peer.process)
+        else:
+            for commit in self._open_commits():
+                commit.lost_owner(peer.process)
 
     # ------------------------------------------------------------ steps
 
@@ -182,6 +189,10 @@ class PipelineBrain(Operations):
         if self.commit is not None and (stage := self.commit.given_up()) is not None and not self._is_coming(stage):
             # They live, or nobody would count them: in a new round they may serve again.
             self._restart_step(f"everybody who serves stage {stage} was fenced")
+        self._advance()
+
+    def _advance(self) -> None:
+        """Order what the open step wants; commit it, or open one."""
         commit = self.commit
         if commit is not None:
             self._order_wanted(commit)
@@ -211,6 +222,7 @@ class PipelineBrain(Operations):
                 samples_per_step=self.plan.pipeline.samples_per_step,
                 version=self.version,
                 sync_steps=self.plan.sync_steps,
+                delayed=self.plan.delayed,
             )
         )
 
@@ -220,39 +232,41 @@ class PipelineBrain(Operations):
             return
         trainers = tuple(sorted(self.roster.trainers))
         dealt = deal(self.plan.pipeline.microbatches, trainers)
-        size = self.plan.pipeline.samples_per_step
-        first = self.version * size
+        size, step = self.plan.pipeline.samples_per_step, self.next_step
+        first = step * size
         names = tuple(f"{name}.{self.roster.incarnations[name]}" for name in trainers)
-        self._write(
-            StepRecord(step=self.version, round=self.round_, ranges=((first, first + size),), trainers=names, why=why)
-        )
+        self._write(StepRecord(step=step, round=self.round_, ranges=((first, first + size),), trainers=names, why=why))
         self.commit = self._new_commit(self.step_kind, trainers)
-        self._step_since_s = self._now_s
+        self.commit.opened_s = self._now_s
         places = self.roster.places()
         for name in trainers:
             message = OpenStep(
-                step=self.version,
+                step=step,
                 round_=self.round_,
                 microbatches=dealt[name],
                 num_microbatches=self.plan.pipeline.microbatches,
                 first_sample=first,
                 peers=places,
                 life=self.plan.life,
+                serial=self.round_ if self.plan.delayed else 0,
+                behind=step - self.version,
             )
             self._out.append(Tell(process=name, nonce=self.roster.trainers[name], message=message))
 
     def _new_commit(self, kind: type[StepCommit], trainers: tuple[str, ...]) -> StepCommit:
-        return kind(
+        commit = kind(
             self.layout,
             self.roster,
-            step=self.version,
+            step=self.next_step,
             round_=self.round_,
             num_microbatches=self.plan.pipeline.microbatches,
             trainers=trainers,
-            lr=self.plan.rate(self.version),
+            lr=self.plan.rate(self.next_step),
             grad_clip=self.plan.grad_clip,
             copies=max(1, min(self.plan.copies, len(self.roster.peers), self._most_holders())),
         )
+        commit.number_from(self._ticket)  # each attempt of those before had an order at least
+        return commit
 
     def _most_holders(self) -> int:
         """Copies that every stage can have: with buddies one more than the peers that it is sure to have."""
@@ -308,16 +322,20 @@ class PipelineBrain(Operations):
                 peer.versions[stage] = commit.step + 1
                 about = ("applied", stage, commit.step + 1)
                 self._order((process, Apply(step=commit.step, stage=stage, digest=digest), about))
-        self.version, self.round_, self.commit, self._failures = commit.step + 1, 0, None, 0
+        self._closed(commit)
         self._step_done(commit)
         self._catch_up()
         self._between_steps()
 
+    def _closed(self, commit: StepCommit) -> None:
+        self.version, self.round_, self.commit, self._failures = commit.step + 1, 0, None, 0
+
     def _step_done(self, commit: StepCommit) -> None:
         loss = commit.loss()
         self.losses.append(loss)
-        seconds = self._now_s - self._step_since_s
-        self._out.append(StepDone(step=commit.step, loss=loss, seconds=seconds, attempts=commit.attempt))
+        seconds, self._done_s = self._now_s - max(commit.opened_s, self._done_s), self._now_s
+        attempts = commit.attempt - commit.first_attempt
+        self._out.append(StepDone(step=commit.step, loss=loss, seconds=seconds, attempts=attempts))
         self._tell_all(StepCommitted(step=commit.step))
 
     def _catch_up(self) -> None:
@@ -350,17 +368,17 @@ class PipelineBrain(Operations):
     # ------------------------------------------------------------ answers
 
     def _answered(self, peer: Peer, about: tuple[object, ...], answer: FromPeer) -> None:
-        commit = self.commit
+        commit, reduced = self.commit, self.reduced
         match about, answer:
             case ("take", int(stage), (str() | None) as name, int()), Holds():
                 self._took(peer, stage, name, answer)
             case ("offer", int(stage), str(name)), Offered(microbatches=ids) if commit is not None:
                 if not commit.offered(stage, name, ids):
                     self._restart_step(f"stage {stage} lacks microbatches that trainers saw counted")
-            case ("sums", str(unit), int(attempt)), Reduced(sums=sums) if commit is not None:
-                commit.reduced(unit, attempt, sums, self._now_s)
-            case ("have", int(stage), int(spread)), Have(digest=digest) if commit is not None:
-                commit.have(stage, peer.process, spread, digest)
+            case ("sums", str(unit), int(attempt)), Reduced(sums=sums) if reduced is not None:
+                reduced.reduced(unit, attempt, sums, self._now_s)
+            case ("have", int(stage), int(spread)), Have(digest=digest) if reduced is not None:
+                reduced.have(stage, peer.process, spread, digest)
             case ("applied", int(stage), int(version)), Applied(done=done):
                 if not done and peer.versions.get(stage) == version:
                     del peer.versions[stage]
@@ -371,7 +389,7 @@ class PipelineBrain(Operations):
                 pass
 
     def _failed(self, peer: Peer, about: tuple[object, ...], why: str) -> None:
-        commit = self.commit
+        commit, reduced = self.commit, self.reduced
         match about:
             case ("take", int(stage), _, _):
                 # Until then it counts as ordered, so that it is not ordered in every event.
@@ -380,19 +398,19 @@ class PipelineBrain(Operations):
                 self._at(RETRY_S, lambda: self._forget_ticket(ticket))
             case ("offer", int(), str(name)) if commit is not None:
                 self._fence_for_step(name, peer.process, f"it cannot offer: {why}")
-            case ("sums", str(unit), int(attempt)) if commit is not None:
+            case ("sums", str(unit), int(attempt)) if reduced is not None:
                 self._failures += 1
                 named = next((one for one in self.roster.peers.values() if one.address in why), None)
                 if self._failures > MAX_FAILURES and named is not None and named.stage is not None:
-                    self._fence_for_step(named.name, named.process, f"its gradients cannot be fetched: {why}")
-                commit.reduce_failed(unit, attempt)
-                self._at(RETRY_S, lambda: commit.retry() if self.commit is commit else None)
-            case ("have", int(stage), int(spread)) if commit is not None:
+                    self._cannot_be_fetched(named, why)
+                reduced.reduce_failed(unit, attempt)
+                self._at(RETRY_S, lambda: reduced.retry() if self.reduced is reduced else None)
+            case ("have", int(stage), int(spread)) if reduced is not None:
                 self._failures += 1
                 if self._failures > MAX_FAILURES:
-                    commit.have_not(stage, peer.process, spread)
+                    reduced.have_not(stage, peer.process, spread)
                 else:
-                    self._at(RETRY_S, lambda: self._ask_again(commit, stage, peer, spread))
+                    self._at(RETRY_S, lambda: self._ask_again(reduced, stage, peer, spread))
             case ("saved", int(), str()):
                 self._saving = None
                 self._failures += 1
@@ -401,11 +419,14 @@ class PipelineBrain(Operations):
             case _:
                 pass
 
+    def _cannot_be_fetched(self, peer: Peer, why: str) -> None:
+        self._fence_for_step(peer.name, peer.process, f"its gradients cannot be fetched: {why}")
+
     def _forget_ticket(self, ticket: int) -> None:
         self._open.pop(ticket, None)
 
     def _ask_again(self, commit: StepCommit, stage: int, peer: Peer, spread: int) -> None:
-        if self.commit is commit and commit.spreading == spread and peer.process in self.roster.peers:
+        if self.reduced is commit and commit.spreading == spread and peer.process in self.roster.peers:
             if peer.versions.get(stage) == commit.step:
                 commit.ask(stage, peer)
 
@@ -446,9 +467,9 @@ class PipelineBrain(Operations):
         self._look_for_trainers()
         if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()
-        if self.commit is not None and self._now_s >= self._asked_s + RETRY_S:
+        if self.reduced is not None and self._now_s >= self._asked_s + RETRY_S:
             self._asked_s = self._now_s
-            self.commit.ask_again()
+            self.reduced.ask_again()
         if self._now_s >= self._announced_s + self.plan.pipeline.forward_timeout_s:
             # Who was banned and lives may be tried again.
             self._announced_s = self._now_s

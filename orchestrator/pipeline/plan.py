@@ -55,6 +55,11 @@ class PipelinePlan:
     evaluated: int | None = None
     paused: bool = False
 
+    @property
+    def delayed(self) -> bool:
+        """Whether a step is opened while the update of the one before it is computed."""
+        return self.pipeline.delayed
+
     def relative_speed(self, peer: str) -> float:
         """Speed of a peer that was not measured, in peers that are not slowed down."""
         paces = [self.pipeline.pace_for(name) for name in self.peers]
@@ -121,6 +126,7 @@ def pipeline_size(
         max_in_flight=pipeline.in_flight,
         boundary_bytes=int(values * BYTES_PER_VALUE[pipeline.boundary]) + PAYLOAD_HEADER_BYTES,
         min_peers=pipeline.min_peers,
+        num_open_steps=2 if pipeline.delayed else 1,
         ordered=not local,
         working_copies=copies,
         buddy_copies=buddy_copies if pipeline.buddies and pipeline.stages != 1 else 0,

@@ -74,6 +74,7 @@ class PipelineHistory:
     committed: dict[int, int] = field(default_factory=dict)  # stage -> microbatches, where peers step on their own
     lost: dict[int, int] = field(default_factory=dict)
     num_syncs: int = 0
+    delayed: bool = False
     paused: bool = False
     settings: dict[str, Scalar] = field(default_factory=dict)
     goes_back_to: str | None = None
@@ -120,7 +121,7 @@ class PipelineHistory:
     @property
     def next_round(self) -> int:
         """The round in which a new life of the controller goes on; no step had it before."""
-        if self.sync_steps:
+        if self.sync_steps or self.delayed:
             return max(self.max_round.values(), default=-1) + 1
         return self.max_round.get(self.version, -1) + 1
 
@@ -179,6 +180,7 @@ class PipelineHistory:
             self.findings.append(f"version {record.version} is gone on from, and {self.version} is the last committed")
         self.stopped = self.goes_back_to = None
         self.sync_steps, self.num_lives = record.sync_steps, self.num_lives + 1
+        self.delayed = record.delayed
         self._go_back(record.version)
 
     def _go_back(self, version: int) -> None:
@@ -194,7 +196,11 @@ class PipelineHistory:
     def _open(self, record: StepRecord) -> None:
         self.max_round[record.step] = max(self.max_round.get(record.step, 0), record.round)
         self.num_begun_again += record.step in self.opened
-        if record.step != self.next_step:
+        # With delayed updates the step before may be on its way to its commit; one that is opened anew voids it.
+        ahead = self.delayed and record.step == self.next_step + 1 and self.next_step in self.opened
+        for later in [step for step in self.opened if step > record.step]:
+            del self.opened[later]
+        if record.step != self.next_step and not ahead:
             self.findings.append(f"step {record.step} was opened at version {self.next_step}")
         first = record.step * self.samples_per_step
         if record.ranges != ((first, first + self.samples_per_step),):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commit import Contradiction, StepCommit
+from orchestrator.pipeline.delayed import DelayedBrain
 from orchestrator.pipeline.plan import PipelinePlan, with_settings
 from orchestrator.pipeline.replay import PipelineHistory, newest_snapshot
 from orchestrator.pipeline.roster import Peer
@@ -58,7 +59,7 @@ class StepCount(StepCommit):
 
     def may_commit(self, now_s: float, *, grace_s: float) -> bool:
         """Whether every stage is covered."""
-        return all(stage.phase == "collected" for stage in self.stages)
+        return self.is_collected
 
 
 class WorkCommit(StepCommit):
@@ -287,7 +288,7 @@ class RoundBrain(PipelineBrain):
 
 def make_brain(plan: PipelinePlan, *, first_incarnations: dict[str, int] | None = None) -> PipelineBrain:
     """The controller that the run's strategy asks for."""
-    kind = RoundBrain if plan.sync_steps else PipelineBrain
+    kind = RoundBrain if plan.sync_steps else DelayedBrain if plan.delayed else PipelineBrain
     return kind(plan, first_incarnations=first_incarnations)
 
 

@@ -106,7 +106,7 @@ class PeerHost:
 
     def call(self, request: Request) -> Reply:
         """Do a call of a trainer. Raises what transport and codec raise; nothing is counted then."""
-        peer = self._wait_for(request.call)
+        peer = self._wait_for(request)
         if peer is None:
             return Reply(begin=Begin.OTHER_VERSION)
         asked_s = self._clock()
@@ -151,15 +151,15 @@ class PeerHost:
             return None  # whatever it was is void
         return peer.withdraw(call)
 
-    def _wait_for(self, call: Call) -> StagePeer | None:
+    def _wait_for(self, request: Request) -> StagePeer | None:
         """The peer that the call is for, once it has the parameters of the step; None if it is not here."""
         deadline_s = time.monotonic() + VERSION_WAIT_S
         with self._moved:
             while True:
                 peer = self.serving
-                if peer is None or peer.name != call.peer:
+                if peer is None or peer.name != request.call.peer:
                     return None
-                if peer.accumulator.version >= call.version and not self._waits():
+                if peer.accumulator.version >= request.version and not self._waits():
                     return peer
                 if not self._moved.wait(deadline_s - time.monotonic()):
                     return None
@@ -255,6 +255,7 @@ class PeerHost:
             seed=spec.train.seed,
             ordered=not spec.is_local,
             version=step,
+            num_open_steps=2 if spec.pipeline.delayed else 1,
         )
         with self._compute, self._moved:
             for held in self.held.values():

@@ -49,6 +49,12 @@ class Request:
     other_type: str = "encoded"
     weight: float = 1.0
     round_: int = 0
+    behind: int = 0
+
+    @property
+    def version(self) -> int:
+        """Of the parameters that it is made with: as many updates as there were steps, less those that are delayed."""
+        return self.call.version - self.behind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,10 +123,11 @@ class StagePeer:
         seed: int = 0,
         ordered: bool = True,
         version: int = 0,
+        num_open_steps: int = 1,
     ) -> None:
         self.name, self.stage = name, stage
         self.model = model
-        self.accumulator = Accumulator(version=version)
+        self.accumulator = Accumulator(version=version, num_open_steps=num_open_steps)
         self.gradients = GradientStore(ordered=ordered)
         self.transport = transport
         # What is counted, apart from what is computed: a withdrawal does not wait for the call under way.
@@ -148,7 +155,7 @@ class StagePeer:
 
     def _forward(self, request: Request, fetched: Fetched | None) -> Reply:
         call = request.call
-        if call.version != self.accumulator.version:
+        if request.version != self.accumulator.version:
             return Reply(begin=Begin.OTHER_VERSION)
         tensors = fetched or self.fetch(request)
         with self._seeded(call), evaluating(self.model, call.step < 0):
@@ -162,6 +169,11 @@ class StagePeer:
     def _backward(self, request: Request, fetched: Fetched | None) -> Reply:
         call = request.call
         with self.book:
+            if request.version != self.accumulator.version and request.behind:
+                # Parameters have moved on: this attempt is promised never to count, unless it does already.
+                if self.accumulator.withdraw(call.step, call.microbatch, call.attempt):
+                    return self.reply_again(call)
+                return Reply(begin=Begin.OTHER_VERSION)
             begin = self.accumulator.begin(call.step, call.microbatch, call.attempt)
             if begin is Begin.DONE:
                 return self.reply_again(call)

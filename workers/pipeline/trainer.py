@@ -108,7 +108,8 @@ class TrainerHost:
             retry_s=retry_s,
             sticky=spec.is_local,
         )
-        self._newest = (0, -1, 0)  # life, step and round that were opened
+        self._newest = (0, 0, -1, 0)  # life, serial, step and round that were opened
+        self._behind = 0
         self._evaluation = (0, 0)  # life and number
         # What is under way: a step, or an evaluation.
         self.step, self.round_ = 0, 0
@@ -137,11 +138,12 @@ class TrainerHost:
                     self._tell(Committed(stage=stage, step=step))
 
     def _open(self, message: OpenStep) -> None:
-        newest = (message.life, message.step, message.round_)
+        newest = (message.life, message.serial, message.step, message.round_)
         if newest <= self._newest:
             return
         self._newest = newest
         self._begin(message.step, message.round_, message.num_microbatches)
+        self._behind = message.behind
         self._announce(message.peers)
         size = self.spec.pipeline.microbatch_size
         for microbatch in message.microbatches:
@@ -168,6 +170,7 @@ class TrainerHost:
         num, size = self.spec.num_validation, self.spec.pipeline.microbatch_size
         pieces = list(cut(evenly_spread(num, self.spec.eval.windows), size))
         self._begin(evaluation_of(message.version), message.number, len(pieces))
+        self._behind = 0
         self._announce(message.peers)
         for number, ids in enumerate(pieces):
             tokens = self._reader.batch(ids, "val")
@@ -303,6 +306,7 @@ class TrainerHost:
             other_type="int64" if call.stage == last else "encoded",
             weight=1.0 / self._num_microbatches,
             round_=self.round_,
+            behind=self._behind,
         )
 
     def _kept(self, microbatch: int, what: str, stage: int) -> str:
