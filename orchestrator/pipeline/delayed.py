@@ -1,4 +1,5 @@
-"""Steps of a pipeline whose updates are delayed by one (pure): SWARM (arXiv 2301.11913), section 3.3 and appendix.
+"""Steps of a pipeline whose updates are delayed by one (pure): as in SWARM (arXiv 2301.11913), after ZeRO-Offload
+(arXiv 2101.06840).
 
 While the gradients of a step are added and its update is computed, the next step goes through the stages already, with
 the parameters that are there. So step k is made with the parameters after k - 1 updates, and the links between the
@@ -29,6 +30,7 @@ class DelayedCommit(StepCommit):
         super().__init__(*arguments, **values)  # type: ignore[arg-type]
         self.reduces = False
         self.places: dict[str, str] = {}  # peer -> where what it counted can be fetched, whatever it serves by then
+        self.gone: set[str] = set()  # processes that died since: who follows one has nothing of it
 
     def offered(self, number: int, peer: str, microbatches: tuple[int, ...]) -> bool:
         """See `StepCommit.offered`."""
@@ -54,14 +56,20 @@ class DelayedCommit(StepCommit):
             if microbatches
         )
 
-    def counted_by(self, process: str) -> bool:
-        """Whether anything of the step is with a process."""
+    def ask(self, stage: int, peer: Peer) -> None:
+        """See `StepCommit.ask`; whoever comes when a sum is gone, and enough have used it, catches up."""
+        if not any(owner in self.gone for unit in self.units.values() for owner in unit.owners.values()):
+            super().ask(stage, peer)
+
+    def lacks(self) -> bool:
+        """Whether something that was counted is with a process that is gone."""
         return any(
-            ids and name.rpartition(".")[0] == process for stage in self.stages for name, ids in stage.offers.items()
+            ids and name.rpartition(".")[0] in self.gone for stage in self.stages for name, ids in stage.offers.items()
         )
 
     def lose_holder(self, process: str) -> bool:
         """A process is gone; whether enough others of every stage have the next state."""
+        self.gone.add(process)
         self.waiting = {(stage, waiting) for stage, waiting in self.waiting if waiting != process}
         for haves in self.haves.values():
             haves.pop(process, None)
@@ -125,11 +133,13 @@ class DelayedBrain(PipelineBrain):
         reducing = self.reducing
         if reducing is None or reducing.lose_holder(peer.process):
             return
-        if reducing.counted_by(peer.process):
-            self._step_back(f"{peer.process}, which had counted in step {reducing.step}, is gone")
-        else:
-            reducing.fenced.add(peer.name)
-            reducing.lost_owner(peer.process)
+        if reducing.lacks():
+            self._step_back(f"{peer.process} is gone, and what was counted in step {reducing.step} is not whole")
+            return
+        reducing.fenced.add(peer.name)
+        gone, reducing.gone = sorted(reducing.gone), set()
+        for process in gone:
+            reducing.lost_owner(process)
 
     def _cannot_be_fetched(self, peer: Peer, why: str) -> None:
         self._step_back(f"the gradients of {peer.name} cannot be fetched: {why}")
