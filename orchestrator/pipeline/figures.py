@@ -156,6 +156,7 @@ class Figures:
             "fault_rows": list(self._faults),
             "version": brain.version,
             "paused": brain.paused,
+            "busy": brain.is_busy,
         }
 
     def _validated(self, brain: PipelineBrain) -> float | None:

@@ -69,6 +69,11 @@ class StageKeeper:
         """The step whose gradients are added, and whose update is computed."""
         return self.commit
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step or a synchronisation is under way."""
+        return bool(self._open_commits())
+
     def _open_commits(self) -> list[StepCommit]:
         return [self.commit] if self.commit is not None else []
 

@@ -88,7 +88,7 @@ class _Counted:
     shape: tuple[int, ...]
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(ValueError):
     """What a call made is not finite: nothing of it counts, and nothing is sent on."""
 
     def __init__(self, peer: str, call: Call) -> None:
@@ -98,7 +98,9 @@ class NotFinite(ArithmeticError):
     def __str__(self) -> str:
         """Who made what."""
         call = self.call
-        return f"the {call.direction} of microbatch {call.microbatch} of step {call.step} at {self.peer} is not finite"
+        what = "output" if call.direction == "forward" else "a gradient"
+        where = f"microbatch {call.microbatch}: {what} of stage {call.stage}"
+        return f"{where}: a value is nan or infinite, so it is not finite (step {call.step}, {self.peer})"
 
 
 class StagePeer:

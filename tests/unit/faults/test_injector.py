@@ -14,7 +14,7 @@ from orchestrator import injector as module
 from orchestrator.cluster.state import ClusterState
 from orchestrator.errors import UserError
 from orchestrator.events import FaultInjected, FaultNoticed
-from orchestrator.injector import Injector
+from orchestrator.injector import Injector, IslandSite
 from workers.records import FaultRecord, MemberId
 
 NAMES = ("island-0", "island-1", "island-2")
@@ -48,7 +48,7 @@ class Controller:
         )
         self.host = host
         faults = [parse_fault(text, NAMES) for text in plan]
-        self.injector = Injector(faults, cast(Any, host), self.clock, self._actors, lambda: "10.0.0.1:1")
+        self.injector = Injector(faults, IslandSite(cast(Any, host)), self.clock, self._actors, lambda: "10.0.0.1:1")
 
     def _actors(self) -> dict[str, Any]:
         def afflict(name: str) -> Any:

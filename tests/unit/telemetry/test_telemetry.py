@@ -231,11 +231,11 @@ def test_a_tracker_that_breaks_does_not_stop_the_run(
 ) -> None:
     with caplog.at_level(logging.ERROR, logger="atoll.controller"):
         thread = started(monkeypatch, Stubborn())
-        thread.note(STEP, 1)
-        thread.note(STEP, 2)
+        thread.note(dict(trackers.points(STEP)), 1)
+        thread.note(dict(trackers.points(STEP)), 2)
         thread.stop()
     assert thread.failed and "trackio ends; the run goes on without it" in caplog.text
-    thread.note(STEP, 3)  # nobody reads it any more, and nobody waits
+    thread.note(dict(trackers.points(STEP)), 3)  # nobody reads it any more, and nobody waits
 
 
 def test_a_tracker_that_is_slow_loses_rows_and_counts_them(
@@ -245,7 +245,7 @@ def test_a_tracker_that_is_slow_loses_rows_and_counts_them(
     release = threading.Event()
     thread = started(monkeypatch, Stubborn(release))
     for _ in range(20):
-        thread.note(STEP, 1)
+        thread.note(dict(trackers.points(STEP)), 1)
     assert thread.dropped >= 16
     release.set()
     with caplog.at_level(logging.WARNING, logger="atoll.controller"):
