@@ -3,7 +3,7 @@
 Bytes are exact but for headers: what `TrainerHost` and `PeerHost` send for each microbatch, and what the peers of a
 stage send each other. Seconds are a model. A stage computes in proportion to its parameters, each peer at the speed of
 one island of the case, links carry while peers compute, and the slower of the two is what a microbatch takes. Filling
-the pipeline and synchronising are waited for.
+the pipeline is waited for, and synchronising unless updates are delayed.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def pipeline_cost(preset: str, config: RunConfig, case: Case) -> PipelineRow:
     through = max(sum(one.sent for one in each), sum(one.received for one in each))
     trainer = through * tensor_bytes * pipeline.microbatches // pipeline.trainers
     in_turns = -(-pipeline.microbatches // (pipeline.in_flight * pipeline.trainers))
-    step_s = max(slowest_s + latency_s, in_turns * latency_s, 8 * trainer / rate) + sync_s / steps
+    through_s = max(slowest_s + latency_s, in_turns * latency_s, 8 * trainer / rate)
+    step_s = max(through_s, sync_s) if pipeline.delayed else through_s + sync_s / steps
     return PipelineRow(
         preset=preset,
         strategy=config.strategy.name,

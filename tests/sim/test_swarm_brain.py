@@ -11,13 +11,13 @@ import pytest
 from orchestrator.simulation.swarm import SwarmResult
 from orchestrator.simulation.swarm_brain import simulate_brain
 
-NUM_SEEDS = 100  # of each kind
+NUM_SEEDS = 50  # of each kind
 KINDS = {"every step": {}, "after some steps": {"rounds": True}, "delayed": {"delayed": True}}
 FLAWS = [
     (347, "every step"), (136, "every step"), (38, "after some steps"), (130, "after some steps"), (139, "delayed"),
     (212, "delayed"), (256, "delayed"),
 ]  # fmt: skip
-"""Seeds that stood still once, beyond the first hundred or of the kind that rarely does."""
+"""Seeds that stood still once, beyond the first ones or of the kind that rarely does."""
 MUTANT_SEEDS = range(120)
 
 MUTANTS: dict[str, tuple[str, Any, str]] = {
@@ -67,9 +67,9 @@ def test_once_per_stage_never_empty_and_progress_resumes(kind: str) -> None:
     for result in results:
         counts.update(result.counts)
     faults = ("kill", "kill two", "stop", "slow", "controller")
-    assert all(counts[f"fault {kind}"] > 20 for kind in faults), counts
-    assert counts["moves"] > 20 and counts["begun again"] > 50 and counts["ended"] > 10, counts
-    assert (counts["microbatches lost"] > 100) == rounds == (counts["taken back"] > 20), counts
+    assert all(counts[f"fault {kind}"] > 8 for kind in faults), counts
+    assert counts["moves"] > 8 and counts["begun again"] > 25 and counts["ended"] > 3, counts
+    assert (counts["microbatches lost"] > 40) == rounds == (counts["taken back"] > 8), counts
     assert (counts["calls ahead"] > 1000) == (kind == "delayed")
     # A stage is lost where its peers and its buddy die within seconds of each other: rare, and said.
     assert counts["stages lost"] <= NUM_SEEDS // 10

@@ -404,6 +404,8 @@ def test_faster_links_and_longer_rounds_help_a_pipeline() -> None:
         for case in (slow, quick)
     }
     assert share["swarm", 100e6] < share["swarm-diloco", 100e6] < share["swarm-diloco", 10e9] <= 1
+    delayed = presets["swarm"].with_values({"pipeline.delayed": True})
+    assert pipeline_cost("swarm", delayed, slow).step_s < pipeline_cost("swarm", presets["swarm"], slow).step_s
     stages = presets["swarm"].pipeline.model_copy(update={"stages": 15})
     deep = presets["swarm"].model_copy(update={"pipeline": stages})
     with pytest.raises(SettingError, match="15 stages, but the model has 14 layers"):
