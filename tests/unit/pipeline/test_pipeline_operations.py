@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from faults.plan import FaultPlanError, parse_fault
+from faults.process import JumpClock
 from faults.stage import StageChaos
 from orchestrator.alarms import Alarms, NotifyConfig
+from orchestrator.cli.inspect import status as status_command
 from orchestrator.cli.why import why as why_command
 from orchestrator.config import RunConfig, load_config, parse_config
 from orchestrator.errors import UserError
@@ -26,6 +33,7 @@ from orchestrator.events import (
     SettingsRequested,
 )
 from orchestrator.fault_plan import read_faults
+from orchestrator.injector import Injector
 from orchestrator.journal import open_segment
 from orchestrator.pipeline.commands import StepDone
 from orchestrator.pipeline.controls import check_pipeline_changes, find_snapshot
@@ -34,7 +42,9 @@ from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.planner import pipeline_cost
 from orchestrator.pipeline.replay import newest_snapshot, replay, saved_snapshots
+from orchestrator.pipeline.site import PipelineSite
 from orchestrator.pipeline.telemetry import PipelineAlarms, PipelineTelemetry
+from orchestrator.pipeline.views import PipelineStatus, read_pipeline_status
 from orchestrator.planner import Case
 from orchestrator.report.build import build_report
 from orchestrator.report.load import load_run
@@ -237,6 +247,64 @@ def test_a_peer_that_loses_a_number_is_ended_and_nobody_else(
         assert digests == finish(make(run_dir=tmp_path / "other"))
 
 
+class Actors(dict[str, Any]):
+    """Processes that note what is done to them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.struck: list[str] = []
+        super().__init__(
+            {
+                name: SimpleNamespace(afflict=SimpleNamespace(remote=lambda f: self.struck.append(str(f))))
+                for name in names
+            }
+        )
+
+
+def test_a_plan_strikes_at_its_step_and_once_in_a_run(make: Make) -> None:
+    swarm, actors = make(), Actors(["peer-0", "peer-1", "trainer-0"])
+    plan = [parse_fault(text, actors) for text in ("kill:peer-1@round=2", "stop:trainer-0@t=1h")]
+
+    def injector() -> Injector:
+        rows = [SimpleNamespace(record=record) for record in swarm.records]
+        journal: Any = SimpleNamespace(rows=rows)
+        site = PipelineSite(lambda: swarm.brain, journal, lambda: swarm.now_s, swarm._tell_brain)
+        made = Injector(plan, site, JumpClock(time.monotonic), lambda: actors, lambda: "10.0.0.1:1")
+        made.resume()
+        return made
+
+    first = injector()
+    first.tick()
+    assert actors.struck == [], "the run has not begun"
+    at(swarm, 2)
+    first.tick()
+    first.tick()
+    assert actors.struck == ["kill:peer-1@round=2"]
+    [row] = [r for r in swarm.records if isinstance(r, FaultRecord)]
+    assert (row.fault, row.member, row.injected) == ("kill", "peer-1", True)
+    injector().tick()  # of the controller's next life
+    assert len(actors.struck) == 1 and [str(f) for f in first.schedule.unfired()] == ["stop:trainer-0@t=3600s,for=5s"]
+    with pytest.raises(FaultPlanError, match="cut is no fault of a pipeline"):
+        first.now(["cut:peer-0"])
+    assert first.now(["nan:peer-0"]) == ["nan:peer-0"] and actors.struck[1:] == ["nan:peer-0"]
+
+
+def test_a_slow_peer_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    host: Any = SimpleNamespace(after_call=None)
+    chaos, slept = StageChaos(host), list[float]()
+    monkeypatch.setattr("faults.stage.time.sleep", slept.append)
+    host.after_call(0.5)
+    chaos.apply(parse_fault("slow:peer-0,factor=4", ["peer-0"]))
+    host.after_call(0.5)
+    assert slept == [1.5]
+    chaos.apply(parse_fault("hang:peer-0,for=50ms", ["peer-0"]))
+    call = threading.Thread(target=host.after_call, args=(0.0,))
+    call.start()
+    call.join(30)
+    assert not call.is_alive(), "it hung for longer than it was told to"
+    with pytest.raises(ValueError, match="corrupt is no fault of a stage peer"):
+        chaos.apply(parse_fault("corrupt:peer-0", ["peer-0"]))
+
+
 def test_numbers_that_nobody_has_broken_end_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     swarm = make()
     at(swarm, 1)
@@ -412,3 +480,17 @@ def test_faster_links_and_longer_rounds_help_a_pipeline() -> None:
         pipeline_cost("swarm", deep, slow)
     with pytest.raises(SettingError, match="give RUN in place of --params"):
         pipeline_cost("swarm", presets["swarm"], replace(slow, shape=None))
+
+
+def test_the_status_of_a_pipeline_elsewhere(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = read_pipeline_status(told).model_dump(mode="json")
+
+    @contextmanager
+    def connect(target: str | None, token_file: Path | None) -> Iterator[Any]:
+        yield SimpleNamespace(ask=lambda what, run: {**values, "paused": True, "state": "running"})
+
+    monkeypatch.setattr("orchestrator.client.connect", connect)
+    shown = CliRunner().invoke(status_command, ["10.0.0.1:6379", "--json"], standalone_mode=False)
+    assert PipelineStatus.model_validate_json(shown.output).stages[2].serving, shown.output
+    table = CliRunner().invoke(status_command, ["10.0.0.1:6379"], standalone_mode=False).output
+    assert "running, paused" in " ".join(table.split()) and "forwards/s" in table
