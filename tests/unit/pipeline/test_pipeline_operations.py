@@ -493,4 +493,4 @@ def test_the_status_of_a_pipeline_elsewhere(told: Path, monkeypatch: pytest.Monk
     shown = CliRunner().invoke(status_command, ["10.0.0.1:6379", "--json"], standalone_mode=False)
     assert PipelineStatus.model_validate_json(shown.output).stages[2].serving, shown.output
     table = CliRunner().invoke(status_command, ["10.0.0.1:6379"], standalone_mode=False).output
-    assert "running, paused" in " ".join(table.split()) and "forwards/s" in table
+    assert "running, paused" in " ".join(table.split()) and "placed" in table
