@@ -42,7 +42,7 @@ class Caretaker:
     run_dir: Path
     run_id: str
     pack: Path | None
-    log_of: dict[str, Path]  # nonce -> log, of the processes that this life started
+    log_of: dict[str, Path]  # nonce -> log; of islands those that this life started
     own: ExitStack
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -45,7 +45,7 @@ FETCH_THREADS = 8
 log = logging.getLogger("atoll.pipeline")
 
 Present = dict[str, Any]
-"""What a process says of itself when it has begun: fields of `Joined`."""
+"""What a process says of itself when it has begun: fields of `Joined`, its id, and the name of its log."""
 
 
 class _Process:
@@ -92,6 +92,7 @@ class _Process:
             "address": self.transport.address,
             "node": str(ray.get_runtime_context().get_node_id()),
             "pid": os.getpid(),
+            "log": Path(self.log_file).name,
         }
 
 

@@ -327,7 +327,6 @@ class PipelineActor(PipelineControls):
         kind = TrainerActor if process.startswith("trainer-") else StagePeerActor
         life = self.brain.roster.incarnations.get(process, 0) + 1
         log_file = self.run_dir / "logs" / f"{process}-{life}.log"
-        self.labels[process], self.log_of[nonce] = f"{process}.{life}", log_file
         log.info("starting %s (%s)", process, why)
         handle = kind.options(  # type: ignore[attr-defined]
             name=island_actor_name(self.run_id, process, nonce),
@@ -347,11 +346,12 @@ class PipelineActor(PipelineControls):
         try:
             present = await through_cuts(handle.begin.remote, None, process)
             self.figures.joined(self._now_s())
-            self.pids[process] = present.pop("pid")
+            self.pids[process], written = present.pop("pid"), Path(present.pop("log"))
+            name, _, life = written.stem.rpartition("-")
+            self.labels[process], self.log_of[nonce] = f"{name}.{life}", self.run_dir / "logs" / written
             self.here.add(process)
             self._do(Joined(**present))
-            if nonce in self.log_of:
-                self._task(self._collect_log(nonce, handle))
+            self._task(self._collect_log(nonce, handle))
             node = self.nodes[process] = present["node"]
             damage = ""
             while self._is(process, nonce) and not damage:
