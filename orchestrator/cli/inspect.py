@@ -41,17 +41,14 @@ def status(target: str | None, token_file: Path | None, run: str | None, as_json
     from orchestrator.client import connect
 
     hide_token(target or "")
-    from orchestrator.pipeline.views import PipelineStatus, render_pipeline
+    from orchestrator.pipeline.views import PipelineStatus, read_answer, render_pipeline
     from orchestrator.status import render
-
-    def model(values: dict[str, Any]) -> Status | PipelineStatus:
-        return PipelineStatus.model_validate(values) if "stages" in values else Status.model_validate(values)
 
     def show(status: Status | PipelineStatus) -> Any:
         return render_pipeline(status) if isinstance(status, PipelineStatus) else render(status)
 
     with connect(target, token_file) as runs:
-        return status_command(lambda: model(runs.ask("status", run)), as_json, watch, show)
+        return status_command(lambda: read_answer(runs.ask("status", run)), as_json, watch, show)
 
 
 def _is_place(target: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from orchestrator.pipeline.figures import newest_line
 from orchestrator.pipeline.replay import PipelineHistory, replay
 from orchestrator.rundir import RunDir, read_json
 from orchestrator.segments import read_run, segment_paths
+from orchestrator.status import Status
 from workers.records import Scalar
 
 EXIT_WRONG = 5
@@ -90,6 +92,11 @@ class PipelineLedger(BaseModel):
     )
     peers_fenced_for_a_step: int = Field(description="How often a peer was left out of a step.")
     findings: list[str] = Field(description="What does not add up; empty if every microbatch counts once.")
+
+
+def read_answer(values: Mapping[str, Any]) -> Status | PipelineStatus:
+    """What a controller says of its run: of islands or of stages."""
+    return PipelineStatus.model_validate(values) if "stages" in values else Status.model_validate(values)
 
 
 def is_pipeline_run(run_dir: Path) -> bool:
