@@ -345,6 +345,8 @@ class PipelineActor(PipelineControls):
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
             present = await through_cuts(handle.begin.remote, None, process)
+            if not self._is(process, nonce):
+                return
             self.figures.joined(self._now_s())
             self.pids[process], written = present.pop("pid"), Path(present.pop("log"))
             name, _, life = written.stem.rpartition("-")
@@ -397,16 +399,18 @@ class PipelineActor(PipelineControls):
         """Have a peer obey; an answer that never comes is no matter: the process is dead, and the controller hears."""
         if not self._is(command.process, command.nonce):
             return
-        handle = self.handles[command.process][1]
+        handle, brain = self.handles[command.process][1], self.brain
         call = handle.work if isinstance(command.order, TakeStage | Reduce | Spread) else handle.obey
         try:
             answer = await call.remote(command.order)
         except (RayActorError, RayTaskError) as error:
             why = reason_of(error)
             log.info("%s did not obey %s: %s", command.process, type(command.order).__name__, why)
-            self._do(Failed(ticket=command.ticket, why=why))
+            event: Event = Failed(ticket=command.ticket, why=why)
         else:
-            self._do(Answered(ticket=command.ticket, answer=answer))
+            event = Answered(ticket=command.ticket, answer=answer)
+        if self.brain is brain:  # the tickets of the one before a rollback are others
+            self._do(event)
 
     async def _conclude(self, finish: Finish) -> None:
         """The run is over: summary, journal, processes."""

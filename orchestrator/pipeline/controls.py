@@ -119,6 +119,8 @@ class PipelineControls(Caretaker):
     async def rollback(self, version: int) -> dict[str, Any]:
         """Go on from an older snapshot, with new processes; what was committed since is trained on again."""
         await self._ready()
+        if self.brain.stopping is not None:
+            raise UserError("the run is stopping", remedy="atoll train --resume, and then the rollback")
         history = replay(row.record for row in self.journal.rows)
         target = find_snapshot(self.run_dir / "snapshots", history, version)
         stages = self.brain.layout.num_stages
