@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from orchestrator.pipeline.views import PipelineStatus
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
 from workers.data.index import load_index
-from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, WorkLostRecord
+from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, StepRecord, WorkLostRecord
 from workers.records import FenceRecord, Record, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
@@ -173,7 +174,8 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    run = LiveSwarm(pack_dir, tmp_path_factory.mktemp("swarm") / "run")
+    # Two steps are open most of the time: whatever holds for one holds there, and what is lost of both is made again.
+    run = LiveSwarm(pack_dir, tmp_path_factory.mktemp("swarm") / "run", "pipeline.delayed=true")
     run.start()
     recovered_s: dict[str, float] = {}
     try:
@@ -217,6 +219,9 @@ def test_every_microbatch_counts_once_in_every_stage(story: Story) -> None:
     assert story.history.version >= 8
     assert story.summary.exit_reason == "stopped" and story.summary.error is None
     assert story.summary.exchanges_committed == 3 * story.history.version
+    rows = [r for r in story.records if isinstance(r, StepRecord | StageCommitRecord)]
+    ahead = [a.step for a, b in pairwise(rows) if isinstance(a, StepRecord) and b.step == a.step - 1]
+    assert len(ahead) >= 3, "no step was opened before the one before it was committed"
 
 
 def test_the_dead_are_blamed_and_nobody_else(story: Story) -> None:

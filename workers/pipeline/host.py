@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from strategies.codecs.base import is_finite
 from workers.pipeline.accumulator import Begin
 from workers.pipeline.boundary import Boundary
 from workers.pipeline.calls import BACKWARD_SIZE, Call
@@ -134,7 +135,7 @@ class PeerHost:
         Else the numbers of the run are: no other peer would do better.
         """
         for name, parameter in peer.model.names.items():
-            if not math.isfinite(float(parameter.detach().sum(dtype=torch.float64))):
+            if not is_finite(parameter.detach()):
                 raise Damaged(f"{peer.name} holds {name} with values that are not finite; {error}") from error
 
     def lose_a_number(self) -> None:
@@ -295,7 +296,7 @@ class PeerHost:
             following = state.compute_next(gradients, lr=order.lr, scale=order.scale, version=order.next_version)
             for (unit, field), flat in following.flats.items():
                 # The norm of the sums is finite, or nobody would have been asked.
-                if not math.isfinite(float(flat.sum(dtype=torch.float64))):
+                if not is_finite(flat):
                     raise Damaged(
                         f"{self.process} holds {unit} of stage {order.stage} with a {field} that is no number"
                     )

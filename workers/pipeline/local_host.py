@@ -8,7 +8,6 @@ of an offer is added to the next one if the offer was in the commit (exchange pr
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.codecs.base import is_finite
 from workers.optim import build_optimizer
 from workers.pipeline.host import Damaged, PeerError, PeerHost
 from workers.pipeline.layers import StageModel
@@ -156,7 +156,7 @@ class LocalHost(PeerHost):
             known = work.offer
             if known is None or (known.version, known.round_) != (order.version, order.round_):
                 moved = work.displacement(state.flats)
-                if not all(math.isfinite(float(flat.sum(dtype=torch.float64))) for flat in moved.values()):
+                if not all(map(is_finite, moved.values())):
                     raise Damaged(f"{order.peer} has parameters that are not finite, and offers nothing")
                 residuals = self._pieces.publish_work(
                     f"piece/{order.version}/{order.round_}/{order.peer}/0",

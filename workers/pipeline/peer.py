@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from strategies.codecs.base import is_finite
 from workers.pipeline.accumulator import Accumulator, Begin
 from workers.pipeline.boundary import Boundary
 from workers.pipeline.calls import Call, evaluation_of
@@ -183,9 +184,9 @@ class StagePeer:
             return Reply(begin=begin)
         try:
             result = self._compute(request, fetched or self.fetch(request))
-            self._must_be_finite(call, *result.gradients.values())
             # Before it counts: a gradient that cannot be sent must not be in the sum.
             gradient = result.input_gradient
+            self._must_be_finite(call, *result.gradients.values(), *([] if gradient is None else [gradient]))
             if gradient is not None and self.stage > 0:
                 self._put(call, gradient)
         except BaseException:
@@ -203,13 +204,8 @@ class StagePeer:
             return self.reply_again(call)
 
     def _must_be_finite(self, call: Call, *values: Tensor) -> None:
-        """Who makes what is not a number says so himself: in another peer's result nobody could tell whose it is.
-
-        One sum each is enough, since infinities and NaN stay in it; in fp64, where sums of fp32 do not overflow.
-        """
-        if call.step >= 0 and not all(
-            math.isfinite(float(value.detach().sum(dtype=torch.float64))) for value in values
-        ):
+        """Who makes what is not a number says so himself: in another peer's result nobody could tell whose it is."""
+        if call.step >= 0 and not all(is_finite(value.detach()) for value in values):
             raise NotFinite(self.name, call)
 
     def _compute(self, request: Request, fetched: Fetched) -> BackwardResult:
