@@ -3,8 +3,8 @@
 # make check          lint, types, layers
 # make bench          speed and memory against bare loops (results in benchmarks/results)
 # make bench-quality  loss against data parallel training (up to 75 minutes, resumable)
-# make bench-robust   what attackers do to a run under each rule (several hours, resumable)
-# make bench-lab      what emulated links do and cost, and runs on them (root; 25 minutes, resumable)
+# make bench-robust   what attackers do to a run under each rule, and gossip (an hour of two cores, resumable)
+# make bench-lab      what emulated links do and cost, and runs on them (root; 30 minutes, resumable)
 # make storm          ten minutes of random faults on eight islands, beside two without (results as above)
 # make simulate       a hundred thousand simulated runs with faults (about 25 minutes, resumable)
 # make soak           half an hour on busy cores, resumable: nobody may be blamed who did nothing wrong
@@ -40,10 +40,11 @@ help:
 demo: $(RUN_STAMP)
 	$(BIN)/atoll demo $(ARGS)
 
-# Two at a time, but for those that measure times of real processes or of links: they have the machine alone.
+# Two at a time, in the order of their folders: those that wait for processes first, and many short ones to fill up at
+# the end. But for those that measure times of real processes or of links: they have the machine alone.
 test: $(DEV_STAMP)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not alone and not lab" tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone and not lab" tests
 	$(BIN)/python -m pytest -m "alone or lab" tests/ray tests/lab
 else
 	$(BIN)/python -m pytest $(ARGS)
@@ -63,6 +64,7 @@ bench-quality: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 bench-robust: $(DEV_STAMP)
+	$(BIN)/python -m benchmarks.gossip_sync
 	$(BIN)/python -m benchmarks.robust $(ARGS)
 
 bench-lab: $(DEV_STAMP)

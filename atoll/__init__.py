@@ -151,7 +151,11 @@ def train(
         directory.record(prepared.config.to_toml())
         summary = run_to_end(prepared, directory.path, resume=False, quiet=quiet)
     if summary.exit_reason == "failed":
-        raise RunFailed(f"the run failed: {summary.error}", place=str(directory.path))
+        raise RunFailed(
+            f"the run failed: {summary.error}",
+            place=str(directory.path),
+            remedy=f"atoll why {directory.path}, and the logs in {directory.logs}",
+        )
     return summary
 
 
@@ -336,7 +340,11 @@ class Island:
         directory = open_run_dir(None if self._run_dir is None else Path(self._run_dir))
         state = directory.state()
         if state == "done":
-            raise UserError(f"the run in {directory.path} is done, there is nothing to resume", place="resume=True")
+            raise UserError(
+                f"the run in {directory.path} is done, there is nothing to resume",
+                place="resume=True",
+                remedy="a new run; or export what it trained with atoll export",
+            )
         return load_config(directory.path), directory
 
     def _check_config(self, context: IslandContext) -> None:

@@ -175,14 +175,16 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measure_place(place: Place, codecs: Sequence[str], params: int, rounds: int) -> Iterator[dict[str, Any]]:
+def measure_place(
+    place: Place, codecs: Sequence[str], params: int, rounds: int, *, with_gloo: bool = True
+) -> Iterator[dict[str, Any]]:
     """One row per codec, each with Flight and gloo measured beside it."""
     for codec in codecs:
         with nodes_of(place.name) as nodes:
             found = measure_exchange(nodes, codec, params, rounds)
             payload = round(BITS[codec] / 8 * params)
             plain = statistics.median(measure_flight(nodes, payload, rounds))
-            reduce = statistics.median(measure_gloo(nodes, params, rounds))
+            reduce = statistics.median(measure_gloo(nodes, params, rounds)) if with_gloo else None
         seconds = statistics.median(found["seconds"])
         yield {
             "place": place.name,
@@ -191,10 +193,10 @@ def measure_place(place: Place, codecs: Sequence[str], params: int, rounds: int)
             "seconds": round(seconds, 4),
             "all_seconds": [round(value, 4) for value in found["seconds"]],
             "flight_s": round(plain, 4),
-            "gloo_s": round(reduce, 4),
+            "gloo_s": None if reduce is None else round(reduce, 4),
             "of_optimum": round((plain + 5 * place.one_way_s) / seconds, 3),
             "of_flight": round(plain / seconds, 3),
-            "over_gloo": round(reduce / seconds, 3),
+            "over_gloo": None if reduce is None else round(reduce / seconds, 3),
             "bytes_per_param": round(found["bytes_per_param"], 5),
             "over_formula": round(found["bytes_per_param"] / (BITS[codec] / 8) - 1, 5),
         }
@@ -206,7 +208,7 @@ def missed(row: dict[str, Any]) -> list[str]:
     targets = large if large is not None else PLACES[row["place"]].targets.get(row["codec"], {})
     if row["params"] < 50_000_000:
         targets = {}
-    out = [f"{name} {row[name]} < {least}" for name, least in targets.items() if row[name] < least]
+    out = [f"{name} {row[name]} < {least}" for name, least in targets.items() if row[name] is None or row[name] < least]
     if row["params"] >= 10_000_000 and abs(row["over_formula"]) > WITHIN:
         out.append(f"payload bytes differ from the formula by {100 * row['over_formula']:.1f} %")
     return out
@@ -221,6 +223,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", action="store_true", help="200 M parameters on two-regions too")
     parser.add_argument("--again", action="store_true", help="measure also what is kept")
+    parser.add_argument("--no-gloo", action="store_true", help="leave torch's all-reduce out")
     parser.add_argument("--dry", action="store_true", help="keep nothing")
     options = parser.parse_args()
     where = environment()
@@ -233,7 +236,7 @@ def main() -> int:
     for name, params in cases:
         done = {row["codec"] for row in rows if (row["place"], row["params"]) == (name, params)}
         codecs = [codec for codec in options.codecs if codec not in done]
-        for row in measure_place(PLACES[name], codecs, params, options.rounds):
+        for row in measure_place(PLACES[name], codecs, params, options.rounds, with_gloo=not options.no_gloo):
             rows.append({**row, "commit": commit})
             print(json.dumps(row), flush=True)
             if not options.dry:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
+import socket
 import sys
 import tempfile
 import threading
@@ -66,7 +68,7 @@ def controller(options: argparse.Namespace) -> dict[str, Any]:
         with Listener((options.host, 0), authkey=AUTHKEY) as listener:
             print(listener.address[1], flush=True)
             for _ in plan.islands:
-                connection = listener.accept()
+                connection = _at_once(listener.accept())
                 members[connection.recv()] = connection
                 threading.Thread(target=_read, args=(connection, inbox.put), daemon=True).start()
             deadline_s = time.monotonic() + END_S
@@ -80,6 +82,13 @@ def controller(options: argparse.Namespace) -> dict[str, Any]:
         reason = host.finished.reason if host.finished is not None else "it did not end"
         host.close()
     return {"reason": reason}
+
+
+def _at_once(connection: Connection) -> Connection:
+    """Without Nagle's algorithm, as gRPC's connections are: a message does not wait until the last one is confirmed."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 def _read(connection: Connection, put: Any) -> None:
@@ -125,7 +134,7 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
         run_id="exchange", name=name, nonce=f"{name}-benchmark", num_chunks=[spec.num_chunks for spec in specs],
         info=msg.ProcessInfo(address=transport.address, node=name, weight=1, batch_size=1),
     )  # fmt: skip
-    connection = Client((options.controller, options.port), authkey=AUTHKEY)
+    connection = _at_once(Client((options.controller, options.port), authkey=AUTHKEY))
     connection.send(name)
     lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""`make bench-lab`: what the lab's links do and cost, and runs on its clusters (needs root, about 25 minutes).
+"""`make bench-lab`: what the lab's links do and cost, and runs on its clusters (needs root, about 30 minutes).
 
     python -m benchmarks.lab                                     # all that is not measured yet
     python -m benchmarks.lab --only unshaped loss                # cases whose names begin so
@@ -30,6 +30,7 @@ def cases() -> Iterator[tuple[str, Callable[[lab_links.Options], Row]]]:
     """Name -> measurement."""
     yield from lab_links.cases()
     yield "run cut off for 60 s", lambda options: lab_runs.cut(60.0, "cubic")
+    yield "overlap", lambda options: lab_runs.overlap(options.repeats)
     for topology in ("two-regions", "slow-pair"):
         for congestion in lab_links.CONGESTION:
             yield (

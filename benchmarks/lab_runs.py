@@ -1,6 +1,6 @@
-"""Training on the lab's clusters: a region that is cut off for a minute, and exchanges against plain Flight.
+"""Training on the clusters of a lab: a region cut off for a minute, exchanges against plain Flight, what overlap hides.
 
-Called by `benchmarks.lab`. Both start real Ray clusters across emulated links (`faults.lab.cluster`).
+Called by `benchmarks.lab`. All start real Ray clusters across emulated links (`faults.lab.cluster`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab_links import one_way_s
+from benchmarks import overlap as paced
+from benchmarks.lab_links import one_way_s, spread_of
 from benchmarks.plain_flight import both_ways
 from faults.lab.cluster import LabCluster
 from faults.lab.lab import Lab
-from orchestrator.metrics import ExchangeRow, read_rows
+from orchestrator.config import load_config
+from orchestrator.metrics import ExchangeRow, StepRow, read_rows
 from orchestrator.topology import load_topology
 from tests.lab.chain import make_chain_pack
 from tests.lab.live import LabRun
@@ -48,6 +50,9 @@ EXCHANGE_SETTINGS = [
     "exchange.chunk_values=65536",
     f"exchange.connections={CONNECTIONS}",
 ]
+OVERLAP_ROUNDS = 8
+OVERLAP_MODEL = ("model.dim=144", "exchange.chunk_values=16384", "run.address=auto")
+"""Whose exchange in fp32 takes as long over 10 Mbit/s and 40 ms as the steps between two."""
 
 
 def cut(seconds: float, congestion: str) -> Row:
@@ -123,3 +128,45 @@ def judged(row: Row) -> Row:
     optimum_s = row["plain_flight_s"] + delays * one_way_s(load_topology(topology))
     of_optimum = optimum_s / row["exchange_s"]
     return {"optimum_s": round(optimum_s, 3), "of_optimum": round(of_optimum, 3), "ok": of_optimum >= at_least}
+
+
+def overlap(repeats: int) -> Row:
+    """Paced islands on `starved`: streaming in 4 bits with overlap, and blocking DiLoCo, against no synchronisation.
+
+    The settings are those of `benchmarks.overlap`, on real hosts, with a model that fits the link; speeds count from
+    the first step after the first round to the last before the last exchange.
+    """
+    topology = load_topology("starved")
+    found: dict[str, list[tuple[float, float]]] = {case: [] for case in paced.CASES}
+    with tempfile.TemporaryDirectory() as scratch, Lab(topology) as lab:
+        cluster = LabCluster(lab)
+        cluster.start()
+        for repeat in range(repeats):
+            for case, values in found.items():
+                folder = Path(scratch) / f"{case}-{repeat}"
+                folder.mkdir()
+                values.append(_paced(cluster, folder, case))
+    over_off = {
+        case: [speed / off for (speed, _), (off, _) in zip(values, found["off"], strict=True)]
+        for case, values in found.items()
+    }
+    waited = [share for _, share in found["blocking"]]
+    half = 0.4 <= statistics.median(waited) <= 0.6
+    return {
+        "topology": "starved",
+        "streaming_over_off": spread_of(over_off["streaming"], digits=3),
+        "blocking_over_off": spread_of(over_off["blocking"], digits=3),
+        "blocking_waited": spread_of(waited, digits=3),
+        "off_waited": spread_of([share for _, share in found["off"]], digits=3),
+        "ok": half and statistics.median(over_off["streaming"]) >= paced.GOAL,
+    }
+
+
+def _paced(cluster: LabCluster, folder: Path, case: str) -> tuple[float, float]:
+    """Steps per second of all islands, and the share of the time that they waited."""
+    config = load_config("diloco", overrides=[*paced.overrides(case, OVERLAP_ROUNDS), *OVERLAP_MODEL]).config
+    with LabRun(cluster, folder, config) as run:
+        run.finish(within_s=END_S)
+        rows = [row for row in read_rows(run.run_dir / "metrics.jsonl") if isinstance(row, StepRow)]
+    times = {name: sorted(row.t_s for row in rows if row.member == name) for name in {row.member for row in rows}}
+    return paced.speed_of(times.values(), OVERLAP_ROUNDS)

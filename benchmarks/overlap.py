@@ -20,14 +20,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import keep, spread
 from orchestrator.build import pack_path, resolve
-from orchestrator.config import RunConfig, load_config
+from orchestrator.config import load_config
 from orchestrator.inline import InlineRun
 from orchestrator.rundir import RunDir
 
@@ -83,11 +83,23 @@ class LinkedTransport:
         return blobs
 
 
-def settings(case: str, rounds: int) -> RunConfig:
-    """The configuration of one case, `rounds` rounds long."""
+def overrides(case: str, rounds: int) -> list[str]:
+    """What one case, `rounds` rounds long, has otherwise than the preset."""
     tokens = ISLANDS * rounds * STEPS * BATCH * SEQ_LEN
     off = [f"strategy.inner_steps={rounds * STEPS}"] if case == "off" else []
-    return resolve(load_config("diloco", overrides=[*COMMON, *CASES[case], *off, f"train.tokens={tokens}"]).config)
+    return [*COMMON, *CASES[case], *off, f"train.tokens={tokens}"]
+
+
+def speed_of(times: Iterable[Sequence[float]], rounds: int) -> tuple[float, float]:
+    """Steps per second of all islands, and the share of the time that they waited, from when each made its steps."""
+    speed, waited = 0.0, []
+    for mine in times:
+        # From the first step after the first round to the last that was made before the last exchange.
+        inside = mine[STEPS : (rounds - 1) * STEPS + 1]
+        lasted = inside[-1] - inside[0]
+        speed += (len(inside) - 1) / lasted
+        waited.append(1.0 - (len(inside) - 1) * PACE_S / lasted)
+    return speed, statistics.fmean(waited)
 
 
 def measure(case: str, rounds: int, bytes_per_s: float) -> dict[str, float]:
@@ -95,7 +107,7 @@ def measure(case: str, rounds: int, bytes_per_s: float) -> dict[str, float]:
     from workers.context import enter
     from workers.loops import run_builtin_loop
 
-    config = settings(case, rounds)
+    config = resolve(load_config("diloco", overrides=overrides(case, rounds)).config)
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="atoll-overlap-") as folder:
         path = Path(folder) / "run"
@@ -117,14 +129,8 @@ def measure(case: str, rounds: int, bytes_per_s: float) -> dict[str, float]:
                 future.result()
         run.finish()
         sent = sum(context.transport.bytes_sent for context in contexts) / ISLANDS
-    speed, waited = 0.0, []
-    for mine in times.values():
-        # From the first step after the first round to the last that was made before the last exchange.
-        inside = mine[STEPS : (rounds - 1) * STEPS + 1]
-        lasted = inside[-1] - inside[0]
-        speed += (len(inside) - 1) / lasted
-        waited.append(1.0 - (len(inside) - 1) * PACE_S / lasted)
-    return {"steps_per_s": speed, "waited": statistics.fmean(waited), "bytes_sent": sent}
+    speed, waited = speed_of(times.values(), rounds)
+    return {"steps_per_s": speed, "waited": waited, "bytes_sent": sent}
 
 
 def rate_of_link(rounds: int = 3) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.common import environment
-from benchmarks.robust_plan import BETA, GOSSIP, INNER_STEPS, Job
+from benchmarks.robust_plan import Job
 from faults import attacks
 from faults.attacker import Others, begin_attack
 from orchestrator.config import load_config
-from orchestrator.gossip_local import GossipRun, GossipSettings
 from orchestrator.local import LocalIsland, LocalRun
 from workers.in_flight import displacement_of
+from workers.pair_records import PairCommitRecord
 from workers.records import CommitRecord, RefusalRecord, StandingRecord
 from workers.replica import Replica
 
@@ -88,44 +87,10 @@ def prepare(run: LocalRun, job: Job) -> None:
             begin_attack(replica, kind, seed=1000 * job.seed + place, others=others, num_wrong=len(job.attackers))
 
 
-def run_gossip(job: Job) -> dict[str, Any]:
-    """Train without an all-reduce, and return the record of it."""
-    began = time.perf_counter()
-    step, topology = GOSSIP[job.gossip]
-    config = load_config("diloco", overrides=overrides_of(job)).config
-    settings = GossipSettings(step=step, topology=topology, inner_steps=INNER_STEPS, seed=job.seed, beta=BETA)
-    run = GossipRun(config, settings)
-    run.run()
-    final = run.val_loss()
-    run.close()
-    return {
-        "job": job.name,
-        "seed": job.seed,
-        "steps": job.steps,
-        "corpus": run.config.data.digest,
-        "final": final if math.isfinite(final) else None,
-        "exchanges": run.counts["applied"],
-        "group_sizes": sorted(run.partners),
-        "refused_early": [],
-        "refused": [],
-        "banned": [],
-        "bytes_sent": sum(member.transport.bytes_sent for member in run.members.values()),
-        "seconds": round(time.perf_counter() - began, 1),
-        "environment": environment(),
-    }
-
-
-def overrides_of(job: Job) -> list[str]:
-    """`--set` arguments of its settings."""
-    return [f"{key}={json.dumps(value)}" for key, value in sorted(job.settings.items())]
-
-
 def run_job(job: Job) -> dict[str, Any]:
     """Train, and return the record of it."""
-    if job.gossip:
-        return run_gossip(job)
     began = time.perf_counter()
-    config = load_config("diloco", overrides=overrides_of(job)).config
+    config = load_config(job.preset, overrides=job.overrides).config
     with tempfile.TemporaryDirectory(prefix="atoll-robust-") as folder:
         run = LocalRun(config, Path(folder) / "run")
         run.start()
@@ -142,11 +107,14 @@ def run_job(job: Job) -> dict[str, Any]:
         "job": job.name,
         "seed": job.seed,
         "steps": job.steps,
+        "settings": dict(job.settings),
         "corpus": corpus,
         "final": final,
         "first": losses[0] if losses else None,
         "reason": finish.reason if finish is not None else "none",
         "exchanges": state.num_commits,
+        "groups": sorted({len(r.members) for r in rows if isinstance(r, PairCommitRecord)}),
+        "meetings": sum(isinstance(r, PairCommitRecord) for r in rows),
         "refused_early": sorted(refused(rows, upto=NAMED_WITHIN)),
         "refused": sorted(refused(rows)),
         "banned": sorted({r.member for r in rows if isinstance(r, StandingRecord) and r.standing == "banned"}),

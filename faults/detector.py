@@ -12,8 +12,8 @@ move.
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -45,12 +45,19 @@ class SilenceDetector:
     floor_s: float
     expected_s: float
     threshold: float = PHI
-    gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    gaps_s: array[float] = field(default_factory=lambda: array("d"))  # of thousands of members: one block each
+    oldest: int = 0
 
     def heard(self, gap_s: float) -> None:
         """A message came `gap_s` after the one before. Bursts count as one: only gaps of some length tell a rhythm."""
-        if gap_s >= self.expected_s / 4:
-            self.gaps_s.append(min(gap_s, MAX_GAP_FLOORS * self.floor_s))
+        if gap_s < self.expected_s / 4:
+            return
+        gap_s = min(gap_s, MAX_GAP_FLOORS * self.floor_s)
+        if len(self.gaps_s) < WINDOW:
+            self.gaps_s.append(gap_s)
+        else:
+            self.gaps_s[self.oldest] = gap_s
+            self.oldest = (self.oldest + 1) % WINDOW
 
     def phi(self, silence_s: float) -> float:
         """How surprising a silence is; rises with it."""

@@ -12,6 +12,10 @@ The points, in the order in which a member comes to them:
     pulling         as a part owner, in the middle of fetching pieces
     reducing        as a part owner, its part is reduced and not reported
     committed       it was told of the commit and has not applied it
+
+And, where members meet in pairs or groups:
+
+    meeting         it has offered, and is in the middle of fetching what its partner offers
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from workers.records import CommitRecord
 from workers.transport.base import Blob, Transport
 
 Point = Literal["before_offer", "offered", "pulling", "reducing", "committed"]
+PairPoint = Literal["meeting"]
 HURRY = "hurry"
 
 
@@ -42,7 +47,7 @@ def faults_dir(run_dir: Path) -> Path:
     return run_dir / "faults"
 
 
-def arm(run_dir: Path, member: str, point: Point) -> None:
+def arm(run_dir: Path, member: str, point: Point | PairPoint) -> None:
     """Kill `member` the next time it comes to `point`."""
     folder = faults_dir(run_dir)
     folder.mkdir(exist_ok=True)
@@ -136,14 +141,16 @@ class Tap:
 
     def fetching(self, keys: Sequence[str], fetch: Callable[[], object]) -> None:
         """The island is about to fetch; a kill comes when the fetch is under way."""
-        if keys[0].startswith("piece/") and self._armed("pulling").exists():
+        points: dict[str, Point | PairPoint] = {"piece": "pulling", "gossip": "meeting"}
+        point = points.get(keys[0].partition("/")[0])
+        if point is not None and self._armed(point).exists():
             threading.Thread(target=fetch, daemon=True).start()
-            self._at("pulling")
+            self._at(point)
 
-    def _armed(self, point: Point) -> Path:
+    def _armed(self, point: Point | PairPoint) -> Path:
         return self._folder / f"{self._name}-{point}.armed"
 
-    def _at(self, point: Point) -> None:
+    def _at(self, point: Point | PairPoint) -> None:
         armed = self._armed(point)
         if not armed.exists():
             return

@@ -23,11 +23,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from faults.lab.schedule import LinkChange
 from faults.plan import FaultPlanError, PlannedFault
 from faults.process import JumpClock
 from orchestrator import places
 from orchestrator.actor_tools import must_not_fail, through_cuts
-from orchestrator.build import run_plan
+from orchestrator.build import OWN_PACK_LABEL, run_plan
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.events import Event, FaultNoticed, LeaveRequested, ProcessDied, StopRequested
@@ -38,7 +39,14 @@ from orchestrator.injector import Injector, IslandSite
 from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.keeper import Keeper
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
-from orchestrator.processes import NAMESPACE, answering, find_islands, island_actor_name, worker_nodes
+from orchestrator.processes import (
+    NAMESPACE,
+    answering,
+    find_islands,
+    island_actor_name,
+    label_of_nodes,
+    worker_nodes,
+)
 from orchestrator.rundir import RunDir
 from orchestrator.segments import segment_paths
 from orchestrator.standby import StandbyPool, status_of
@@ -67,7 +75,7 @@ class ControllerActor(Hands, Keeper):
         run_dir: str,
         pack: str | None,
         token: str,
-        faults: list[PlannedFault],
+        faults: list[PlannedFault | LinkChange],
         resume: bool,
         wrap: ContextWrapper | None = None,
     ) -> None:
@@ -156,28 +164,6 @@ class ControllerActor(Hands, Keeper):
         found = {name: self.handles.get(nonce) for name, nonce in self.nonce_of.items() if nonce in self.begun}
         return {name: handle for name, handle in found.items() if handle is not None}
 
-    def _find_islands(self) -> None:
-        """After a restart: adopt each island's newest process, end older ones, replace those that are gone."""
-        found: dict[str, list[str]] = {}
-        for started_as, nonce in find_islands(self.run_id):
-            name = self._name_of(started_as, nonce)
-            if name is None:
-                ray.kill(self._process(started_as, nonce))
-            else:
-                found.setdefault(name, []).append(nonce)
-                self.started_as[nonce] = started_as
-        expected = () if self.config.run.elastic else self.host.plan.islands
-        for name in {*expected, *found, *self.host.coordinator.state.current}:
-            newest = max(found.get(name, []), default=None)
-            for nonce in found.get(name, ()):
-                handle = self._process(self.started_as[nonce], nonce)
-                if nonce == newest:
-                    self._adopt(name, nonce, handle)
-                else:
-                    ray.kill(handle)
-            if newest is None:
-                self.host.handle(ProcessDied(name=name, nonce=None, why="it was gone when the controller came back"))
-
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
@@ -207,6 +193,9 @@ class ControllerActor(Hands, Keeper):
         nodes = places.without_others(total, available, self.place_of)
         free = places.free_places(nodes, self.place_of, self.leaving_nodes)
         silent = set(free) - await in_thread(None, answering, set(free)) if free else set()
+        own = self.config.data.per_island
+        owner_at = await in_thread(None, label_of_nodes, OWN_PACK_LABEL) if own and free else {}
+        owner_at = {node: name for node, name in owner_at.items() if name in own}
         with must_not_fail():
             if self.concluding or self.host.coordinator.stopping is not None:
                 return
@@ -218,8 +207,8 @@ class ControllerActor(Hands, Keeper):
                 elif self.nonce_of[name] not in self.begun:  # of those that have begun Ray tells when they die
                     self._spawn(name, "its machine went before it began")
             there = {node: num for node, num in nodes.items() if node not in silent}
-            self._place_standbys(there)
-            for name, node in places.fill(there, self.place_of, self.leaving_nodes, self.unplaced):
+            self._place_standbys(there, owner_at)
+            for name, node in places.fill(there, self.place_of, self.leaving_nodes, self.unplaced, own, owner_at):
                 if name in self.unplaced:
                     self.unplaced.remove(name)
                 self._spawn(name, f"node {node[:8]} has a place", node=node)
@@ -284,7 +273,7 @@ class ControllerActor(Hands, Keeper):
             return
         self.host.handle(LeaveRequested(name=name, why=why))
         if at_once and nonce in self.handles:
-            ray.kill(self.handles[nonce])
+            self._kill(name, nonce, self.handles[nonce])
 
     async def recover(self, force: bool) -> int:
         """The journal is gone: rebuild it from the members' copies and go on; returns the rows that it has.
@@ -375,7 +364,7 @@ class ControllerActor(Hands, Keeper):
             "run_dir": str(self.run_dir),
             "paused": coordinator.state.paused,
             "settings": coordinator.state.settings.newest(),
-            "unfired": self.injector.schedule.unfired(),
+            "unfired": self.injector.unfired(),
             "metrics": self.telemetry.told,
         }
 
@@ -390,7 +379,7 @@ class ControllerActor(Hands, Keeper):
         """A new process for an island: one that waits, or on `node`, or where Ray likes, or in the next free place."""
         old = self.nonce_of.pop(name, None)
         if old is not None and old in self.handles:
-            ray.kill(self.handles.pop(old))
+            self._kill(name, old, self.handles.pop(old))
         if self._let_standby(name, why, node):
             return
         if self.config.run.elastic and node is None:
@@ -434,6 +423,7 @@ class ControllerActor(Hands, Keeper):
         ray.kill(handle)  # where training failed, the process is still there
         self.nonce_of.pop(name, None)
         self.handles.pop(nonce, None)
+        self.pids.pop(nonce, None)
         with must_not_fail():
             hopeless = why.partition(":")[0] in HOPELESS
             self.host.handle(ProcessDied(name=name, nonce=None, why=why, raised=raised, hopeless=hopeless, taken=taken))
@@ -453,9 +443,9 @@ class ControllerActor(Hands, Keeper):
                 self.place_of.pop(name, None)
         handle = self.handles.pop(process, None)
         if handle is not None and save_stack:
-            self._task(self._end_after_stack(name, handle))
+            self._task(self._end_after_stack(name, process, handle))
         elif handle is not None:
-            ray.kill(handle)
+            self._kill(name, process, handle)
 
     def _conclude_if_over(self) -> None:
         if self.host.died is not None:
@@ -463,7 +453,7 @@ class ControllerActor(Hands, Keeper):
             os._exit(0)
         if self.host.finished is not None and not self.concluding:
             self.concluding = True
-            for fault in self.injector.schedule.unfired():
+            for fault in self.injector.unfired():
                 log.warning("%s did not happen: the run was over before", fault)
             self._task(self._conclude())
 
@@ -477,8 +467,7 @@ class ControllerActor(Hands, Keeper):
             await asyncio.get_running_loop().run_in_executor(None, self.telemetry.stop)
             save_summary(build_summary(self.host, self.config), self.run_dir)
             self.host.close()
-            for handle in self.handles.values():
-                ray.kill(handle)
+            await self._kill_all()
             # What is left to be told is told by then: whoever watches ends this process.
             await asyncio.get_running_loop().run_in_executor(None, self.own.close)
             self.over.set()

@@ -25,7 +25,7 @@ def _load(run_dir: Path) -> RunConfig:
 
 
 def _snapshot(run_dir: Path, name: str | None) -> Path:
-    from workers.saved import newest
+    from workers.saved import complete_snapshots, newest
 
     folder, uri = RunDir(run_dir).snapshots, _load(run_dir).run.snapshots
     if uri is not None:
@@ -33,10 +33,12 @@ def _snapshot(run_dir: Path, name: str | None) -> Path:
     else:
         found = folder / name if name is not None else newest(folder)
     if found is None or not found.exists():
+        wait = "wait for the first one (run.snapshot_every_s), or for the end of the run"
+        known = ", ".join(sorted((path.name for path in complete_snapshots(folder)), key=lambda n: (len(n), n)))
         raise UserError(
-            f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of the model yet",
+            f"{run_dir} has no snapshot{f' {name!r}' if name else ''} of the model" + ("" if known else " yet"),
             place=str(folder) if uri is None else uri,
-            remedy="wait for the first one (run.snapshot_every_s), or for the end of the run",
+            remedy=f"one of these: {known}" if known else wait,
         )
     return found
 
@@ -105,8 +107,8 @@ def _spec(config: RunConfig, run_dir: Path) -> PipelineSpec:
     return pipeline_spec(config, run_id=run_dir.resolve().name, run_dir=run_dir, pack=pack)
 
 
-def export(run_dir: Path, out: Path) -> Path:
-    """Write the newest anchor to `out`: in Hugging Face format, unless it is a list of layers (`export_layers`).
+def export(run_dir: Path, out: Path, snapshot: str | None = None) -> Path:
+    """Write the newest anchor, or that of the named snapshot, to `out`: in Hugging Face format, or as `export_layers`.
 
     Raises UserError where something else lies there.
     """
@@ -118,7 +120,7 @@ def export(run_dir: Path, out: Path) -> Path:
 
     config = _load(run_dir)
     reader = _reader(config, "export")
-    tensors = load_anchor(run_dir)
+    tensors = load_anchor(run_dir, snapshot)
     write = export_layers if is_layered(config) else export_hf
     write(out, config.model, tensors, reader.tokenizer, seq_len=reader.index.seq_len)
     return out

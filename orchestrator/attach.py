@@ -49,7 +49,7 @@ def attach(run_dir: Path, address: str | None = None) -> ActorHandle[Any]:
     from orchestrator.launch import LOOPBACK_ONLY, enter_cluster, set_ray_environment
 
     set_ray_environment(address)
-    known = enter_cluster(address)
+    known = enter_cluster(address, asked="--address")
     if known is None and told:
         os.environ[LOOPBACK_ONLY] = "0"
     import ray
@@ -61,9 +61,15 @@ def attach(run_dir: Path, address: str | None = None) -> ActorHandle[Any]:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, configure_logging=False, **options)
         return ray.get_actor(controller_name(run_dir.name), namespace=NAMESPACE)
     except ConnectionError as error:
-        raise ClusterUnreachable(f"no Ray answers at {address}: {error}", place=str(run_dir)) from error
+        raise ClusterUnreachable(
+            f"no Ray answers at {address}: {error}",
+            place=str(run_dir),
+            remedy="--address of the cluster, if it has moved; atoll doctor looks at what is in the way",
+        ) from error
     except ValueError as error:
         ray.shutdown()
         raise ClusterUnreachable(
-            f"the Ray at {address} has no run {run_dir.name!r}: it is over, or runs elsewhere", place=str(run_dir)
+            f"the Ray at {address} has no run {run_dir.name!r}: it is over, or runs elsewhere",
+            place=str(run_dir),
+            remedy=f"atoll status {run_dir} shows how it ended, atoll runs --at ADDRESS what goes on there",
         ) from error

@@ -61,6 +61,8 @@ class Bans:
         for member, why in verdicts.items():
             entry = self.entries.get(member)
             if entry is None:
+                if not why:
+                    continue  # who was never refused: there are thousands of them
                 entry = self.entries[member] = _Entry()
             if entry.standing != "banned":
                 entry.recent.append((serial, why))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from orchestrator.config import RunConfig
@@ -89,12 +90,20 @@ def num_islands(config: RunConfig) -> int:
     return config.run.islands
 
 
+def first_islands(config: RunConfig) -> tuple[str, ...]:
+    """Who is waited for at the start. An elastic run begins with the first that can be anywhere; others come to it."""
+    if not config.run.elastic:
+        return tuple(island_name(i) for i in range(num_islands(config)))
+    own = config.data.per_island
+    return (next(name for name in map(island_name, count()) if name not in own),)
+
+
 def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
     """What the coordinator decides by. A sample of data that the loop brings counts as one token."""
     seq_len = load_index(pack).seq_len if pack is not None else 1
     return RunPlan(
         run_id=run_id,
-        islands=tuple(island_name(i) for i in range(num_islands(config))),
+        islands=first_islands(config),
         total_samples=-(-config.train.tokens // seq_len),
         seq_len=seq_len,
         exchange=config.exchange,
@@ -113,6 +122,7 @@ def run_plan(config: RunConfig, *, run_id: str, pack: Path | None) -> RunPlan:
         keeps_copies=config.run.redundancy == "buddy",
         robust=config.robust,
         own_samples=tuple(config.data.own_samples(seq_len).items()),
+        own_wait_s=config.data.own_wait_s,
     )
 
 

@@ -52,7 +52,11 @@ def write_bundle(directory: RunDir, out: Path | None = None) -> tuple[Path, list
                 archive.addfile(info, io.BytesIO(data))
                 names.append(name)
     except OSError as error:
-        raise UserError(f"the archive cannot be written: {error}", place=str(out), remedy="--out FILE") from error
+        raise UserError(
+            f"the archive cannot be written: {error}",
+            place=str(out),
+            remedy="--out FILE, in a folder that exists and has space",
+        ) from error
     return out, names
 
 

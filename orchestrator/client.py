@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,10 @@ from orchestrator.cluster.state import AUTO, find_cluster
 from orchestrator.cluster.tokens import read_place
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.rundir import LATEST, RUNS, RunDir, open_run_dir, read_json
+from orchestrator.waiting import waiting
 
 ASKED = "the run that is meant"
+ELSEWHERE = "atoll status and atoll logs show what went on there"  # for errors of lower layers, which name no remedy
 
 
 class Runs(Protocol):
@@ -60,7 +62,7 @@ def unpack(reply: Mapping[str, Any]) -> Any:
     if "error" in reply:
         error = reply["error"]
         kind = ClusterUnreachable if error.get("code") == ClusterUnreachable.exit_code else UserError
-        raise kind(str(error["message"]), place=error.get("place"), remedy=error.get("remedy"))
+        raise kind(str(error["message"]), place=error.get("place"), remedy=error.get("remedy") or ELSEWHERE)
     return reply["ok"]
 
 
@@ -72,27 +74,36 @@ def connect(target: str | None, token_file: Path | None = None) -> Iterator[Runs
         UserError: the target is none, or its run does not go on.
         ClusterUnreachable: nobody answers there.
     """
+    with ExitStack() as held:
+        with waiting("reaching the run"):
+            runs = _reach(target, token_file, held)
+        yield runs
+
+
+def _reach(target: str | None, token_file: Path | None, held: ExitStack) -> Runs:
     if target is not None and target.startswith(SCHEME):
-        yield DoorRuns(parse(target))
-        return
+        return DoorRuns(parse(target))
     if token_file is not None and target is not None:
-        yield DoorRuns(read_place(target, token_file, os.environ))
-        return
+        return DoorRuns(read_place(target, token_file, os.environ))
     directory = directory_of(target)
     if target is None and directory is not None and directory.state() != "running":
         directory = None  # the newest one here is over: what goes on is elsewhere
     if directory is None:
-        with _driver(target or AUTO, None, local=False):
-            yield RayRuns()
-        return
+        held.enter_context(_driver(target or AUTO, None, local=False))
+        return RayRuns()
     where = read_json(directory.cluster_file)
     if not where or directory.state() != "running":
-        raise UserError(
-            f"the run in {directory.path} does not go on: it is {directory.state()}",
-            remedy=f"atoll train --resume {directory.path}, or name a cluster",
-        )
-    with _driver(str(where["address"]), str(where["node_ip"]), local=bool(where["local"])):
-        yield RayRuns(str(where["run"]))
+        raise does_not_go_on(directory)
+    held.enter_context(_driver(str(where["address"]), str(where["node_ip"]), local=bool(where["local"])))
+    return RayRuns(str(where["run"]))
+
+
+def does_not_go_on(directory: RunDir) -> UserError:
+    """The error for a run that is asked for something when it is over."""
+    path, state = directory.path, directory.state()
+    known = {"done": f"atoll report {path} shows what came of it", "failed": f"atoll logs --at {path}"}
+    remedy = known.get(state, f"atoll train --resume {path}")
+    return UserError(f"the run in {path} does not go on: it is {state}", remedy=f"{remedy}; or name a cluster")
 
 
 def directory_of(target: str | None) -> RunDir | None:

@@ -13,15 +13,18 @@ the one with the shortest way to the controller would always be first, and the o
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from orchestrator import exchange_rules as rules
 from orchestrator.exchange_rules import Fleet, OpenExchange
 from orchestrator.settings import ExchangeConfig
 from strategies.config import StrategyConfig
 from workers.records import MemberId
+
+if TYPE_CHECKING:
+    from orchestrator.fleet import MemberView
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,22 +48,24 @@ class Closing:
         self,
         open_: OpenExchange,
         fleet: Fleet,
+        awaited: Sequence[MemberView],
         config: ExchangeConfig,
         now: float,
         *,
         turned_away: Collection[MemberId],
         sync_s: float,
     ) -> str | None:
-        """Why an exchange closes now, or None. `turned_away`: who offered too late for an exchange and was in none.
+        """Why an exchange closes now, or None. `awaited`: whose offers are still to come, by the same look.
 
+        `turned_away`: who offered too late for an exchange and was in none.
         `sync_s`: seconds that the last exchange took from its closing to its commit.
         """
         if self.rule == "push":
             return push_reason(open_, fleet, config, now, turned_away)
         if self.rule == "adaptive":
             grace_s = self.grace_s(open_, fleet, sync_s)
-            return rules.close_reason(open_, fleet, config.model_copy(update={"grace_s": grace_s}), now)
-        return rules.close_reason(open_, fleet, config, now)
+            return rules.close_reason(open_, fleet, awaited, config.model_copy(update={"grace_s": grace_s}), now)
+        return rules.close_reason(open_, fleet, awaited, config, now)
 
     def grace_s(self, open_: OpenExchange, fleet: Fleet, sync_s: float) -> float:
         """Grace of an open exchange, by the step time of the quickest member: it would be the first to wait."""

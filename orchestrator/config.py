@@ -129,7 +129,11 @@ def load_config(run: str | Path, *, overrides: Sequence[str] = ()) -> LoadedConf
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration: {error}", place=str(path)) from error
+        raise UserError(
+            f"cannot read the configuration: {error}",
+            place=str(path),
+            remedy="a TOML file in UTF-8 that this user can read; atoll config presets lists what needs no file",
+        ) from error
     stem = re.sub(r"[^A-Za-z0-9_.-]", "-", path.stem).lstrip("-._")[:64]
     return parse_config(text, source=source, name=stem or None, overrides=overrides)
 
@@ -151,7 +155,11 @@ def parse_config(
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"not valid TOML: {error}", place=source) from error
+        raise UserError(
+            f"not valid TOML: {error}",
+            place=source,
+            remedy="text goes in quotes, tables are [section]; atoll config show demo prints a file to begin with",
+        ) from error
     lines = _key_lines(text)
     origins = {key: f"{source}:{lines[key]}" if key in lines else source for key in _keys_of(tables)}
     if name is not None and "run.name" not in origins and isinstance(tables.setdefault("run", {}), dict):
@@ -281,7 +289,11 @@ def _set(tables: dict[str, Any], parts: Sequence[str], value: Any, place: str) -
     for part in parts[:-1]:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{part} is a value, it has no key {parts[-1]!r}", place=place)
+            raise UserError(
+                f"{part} is a value, it has no key {parts[-1]!r}",
+                place=place,
+                remedy=f"--set {'.'.join(parts[:-1])}=VALUE; atoll config show lists the keys",
+            )
         table = inner
     table[parts[-1]] = deepcopy(value)
 

@@ -11,6 +11,7 @@ from orchestrator.config_problem import Problem
 from orchestrator.names import label_problem
 from orchestrator.pipeline_checks import check_pipeline_settings
 from orchestrator.strategy_checks import check_strategy
+from strategies.config import REMEMBERING
 from strategies.robust import FUNCTION_OF, RULE_MINIMA
 
 if TYPE_CHECKING:
@@ -55,14 +56,11 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
 
 def check_own_packs(config: RunConfig) -> Iterator[Problem]:
     """Packs of single islands: who has them, and where."""
-    data, islands = config.data, config.run.islands
+    data = config.data
     for name, own in data.per_island.items():
         key = f"data.per_island.{name}"
-        match = MEMBER_NAME.fullmatch(name)
-        if match is None or (islands != "auto" and int(match[1]) >= islands):
-            last = "" if islands == "auto" else f" to island-{islands - 1}"
-            message = f"{key}: the run has no island of this name"
-            yield Problem(key=key, message=message, remedy=f"islands are called island-0{last}")
+        if (remedy := _unknown_island(config, name)) is not None:
+            yield Problem(key=key, message=f"{key}: the run has no island of this name", remedy=remedy)
         if not own.path.startswith(("/", "~")):
             message = f"{key}.path = {own.path!r} does not begin with / or ~"
             yield Problem(key=f"{key}.path", message=message, remedy="the whole path on the machine of that island")
@@ -72,15 +70,24 @@ def check_own_packs(config: RunConfig) -> Iterator[Problem]:
     if num > config.train.tokens:
         message = f"{num} tokens of single islands' own packs are more than train.tokens = {config.train.tokens}"
         yield Problem(key="data.per_island", message=message, remedy="fewer tokens there, or more in all")
-    if config.run.elastic or (islands == "auto" and config.run.address is not None):
-        message = "data.per_island in an elastic run: which machine gets which island is not known before"
-        yield Problem(key="data.per_island", message=message, remedy="run.elastic = false, and run.islands = a number")
     if data.samples is not None:
         message = "data.per_island names packs, and data.samples says that the loop brings its own dataset"
         yield Problem(key="data.per_island", message=message, remedy="data.path or data.corpus for all islands")
     if config.pipeline.stages is not None:
         message = "data.per_island in a pipeline: the stages of a model see each other's samples"
         yield Problem(key="data.per_island", message=message, remedy="remove it, or train without [pipeline]")
+
+
+def _unknown_island(config: RunConfig, name: str) -> str | None:
+    """How islands are called, if the run can never have one of this name; with machines that join it has any number."""
+    match, islands = MEMBER_NAME.fullmatch(name), config.run.islands
+    if islands == "auto" or config.run.elastic:
+        return None if match is not None else "islands are called island-0, island-1, ..."
+    return (
+        None
+        if match is not None and int(match[1]) < islands
+        else f"islands are called island-0 to island-{islands - 1}"
+    )
 
 
 def check_model(config: RunConfig) -> Iterator[Problem]:
@@ -137,12 +144,9 @@ def check_islands(config: RunConfig) -> Iterator[Problem]:
     """Settings of single islands name islands that the run has."""
     islands = config.run.islands
     for name in config.train.per_island:
-        match = MEMBER_NAME.fullmatch(name)
-        known = match is not None and (islands == "auto" or int(match[1]) < islands)
-        if not known:
-            last = "" if islands == "auto" else f" to island-{islands - 1}"
+        if (remedy := _unknown_island(config, name)) is not None:
             message = f"train.per_island.{name}: the run has no island of this name"
-            yield Problem(key="train.per_island", message=message, remedy=f"islands are called island-0{last}")
+            yield Problem(key="train.per_island", message=message, remedy=remedy)
     for key, value in config.run.labels.items():
         if (wrong := label_problem(key, value)) is not None:
             yield Problem(key="run.labels", message=f"run.labels: {wrong}", remedy="as in atoll join --label KEY=VALUE")
@@ -181,6 +185,7 @@ def check_robust(config: RunConfig) -> Iterator[Problem]:
     if robust.rule != "mean" and config.strategy.own_pace:
         message = f"robust.rule = {robust.rule!r}: with strategy.name = {config.strategy.name!r} each push is alone"
         yield Problem(key="robust.rule", message=message, remedy="'mean': there is nobody to compare a push with")
+    yield from check_history(config)
     if islands == "auto":
         return
     least = MIN_ISLANDS if robust.watches else 1
@@ -193,6 +198,22 @@ def check_robust(config: RunConfig) -> Iterator[Problem]:
         in_buckets = f" in buckets of {robust.bucket}" if robust.bucket > 1 else ""
         message = f"{what}{against}{in_buckets} needs at least {least} islands, run.islands = {islands}"
         yield Problem(key="robust.rule", message=message, remedy=f"run.islands = {least}, or a smaller num_wrong")
+
+
+def check_history(config: RunConfig) -> Iterator[Problem]:
+    """Earlier results are there for who begins from them, on every member and with the same bits."""
+    robust, strategy = config.robust, config.strategy
+    if not robust.history:
+        return
+    if robust.rule != "centered_clip":
+        message = f"robust.history = true: robust.rule = {robust.rule!r} does not begin from anything"
+        yield Problem(key="robust.history", message=message, remedy="false, or robust.rule = 'centered_clip'")
+    if strategy.name == "ddp" or strategy.outer not in REMEMBERING or strategy.outer_momentum == 0:
+        kept = "strategy.name = 'ddp'" if strategy.name == "ddp" else f"strategy.outer = {strategy.outer!r}"
+        if strategy.name != "ddp" and strategy.outer in REMEMBERING:
+            kept = "strategy.outer_momentum = 0"
+        message = f"robust.history = true takes earlier results from the outer momentum, which {kept} has none of"
+        yield Problem(key="robust.history", message=message, remedy="strategy.outer = 'nesterov' or 'heavy-ball'")
 
 
 def _divisors(number: int) -> str:

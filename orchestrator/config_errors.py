@@ -114,7 +114,9 @@ def _wrong_name(path: Sequence[str], details: ErrorDetails, locate: Locate) -> t
 
 def _wrong_value(key: str, name: str, owner: type[BaseModel], value: Any, *, place: str) -> UserError:
     if name not in owner.model_fields:
-        return UserError(f"{key} = {_shown(value)} has the wrong type", place=place)
+        return UserError(
+            f"{key} = {_shown(value)} has the wrong type", place=place, remedy="atoll config schema tells what it takes"
+        )
     if _model_inside(owner.model_fields[name].annotation) is not None:
         remedy = f"[{key}] in a file, --set {key}.<name>=<value> on the command line"
         if typing.get_origin(owner.model_fields[name].annotation) is dict:

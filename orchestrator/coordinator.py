@@ -131,13 +131,29 @@ class Coordinator(Heartbeats):
                 ev.Die(why=f"{envelope.name} obeys term {envelope.term}, this controller is {self.term}")
             )
             return
+        process = self.roll.speaker(envelope.nonce, envelope.name, envelope.incarnation)
+        if process is None:
+            self._from_stranger(envelope)
+            return
+        if (verdict := self.roll.heard(process, self.now)) is not None:
+            self._verdict(verdict)
+        for body in envelope.bodies:
+            if process.here and isinstance(body, msg.Hello):  # most of what there is
+                self._hello(process, body)
+            elif isinstance(body, msg.Join):
+                self._join(envelope, body)
+            elif process.here:  # it may have been fenced for what it said before
+                self._body(process.id, body)
+
+    def _from_stranger(self, envelope: msg.Envelope) -> None:
+        """From a process that is not here: it joins, or outlived an earlier controller, or was fenced."""
         member = self._sender(envelope)
         for body in envelope.bodies:
             here = member is not None and member in self.roll.processes
-            if here and isinstance(body, msg.Hello):  # most of what there is
-                self._hello(member, body)  # type: ignore[arg-type]
-            elif isinstance(body, msg.Join):
+            if isinstance(body, msg.Join):
                 self._join(envelope, body)
+            elif here and isinstance(body, msg.Hello):
+                self._hello(self.roll.processes[member], body)  # type: ignore[index]
             elif here:
                 self._body(member, body)  # type: ignore[arg-type]
             elif member is not None and isinstance(body, msg.Hello) and self.state.members[member].live:
@@ -148,7 +164,7 @@ class Coordinator(Heartbeats):
         self._attach_process(member, nonce, hello.info)
         self.bytes_counted += hello.bytes_sent  # sent in this controller's earlier lives
         self._say(f"{member} re-attached", member=member.name)
-        self._hello(member, hello)
+        self._hello(self.roll.processes[member], hello)
         self._after_join()
 
     def _body(self, member: MemberId, body: msg.MemberBody) -> None:

@@ -30,7 +30,8 @@ Recipients = MemberId | str | list[MemberId]
 class RunPlan:
     """What the coordinator needs to know of the run's configuration.
 
-    `own_samples`: how many of the samples are of a pack that one island alone has, by name.
+    `own_samples`: how many of the samples are of a pack that one island alone has, by name; `own_wait_s`: how long the
+    run's end waits for an island that is away and has some left.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class RunPlan:
     load: Literal["equal", "by_speed"] = "equal"
     keeps_copies: bool = False
     own_samples: tuple[tuple[str, int], ...] = ()
+    own_wait_s: float = 600.0
     robust: RobustConfig = field(default_factory=RobustConfig)
 
     def budgets(self) -> Budgets:
@@ -191,8 +193,12 @@ class Desk:
         while self.held and may_tell(self.held[0][0], self.flushed):
             due.append(self.held.popleft()[1:])
         slices: dict[int, tuple[Row, ...]] = {}  # many lack the same rows
-        if len(due) == 1 and isinstance(due[0][0], list):
-            self._send_to_all(due[0][0], due[0][1], slices)
+        if len(due) == 1:  # mostly
+            to, bodies = due[0]
+            if isinstance(to, list):
+                self._send_to_all(to, bodies, slices)
+            else:
+                self._send(to, bodies, slices)
             return
         grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
         for to, bodies in due:

@@ -11,12 +11,12 @@ class UserError(ValueError):
     Args:
         message: what is wrong, with the name of the setting and its value.
         place: where it was found (file and line, `--set`, a folder), or None.
-        remedy: what to do about it, or None.
+        remedy: what to do about it; never empty, so that nobody is left with a message alone.
     """
 
     exit_code: ClassVar[int] = 2
 
-    def __init__(self, message: str, *, place: str | None = None, remedy: str | None = None) -> None:
+    def __init__(self, message: str, *, remedy: str, place: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.place = place
@@ -24,14 +24,14 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         notes = [f"place: {self.place}"] if self.place else []
-        notes += [f"try: {self.remedy}"] if self.remedy else []
-        return f"{self.message} ({'; '.join(notes)})" if notes else self.message
+        notes.append(f"try: {self.remedy}")
+        return f"{self.message} ({'; '.join(notes)})"
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.message, self.place, self.remedy))
 
 
-def _rebuild(kind: type[UserError], message: str, place: str | None, remedy: str | None) -> UserError:
+def _rebuild(kind: type[UserError], message: str, place: str | None, remedy: str) -> UserError:
     return kind(message, place=place, remedy=remedy)
 
 

@@ -143,16 +143,18 @@ class FragmentExchange(OwnersWork):
             return False
         if self.config.quorum < 1 and now >= (open_.quorum_s or 0.0) + self.config.grace_s:
             return False
-        alone = Fleet(
-            members={awaited: fleet.members[awaited]}, head=fleet.head, inner_steps=fleet.inner_steps,
-            samples_committed=fleet.samples_committed, own_pace=fleet.own_pace,
-        )  # fmt: skip
+        alone = rules.expected_members(open_, fleet, (fleet.members[awaited],))
         return bool(rules.awaited_members(open_, alone))
 
     def _reaching(self, fleet: Fleet, roster: Iterable[MemberId], now: float) -> list[MemberId]:
-        """Who can own parts of what this roster offers, as far as is known of cuts between members."""
+        """Who can own parts of what this roster offers, as far as is known of cuts between members.
+
+        Whoever is left out this time needs the results like the others: he would wait in vain for those of an owner
+        that he cannot reach, be late for the next roster, and so again.
+        """
         self.parted = {pair: at_s for pair, at_s in self.parted.items() if now - at_s <= PARTED_S}
-        return rules.reaching_owners(self._able(fleet), set(roster), self.parted)
+        everybody = {*roster, *(m for m, view in fleet.members.items() if not view.suspect)} if self.parted else ()
+        return rules.reaching_owners(self._able(fleet), everybody, self.parted)
 
     def _close(self, open_: OpenExchange, fleet: Fleet, now: float, because: str) -> list[Effect]:
         refused = rules.refused_lengths(open_.offers, self.robust.refuse_times) if self.robust.rule != "mean" else {}
@@ -219,7 +221,7 @@ class FragmentExchange(OwnersWork):
             return []
         if sender in fleet.members and fleet.members[sender].trust == 0.0:  # banned: its word counts as little
             return []
-        if open_.state != "spread" or body.results != self._results(open_):
+        if open_.state != "spread" or body.results != open_.results:
             return []
         open_.haves[sender] = body.next_digest
         alive = {m: d for m, d in open_.haves.items() if m in fleet.members}
@@ -228,9 +230,6 @@ class FragmentExchange(OwnersWork):
         if not rules.enough_copies(alive, self.config, fleet):
             return []
         return self._commit(open_, body.next_digest, now)
-
-    def _results(self, open_: OpenExchange) -> str:
-        return msg.results_digest(tuple(open_.reduced[chunk] for chunk in range(self.num_chunks)))
 
     def _disagree(self, open_: OpenExchange, haves: Mapping[MemberId, str]) -> list[Effect]:
         """Next anchors differ (1.7): everybody checks the anchor it holds; no majority decides."""
@@ -307,16 +306,17 @@ class FragmentExchange(OwnersWork):
         if open_.state == "open" and not self.may_close:
             return []
         if open_.state == "open":
-            open_.needed = self.closing.offers_needed(self.config, len(rules.expected_members(open_, fleet)))
+            expected = rules.expected_members(open_, fleet)
+            open_.needed = self.closing.offers_needed(self.config, len(expected))
             if open_.quorum_s is None and len(open_.offers) >= open_.needed:
                 open_.quorum_s = now
+            awaited = rules.awaited_members(open_, expected) if open_.quorum_s is not None else []
             if len(open_.offers) >= open_.needed and (
                 because := self.closing.reason(
-                    open_, fleet, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
+                    open_, fleet, awaited, self.config, now, turned_away=self.turned_away, sync_s=self.sync_s
                 )
             ):
                 return self._close(open_, fleet, now, because)
-            awaited = rules.awaited_members(open_, fleet) if open_.quorum_s is not None else ()
             slowest = max(awaited, key=lambda m: (m.step_s, m.id), default=None)
             open_.waits_for = slowest.id if slowest is not None else None
             told = self._tell_owners(open_)

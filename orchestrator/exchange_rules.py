@@ -45,7 +45,7 @@ class OpenExchange:
     By the last look at everybody: `needed` offers make a quorum, `waits_for` is one whose offer is still to come (the
     slowest), `likely` would own the parts, chunk by chunk, and have `unannounced` still to hear of. `first`: what
     told of this exchange; `assignment`: what told of its present attempt. `entries_digest`: of the roster alone,
-    `roster_digest`: of what owners make of it.
+    `roster_digest`: of what owners make of it; `results`: of what they have made, all chunks of it.
     """
 
     id: ExchangeId
@@ -67,6 +67,7 @@ class OpenExchange:
     removed_owners: set[MemberId] = field(default_factory=set)
     progress_s: dict[MemberId, float] = field(default_factory=dict)
     reduced: dict[int, str] = field(default_factory=dict)
+    results: str = ""
     haves: dict[MemberId, str] = field(default_factory=dict)
     bad_pairs: set[Pair] = field(default_factory=set)
     verified: bool = False
@@ -111,14 +112,15 @@ def offer_problem(offer: Offer, member: MemberView, head: Version) -> str | None
     return None
 
 
-def expected_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
-    """Who may offer: live members with samples leased beyond their watermark, suspect ones too (H11).
+def expected_members(open_: OpenExchange, fleet: Fleet, among: Iterable[MemberView] | None = None) -> list[MemberView]:
+    """Who may offer, of all or of `among`: live members with samples leased beyond their watermark, also suspect (H11).
 
     Not who is blocked: it stands at its bound because of another fragment, and would be waited for in a circle. Nor a
     newcomer before its first step, which is slow: it has nothing to offer, and everybody else would stand still.
     """
     offers, founding = open_.offers, fleet.head.n == 0
-    return [m for m in fleet.members.values() if m.id in offers or (m.may_offer and (founding or m.stepped))]
+    views = fleet.members.values() if among is None else among
+    return [m for m in views if m.id in offers or (m.may_offer and (founding or m.stepped))]
 
 
 def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
@@ -128,21 +130,18 @@ def offers_needed(config: ExchangeConfig, num_expected: int) -> int:
     return max(min(share, num_expected), 1)
 
 
-def awaited_members(open_: OpenExchange, fleet: Fleet) -> list[MemberView]:
+def awaited_members(open_: OpenExchange, expected: Iterable[MemberView]) -> list[MemberView]:
     """Whose offers are still to come: those expected who can make one now."""
-    return [
-        m
-        for m in expected_members(open_, fleet)
-        if m.id not in open_.offers and m.ready and not m.suspect and not far_behind(m)
-    ]
+    offers = open_.offers
+    return [m for m in expected if m.id not in offers and m.ready and not m.suspect and not far_behind(m)]
 
 
-def close_reason(open_: OpenExchange, fleet: Fleet, config: ExchangeConfig, now: float) -> str | None:
+def close_reason(
+    open_: OpenExchange, fleet: Fleet, awaited: Sequence[MemberView], config: ExchangeConfig, now: float
+) -> str | None:
     """Why the exchange closes now, or None: everybody who can has offered, or quorum plus grace is over (H2)."""
-    expected = expected_members(open_, fleet)
-    if len(open_.offers) < offers_needed(config, len(expected)) or len(fleet.members) < (config.min_members or 1):
+    if len(open_.offers) < open_.needed or len(fleet.members) < (config.min_members or 1):
         return None
-    awaited = awaited_members(open_, fleet)
     if not awaited:
         return "all members that can offer have offered"
     if config.quorum >= 1 or open_.quorum_s is None or now < open_.quorum_s + config.grace_s:
@@ -217,6 +216,8 @@ def reaching_owners(able: Sequence[MemberId], roster: Collection[MemberId], cut:
 
     A pair that could not reach each other is left out on both sides: a cut is seldom one way.
     """
+    if not cut:
+        return list(able)
     parted = {owner for owner, other in cut if other in roster} | {other for owner, other in cut if owner in roster}
     return [m for m in able if m not in parted] or list(able)
 

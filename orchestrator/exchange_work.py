@@ -45,20 +45,26 @@ class OwnersWork:
         open_.base_shares = tuple(rules.coefficients(offers, fleet))
         open_.reduced = rules.parts_after_roster_change(open_.reduced)
         open_.answers, open_.measured = {}, {}
-        open_.recipe = to_measure(self.robust.rule, [rules.length_of(offer) for _, offer in offers])
+        open_.recipe = to_measure(self.robust.rule, self._lengths(open_), history=self.robust.history)
         if open_.recipe is None:
             return self._decide(open_, fleet, now)
         open_.state = "measuring"
         self._weigh(open_, open_.base_shares)
         return self._assign(open_, fleet, now)
 
+    def _lengths(self, open_: OpenExchange) -> list[float]:
+        """Of the contributions, where the rule asks for them."""
+        if self.robust.rule == "mean":
+            return []
+        return [rules.length_of(open_.offers[entry.member_id][1]) for entry in open_.roster]
+
     def _decide(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:
         """Lengths and distances are known: what becomes of the contributions."""
-        robust, lengths = self.robust, [rules.length_of(open_.offers[e.member_id][1]) for e in open_.roster]
+        robust, lengths = self.robust, self._lengths(open_)
         squares = whole_squares([open_.measured[c] for c in range(self.num_chunks)]) if open_.measured else None
         decision = decide(
             robust.rule, open_.base_shares, lengths, squares, num_wrong=robust.num_wrong, bucket=robust.bucket,
-            seed=str(open_.id),
+            seed=str(open_.id), history=robust.history,
         )  # fmt: skip
         open_.recipe, open_.state = decision.recipe, "reducing"
         open_.answers, open_.measured = {}, {}
@@ -83,7 +89,7 @@ class OwnersWork:
         return [ToAll(body=open_.assignment)]
 
     def _assignment(self, open_: OpenExchange, fleet: Fleet) -> msg.Assign:
-        included = {entry.member_id for entry in open_.roster}
+        included = [entry.member_id for entry in open_.roster]
         return msg.Assign(
             fragment=self.fragment,
             exchange=open_.id,
@@ -98,7 +104,7 @@ class OwnersWork:
             owner_addresses=tuple(
                 (str(m), fleet.members[m].address) for m in sorted(set(open_.owners)) if m in fleet.members
             ),
-            offers=tuple((m, *open_.offers[m]) for m in sorted(open_.offers) if m in included),
+            offers=tuple((m, *open_.offers[m]) for m in included),
         )
 
     def _shrink(self, open_: OpenExchange, offer: OfferId, why: str, fleet: Fleet, now: float) -> list[Effect]:
@@ -196,6 +202,7 @@ class OwnersWork:
         if open_.state == "measuring":
             return self._decide(open_, fleet, now)
         open_.state, open_.spread_s = "spread", now
+        open_.results = msg.results_digest(tuple(open_.reduced[chunk] for chunk in range(self.num_chunks)))
         return [ToAll(body=self._spread(open_))]
 
     def _blame(self, open_: OpenExchange, liar: MemberId, chunk: int, fleet: Fleet, now: float) -> list[Effect]:

@@ -82,6 +82,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the fault plan: {error}", place="run.fault_plan") from error
+        raise UserError(
+            f"cannot read the fault plan: {error}",
+            place="run.fault_plan",
+            remedy="the path of a TOML file, as docs/faults.md describes it",
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"not valid TOML: {error}", place=str(path)) from error
+        raise UserError(
+            f"not valid TOML: {error}", place=str(path), remedy="tables [[fault]] as docs/faults.md describes them"
+        ) from error

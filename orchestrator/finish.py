@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from orchestrator.metrics import ExchangeRow, SpanRow, StepRow, read_rows
 from orchestrator.summary import Summary, bytes_sent_per_param_per_round, derive_figures, first_joins
 from strategies.codecs.backends import resolve_backend
+from workers.ranges import count
 
-UNCOMPILED = ("fp32", "bf16")  # these have one form only
 EARLIER = "summary.before-resume.json"
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         final_val_loss=state.evaluations[-1].val_loss if len(state.evaluations) > 1 else None,
         tokens_committed=tokens,
         tokens_lost=state.lost * plan.seq_len,
+        tokens_dropped=count(state.dropped) * plan.seq_len,
         tokens_reissued=state.reissued * plan.seq_len,
         exchanges_committed=sum(head.version.n for head in state.heads),
         exchanges_discarded=sum(exchange.discards for exchange in coordinator.exchanges)
@@ -56,7 +57,7 @@ def build_summary(host: Host, config: RunConfig) -> Summary:
         tokens_per_s=figures.tokens_per_s,
         compute_utilization=figures.compute_utilization,
         goodput=figures.goodput,
-        codec_backend="torch" if config.codec.name in UNCOMPILED else resolve_backend(config.codec.backend)[0],
+        codec_backend=resolve_backend(config.codec.backend)[0],
         peak_memory_bytes=peak,
         anchor_digest=state.heads[0].digest if len(state.heads) == 1 else _combined(host),
         faults=figures.faults,

@@ -103,7 +103,9 @@ class MemberView:
     def behind(self) -> int:
         """Versions to the head, by its last heartbeat."""
         process, fragment = self._process, self._fragment
-        return process.behind(fragment, self._head[fragment].version.n) if process is not None else 0
+        if process is None or process.hello is None or fragment >= len(process.hello.fragments):
+            return 0
+        return max(self._head[fragment].version.n - process.hello.fragments[fragment].n, 0)
 
     @property
     def step_s(self) -> float:
@@ -114,7 +116,8 @@ class MemberView:
     @property
     def trust(self) -> float:
         """By what its weight is multiplied."""
-        return self._state.bans.weight(self.id.name)
+        bans = self._state.bans
+        return bans.weight(self.id.name) if bans.entries else 1.0  # mostly nobody was ever refused
 
 
 class LiveMembers:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator import leases
 from orchestrator.desk import RunPlan
+from orchestrator.membership import Process
 from orchestrator.standing import Standings
 from workers import messages as msg
-from workers.records import MemberId, Row, ScopeRecord, Term
+from workers.records import AbandonRecord, MemberId, Row, ScopeRecord, Term
 from workers.shares import round_steps
 
 SAY_AGAIN_S = 60.0
@@ -27,6 +28,7 @@ class Granting(Standings):
         self.tails: dict[MemberId, bool] = {}
         self.scopes = plan.scopes()
         self.told_waits, self.waits_said_s = "", float("-inf")
+        self.only_own_since: float | None = None  # since when nothing is left but what waits for its owners
         self.given_up: dict[str, str] = {}
 
     def _lease_plan(self) -> leases.Plan:
@@ -39,12 +41,6 @@ class Granting(Standings):
     def _grant(self, only: MemberId | None = None) -> None:
         """Lease what members lack; `only`: it alone may lack something since the others were looked at."""
         if not self.started or self.stopping is not None:
-            return
-        if (
-            only is not None
-            and self.granted_at == len(self.rows)
-            and (self._in_tail(only.name) or not self._wants(only))
-        ):
             return
         if only is None and self.granted_to_all == (self.num_events, len(self.rows)):
             return
@@ -106,6 +102,7 @@ class Granting(Standings):
     def _tell_who_is_waited_for(self) -> None:
         """Samples that nobody else may have wait for whoever has their text: once a minute who, and what to do."""
         waits = leases.waiting(self.state) if self.state.scopes.own and self.started else {}
+        waits = self._without_abandoned(waits)
         told = "; ".join(
             f"{num} samples of {name}'s own pack wait for it ({self._why_away(name)})" for name, num in waits.items()
         )
@@ -114,18 +111,40 @@ class Granting(Standings):
             self.waits_said_s = float("-inf")
         if told and self.now - self.waits_said_s >= SAY_AGAIN_S:
             self.waits_said_s = self.now
-            self._say(f"{told}: nobody else may have them. Bring it back, or stop the run", level="warning")
+            after = f"the end of the run waits {self.plan.own_wait_s:g} s for it (data.own_wait_s)"
+            self._say(f"{told}: nobody else may have them. Bring it back; {after}", level="warning")
+
+    def _without_abandoned(self, waits: dict[str, int]) -> dict[str, int]:
+        """Once nothing else is left, owners that are away are waited for so long, those given up not at all.
+
+        The rest of theirs is dropped then, so that the run can end; what is left of `waits`.
+        """
+        rest = sum(waits.values())
+        if not waits or self.stopping is not None or self.state.samples_accounted() + rest < self.plan.total_samples:
+            self.only_own_since = None
+            return waits
+        self.only_own_since = self.now if self.only_own_since is None else self.only_own_since
+        over = self.now - self.only_own_since >= self.plan.own_wait_s
+        for name in [name for name in waits if over or name in self.given_up]:
+            num = waits.pop(name)
+            why = f"{self._why_away(name)}, and nothing else was left to do"
+            self._log(AbandonRecord(member=name, ranges=leases.rest_of(self.state, name), why=why))
+            told = f"{num} samples of {name}'s own pack are dropped: nobody else may have them, and it is not back"
+            self._say(f"{told} after {self.now - self.only_own_since:.0f} s ({why})", member=name, level="warning")
+        return waits
 
     def _why_away(self, name: str) -> str:
         if name in self.given_up:
             return "given up"
         return "it left" if name in self.away_since else "not here"
 
-    def _wants(self, member: MemberId) -> bool:
-        """Whether a member should be given samples, while the journal is as it was when leases were last granted."""
-        process = self.roll.processes.get(member)
-        if process is None or not process.holds_state:
+    def _may_want(self, process: Process) -> bool:
+        """Whether a member may have to be given samples; most often it is seen at once that it has enough."""
+        if self.granted_at != len(self.rows):
+            return True
+        # The journal is as it was when leases were last granted.
+        if self._in_tail(process.id.name) or not process.holds_state:
             return False
         if self.lease_plan is None or self.state.shares is not None:
             return True
-        return leases.wanted(self.state, member, process.info.batch_size, process.consumed, self.lease_plan) > 0
+        return leases.wanted(process.entry, process.info.batch_size, process.consumed, self.lease_plan) > 0

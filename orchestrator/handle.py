@@ -88,7 +88,11 @@ class Run:
                 raise TimeoutError(f"run {self.name} goes on after {timeout_s:g} s")
             time.sleep(POLL_S)
         if standing["reason"] == "failed":
-            raise RunFailed(f"the run failed: {standing['detail']}", place=str(self.run_dir))
+            raise RunFailed(
+                f"the run failed: {standing['detail']}",
+                place=str(self.run_dir),
+                remedy=f"atoll why {self.run_dir or self.name}, and the logs in its directory",
+            )
         if self.run_dir is None or not (self.run_dir / "summary.json").exists():
             raise UserError(f"the directory of {self.name} is not on this machine", remedy="status()")
         return load_summary(self.run_dir)

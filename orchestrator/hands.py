@@ -23,9 +23,11 @@ from orchestrator import places
 from orchestrator.actor_tools import must_not_fail
 from orchestrator.build import OWN_PACK_LABEL, island_index, island_spec, machine_labels
 from orchestrator.config import RunConfig
+from orchestrator.ending import make_sure, whereabouts
+from orchestrator.events import ProcessDied
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor
-from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, draining_nodes, island_actor_name
+from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, draining_nodes, find_islands, island_actor_name
 from orchestrator.standby import StandbyPool, is_standby
 from workers.context import IslandSpec
 from workers.messages import News
@@ -34,6 +36,7 @@ from workers.records import HUNG, FenceRecord, JoinRecord
 WATCH_S = 60.0
 STACK_TIMEOUT_S = 12.0
 STANDBY_AGAIN_S = 5.0
+GONE_S = 5.0  # at the end of a run, for those that did not end by themselves
 DRAIN_LOOK_S = 1.0
 
 log = logging.getLogger("atoll.controller")
@@ -58,6 +61,7 @@ class Hands:
     leaving_nodes: set[str]
     watches: dict[str, asyncio.Task[None]]
     started_as: dict[str, str]
+    pids: dict[str, tuple[int, str]]
     concluding: bool
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -107,7 +111,47 @@ class Hands:
         fences = [r for r in records if isinstance(r, FenceRecord) and (r.member, r.incarnation) == last]
         return None if any(fence.why.startswith(HUNG) for fence in fences) else mine[-1].member
 
-    async def _end_after_stack(self, name: str, handle: ActorHandle) -> None:
+    def _find_islands(self) -> None:
+        """After a restart: adopt each island's newest process, end older ones, replace those that are gone."""
+        found: dict[str, list[str]] = {}
+        for started_as, nonce in find_islands(self.run_id):
+            handle, name = self._process(started_as, nonce), self._name_of(started_as, nonce)
+            where = whereabouts(handle)
+            if where is not None:  # one that is stopped cannot be asked
+                self.pids[nonce] = where
+            if name is None:
+                self._kill(started_as, nonce, handle)
+            else:
+                found.setdefault(name, []).append(nonce)
+                self.started_as[nonce] = started_as
+        expected = () if self.config.run.elastic else self.host.plan.islands
+        for name in {*expected, *found, *self.host.coordinator.state.current}:
+            newest = max(found.get(name, []), default=None)
+            for nonce in found.get(name, ()):
+                handle = self._process(self.started_as[nonce], nonce)
+                if nonce == newest:
+                    self._adopt(name, nonce, handle)
+                else:
+                    self._kill(name, nonce, handle)
+            if newest is None:
+                self.host.handle(ProcessDied(name=name, nonce=None, why="it was gone when the controller came back"))
+
+    def _kill(self, name: str, nonce: str, handle: ActorHandle) -> None:
+        """End a process that may be stopped, and could not do it by itself then."""
+        ray.kill(handle)
+        where = self.pids.pop(nonce, None)
+        if where is not None:
+            self._task(make_sure(name, *where))
+
+    async def _kill_all(self) -> None:
+        """The run is over: end what is left. Of who said goodbye nobody has to make sure."""
+        left = [nonce for nonce in self.handles if (watch := self.watches.get(nonce)) is not None and not watch.done()]
+        sure = [make_sure(nonce, *self.pids[nonce], timeout_s=GONE_S) for nonce in left if nonce in self.pids]
+        for handle in self.handles.values():
+            ray.kill(handle)
+        await asyncio.gather(*sure)
+
+    async def _end_after_stack(self, name: str, nonce: str, handle: ActorHandle) -> None:
         """A process that hangs: what it hangs in is kept, then it is ended."""
         path = self.run_dir / "logs" / f"{name}.stack.txt"
         try:
@@ -115,7 +159,7 @@ class Hands:
             log.info("where the threads of %s were is in %s", name, path)
         except (TimeoutError, RayActorError, RayTaskError) as error:
             log.warning("the stack of %s could not be saved: %s", name, error or "no answer")
-        ray.kill(handle)
+        self._kill(name, nonce, handle)
 
     # ------------------------------------------------------------ nodes that go
 
@@ -163,10 +207,12 @@ class Hands:
                 self.place_of[name] = node
             self.watches[nonce] = self._task(self._watch_standby(name, nonce, handle))
 
-    def _place_standbys(self, nodes: dict[str, int]) -> None:
+    def _place_standbys(self, nodes: dict[str, int], owner_at: dict[str, str]) -> None:
         """In an elastic run a standby takes a place like an island; the first place is an island's."""
         for _ in range(self.pool.lacking()):
-            node = places.choose(places.free_places(nodes, self.place_of, self.leaving_nodes))
+            free = places.free_places(nodes, self.place_of, self.leaving_nodes)
+            free.subtract(places.kept_for(nodes, self.place_of, self.leaving_nodes, owner_at).values())
+            node = places.choose(free)
             if node is None or not any(not is_standby(name) for name in self.place_of):
                 return
             self._start_standbys(node)

@@ -55,8 +55,8 @@ class Heartbeats(PairDesk):
 
     # ------------------------------------------------------------ heartbeats
 
-    def _hello(self, member: MemberId, hello: msg.Hello) -> None:
-        process = self.roll.processes[member]
+    def _hello(self, process: Process, hello: msg.Hello) -> None:
+        member, entry = process.id, process.entry
         was_ready, had = process.holds_state, process.hello
         if hello.bytes_sent != process.bytes_before:
             self._count_bytes(process, hello.bytes_sent)
@@ -69,7 +69,6 @@ class Heartbeats(PairDesk):
             process.first_step_s = self.seconds()
             self.policy.stepped(member.name)
             self._track(member, "back_s")
-        entry = self.state.members[member]
         if hello.num_leased < entry.num_leased and had is not None and had.num_leased == hello.num_leased:
             rest = self.state.offered_ranges(member, hello.num_leased, entry.num_leased)
             self._tell(member, msg.LeaseGrant(index=hello.num_leased, ranges=rest))
@@ -94,7 +93,8 @@ class Heartbeats(PairDesk):
             self._start_if_ready()
         if self.plan.load == "by_speed" and self._lacks_share(member, hello):
             self._plan_shares()
-        self._grant(member)
+        if self._may_want(process):
+            self._grant(member)
         if self.leaving:
             self._let_go()
         if self.plan.keeps_copies:

@@ -2,6 +2,7 @@
 
 Each fault is journalled before it happens. What concerns a member is handed to its actor (`faults.chaos`), what
 concerns the controller or the head is done here. A cut link outlives the processes at its ends: new ones are told.
+Links of a lab are the network's, below all members: the controller changes them from where it runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from faults.lab.errors import LabError
+from faults.lab.schedule import LinkChange, LinkSchedule
 from faults.plan import CONTROLLER, PlannedFault, parse_fault
 from faults.process import FullDisk, JumpClock, die
 from faults.schedule import Past, Schedule
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.host import Host
 
 HEAD_BACK = "head_restarted"
+LINK_FAILED = "link_change_failed"
 LOOK_S = 0.5
 PAUSE_S = 2.0  # between two faults of a storm at the same member
 
@@ -111,26 +115,29 @@ class Injector:
     """The faults of one controller's life.
 
     Args:
+        plan: faults, and changes of links of the lab that this process runs in.
         clock: that of the controller, which can be made to jump. actors: by member, those that have begun.
         gcs_address: of the Ray cluster, to find its head.
     """
 
     def __init__(
         self,
-        plan: Sequence[PlannedFault],
+        plan: Sequence[PlannedFault | LinkChange],
         site: Site,
         clock: JumpClock,
         actors: Callable[[], Mapping[str, ActorHandle[Any]]],
         gcs_address: Callable[[], str],
     ) -> None:
-        self._plan, self._site, self._clock = plan, site, clock
+        self._plan = [fault for fault in plan if isinstance(fault, PlannedFault)]
+        self._site, self._clock = site, clock
         self._actors, self._gcs_address = actors, gcs_address
         self._disk = FullDisk()
         self._links: list[tuple[PlannedFault, float]] = []  # cut, and until when on this process's clock
         self._dead_head: tuple[str, float] | None = None  # its node, and when it was killed
         self._looked_s = float("-inf")
         self._struck: dict[str, float] = {}  # until when a member has a fault that lasts
-        self.schedule = Schedule(plan)
+        self.schedule = Schedule(self._plan)
+        self.wires = LinkSchedule([change for change in plan if isinstance(change, LinkChange)])
 
     def resume(self) -> None:
         """What earlier controllers have injected is not injected again."""
@@ -145,12 +152,21 @@ class Injector:
             self._say_head_is_back("it has started this controller again")
         plan = [*self._plan, *(parse_fault(text, members, place=repr(text)) for text in storms)]
         self.schedule = Schedule(plan, past)
+        self.wires.forget([one.text for one in past])
+
+    def unfired(self) -> list[str]:
+        """What has not happened, as it was written."""
+        return [*self.schedule.unfired(), *map(str, self.wires.waiting)]
 
     def tick(self) -> None:
         """Inject what is due."""
-        version = self._site.version()
-        if version is None or self._site.is_blocked():
+        if self._site.is_blocked():
             return  # with a full journal nothing can be written down before it happens
+        for change in self.wires.due(self._site.seconds()):
+            self._rewire(change)
+        version = self._site.version()
+        if version is None:
+            return
         if self._dead_head is not None and time.monotonic() - self._looked_s >= LOOK_S:
             self._look_for_head(*self._dead_head)
         here = {*self._actors(), CONTROLLER}
@@ -216,6 +232,18 @@ class Injector:
                 self._cut(fault)
             case _:
                 self._afflict(fault.targets[0], fault)
+
+    def _rewire(self, change: LinkChange) -> None:
+        """Change a link of the lab around this process."""
+        from faults.lab.lab import Lab
+
+        log.warning("link change: %s", change)
+        self._site.handle(FaultInjected(fault=change.fault, member=change.target, detail=str(change)))
+        try:
+            Lab.around().apply(change)
+        except LabError as error:
+            log.error("%s: %s", change, error)
+            self._site.handle(FaultNoticed(fault=LINK_FAILED, member=change.target, detail=f"{change}: {error}"))
 
     def _cut(self, fault: PlannedFault) -> None:
         """A link has two ends: of one member, all others are the other end."""

@@ -25,6 +25,7 @@ from orchestrator.errors import RunFailed, UserError
 from orchestrator.events import ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.host import Host
+from orchestrator.notify import notifying
 from orchestrator.rundir import RunDir
 from orchestrator.summary import Summary, save_summary
 from orchestrator.telemetry.telemetry import Telemetry
@@ -93,6 +94,8 @@ class InlineRun:
             self._log_to(stack, "atoll.island", self.run_dir.log(island_name(0), life))
             stack.callback(self.telemetry.stop)
             self.telemetry.start(self.host)
+            num = len(self.host.plan.islands)
+            stack.enter_context(notifying(self.host, self.config.notify, run_id=self.run_id, num_islands=num))
             self._held = stack.pop_all()
         self._thread.start()
 
@@ -145,7 +148,11 @@ class InlineRun:
             if self.failure is not None or not ended:
                 self.host.close()
                 cause = self.failure or f"it did not end within {END_TIMEOUT_S:g} s of its islands"
-                raise RunFailed(f"the run's controller failed: {cause}", place=str(self.run_dir.path)) from self.failure
+                raise RunFailed(
+                    f"the run's controller failed: {cause}",
+                    place=str(self.run_dir.path),
+                    remedy=f"the end of {self.run_dir.logs / 'controller.log'}",
+                ) from self.failure
             summary = build_summary(self.host, self.config)
             save_summary(summary, self.run_dir.path)
             self.host.close()
@@ -178,7 +185,11 @@ class InlineRun:
             job()
             self.telemetry.tick(self.host)
             if self.host.died is not None:
-                raise RunFailed(self.host.died.why, place=str(self.run_dir.path))
+                raise RunFailed(
+                    self.host.died.why,
+                    place=str(self.run_dir.path),
+                    remedy=f"the end of {self.run_dir.logs / 'controller.log'}",
+                )
             if self.host.finished is not None:
                 self.over.set()
 
@@ -190,7 +201,13 @@ class InlineRun:
     def _abort_islands(self) -> None:
         for context in self.contexts.values():
             if context.abort is not None:
-                context.abort(RunFailed(f"the run's controller failed: {self.failure}", place=str(self.run_dir.path)))
+                context.abort(
+                    RunFailed(
+                        f"the run's controller failed: {self.failure}",
+                        place=str(self.run_dir.path),
+                        remedy=f"the end of {self.run_dir.logs / 'controller.log'}",
+                    )
+                )
 
     @staticmethod
     def _log_to(stack: ExitStack, name: str, path: Path) -> None:

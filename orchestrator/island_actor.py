@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
@@ -177,6 +177,7 @@ class IslandActor:
             post=lambda envelope: _post(controller, envelope),
             clock=time.monotonic,
             num_sharing=_islands_here(node, self.spec.num_islands),
+            region=_label_of(node, self.spec.strategy.near_label) if self.spec.strategy.topology == "near" else "",
             executor=ThreadPoolExecutor(max_workers=4, thread_name_prefix="sync"),
         )
 
@@ -258,8 +259,17 @@ def _news(run_id: str, nonce: str, held: int, ready: bool) -> News | None:
 
 def _islands_here(node: str, num_islands: int) -> int:
     """Islands that this machine has places for, which share its memory."""
-    here = next((entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node), {})
+    here = _node_entry(node).get("Resources", {})
     return max(min(int(here.get("atoll_worker", 1)), num_islands), 1)
+
+
+def _label_of(node: str, label: str) -> str:
+    """What a label of this machine says (`atoll join --label`); nothing where it has none of that name."""
+    return str((_node_entry(node).get("Labels") or {}).get(label, ""))
+
+
+def _node_entry(node: str) -> dict[str, Any]:
+    return next((dict(entry) for entry in ray.nodes() if entry["NodeID"] == node), {})
 
 
 def _post(controller: ActorHandle, envelope: Envelope) -> None:

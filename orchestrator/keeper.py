@@ -10,12 +10,12 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from orchestrator.actor_tools import must_not_fail, through_cuts
-from orchestrator.alarms import Alarms
 from orchestrator.caretaker import Running
 from orchestrator.controls import Controls
 from orchestrator.dashboard.controls import carry_out, feed_part
 from orchestrator.dashboard.feed import FeedPart
 from orchestrator.events import Operated
+from orchestrator.notify import notifying
 from orchestrator.rollback import set_aside_later, store_of
 from orchestrator.rundir import RunDirInUse
 from workers.saved import SnapshotError
@@ -29,11 +29,11 @@ class Keeper(Controls):
     handles: dict[str, ActorHandle[Any]]
     nonce_of: dict[str, str]
     place_of: dict[str, str]
-    pids: dict[str, int]
+    pids: dict[str, tuple[int, str]]  # nonce -> process id and node
 
     async def _look_after(self, name: str, nonce: str, handle: ActorHandle[Any], node: str) -> None:
         """A process has begun: its id is kept, for when it hangs, and its log is copied where that is needed."""
-        self.pids[nonce] = await through_cuts(handle.pid.remote, node, name)
+        self.pids[nonce] = await through_cuts(handle.pid.remote, node, name), node
         if nonce in self.log_of:
             self._task(self._collect_log(nonce, handle))
 
@@ -45,11 +45,8 @@ class Keeper(Controls):
             log.warning("%s", error)
         if self.config.run.snapshots is not None:
             self.host.rolled_back = self._clear_store
-        config = self.config.notify
-        if config.command is None:
-            return
         num_islands = len(self.host.plan.islands) if not self.config.run.elastic else 0
-        self.host.alarms, self.host.tell = Alarms(config, num_islands=num_islands), self._notifier(config).tell
+        self.own.enter_context(notifying(self.host, self.config.notify, run_id=self.run_id, num_islands=num_islands))
 
     def _clear_store(self, versions: Sequence[int]) -> None:
         self._task(self._set_aside(versions))
@@ -66,10 +63,11 @@ class Keeper(Controls):
     def _running(self, member: str) -> Running | None:
         name = member.partition(".")[0]
         nonce = self.nonce_of.get(name)
-        if nonce is None or nonce not in self.pids or name not in self.place_of:
+        if nonce is None or nonce not in self.pids:
             return None
+        pid, node = self.pids[nonce]
         current = self.host.coordinator.state.current.get(name)
-        return Running(label=str(current or name), pid=self.pids[nonce], node=self.place_of[name])
+        return Running(label=str(current or name), pid=pid, node=node)
 
     def _names(self) -> Sequence[str]:
         return tuple(self.nonce_of)

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from faults.plan import PlannedFault
 from orchestrator.attach import note_address
 from orchestrator.build import num_islands
+from orchestrator.calibration import former_step
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.lean_ray import lean_start
 from orchestrator.progress import Progress
 from orchestrator.resume import check_resumable
+from orchestrator.room import check_room, look, who_is_waited_for
 from orchestrator.rundir import RunDir
 from orchestrator.summary import load_summary
 from orchestrator.waiting import waiting
@@ -29,6 +31,7 @@ from strategies.codecs.backends import resolve_backend
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from faults.lab.schedule import LinkChange
     from orchestrator.cluster.state import ClusterState
     from orchestrator.config import RunConfig
     from orchestrator.island_actor import ContextWrapper
@@ -76,7 +79,7 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
     for note in prepared.notes:
         _say(note)
     _, warning = resolve_backend(config.codec.backend)
-    if warning is not None and config.codec.name not in ("fp32", "bf16"):
+    if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
     if resume and config.run.address is None:  # elsewhere the run may be going on, see `RaySession.start`
         with waiting("looking at what can be resumed"):
@@ -89,16 +92,13 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
             if not quiet:
                 warm_up()
             stack.enter_context(session)
-        if prepared.links:
-            from faults.lab.lab import Lab
-            from faults.lab.playing import Playing
-
-            stack.enter_context(Playing(Lab.around(), prepared.links, say=_warn))
-        summary = session.run(run_dir.resolve(), prepared.pack, prepared.faults, resume=resume, quiet=quiet)
-    if summary.tokens_committed and config.pipeline.stages is None:  # its journal has other rows
+        plan: tuple[PlannedFault | LinkChange, ...] = (*prepared.faults, *prepared.links)
+        summary = session.run(run_dir.resolve(), prepared.pack, plan, resume=resume, quiet=quiet)
+    if summary.tokens_committed:
         from orchestrator.report.build import build_report
 
-        build_report(run_dir)
+        with waiting("writing the report"):
+            build_report(run_dir)
     return summary
 
 
@@ -163,21 +163,10 @@ class RaySession:
             known = enter_cluster(self.config.run.address)
         import ray
 
-        from orchestrator.processes import WORKER_RESOURCE
-
         if ray.is_initialized():
             self.connected_before = True
             return self
         self._connect(known)
-        places = self.places = int(ray.cluster_resources().get(WORKER_RESOURCE, 0))  # type: ignore[no-untyped-call]
-        if places < num_islands(self.config):
-            ray.shutdown()
-            raise UserError(
-                f"the cluster at {self.config.run.address!r} has room for {places} islands "
-                f"(resource {WORKER_RESOURCE}), the run has {num_islands(self.config)}",
-                place="run.address",
-                remedy="a smaller run.islands, atoll up --workers N, or atoll join ... --workers N on another machine",
-            )
         return self
 
     def _connect(self, known: ClusterState | None) -> None:
@@ -252,7 +241,7 @@ class RaySession:
         self,
         run_dir: Path,
         pack: Path | None,
-        faults: Sequence[PlannedFault],
+        faults: Sequence[PlannedFault | LinkChange],
         *,
         resume: bool,
         wrap: ContextWrapper | None = None,
@@ -260,6 +249,7 @@ class RaySession:
         """Create the run's controller, which starts the islands. `wrap`: see `faults.inject`.
 
         A run that is resumed may be going on: its controller outlives whoever started it, and is taken over then.
+        Raises UserError where the cluster can never have all its islands.
         """
         import ray
 
@@ -268,6 +258,8 @@ class RaySession:
         run_id, self.run_dir = run_dir.name, run_dir
         self.run_id = run_id
         alive = _find_controller(run_id)
+        room = look(self.config.run.labels)
+        self.places = room.places
         if alive is not None and resume:
             self.controller = alive
             return alive
@@ -277,6 +269,9 @@ class RaySession:
                 place=str(run_dir),
                 remedy="another --run-dir: the name of the folder is the run's name in the cluster",
             )
+        check_room(self.config, room)
+        if self.config.run.address is not None:  # elsewhere nobody else trains, and Ray tells what is free seconds late
+            _say(who_is_waited_for(self.config, room))
         if resume:
             elsewhere = self.config.run.address is not None
             found = check_resumable(RunDir(run_dir), snapshots=self.config.run.snapshots, elsewhere=elsewhere)
@@ -318,12 +313,20 @@ class RaySession:
         write_cluster_file(RunDir(run_dir).cluster_file, {**values, "local": self.config.run.address is None})
 
     def run(
-        self, run_dir: Path, pack: Path | None, faults: Sequence[PlannedFault], *, resume: bool, quiet: bool
+        self,
+        run_dir: Path,
+        pack: Path | None,
+        faults: Sequence[PlannedFault | LinkChange],
+        *,
+        resume: bool,
+        quiet: bool,
     ) -> Summary:
         """Start, watch, and return the summary."""
-        with interrupts_afterwards():
+        with waiting("starting the controller"), interrupts_afterwards():
             controller = self.start(run_dir, pack, faults, resume=resume)
-        with Progress(self.config, quiet=quiet, places=self.places) as progress:
+        own_pipeline = self.config.pipeline.stages is not None
+        former = None if quiet or own_pipeline else former_step(self.config, run_dir.parent)
+        with Progress(self.config, quiet=quiet, places=self.places, former=former) as progress:
             # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.
             own = self.config.run.address is None or self.connected_before
             watch(controller, progress, None if own else self.find_again)
@@ -415,7 +418,8 @@ def demo(prepared: Prepared, run_dir: Path, *, as_json: bool) -> int:
     if code == 0:
         console.rule("a sample before training, and after")
         for when in ("genesis", None):
-            text = sample(run_dir, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
+            with waiting("writing a sample"):
+                text = sample(run_dir, "def ", max_new_tokens=120, temperature=0.7, seed=0, snapshot=when)
             console.print(_glyphs(text) if when else text, markup=False, highlight=False)
             console.rule()
         console.print(console_table(load_summary(run_dir)))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heapreplace
 
-from orchestrator.run_state import RunState
+from orchestrator.run_state import Membership, RunState
 from workers import ranges
 from workers.ranges import Range
 from workers.records import LeaseRecord, MemberId
@@ -64,15 +64,20 @@ def own_left(state: RunState, name: str) -> int:
     return ranges.count(free_of(state, name)) + state.scopes.own[name][1] - state.own_next[name]
 
 
+def rest_of(state: RunState, name: str) -> tuple[Range, ...]:
+    """Those of a member's own samples that it has not: given back ones first, then what was never leased."""
+    at, stop = state.own_next[name], state.scopes.own[name][1]
+    return (*free_of(state, name), *([(at, stop)] if at < stop else ()))
+
+
 def waiting(state: RunState) -> dict[str, int]:
     """Samples that wait for one member which does not live: nobody else may have them."""
     lacking = {name: own_left(state, name) for name in state.scopes.own if name not in state.current}
     return {name: num for name, num in sorted(lacking.items()) if num}
 
 
-def wanted(state: RunState, member: MemberId, batch: int, consumed: int, plan: Plan) -> int:
-    """Samples that `member` should be given now; whole batches; 0 if it has enough ahead."""
-    entry = state.members[member]
+def wanted(entry: Membership, batch: int, consumed: int, plan: Plan) -> int:
+    """Samples that a member should be given now; whole batches; 0 if it has enough ahead."""
     watermark = min(entry.watermarks, default=0)
     ahead = entry.num_leased - watermark
     if ahead < plan.low_steps * batch + 1:
@@ -135,7 +140,7 @@ def grant(
         inner_steps = known.get(member, plan.inner_steps)
         if inner_steps not in plans:
             plans[inner_steps] = replace(plan, inner_steps=inner_steps)
-        want = wanted(state, member, batch, consumed, plans[inner_steps])
+        want = wanted(state.members[member], batch, consumed, plans[inner_steps])
         if want and member.name in state.scopes.own:  # its own samples first: nobody else can make up for them
             own[member], want = _take_own(state, member.name, want)
         demands[member] = (want, batch)

@@ -28,6 +28,9 @@ the Fence says `refused`, returned samples become tainted, and those that are ta
 Drop(upto), of a living incarnation, max W <= upto <= leased: from min W to max W partial, from max W to upto dropped,
 all final; then W[f] = upto for all f, without those counting as committed.
 
+Abandon, of a member with samples of its own which does not live: all of them that are free or were never leased are
+dropped.
+
 Revoke of the head of f: the roster's samples lose fragment f, the head goes back. An incarnation that is not settled
 gets W[f] = since, except for positions below its last Drop, which stay final. Of settled incarnations and of positions
 below a Drop: what is left in no fragment goes back to free (settled) or is dropped (below a Drop), the rest is partial.
@@ -165,22 +168,11 @@ def recompute(rows: Sequence[Row], *, place: Callable[[int], str] | None = None)
         num_params=replay.num_params,
         initial_val_loss=replay.val_losses[0] if replay.val_losses else None,
         final_val_loss=replay.val_losses[-1] if len(replay.val_losses) > 1 else None,
-        waiting=_waiting(replay),
+        waiting=replay.own.waiting(replay.free, replay.live_names()),
         deviations=tuple(sorted([*replay.deviations, *_name_partial(replay, partial)], key=lambda d: d.seq)),
         findings=tuple(replay.findings),
         num_findings=replay.num_findings,
     )
-
-
-def _waiting(replay: Replay) -> tuple[tuple[str, int], ...]:
-    """Samples that are the own ones of a member which does not live: free, or never leased."""
-    live = {inc.id.name for inc in replay.incarnations.values() if inc.live}
-    lacking = [
-        (name, count(replay.free.common([span])) + max(span[1] - replay.cursors[name], 0))
-        for name, span in sorted(replay.own.items())
-        if name not in live
-    ]
-    return tuple((name, num) for name, num in lacking if num)
 
 
 def _check_sums(replay: Replay, fates: dict[str, IntervalSet]) -> None:

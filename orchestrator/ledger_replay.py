@@ -12,12 +12,14 @@ from itertools import pairwise
 
 from orchestrator.intervals import IntervalSet
 from orchestrator.ledger_model import Deviation, DeviationKind, Finding, Head, Incarnation, chain_of
+from orchestrator.ledger_owned import OwnSamples
 from orchestrator.segments import link_problem
 from workers import ranges as spans
 from workers.live_settings import holds_at_once
 from workers.pair_records import PairCommitRecord
 from workers.ranges import Range
 from workers.records import (
+    AbandonRecord,
     CommitRecord,
     DropRecord,
     EvaluationRecord,
@@ -68,8 +70,7 @@ class Replay:
         self.num_params = 0
         self._evaluations: list[tuple[tuple[int, ...], float | None]] = []
         self._most_full = 0
-        self.own: dict[str, Range] = {}
-        self.cursors = {"": 0}  # up to where samples were leased: those of all, and those that are one member's own
+        self.own = OwnSamples(self.fail)
         self._place = place
         self._row: Row | None = None
         self._rank: tuple[int, int] | None = None
@@ -82,6 +83,7 @@ class Replay:
             JoinRecord: self._join,
             FenceRecord: self._fence,
             ScopeRecord: self._scope,
+            AbandonRecord: self._abandon,
             LeaseRecord: self._lease,
             CommitRecord: self._commit,
             SettleRecord: self._settle,
@@ -250,25 +252,18 @@ class Replay:
     # ------------------------------------------------------------ leases
 
     def _scope(self, r: ScopeRecord) -> None:
-        if self.own or self.issued.num:
-            self.fail("scope", "samples get their owners after the first lease, or twice")
-            return
-        self.own = dict(zip(r.members, r.ranges, strict=True))
-        self.cursors |= {name: start for name, (start, _) in self.own.items()}
-        for (_, before), (start, stop) in pairwise(sorted(self.own.values())):
-            if not before <= start < stop:
-                self.fail("scope", f"samples {start}:{stop} have two owners, or are none")
+        self.own.set(r, has_issued=self.issued.num > 0)
 
-    def _owner(self, member: str, start: int, stop: int) -> str:
-        """Whose samples these are: everybody's (empty), or of the member that is leased them; else a finding."""
-        low, high = self.own.get(member, (0, 0))
-        if low <= start and stop <= high:
-            return member
-        for name, (first, last) in self.own.items():
-            if start < last and first < stop:
-                self.fail("lease", f"samples {max(start, first)}:{min(stop, last)} are {name}'s alone")
-                return name
-        return ""
+    def _abandon(self, r: AbandonRecord) -> None:
+        if self.own.abandon(r, self.free, self.live_names()):
+            self.issued.add(r.ranges)
+            self.free.remove(r.ranges)
+            self.dropped.add(r.ranges)
+            self._deviate("dropped", r.member, r.ranges, r.why)
+
+    def live_names(self) -> set[str]:
+        """Members that live."""
+        return {inc.id.name for inc in self.incarnations.values() if inc.live}
 
     def _lease(self, r: LeaseRecord) -> None:
         inc = self._find("lease", r.member, r.incarnation)
@@ -287,8 +282,8 @@ class Replay:
             if not 0 <= start < stop:
                 self.fail("lease", f"{start}:{stop} is no range of samples")
                 continue
-            owner = self._owner(r.member, start, stop)
-            cursor = self.cursors[owner]
+            owner = self.own.owner(r.member, start, stop)
+            cursor = self.own.cursors[owner]
             old = (start, min(stop, cursor))
             if old[0] < old[1]:
                 for low, high in self.free.missing([old]):
@@ -298,7 +293,7 @@ class Replay:
             if stop > cursor:
                 if start > cursor:
                     self.fail("lease", f"samples {cursor}:{start} are skipped")
-                self.cursors[owner] = stop
+                self.own.cursors[owner] = stop
             self.issued.add([(start, stop)])
             inc.lease((start, stop))
         self.num_reissued += spans.count(again)

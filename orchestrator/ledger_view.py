@@ -113,6 +113,8 @@ def compare(
         "tokens_lost": tokens.get("lost"),
         "exchanges_committed": ledger.exchanges_committed,
     }
+    if tokens.get("dropped") or "tokens_dropped" in summary:  # older versions did not write it
+        recomputed["tokens_dropped"] = tokens.get("dropped")
     stated = {
         "params": ledger.num_params,
         "anchor_digest": anchor_digest(ledger),

@@ -97,15 +97,13 @@ class Lifecycle(Granting):
     # ------------------------------------------------------------ joining
 
     def _sender(self, envelope: msg.Envelope) -> MemberId | None:
-        """The live incarnation behind an envelope; a fenced one is told so."""
+        """The live incarnation behind an envelope whose process is not here; a fenced one is told so."""
         if envelope.incarnation is None:
             return None
         member = MemberId(envelope.name, envelope.incarnation)
         entry = self.state.members.get(member)
         if may_speak(entry, envelope.nonce):
-            if member in self.roll.processes and (verdict := self.roll.heard(member, self.now)) is not None:
-                self._verdict(verdict)
-            return member
+            return member  # who lived before this controller, and was not heard by it yet
         self.stale_messages += 1
         self.nonces[envelope.nonce] = (envelope.name, member)
         if not any(isinstance(body, msg.Join) for body in envelope.bodies):
@@ -165,7 +163,8 @@ class Lifecycle(Granting):
         if member in self.roll.processes:
             self.roll.processes[member].rows_sent = 0
             return
-        self.roll.add(Process(id=member, nonce=nonce, info=info, joined_s=self.now, heard_s=self.now))
+        entry = self.state.members[member]
+        self.roll.add(Process(id=member, entry=entry, nonce=nonce, info=info, joined_s=self.now, heard_s=self.now))
         self.nonces[nonce] = (member.name, member)
 
     def _after_join(self) -> None:

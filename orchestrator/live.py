@@ -48,7 +48,10 @@ def check_changes(
     if "strategy.outer_lr" in wanted and (strategy.name == "ddp" or strategy.outer == "average"):
         what = "strategy.name = 'ddp'" if strategy.name == "ddp" else "strategy.outer = 'average'"
         raise UserError("strategy.outer_lr has no effect in this run", place=what, remedy="leave it out")
-    changed = config.with_values({**already, **wanted})
+    try:
+        changed = config.with_values({**already, **wanted})
+    except UserError as error:  # which would name the place in the run's own file
+        raise UserError(error.message, place="atoll set", remedy=error.remedy) from error
     return tuple((key, _value(changed, key)) for key in wanted)
 
 

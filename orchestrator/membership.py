@@ -14,12 +14,15 @@ rebuilt from heartbeats after a restart. Suspicion is reversible and costs nothi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from faults.detector import SilenceDetector
 from faults.stragglers import HANG_S, Progress, SlowJudge, hang, has_shared_cause
 from workers.messages import FragmentReport, Hello, ProcessInfo
 from workers.records import MemberId
+
+if TYPE_CHECKING:
+    from orchestrator.run_state import Membership
 
 Status = Literal["joining", "healthy", "slow", "suspect", "draining"]
 COMPARE_EVERY_S, COMPARE_S_PER_MEMBER = 1.0, 1e-3
@@ -61,11 +64,13 @@ class MemberClock:
 class Process:
     """A live incarnation's process. Times are the controller's own clock.
 
+    `entry`: what the journal says of the incarnation, at hand, since looking up one of thousands waits for memory;
     `consumed`: samples, by its last heartbeat or what it has offered since; `holds_state`: of every fragment;
-    `bytes_before`: what it had sent by the heartbeat before.
+    `here`: its incarnation lives; `bytes_before`: what it had sent by the heartbeat before.
     """
 
     id: MemberId
+    entry: Membership
     nonce: str
     info: ProcessInfo
     joined_s: float
@@ -82,6 +87,7 @@ class Process:
     first_step_s: float | None = None
     stepping_since_s: float | None = None
     clock: MemberClock = field(default_factory=MemberClock)
+    here: bool = True
     rows_sent: int = 0
     bytes_before: int = 0
 
@@ -177,11 +183,6 @@ class Process:
             return None
         return self.hello.fragments[fragment]
 
-    def behind(self, fragment: int, head: int) -> int:
-        """How many versions it has yet to apply, by its last heartbeat."""
-        report = self.report(fragment)
-        return 0 if report is None else max(head - report.n, 0)
-
     def ready(self) -> bool:
         """Whether it holds a state of every fragment, so that it can train, offer and own parts."""
         return self.holds_state
@@ -213,6 +214,7 @@ class Roll:
     heartbeat_s: float = 0.5
     judges_hangs: bool = True
     processes: dict[MemberId, Process] = field(default_factory=dict)
+    by_nonce: dict[str, Process] = field(default_factory=dict)
     judged_s: float | None = None
     compared_s: float = float("-inf")
     slow: SlowJudge[MemberId] = field(default_factory=SlowJudge)
@@ -222,14 +224,23 @@ class Roll:
 
     def add(self, process: Process) -> None:
         """A process was admitted, or came back to this controller."""
-        self.processes[process.id] = process
+        self.processes[process.id] = self.by_nonce[process.nonce] = process
         self.changed[process.id] = None
 
     def remove(self, member: MemberId) -> Process | None:
         """Its incarnation has ended; the process that it had, if this controller knew one."""
         self.changed[member] = None
         self.lasting.pop(member, None)
-        return self.processes.pop(member, None)
+        process = self.processes.pop(member, None)
+        if process is not None:
+            process.here = False
+            self.by_nonce.pop(process.nonce, None)
+        return process
+
+    def speaker(self, nonce: str, name: str, incarnation: int | None) -> Process | None:
+        """The process that an envelope is from, if it is here and is what it says."""
+        process = self.by_nonce.get(nonce)
+        return process if process is not None and process.id == (name, incarnation) else None
 
     def take_changed(self) -> list[MemberId]:
         """Whose status may have changed since this was last asked."""
@@ -242,18 +253,14 @@ class Roll:
         first_step = process.said(hello, now)
         if process.holds_state != held:
             self.changed[process.id] = None
-        if hello.doing_s > self._lasts_s():
+        if hello.doing_s > HANG_S or hello.doing_s > self.limbo_s:  # nothing that takes no longer is a hang
             self.lasting[process.id] = None
         elif self.lasting and not process.hanging:
             self.lasting.pop(process.id, None)
         return first_step
 
-    def _lasts_s(self) -> float:
-        return HANG_S if HANG_S < self.limbo_s else self.limbo_s  # nothing that takes no longer is a hang
-
-    def heard(self, member: MemberId, now: float) -> Verdict | None:
-        """A message arrived from `member`."""
-        process = self.processes[member]
+    def heard(self, process: Process, now: float) -> Verdict | None:
+        """A message arrived."""
         gap_s = now - process.heard_s
         if gap_s > 0.0:  # of what comes at the same moment nothing is learnt
             (process.gaps or self._gaps(process)).heard(gap_s)

@@ -8,11 +8,16 @@ import queue
 import shlex
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from orchestrator.alarms import Alarm, NotifyConfig
+from orchestrator.alarms import Alarm, Alarms, NotifyConfig
+
+if TYPE_CHECKING:
+    from orchestrator.host import Host
 
 MAX_WAITING = 64
 log = logging.getLogger("atoll.controller")
@@ -71,3 +76,21 @@ class Notifier:
         else:
             if done.returncode:
                 log.warning("notify.command ended with %d: %s", done.returncode, done.stderr.strip()[-500:])
+
+
+@contextmanager
+def notifying(host: Host, config: NotifyConfig, *, run_id: str, num_islands: int) -> Iterator[None]:
+    """Run `notify.command`, where there is one, for what happens to the host's run while the block runs.
+
+    At its end what waits is told, as long as that takes no more than `notify.timeout_s`. `num_islands`: see `Alarms`.
+    """
+    if config.command is None:
+        yield
+        return
+    notifier = Notifier(config, {"run": run_id, "run_dir": str(host.run_dir.path)})
+    host.alarms, host.tell = Alarms(config, num_islands=num_islands), notifier.tell
+    notifier.start()
+    try:
+        yield
+    finally:
+        notifier.close(config.timeout_s)

@@ -12,11 +12,13 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from orchestrator.dashboard.feed import FeedPart, part_to_json
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.processes import CONTROLLER_PREFIX, NAMESPACE
+from orchestrator.room import look
 
 CALL_S = 30.0
 # What may be asked of a controller: name of the request -> its method.
@@ -78,8 +80,10 @@ def answer(request: Mapping[str, Any]) -> Any:
     what, wanted, args = request.get("do"), request.get("run"), request.get("args", {})
     if what == "runs":
         return [_standing(name) for name in controllers()]
+    if what == "room" and isinstance(args, dict):
+        return asdict(look({str(key): str(value) for key, value in dict(args.get("labels", {})).items()}))
     if what not in METHODS or not isinstance(args, dict):
-        raise UserError(f"{str(what)[:40]!r} cannot be asked for", remedy=", ".join(["runs", *METHODS]))
+        raise UserError(f"{str(what)[:40]!r} cannot be asked for", remedy=", ".join(["runs", "room", *METHODS]))
     name = choose(controllers(), wanted)
     try:
         controller = ray.get_actor(f"{CONTROLLER_PREFIX}{name}", namespace=NAMESPACE)
@@ -97,7 +101,7 @@ def answer(request: Mapping[str, Any]) -> Any:
             raise UserError(
                 str(getattr(cause, "message", cause)),
                 place=getattr(cause, "place", None),
-                remedy=getattr(cause, "remedy", None),
+                remedy=getattr(cause, "remedy", None) or "atoll logs shows what went on there",
             ) from error
         raise
     except UserError:
@@ -124,7 +128,7 @@ def answer_line(line: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
         if not isinstance(request, dict):
-            raise UserError("a request is one line with a JSON object")
+            raise UserError("a request is one line with a JSON object", remedy='{"do": "runs"}')
         return {"ok": answer(request)}
     except ValueError as error:
         told = {key: getattr(error, key, None) for key in ("message", "place", "remedy")}

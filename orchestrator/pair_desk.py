@@ -6,7 +6,7 @@ all control messages do; payloads do not. A full merge is an ordinary exchange.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 from orchestrator import pairing
@@ -25,14 +25,26 @@ STALLED_TIMEOUTS = 4.0
 """After so many pair timeouts the next round's roster is published, whatever this one's groups do."""
 
 
-def groups_of(strategy: StrategyConfig, names: Sequence[str], round_: int, *, seed: int) -> topo.Groups:
-    """Who meets whom in a round, as `[strategy]` says."""
+def groups_of(
+    strategy: StrategyConfig, names: Sequence[str], round_: int, *, turn: int, seed: int, regions: Mapping[str, str]
+) -> topo.Groups:
+    """Who meets whom in a round, as `[strategy]` says.
+
+    `turn`: rounds before in which somebody met. Schedules that repeat go by it and not by `round_`: rosters that
+    nobody was there to use must not take the same turn of the schedule away each time, lest members that only it brings
+    together never meet. `regions`: of each member, for topology near.
+    """
     if len(names) < max(strategy.group_size, 2):
         return topo.everybody(names) if len(names) > 1 else ()
     if strategy.topology == "exponential":
-        return topo.exponential_pairs(names, round_=round_)
+        return topo.exponential_pairs(names, round_=turn)
     if strategy.topology == "ring":
-        return topo.ring_pairs(names, round_=round_)
+        return topo.ring_pairs(names, round_=turn)
+    if strategy.topology == "near":
+        return topo.near_groups(
+            names, regions=regions, seed=seed, round_=round_, turn=turn, size=strategy.group_size,
+            keep_gap=strategy.keep_gap,
+        )  # fmt: skip
     return topo.random_groups(names, seed=seed, round_=round_, size=strategy.group_size)
 
 
@@ -54,11 +66,22 @@ class PairDesk(Operations):
         """See `Desk`. What the journal says of pairs is taken over."""
         super().__init__(plan, rows, term, now=now, started_s=started_s)
         self.gossips = plan.strategy.in_pairs
-        seed = crc32(plan.run_id.encode())
-        self.book = PairBook(topology=lambda names, round_: groups_of(plan.strategy, names, round_, seed=seed))
+        self.book = PairBook(topology=self._groups)
         self.roster_s = float("-inf")
+        self.turns, self.last_met = 0, -1
         if self.gossips:
             self._replay_pairs()
+
+    def _groups(self, names: Sequence[str], round_: int) -> topo.Groups:
+        infos = {name: self.roll.processes.get(member) for name, member in self.book.live.items()}
+        # Whoever has not said yet where it is has a region of its own, and meets others that are left over.
+        regions = {name: (one.info.region or one.info.node) if one is not None else name for name, one in infos.items()}
+        seed = crc32(self.plan.run_id.encode())
+        return groups_of(self.plan.strategy, names, round_, turn=self.turns, seed=seed, regions=regions)
+
+    def _count_turn(self, round_: int) -> None:
+        if round_ > self.last_met:
+            self.turns, self.last_met = self.turns + 1, round_
 
     def _replay_pairs(self) -> None:
         members = sorted(self.state.members.items())
@@ -72,6 +95,7 @@ class PairDesk(Operations):
                 pairs = tuple(read_group(row.round_, text) for text in row.groups)
                 out.append(pairing.RosterRecord(round_=row.round_, pairs=pairs))
             else:
+                self._count_turn(row.round_)
                 spans = zip(row.members, row.incarnations, row.since, row.upto, strict=True)
                 out.append(
                     pairing.PairRecord(
@@ -99,6 +123,10 @@ class PairDesk(Operations):
         super()._log_fence(member, why, refused=refused)
         if self.gossips:
             self._obey_book(self.book.fence(member))
+
+    def _round_is_open(self) -> bool:
+        """Whether a group of the newest roster has no outcome yet; those of older ones may stay open for long."""
+        return any(pair.round_ == self.book.round_ for pair in self.book.open)
 
     def _in_open_pair(self, member: MemberId) -> bool:
         return self.gossips and any(member in pair.members for pair in self.book.open)
@@ -133,7 +161,7 @@ class PairDesk(Operations):
         if len(self.book.live.keys()) - len(self.book.suspect) < 2:
             return  # nobody could meet anybody
         waited_s = self.now - self.roster_s
-        if not self.book.open or waited_s > STALLED_TIMEOUTS * self.plan.strategy.pair_timeout_s:
+        if not self._round_is_open() or waited_s > STALLED_TIMEOUTS * self.plan.strategy.pair_timeout_s:
             self._obey_book(self.book.next_round())
 
     def _obey_book(self, commands: Sequence[pairing.Command]) -> None:
@@ -152,10 +180,11 @@ class PairDesk(Operations):
                     self._fence(member, why, refused=False)
         if self.state.unsettled:
             self._settle_all()
-        if not self.book.open and any(isinstance(command, pairing.Send) for command in commands):
+        if not self._round_is_open() and any(isinstance(command, pairing.Send) for command in commands):
             self._pair_tick()  # all groups of the round have their outcome
 
     def _log_pair(self, row: pairing.PairRecord) -> None:
+        self._count_turn(row.round_)
         self._log(
             PairCommitRecord(
                 round_=row.round_,

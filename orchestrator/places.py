@@ -2,6 +2,7 @@
 
 A node has as many places as it has units of the resource `atoll_worker`. An island keeps its place while its process
 is replaced there, and loses it with its node; an island that lost its place has the first right to the next free one.
+An island with a pack of its own has a place on the machine that has that pack, and nowhere else.
 """
 
 from __future__ import annotations
@@ -36,14 +37,33 @@ def choose(free: Mapping[str, int]) -> str | None:
     return min((node for node, num in free.items() if num > 0), key=lambda node: (-free[node], node), default=None)
 
 
-def fill(
-    nodes: Mapping[str, int], place_of: Mapping[str, str], leaving: Collection[str], waiting: Sequence[str]
-) -> list[tuple[str, str]]:
-    """`(island, node)` for every free place: those that wait for one first, then new islands with the lowest names."""
+def kept_for(
+    nodes: Mapping[str, int], place_of: Mapping[str, str], leaving: Collection[str], owner_at: Mapping[str, str]
+) -> dict[str, str]:
+    """`{island: node}`: owners of packs that have no place yet, and the machine that has the pack and room for them."""
     free = free_places(nodes, place_of, leaving)
-    taken = {*place_of, *waiting}
+    found = {name: node for node, name in sorted(owner_at.items(), reverse=True) if free[node] > 0}
+    return {name: node for name, node in found.items() if name not in place_of}
+
+
+def fill(
+    nodes: Mapping[str, int],
+    place_of: Mapping[str, str],
+    leaving: Collection[str],
+    waiting: Sequence[str],
+    owners: Collection[str] = (),
+    owner_at: Mapping[str, str] | None = None,
+) -> list[tuple[str, str]]:
+    """`(island, node)` for every free place: those that wait for one first, then new islands with the lowest names.
+
+    `owners`: islands with packs of their own; `owner_at`: on which node that of which island is.
+    """
+    free = free_places(nodes, place_of, leaving)
+    out = sorted(kept_for(nodes, place_of, leaving, owner_at or {}).items())
+    free.subtract(node for _, node in out)
+    taken = {*place_of, *waiting, *owners}
     unused = (name for name in map(island_name, count()) if name not in taken)
-    queue, out = list(waiting), []
+    queue = [name for name in waiting if name not in owners]
     while (node := choose(free)) is not None:
         name = queue.pop(0) if queue else next(unused)
         out.append((name, node))

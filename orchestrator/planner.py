@@ -161,14 +161,15 @@ def pushes(case: Case, config: RunConfig) -> Traffic:
 
 
 def pairs(case: Case, config: RunConfig) -> Traffic:
-    """What a member of a group sends between two full merges, at their mean: anchor and displacement, fp32.
+    """What a member of a group sends between two full merges, at their mean (fp32): parameters, or two vectors.
 
     The merge itself is one exchange of all in `strategy.merge_every` rounds.
     """
     merge = all_reduce(case, config)
     strategy, values = config.strategy, sum(merge.values)
     every = strategy.merge_every
-    sent = 8 * values * (strategy.group_size - 1) * (every - 1)
+    each = (4 if strategy.name == "gossip" else 8) * values
+    sent = each * (strategy.group_size - 1) * (every - 1) * strategy.gossip_steps
     return replace(
         merge,
         exchanges=(-(-(sum(merge.exchanges) + sent) // every),),

@@ -148,7 +148,10 @@ def make_plan(case: Case, own: Mapping[str, RunConfig]) -> Plan:
             misfits[name] = str(error)
     real = [cost for cost in costs if cost.preset not in EXAMPLES and cost.preset not in own]
     if not real:
-        raise UserError(f"no preset fits this model: {'; '.join(misfits.values())}")
+        raise UserError(
+            f"no preset fits this model: {'; '.join(misfits.values())}",
+            remedy="a larger model, or settings of your own: atoll plan RUN.toml",
+        )
     best = choose([cost for cost in real if cost.preset not in FOR_A_REASON])
     return Plan(
         params=case.num_params,

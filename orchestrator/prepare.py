@@ -58,9 +58,11 @@ def prepare(config: RunConfig, faults: Sequence[str] = ()) -> Prepared:
         )
     names = [island_name(i) for i in range(num_islands(config))]
     for name in config.train.per_island:
-        if name not in names:
+        if name not in names and not config.run.elastic:
             raise UserError(
-                f"train.per_island names {name!r}, the run has {', '.join(names)}", place="train.per_island"
+                f"train.per_island names {name!r}, the run has {', '.join(names)}",
+                place="train.per_island",
+                remedy=f"[train.per_island.{names[-1]}], or a larger run.islands",
             )
     plan, links = read_faults(config, faults, names), read_link_changes(config)
     _import_from_here()

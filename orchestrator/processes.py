@@ -80,6 +80,14 @@ def worker_nodes(labels: Mapping[str, str]) -> tuple[dict[str, int], dict[str, i
     return total, {node: int(free.get(node, {}).get(WORKER_RESOURCE, 0)) for node in total}
 
 
+def label_of_nodes(key: str) -> dict[str, str]:
+    """What each node that is there says of itself under a label; those that do not have it are left out."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node["Labels"][key] for node in nodes if key in (node.get("Labels") or {})}
+
+
 def draining_nodes() -> set[str]:
     """Nodes that Ray was told to drain: whoever runs the machines gives notice that it takes them away."""
     from ray._private.state import state

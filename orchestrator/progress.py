@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from orchestrator.calibration import FormerStep
     from orchestrator.config import RunConfig
 
 
@@ -16,9 +17,14 @@ BAR_WIDTH = 24
 class Progress:
     """A view of the controller's status; silent with `quiet`."""
 
-    def __init__(self, config: RunConfig, *, quiet: bool, places: int | None = None) -> None:
-        """Nothing is printed before it is entered. `places`: of the cluster, all of which an elastic run takes."""
-        self.config, self.quiet = config, quiet
+    def __init__(
+        self, config: RunConfig, *, quiet: bool, places: int | None = None, former: FormerStep | None = None
+    ) -> None:
+        """Nothing is printed before it is entered.
+
+        `places`: of the cluster, all of which an elastic run takes. `former`: how long a step took in an earlier run.
+        """
+        self.config, self.quiet, self._former = config, quiet, former
         elastic = config.run.elastic and places is not None
         self._expected = max(places or 0, 1) if elastic else config.run.islands
         self._evaluations = -1
@@ -35,11 +41,11 @@ class Progress:
         if self.config.pipeline.stages is not None:
             self.say(self._pipeline())
             return self
-        strategy, islands = self.config.strategy, self._expected
-        steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
+        self.say(self._what_is_sent())
+        islands = self._expected
         self.say(
             f"{islands} {'island' if islands == 1 else 'islands'}, {self.config.train.tokens:,} tokens, "
-            f"strategy {strategy.name}, synchronising {self._size(islands)}every {steps} as {self.config.codec.name}"
+            f"strategy {self.config.strategy.name}"
         )
         return self
 
@@ -94,15 +100,24 @@ class Progress:
             f"{pipeline.boundary}"
         )
 
-    def _size(self, islands: int | str) -> str:
-        """What one island sends in a round, where it is known before the model is built."""
-        from orchestrator.planning import round_bytes
-        from orchestrator.quantities import show_bytes
-
-        if not isinstance(islands, int) or self.quiet:
+    def _what_is_sent(self) -> str:
+        """What one island sends, how often, and what link that needs, as far as it is known before anything runs."""
+        if self.quiet:
             return ""
-        num = round_bytes(self.config, num_islands=islands)
-        return "" if num is None else f"{show_bytes(num)} "
+        from orchestrator.planning import round_bytes, sentence
+        from orchestrator.quantities import show_bytes, show_seconds
+
+        islands, strategy, codec = self._expected, self.config.strategy, self.config.codec.name
+        num = round_bytes(self.config, num_islands=islands) if isinstance(islands, int) else None
+        steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
+        if num is None:
+            return f"synchronising every {steps} as {codec}"
+        if self._former is None:
+            later = "what link that needs is said once steps are timed"
+            return f"synchronising {show_bytes(num)} every {steps} as {codec}; {later}"
+        step_s = self._former.seconds
+        how = f"every {steps} of {show_seconds(step_s)}, as in {self._former.run.name}; {codec}"
+        return f"{sentence(num, strategy.inner_steps_at(1.0) * step_s)} ({how})"
 
     def _say_pace(self, status: dict[str, Any]) -> None:
         """As soon as every island has timed its steps: what link the run needs, as the planner reckons it."""

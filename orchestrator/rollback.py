@@ -49,9 +49,17 @@ def find_target(snapshots: Path, state: RunState, version: int, store: SnapshotS
     """The snapshot of a version, checked whole.
 
     Raises:
-        UserError: there is none in the run's history; names those that there are.
+        UserError: there is none in the run's history, and names those that there are; or the run gossips.
         SnapshotError: it is damaged, or the store cannot be reached.
     """
+    if state.pair_rows:
+        kept = "snapshots" if store is None else store.place
+        raise UserError(
+            "the run gossips: what pairs have committed since its last full merge cannot be taken back",
+            place="strategy.name",
+            remedy=f"atoll stop, atoll export --snapshot v{version} --out DIR (one of those in {kept}), and a new run "
+            "with model.init_from = DIR",
+        )
     known = targets(snapshots, state, store)
     for target in known:
         if max(target.versions) == version:

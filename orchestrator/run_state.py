@@ -19,6 +19,7 @@ from workers.messages import Version
 from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.ranges import Range
 from workers.records import (
+    AbandonRecord,
     CommitRecord,
     DropRecord,
     EvaluationRecord,
@@ -44,7 +45,9 @@ from workers.records import (
 from workers.scopes import ALL_SHARED, Scopes
 
 GENESIS_CHAIN = "genesis"
-COMMITS_NOTHING = {JoinRecord, FenceRecord, ScopeRecord, LeaseRecord, SharesRecord, SettingRecord, EvaluationRecord}
+COMMITS_NOTHING = {
+    JoinRecord, FenceRecord, ScopeRecord, AbandonRecord, LeaseRecord, SharesRecord, SettingRecord, EvaluationRecord,
+}  # fmt: skip
 """Records after which as many samples are committed as before."""
 
 
@@ -261,6 +264,17 @@ class RunState:
         self.scopes = Scopes(own=dict(zip(r.members, r.ranges, strict=True)))
         self.own_next = {name: start for name, (start, _) in self.scopes.own.items()}
 
+    def _abandon(self, r: AbandonRecord) -> None:
+        _must(r.member in self.scopes.own and r.member not in self.current, f"{r.member} lives, or has nothing alone")
+        issued, stop = self.own_next[r.member], self.scopes.own[r.member][1]
+        old = [(a, b) for a, b in r.ranges if b <= issued]
+        _must(r.ranges[len(old) :] in ((), ((issued, stop),)), f"{r.ranges} is not the rest of what is {r.member}'s")
+        _must(ranges.subtract(old, self.free) == (), f"samples of {r.member} are dropped that are not free")
+        if len(old) < len(r.ranges):
+            self.own_next[r.member] = stop
+        self.free = ranges.subtract(self.free, old)
+        self.dropped = ranges.union(self.dropped, r.ranges)
+
     def _commit(self, r: CommitRecord) -> None:
         head = self.heads[r.fragment]
         _must(
@@ -277,8 +291,9 @@ class RunState:
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)
         self.history[r.fragment].append(r)
         self.num_commits += 1
-        self.bans.count(self.num_commits, {**{entry.member: "" for entry in r.roster}, **self.refused_since})
-        self.refused_since = {}
+        if self.bans.entries or self.refused_since:
+            self.bans.count(self.num_commits, {**{entry.member: "" for entry in r.roster}, **self.refused_since})
+            self.refused_since = {}
         self.digests[r.fragment][r.n] = r.digest
 
     def _settle(self, r: SettleRecord) -> None:
@@ -413,6 +428,7 @@ class RunState:
         JoinRecord: _join,
         FenceRecord: _fence,
         ScopeRecord: _scope,
+        AbandonRecord: _abandon,
         LeaseRecord: _lease,
         CommitRecord: _commit,
         SettleRecord: _settle,

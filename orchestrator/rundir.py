@@ -231,12 +231,12 @@ def open_run_dir(path: Path | None = None, *, base: Path = RUNS) -> RunDir:
 
 
 def list_runs(base: Path = RUNS) -> list[RunDir]:
-    """The runs below a folder, oldest first."""
+    """The runs below a folder, oldest first; folders of others, into which this user cannot look, are none."""
     try:
         found = [RunDir(path) for path in base.iterdir() if not path.is_symlink()]
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return []
-    runs = [run for run in found if run.config.is_file()]
+    runs = [run for run in found if os.access(run.config, os.R_OK)]
     return sorted(runs, key=lambda run: (run.config.stat().st_mtime, run.path.name))
 
 

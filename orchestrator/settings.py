@@ -161,6 +161,11 @@ class RobustConfig(Section):
     )
     num_wrong: int = Field(1, ge=0, le=2048, description="Wrong contributions that trimmed, krum and nnm are to bear.")
     bucket: int = Field(1, ge=1, le=64, description="Contributions that are averaged at random before the rule.")
+    history: bool = Field(
+        False,
+        description="centered_clip: begin from the mean of earlier results, which the outer momentum keeps, and not "
+        "from the coordinate median: nobody moves it in this exchange, and it costs no sorting.",
+    )
     refuse_times: float = Field(
         4.0, gt=1, le=1000, description="A contribution that is longer than so many times the median is refused."
     )

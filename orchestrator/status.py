@@ -28,6 +28,7 @@ from orchestrator.metrics import (
 from orchestrator.run_state import RunState
 from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
+from orchestrator.waiting import waiting as while_waiting
 from workers.records import Scalar
 
 REFRESH_S = 1.0
@@ -246,18 +247,19 @@ def status_command(
     `show` makes a table of it: of a `Status` unless another one is given.
     """
     show = show or render
+    with while_waiting("reading where the run is"):
+        status = read()
     if as_json:
         while True:
-            status = read()
             print(status.model_dump_json(), flush=True)
             if not watch or status.state != "running":
                 return 0
             time.sleep(REFRESH_S)
+            status = read()
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
-    status = read()
     if not watch:
         console.print(show(status))
         return 0

@@ -15,6 +15,10 @@ from strategies.stability import largest_gamma, largest_lr, largest_lr_of_pushes
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
 
+ONLY_IN_PAIRS = (
+    "merge_every", "topology", "group_size", "gamma", "pair_timeout_s", "keep_gap", "near_label", "gossip_steps"
+)  # fmt: skip
+
 
 def check_strategy(config: RunConfig) -> Iterator[Problem]:
     """Contradictions between `[strategy]`, `[train]` and `[codec]`."""
@@ -27,7 +31,7 @@ def check_strategy(config: RunConfig) -> Iterator[Problem]:
         yield from check_in_pairs(config)
     else:
         yield from check_outer(config.strategy)
-        for key in ("merge_every", "topology", "group_size", "gamma", "pair_timeout_s"):
+        for key in ONLY_IN_PAIRS:
             yield from _only_in_pairs(config.strategy, key)
     yield from check_own_pace(config)
     yield from check_decoupled(config.strategy)
@@ -127,9 +131,18 @@ def check_in_pairs(config: RunConfig) -> Iterator[Problem]:
         if strategy.outer_lr >= limit:
             message = f"strategy.outer_lr = {strategy.outer_lr:g}: the mean of all members diverges from {limit:.3g} on"
             yield Problem(key="strategy.outer_lr", message=message, remedy=f"{nearest_lr(limit):g} or less")
-    if strategy.topology != "random" and strategy.group_size != 2:
+    if strategy.topology in ("exponential", "ring") and strategy.group_size != 2:
         message = f"strategy.group_size = {strategy.group_size}: strategy.topology = {strategy.topology!r} has pairs"
         yield Problem(key="strategy.group_size", message=message, remedy="2, or strategy.topology = 'random'")
+    if strategy.topology != "near":
+        for key in ("keep_gap", "near_label"):
+            yield from _only_in_pairs(strategy, key, "strategy.topology = 'near'")
+    if strategy.name == "noloco" and strategy.gossip_steps != 1:
+        message = (
+            f"strategy.gossip_steps = {strategy.gossip_steps}: strategy.name = 'noloco' would make an outer step with "
+            "its momentum at each of them, without local steps in between"
+        )
+        yield Problem(key="strategy.gossip_steps", message=message, remedy="1, or strategy.name = 'gossip'")
     if islands != "auto" and islands < strategy.group_size:
         message = f"strategy.group_size = {strategy.group_size} needs so many islands, run.islands = {islands}"
         yield Problem(key="run.islands", message=message, remedy=f"{strategy.group_size} or more")
@@ -149,13 +162,12 @@ def check_in_pairs(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key=key, message=message, remedy=f"{key} = {needed!r}")
 
 
-def _only_in_pairs(strategy: StrategyConfig, key: str) -> Iterator[Problem]:
+def _only_in_pairs(strategy: StrategyConfig, key: str, where: str = "'noloco' and 'gossip'") -> Iterator[Problem]:
     value, default = getattr(strategy, key), StrategyConfig.model_fields[key].default
     if value != default:
-        message = f"strategy.{key} = {value!r} has no meaning with strategy.name = {strategy.name!r}"
-        yield Problem(
-            key=f"strategy.{key}", message=message, remedy=f"{default!r}: it belongs to 'noloco' and 'gossip'"
-        )
+        with_what = f"name = {strategy.name!r}" if not strategy.in_pairs else f"topology = {strategy.topology!r}"
+        message = f"strategy.{key} = {value!r} has no meaning with strategy.{with_what}"
+        yield Problem(key=f"strategy.{key}", message=message, remedy=f"{default!r}: it belongs to {where}")
 
 
 def check_own_pace(config: RunConfig) -> Iterator[Problem]:

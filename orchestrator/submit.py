@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.client import DoorRuns
 from orchestrator.cluster.door_client import JobPlace, job_place
 from orchestrator.cluster.join_string import JoinString
 from orchestrator.config import load_config
 from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.room import Room, check_room
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -85,7 +87,7 @@ def submit_run(
         environment: further variables of the job's driver.
 
     Raises:
-        UserError: something is wrong with the configuration.
+        UserError: something is wrong with the configuration, or that cluster can never hold the run.
         ClusterUnreachable: no job server answers there.
     """
     where = address or os.environ.get("RAY_ADDRESS")
@@ -96,6 +98,7 @@ def submit_run(
         )
     config = load_config(run, overrides=overrides).config
     if isinstance(where, JoinString):
+        check_room(config.with_values({"run.address": where.door}), _room_at(where, config.run.labels))
         there = job_place(where)
         _use_token(where.token)
     else:
@@ -111,6 +114,11 @@ def submit_run(
     name = f"atoll-{directory.name}"
     job_id = _submit(client, entrypoint=entrypoint, runtime_env=runtime_env, name=name, run=directory.name)
     return Job(id=job_id, address=there.address, run_dir=str(directory), client=client)
+
+
+def _room_at(place: JoinString, labels: Mapping[str, str]) -> Room:
+    room = dict(DoorRuns(place).ask("room", labels=dict(labels)))
+    return Room(**{**room, "known": tuple(room["known"])})
 
 
 def _use_token(token: str) -> None:
@@ -145,7 +153,11 @@ def _submit(client: JobSubmissionClient, *, entrypoint: str, runtime_env: dict[s
             )
         except RuntimeError as error:
             if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
-                raise ClusterUnreachable(f"the job server does not take the job: {error}", place="--address") from error
+                raise ClusterUnreachable(
+                    f"the job server does not take the job: {error}",
+                    place="--address",
+                    remedy="ray job list shows what it has; the same once more if the cluster has just started",
+                ) from error
             time.sleep(AGENT_POLL_S)
         else:
             return str(job_id)

@@ -82,6 +82,11 @@ class Summary(BaseModel):
     )
     tokens_committed: int = Field(ge=0, description="Tokens of the leases that commits carry.")
     tokens_lost: int = Field(0, ge=0, description="Tokens that were trained on but are in no commit.")
+    tokens_dropped: int = Field(
+        0,
+        ge=0,
+        description="Tokens that a rule left out for good, such as those of an own pack that did not come back.",
+    )
     tokens_reissued: int = Field(0, ge=0, description="Tokens that were leased again after their first lease was lost.")
     exchanges_committed: int = Field(0, ge=0, description="Exchanges that were committed (each of one fragment).")
     exchanges_discarded: int = Field(0, ge=0, description="Exchanges that were given up without a commit.")
@@ -134,7 +139,11 @@ def load_summary(run_dir: Path) -> Summary:
     try:
         version = json.loads(text).get("schema_version")
     except (ValueError, AttributeError) as error:
-        raise SummaryError(f"the summary is not a JSON object: {error}", place=str(path)) from None
+        raise SummaryError(
+            f"the summary is not a JSON object: {error}",
+            place=str(path),
+            remedy="atoll report and atoll ledger work from the journal; remove the file if it is damaged",
+        ) from None
     if version != SCHEMA_VERSION:
         raise SummaryError(
             f"schema_version = {version!r}, but this atoll reads {SCHEMA_VERSION}",
@@ -146,7 +155,11 @@ def load_summary(run_dir: Path) -> Summary:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise SummaryError(f"{where} = {first['input']!r}: {first['msg']}", place=str(path)) from None
+        raise SummaryError(
+            f"{where} = {first['input']!r}: {first['msg']}",
+            place=str(path),
+            remedy="the version of atoll in versions.json beside it; atoll ledger works from the journal",
+        ) from None
 
 
 # --- derived figures ---------------------------------------------------------------------------------------------

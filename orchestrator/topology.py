@@ -55,9 +55,15 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", place=str(path)) from error
+        raise UserError(
+            f"cannot be read: {error}",
+            place=str(path),
+            remedy=f"the path of a TOML file in UTF-8, or one of {', '.join(list_topologies())}",
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"not valid TOML: {error}", place=str(path)) from error
+        raise UserError(
+            f"not valid TOML: {error}", place=str(path), remedy="tables as docs/lab.md describes them"
+        ) from error
 
 
 def _checked(model: type[Model], values: Any, place: str) -> Model:

@@ -16,6 +16,7 @@ SHOWN_AFTER_S = 1.0
 DRAWN_EVERY_S = 0.25
 
 Advance = Callable[[float], None]
+_one_bar = threading.Lock()
 
 
 @contextmanager
@@ -25,23 +26,25 @@ def waiting(
     *,
     timed: bool = False,
     stream: IO[str] | None = None,
-    after_s: float = SHOWN_AFTER_S,
+    after_s: float | None = None,
 ) -> Iterator[Advance]:
-    """Show `text` while the block runs, once it has run for `after_s`.
+    """Show `text` while the block runs, once it has run for `after_s` (`SHOWN_AFTER_S`).
 
     Gives a function that says how much is done in all, of `total`; without a total only the time is shown. `timed`: the
-    total is in seconds, and what is done is what has passed of them.
+    total is in seconds, and what is done is what has passed of them. Inside another one it shows nothing: the outer one
+    goes on.
     """
     out = sys.stderr if stream is None else stream
-    if not out.isatty():
+    if not out.isatty() or not _one_bar.acquire(blocking=False):
         yield lambda done: None
         return
-    shown = _Shown(text, total, out, after_s, timed)
+    shown = _Shown(text, total, out, SHOWN_AFTER_S if after_s is None else after_s, timed)
     shown.start()
     try:
         yield shown.advance
     finally:
         shown.end()
+        _one_bar.release()
 
 
 class _Shown:

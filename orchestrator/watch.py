@@ -108,7 +108,9 @@ def watch(
                 controller = _wait_for(controller, find_again, progress, error)
                 continue
             if status["over"] and "members" not in status:
-                raise RunFailed(status["detail"])
+                raise RunFailed(
+                    status["detail"], remedy="set right what it names; the rest is in logs/controller.log of the run"
+                )
             if "lost" in status:
                 if not told_lost:
                     progress.say(f"warning: {status['lost']}")

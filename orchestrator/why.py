@@ -10,10 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from faults.lab.schedule import LINK_FAULT
 from orchestrator.metrics import ExchangeRow
 from workers.ranges import count
 from workers.records import (
     LEFT,
+    AbandonRecord,
     CommitRecord,
     DropRecord,
     EvaluationRecord,
@@ -216,7 +218,9 @@ def _in_or_out(record: CommitRecord, name: str, inside: bool) -> str:
 
 
 def _about(record: Record, name: str) -> str | None:
-    """A record in words, if it concerns a member."""
+    """A record in words, if it concerns a member; the links of a lab may concern everybody."""
+    if isinstance(record, FaultRecord) and record.injected and record.fault.startswith(LINK_FAULT):
+        return _fault(record)
     if name not in str(getattr(record, "member", "")).split("+"):
         return None
     if isinstance(record, LeaseRecord):
@@ -245,6 +249,8 @@ def decision(record: Record) -> str | None:
         case DropRecord():
             who = MemberId(name=record.member, incarnation=record.incarnation)
             return f"work of {who} up to its sample {record.upto} was dropped: {record.why}"
+        case AbandonRecord():
+            return f"{count(record.ranges)} samples of {record.member}'s own pack were dropped: {record.why}"
         case RevokeRecord():
             return f"version {record.n} of fragment {record.fragment} was revoked: nobody held it"
         case FaultRecord():

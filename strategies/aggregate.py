@@ -71,13 +71,9 @@ def decode_accumulate(
     first = acc_N is None
     if acc_N is None:
         acc_N = torch.empty(num_values, dtype=torch.float32, device=payload.device)
-    weight, squares = scalar_like(coefficient, acc_N), SquareSum()
+    weight, squares = scalar_like(coefficient, acc_N), SquareSum(codec.backend)
     for part, decoded in codec.decode_parts(payload, num_values=num_values):
-        squares.add(decoded)
-        if first:
-            torch.mul(decoded, weight, out=acc_N[part])
-        else:
-            acc_N[part].add_(torch.mul(decoded, weight))
+        squares.add_with_total(decoded, weight, acc_N[part], begin=first)
     return Accumulated(acc_N, squares.total())
 
 

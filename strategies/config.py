@@ -40,6 +40,9 @@ DELAYED = ("eager", "delayed")
 GOSSIP = ("noloco", "gossip")
 """Strategies whose members meet in pairs or groups between two exchanges of all."""
 
+REMEMBERING = ("nesterov", "heavy-ball")
+"""Values of `outer` whose state is a sum over earlier results that fades."""
+
 OVERLAPPING = ("streaming", "decoupled")
 """Strategies that train on for `overlap_steps` while a fragment is under way."""
 
@@ -100,10 +103,28 @@ class StrategyConfig(Section):
     merge_every: int = Field(
         10, ge=2, le=1_000_000, description="noloco, gossip: rounds of inner_steps from one full merge to the next."
     )
-    topology: Literal["random", "exponential", "ring"] = Field(
-        "random", description="noloco, gossip: who meets whom: random groups, one-peer exponential, or a ring in turns."
+    topology: Literal["random", "exponential", "ring", "near"] = Field(
+        "random",
+        description="noloco, gossip: who meets whom: random groups, one-peer exponential, a ring in turns, or random "
+        "groups of near members in some rounds (keep_gap).",
     )
-    group_size: int = Field(2, ge=2, le=64, description="noloco, gossip: members of a group, with random groups.")
+    group_size: int = Field(2, ge=2, le=64, description="noloco, gossip: members of a group, random or near.")
+    keep_gap: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="topology near: share of the rounds that draw from all members, and of the spectral gap of random "
+        "groups that is kept at least.",
+    )
+    near_label: str = Field(
+        "region",
+        min_length=1,
+        description="topology near: near are machines with the same value of this label (atoll join --label); islands "
+        "of a machine without it are near each other.",
+    )
+    gossip_steps: int = Field(
+        1, ge=1, le=16, description="gossip: meetings with one partner after another at each send point."
+    )
     gamma: float = Field(0.7, gt=0, le=10, description="noloco: pull of a member's anchor towards its group's mean.")
     pair_timeout_s: float = Field(
         3.0, gt=0, le=600, description="noloco, gossip: seconds after which a partner that does not come is skipped."

@@ -34,8 +34,8 @@ from strategies.streaming import build_streaming
 
 # Name -> (block, backend, key) -> codec.
 CODECS: Mapping[str, Callable[[int, Backend, int], Codec]] = {
-    "fp32": lambda block, backend, key: Fp32(),
-    "bf16": lambda block, backend, key: Bf16(),
+    "fp32": lambda block, backend, key: Fp32(_of_cpu(backend)),
+    "bf16": lambda block, backend, key: Bf16(_of_cpu(backend)),
     "int8": lambda block, backend, key: Int8(block, backend),
     "int8-stochastic": lambda block, backend, key: Int8Stochastic(block, backend, key),
     "int4": lambda block, backend, key: Int4(block, backend),
@@ -50,8 +50,8 @@ T = TypeVar("T")
 
 # From the id in a payload's header to the codec that reads it.
 DECODERS: Mapping[int, Callable[[int, Backend], Codec]] = {
-    Fp32.codec_id: lambda block, backend: Fp32(),
-    Bf16.codec_id: lambda block, backend: Bf16(),
+    Fp32.codec_id: lambda block, backend: Fp32(_of_cpu(backend)),
+    Bf16.codec_id: lambda block, backend: Bf16(_of_cpu(backend)),
     **{kind.codec_id: kind for kind in (Int8, Int4, Fp4, E3m0, Sign, TopK)},
 }
 
@@ -159,6 +159,11 @@ def warm_up(codec: Codec, device: torch.device | None = None) -> None:
                 f"codec.backend = 'triton': codec {codec.name!r} has other bytes than its torch form on "
                 f"{values_N.device}; set codec.backend = 'torch'"
             )
+
+
+def _of_cpu(backend: Backend) -> Backend:
+    """What has nothing to encode has no form for GPUs either."""
+    return "torch" if backend == "triton" else backend
 
 
 def _lookup(key: str, name: str, known: Mapping[str, T]) -> T:

@@ -7,7 +7,8 @@ depend on distances alone, so that nothing but scalars has to travel. No torch h
 
 Sources: multi-Krum, Blanchard et al. 2017 with its n - f - 2 neighbours; nearest-neighbour mixing, Allouah et al. 2023;
 CenteredClip and bucketing, Karimireddy et al. 2021 and 2022 (arXiv 2012.10333, 2006.09365). What differs: the centre of
-CenteredClip is the coordinate median of the same exchange, and its radius the median distance from it.
+CenteredClip is the coordinate median of the same exchange, or with history the mean of the results before that the
+outer momentum keeps (as published: the last one); its radius is the median distance from it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class Recipe:
               "measure": squared distances between the mixtures
     trim      "trimmed": how many of the lowest and of the highest values are left out
     total     "median", "trimmed": by what the outcome is multiplied: a mean stands where a weighted sum would
-    center    "sum": weight of the coordinate median of `scaled`; "measure": not 0 if it is to be measured too
+    center    "sum": weight of the centre, the coordinate median of `scaled`; "measure": not 0 if it is measured too
     scaled    "sum" with a centre: the factor of each contribution before the median
+    history   the centre is what the owner keeps of earlier results, as of the base of the exchange
     """
 
     rows: tuple[Row, ...]
@@ -60,6 +62,7 @@ class Recipe:
     total: float = 1.0
     center: float = 0.0
     scaled: Row = ()
+    history: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,13 +206,13 @@ def buckets(num: int, size: int, *, seed: str | int) -> list[list[int]]:
 # ---------------------------------------------------------------- from a rule to a recipe
 
 
-def to_measure(rule: Rule, lengths: Sequence[float]) -> Recipe | None:
+def to_measure(rule: Rule, lengths: Sequence[float], *, history: bool = False) -> Recipe | None:
     """What owners measure before a rule can be decided; None: lengths are enough."""
     if rule not in BY_DISTANCES or len(lengths) < 3:
         return None
     factors = clip_factors(lengths)
     rows = tuple(_corner(i, len(factors), k) for i, k in enumerate(factors))
-    return Recipe(rows=rows, finish="measure", center=float(rule == "centered_clip"))
+    return Recipe(rows=rows, finish="measure", center=float(rule == "centered_clip"), history=history)
 
 
 def decide(
@@ -221,23 +224,28 @@ def decide(
     num_wrong: int,
     bucket: int = 1,
     seed: str | int = 0,
+    history: bool = False,
 ) -> Decision:
     """What is done with contributions that have these coefficients and lengths.
 
     Args:
+        lengths: not looked at for the mean.
         squares: distances between the contributions, each clipped to the median length, where `to_measure` asked.
         num_wrong: wrong ones that the rule is to bear; fewer where too few contributions are there, which `why` says.
         bucket: contributions that are averaged at random, by `seed`, before the rule sees them.
+        history: what was measured from, where the rule has a centre, is what owners keep of earlier results.
     """
     num, total = len(coefficients), math.fsum(coefficients)
+    if rule == "mean" or num < 3:
+        return Decision(weights=tuple(coefficients), recipe=None, why="the sum")
     factors = clip_factors(lengths)
     num_clipped = sum(k < 1.0 for k in factors)
     why = f"{num_clipped} of {num} clipped to the median length"
-    if rule == "mean" or num < 3:
-        return Decision(weights=tuple(coefficients), recipe=None, why="the sum")
     if rule == "clip":
-        weights = tuple(c * k for c, k in zip(coefficients, factors, strict=True))
-        return Decision(weights=weights, recipe=None, why=why)
+        clipped = [c * k for c, k in zip(coefficients, factors, strict=True)]
+        # What is taken off some is given back to all: else unequal data would make every outer step a shorter one.
+        given = total / math.fsum(clipped)
+        return Decision(weights=tuple(given * weight for weight in clipped), recipe=None, why=why)
     groups = buckets(num, bucket, seed=seed)
     points = [[float(i in group) / len(group) for i in range(num)] for group in groups]
     borne = bearable(rule, len(points), num_wrong) if rule in FUNCTION_OF else num_wrong
@@ -247,7 +255,8 @@ def decide(
         assert squares is not None, "CenteredClip without distances"
         parts, center = centered_weights(squares)
         weights = tuple(total * a * k for a, k in zip(parts, factors, strict=True))
-        recipe = Recipe(rows=(weights,), finish="sum", center=total * center, scaled=tuple(factors))
+        scaled = () if history else tuple(factors)
+        recipe = Recipe(rows=(weights,), finish="sum", center=total * center, scaled=scaled, history=history)
         return Decision(weights=weights, recipe=recipe, why=why)
     if rule == "krum" and borne >= 0:
         assert squares is not None, "Krum without distances"

@@ -201,19 +201,31 @@ def everybody(members: Sequence[str]) -> Groups:
 
 
 def near_groups(
-    members: Sequence[str], *, regions: Mapping[str, str], seed: int, round_: int, size: int = 2, keep_gap: float = 0.5
+    members: Sequence[str],
+    *,
+    regions: Mapping[str, str],
+    seed: int,
+    round_: int,
+    turn: int | None = None,
+    size: int = 2,
+    keep_gap: float = 0.5,
 ) -> Groups:
     """Groups within regions, but for a share `keep_gap` of the rounds, which draw from all members.
 
-    So at least `keep_gap` of the spectral gap of `random_groups` is kept. Whoever is left over in its region meets
-    those left over in others. Raises SettingError for a member without a region, or if no round would leave them.
+    So at least `keep_gap` of the spectral gap of `random_groups` is kept. Raises SettingError for a member without a
+    region, or if no round would leave them. `turn`: rounds so far, where the number of this one tells another thing.
     """
-    check_group_size(len(members), size)
     check_keep_gap(keep_gap)
+    if is_far_round(round_ if turn is None else turn, keep_gap):
+        return random_groups(members, seed=seed, round_=round_, size=size)
+    return _within(members, regions, seed=seed, round_=round_, size=size)
+
+
+def _within(members: Sequence[str], regions: Mapping[str, str], *, seed: int, round_: int, size: int) -> Groups:
+    """Random groups within regions; whoever is left over in its region meets those left over in others."""
+    check_group_size(len(members), size)
     if missing := sorted(set(members) - regions.keys()):
         raise SettingError(f"no region is known of {', '.join(missing)}; near peers cannot be told from far ones")
-    if is_far_round(round_, keep_gap):
-        return random_groups(members, seed=seed, round_=round_, size=size)
     by_region: dict[str, list[str]] = {}
     for name in shuffled(members, seed=seed, round_=round_):
         by_region.setdefault(regions[name], []).append(name)

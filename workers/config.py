@@ -118,6 +118,12 @@ class DataConfig(Section):
     per_island: dict[str, OwnDataConfig] = Field(
         default_factory=dict, description="Packs that never leave one machine: `[data.per_island.island-0]`."
     )
+    own_wait_s: float = Field(
+        600.0,
+        ge=0.0,
+        description="Seconds for which the end of the run waits for an island of data.per_island that is away, once "
+        "nothing else is left; then the rest of its tokens is dropped, which journal and summary say.",
+    )
 
     def own_samples(self, seq_len: int) -> dict[str, int]:
         """How many samples of the run are of each island's own pack."""

@@ -63,7 +63,8 @@ class IslandContext:
     when the run is over for it: "done", "stopped" or "failed". `attach` hands in its copy of the journal and promises
     to obey the term; `abort` ends its loop with an error.
     `sleep` is that of `clock`.
-    `num_sharing`: islands that share the memory of this machine, this one included.
+    `num_sharing`: islands that share the memory of this machine, this one included. `region`: where its machine is, as
+    a label of it says; nothing where none does.
     """
 
     spec: IslandSpec
@@ -81,6 +82,7 @@ class IslandContext:
     on_step: Callable[[], None] | None = None
     sleep: Callable[[float], None] = time.sleep
     num_sharing: int = 1
+    region: str = ""
 
 
 _CURRENT: ContextVar[IslandContext | None] = ContextVar("atoll_island", default=None)

@@ -209,6 +209,7 @@ class Island:
         info = msg.ProcessInfo(
             address=context.transport.address,
             node=context.node,
+            region=context.region,
             batch_size=spec.train.batch_size,
             weight=spec.train.batch_size * self.source.tokens_per_sample,
         )

@@ -9,17 +9,19 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from strategies.codecs.base import PayloadError
 from workers import member_events as ev
 from workers import messages as msg
 from workers.ahead import Base, DigestsAhead
 from workers.data.peers import PackFiles
 from workers.digest import digest
+from workers.memory import Room
 from workers.record_log import RecordLog
 from workers.records import OfferId
 from workers.replica import BadPiece, Piece, Replica, StateChunk, as_bytes
@@ -27,8 +29,11 @@ from workers.saved import SnapshotError
 from workers.snapshot import SnapshotPlace, load_chunks, newest_on_path
 from workers.state_fetch import UnverifiedState, fetch_state
 from workers.store import BlobStore, StoredBlob
-from workers.transport.base import Transport
+from workers.transport.base import Blob, Transport
 from workers.transport.errors import TransportError
+
+PIECES_AT_ONCE_BYTES = 4 << 20
+"""Pieces are told of together: each time is a message inside the process, and one to the controller."""
 
 
 class MemberStore(BlobStore):
@@ -50,6 +55,29 @@ class MemberStore(BlobStore):
         except (KeyError, IndexError, ValueError):
             return None
         return StoredBlob(data=memoryview(data), digest=digest(data))
+
+
+class Pieces:
+    """Which chunks of a fetch have come and been told of. Thread-safe."""
+
+    def __init__(self, *, sum_bytes: int) -> None:
+        """`sum_bytes`: of how many bytes together it is worth telling."""
+        self._lock, self._sum_bytes = threading.Lock(), sum_bytes
+        self._here: list[int] = []
+        self._here_bytes = 0
+        self.told: set[int] = set()
+        self.wrong: list[int] = []  # other content than was announced
+
+    def add(self, chunk: int, num_bytes: int) -> tuple[int, ...]:
+        """A chunk has come; those to tell of now, if any."""
+        with self._lock:
+            self._here.append(chunk)
+            self._here_bytes += num_bytes
+            if self._here_bytes < self._sum_bytes:
+                return ()
+            several, self._here, self._here_bytes = tuple(sorted(self._here)), [], 0
+            self.told.update(several)
+            return several
 
 
 def piece_key(fragment: int, offer: object, chunk: int) -> str:
@@ -99,13 +127,15 @@ class Jobs:
         lock: threading.RLock | threading.Condition,
         timeout_s: float,
         threaded: bool,
+        post: Callable[[ev.Event], None] | None = None,
         snapshots: SnapshotPlace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`log`: the member's present copy of the journal, read under `lock`; `threaded`: whether a fetch may wait.
 
-        `snapshots`: where the run's durable snapshots are.
+        `post`: takes what a job has to say before its end. `snapshots`: where the run's durable snapshots are.
         """
+        self.post = post
         self.replica, self.store, self.transport = replica, store, transport
         self.log, self.lock, self.timeout_s, self.threaded = log, lock, timeout_s, threaded
         self.snapshots, self.clock = snapshots, clock
@@ -132,41 +162,69 @@ class Jobs:
         raise AssertionError(f"{type(command).__name__} is no job")
 
     def _fetch(
-        self, address: str, keys: Sequence[str], max_bytes: int, *, give_up: Callable[[], bool] | None = None
-    ) -> list[torch.Tensor]:
-        """`give_up`: the peer may wait for what it does not have yet, until this is true."""
+        self,
+        address: str,
+        keys: Sequence[str],
+        max_bytes: int,
+        *,
+        give_up: Callable[[], bool] | None = None,
+        on_blob: Callable[[Blob], None] | None = None,
+    ) -> list[Blob]:
+        """Blobs, checked against the digests that come with them.
+
+        `give_up`: the peer may wait for what it does not have yet, until this is true."""
         wait_s = self.timeout_s if give_up is not None and self.threaded else 0.0
         blobs = self.transport.fetch(
-            address, keys, timeout_s=self.timeout_s + wait_s, wait_s=wait_s, give_up=give_up, max_bytes=max_bytes
-        )
-        return [torch.from_numpy(blob.data) for blob in blobs]
+            address, keys, timeout_s=self.timeout_s + wait_s, wait_s=wait_s, give_up=give_up, max_bytes=max_bytes,
+            on_blob=on_blob,
+        )  # fmt: skip
+        return blobs
 
     def _chunk_bytes(self, fragment: int, num_chunks: int) -> int:
         spec = self.replica.specs[fragment]
         return num_chunks * (4 * spec.chunk_values + 4096)
 
     def fetch_pieces(self, c: ev.FetchPieces) -> ev.Event:
-        """Pull chunks of an offer, checked against what it announced."""
+        """Pull chunks of an offer, checked against what it announced; they are told of as they come.
+
+        What is reduced meanwhile fills the other direction of the link: a member that has all pieces before it begins
+        leaves the others' downlinks idle for as long.
+        """
         offer = OfferId(member=c.offer_by, seq=c.offer.seq)
-        keys = [piece_key(c.fragment, offer, chunk) for chunk in c.chunks]
+        keys = {piece_key(c.fragment, offer, chunk): chunk for chunk in c.chunks}
+        here = Pieces(sum_bytes=PIECES_AT_ONCE_BYTES)
+
+        def arrived(blob: Blob) -> None:
+            chunk = keys[blob.key]
+            if blob.digest != c.offer.chunk_digests[chunk]:
+                here.wrong.append(chunk)
+                return
+            self.store.put(blob.key, blob.data, digest_hex=blob.digest)
+            several = here.add(chunk, blob.data.nbytes)
+            if several and self.post is not None:
+                self.post(ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=several))
+
         try:
-            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)))
+            self._fetch(c.address, list(keys), self._chunk_bytes(c.fragment, len(keys)), on_blob=arrived)
         except TransportError as error:
-            return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=c.chunks, why=str(error))
-        for key, chunk, payload in zip(keys, c.chunks, payloads, strict=True):
-            if digest(as_bytes(payload)) != c.offer.chunk_digests[chunk]:
-                return ev.PieceRejected(
-                    fragment=c.fragment, offer=offer, why=f"chunk {chunk} is not what was announced"
-                )
-            self.store.put(key, as_bytes(payload), digest_hex=c.offer.chunk_digests[chunk])
-        return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
+            rest = tuple(chunk for chunk in c.chunks if chunk not in here.told)
+            return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=rest, why=str(error))
+        if here.wrong:
+            why = f"chunk {here.wrong[0]} is not what was announced"
+            return ev.PieceRejected(fragment=c.fragment, offer=offer, why=why)
+        rest = tuple(chunk for chunk in c.chunks if chunk not in here.told)
+        return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=rest)
 
     def reduce(self, c: ev.Reduce) -> ev.Event | None:
         """Reduce own chunks of the roster and publish the results, or measure its distances."""
         offers = {(m, o.seq): o for m, _, o in c.assign.offers}
         done: list[tuple[int, str]] = []
         measured: list[tuple[int, tuple[float, ...]]] = []
+        room = Room(0 if c.assign.measures else self._chunk_bytes(c.assign.fragment, len(c.chunks)))
+        part, history = self.replica.parts[c.assign.fragment], c.assign.recipe is not None and c.assign.recipe.history
         for chunk in c.chunks:
+            if history and part.chain != c.assign.base.chain:  # superseded meanwhile
+                return None
             pieces: list[Piece] = []
             for entry in c.assign.roster:
                 data = self.store.get(piece_key(c.assign.fragment, entry.offer, chunk))
@@ -186,7 +244,9 @@ class Jobs:
             except BadPiece as error:
                 offer = c.assign.roster[error.args[1]].offer
                 return ev.PieceRejected(fragment=c.assign.fragment, offer=offer, why=f"chunk {chunk}: {error.args[0]}")
-            digest_hex = self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, payload)
+            data = room.keep(as_bytes(payload))
+            digest_hex = digest(data)
+            self._publish_result(c.assign.fragment, c.assign.roster_digest, chunk, data, digest_hex)
             done.append((chunk, digest_hex))
             self._look_ahead(c.assign, chunk, payload, digest_hex)
         if c.assign.measures:
@@ -210,12 +270,11 @@ class Jobs:
         outer = self.replica.outer_of(assign.fragment, assign.base.n, samples)
         return Base(chain=assign.base.chain, outer=outer, base_samples=samples)
 
-    def _publish_result(self, fragment: int, roster: str, chunk: int, payload: Tensor) -> str:
-        data = as_bytes(payload)
-        digest_hex = digest(data)
+    def _publish_result(
+        self, fragment: int, roster: str, chunk: int, data: np.ndarray[Any, Any], digest_hex: str
+    ) -> None:
         self.store.put(content_key(fragment, digest_hex), data, digest_hex=digest_hex)
         self.store.put(name_key(fragment, roster, chunk), data, digest_hex=digest_hex)
-        return digest_hex
 
     def fetch_results(self, c: ev.FetchResults) -> ev.Event:
         """Pull result chunks, by name while they are being made, else by content."""
@@ -223,18 +282,31 @@ class Jobs:
             keys = [content_key(c.fragment, digest_hex) for digest_hex in c.digests]
         else:
             keys = [name_key(c.fragment, c.roster_digest, chunk) for chunk in c.chunks]
+        chunk_of = dict(zip(keys, c.chunks, strict=True))
+        malformed: list[str] = []
+
+        def arrived(blob: Blob) -> None:
+            try:
+                if c.assign is not None:
+                    self._look_ahead(c.assign, chunk_of[blob.key], torch.from_numpy(blob.data), blob.digest)
+            except PayloadError as error:
+                malformed.append(f"chunk {chunk_of[blob.key]} is malformed: {error}")
+
         try:
             give_up = None if c.digests else lambda: self._is_committed(c.fragment, c.n)
-            payloads = self._fetch(c.address, keys, self._chunk_bytes(c.fragment, len(keys)), give_up=give_up)
+            num_bytes = self._chunk_bytes(c.fragment, len(keys))
+            blobs = self._fetch(c.address, keys, num_bytes, give_up=give_up, on_blob=arrived)
         except TransportError as error:
             return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=str(error))
+        if malformed:
+            return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=malformed[0])
         done: list[tuple[int, str]] = []
-        for place, (chunk, payload) in enumerate(zip(c.chunks, payloads, strict=True)):
-            digest_hex = self._publish_result(c.fragment, c.roster_digest, chunk, payload)
-            if c.digests and digest_hex != c.digests[place]:
+        for place, (chunk, blob) in enumerate(zip(c.chunks, blobs, strict=True)):
+            if c.digests and blob.digest != c.digests[place]:
                 why = "the content is not what its name says"
                 return ev.ResultsFailed(fragment=c.fragment, chunks=c.chunks, address=c.address, why=why)
-            done.append((chunk, digest_hex))
+            self._publish_result(c.fragment, c.roster_digest, chunk, blob.data, blob.digest)
+            done.append((chunk, blob.digest))
         return ev.ResultsFetched(fragment=c.fragment, chunks=tuple(done))
 
     def _is_committed(self, fragment: int, n: int) -> bool:

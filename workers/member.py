@@ -172,6 +172,7 @@ class MemberMachine(ExchangeSide):
         state.recent[record.n] = record.chunk_digests
         self.waiting = ""  # until it says so again, for the version that it has now
         self._clean(fragment)
+        self._reduce(fragment)
         self._advance(fragment)
         self._hello()
         return self.out
@@ -191,6 +192,7 @@ class MemberMachine(ExchangeSide):
             state.late = version.n > 0
         self.waiting = ""
         self._clean(fragment)
+        self._reduce(fragment)
         self._advance(fragment)
         self._hello()
         return self.out

@@ -177,6 +177,7 @@ class FetchResults:
     """Pull result chunks: by name while they are being made (`digests` empty), else by content.
 
     `n`: the version that they make. Who waits by name for one that is committed meanwhile need not wait any longer.
+    `assign`: of an exchange that is open, so that the next version can be computed as they come.
     """
 
     fragment: int
@@ -185,6 +186,7 @@ class FetchResults:
     roster_digest: str
     chunks: tuple[int, ...]
     digests: tuple[str, ...]
+    assign: Assign | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

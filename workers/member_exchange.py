@@ -72,6 +72,9 @@ class ExchangeSide(MemberCore):
         state = self.fragments[fragment]
         if state.assign is None:
             return
+        recipe = state.assign.recipe
+        if recipe is not None and recipe.history and state.version != state.assign.base:
+            return  # what is kept of earlier results is that of another version: when the base is applied
         todo = [chunk for chunk in self._own_chunks(state) if chunk not in state.reducing]
         if not todo:
             return
@@ -178,6 +181,7 @@ class ExchangeSide(MemberCore):
                     roster_digest=assign.roster_digest,
                     chunks=tuple(chunks),
                     digests=digests,
+                    assign=assign,
                 )
             )
 
@@ -327,6 +331,8 @@ class ExchangeSide(MemberCore):
         gone = {oid for oid, _ in state.pieces} - set(state.announced)
         if state.pending is not None:
             gone.discard(state.pending.id)
+        if state.assign is not None and state.assign.base.n >= state.n:  # asked for by name, announced or not
+            gone -= {OfferId(member=m, seq=offer.seq) for m, _, offer in state.assign.offers}
         state.pieces = {(oid, c) for oid, c in state.pieces if oid not in gone}
         if state.assign is not None and state.assign.base.n < state.n:
             state.assign = state.spread = state.have = state.computing = None

@@ -53,12 +53,13 @@ def results_digest(chunk_digests: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessInfo:
-    """What a member's process is: transport address, node, tokens and samples of one inner step."""
+    """What a member's process is: transport address, node and region, tokens and samples of one inner step."""
 
     address: str
     node: str
     weight: int
     batch_size: int
+    region: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,6 +51,8 @@ class PairSync(IslandSync):
     roster: PairRoster | None = None
     outcome: p.Apply | None = None
     pair_mark = 0
+    pair_steps = 0
+    """Meetings at this send point; `pair_mark`: local steps when the first of them began."""
     pair_samples = 0
 
     def begin_pairs(self, config: StrategyConfig) -> None:
@@ -137,10 +139,13 @@ class PairSync(IslandSync):
         address = dict(self.roster.addresses).get(str(offer.sender)) if self.roster is not None else None
         if address is None:
             return failed
-        size = 12 * self.pairs.spec.numel
         try:
             (blob,) = self.transport.fetch(
-                address, [_key(offer.pair)], timeout_s=self.settings.timeout_s, wait_s=0.0, max_bytes=size
+                address,
+                [_key(offer.pair)],
+                timeout_s=self.settings.timeout_s,
+                wait_s=0.0,
+                max_bytes=self.pairs.num_bytes,
             )
             if digest(blob.data) != offer.digest:
                 return failed
@@ -181,6 +186,7 @@ class PairSync(IslandSync):
         self.pairs.anchor_N = self.replica.parts[0].anchor.clone()
         self.pairs.offered_N = None
         self.base, self.pair_mark, self.pair_samples = base, self.schedule.total_steps, 0
+        self.pair_steps = 0
 
     def _busy(self) -> bool:
         machine = self.pair_machine
@@ -195,7 +201,7 @@ class PairSync(IslandSync):
         if self.machine.reset_wanted or self.pairs is None:
             return
         own = outcome.pair.members.index(machine.me)
-        self.pairs.apply([self.shared[offer.sender] for offer in outcome.offers], own, merge=False)
+        self.pairs.apply([self.shared[offer.sender] for offer in outcome.offers], own)
         state, offer = self.machine.fragments[0], outcome.offers[own]
         self.pair_samples += round((offer.upto - state.watermark) * self.machine.fleet_samples())
         state.watermark, self.shared = offer.upto, {}
@@ -215,22 +221,28 @@ class PairSync(IslandSync):
         machine, state, roster = self._machine(), self.machine.fragments[0], self.roster
         if machine is None or roster is None or roster.pair is None or machine.me not in roster.pair.members:
             return False
-        steps = self.schedule.total_steps - self.pair_mark
+        due = self._at_send_point() or 0 < self.pair_steps < self.config.gossip_steps
         newer = roster.round_ > machine.last_round and self.machine.consumed > state.watermark
         free = state.pending is None and state.staged is None and not self.machine.open_seen(0)
         left = self.machine.consumed < self.machine.num_leased() and not self.machine.leaving
         behind = self.machine.log.next(0, state.chain) is not None
-        return steps >= self.config.inner_steps and newer and free and left and not behind
+        return due and newer and free and left and not behind
+
+    def _at_send_point(self) -> bool:
+        """Whether the local steps of a round are made since the last send point."""
+        return self.schedule.total_steps - self.pair_mark >= self.config.inner_steps
 
     def _meet(self) -> None:
         assert self.roster is not None and self.roster.pair is not None and self.pairs is not None
         pair, machine = self.roster.pair, self.pair_machine
         assert machine is not None
-        data = self.pairs.publish(momentum=False)
+        data = self.pairs.publish()
         self.store.discard("gossip")
         named = self.store.put(_key(pair), data)
         self.shared = {machine.me: self.pairs.parse(data)}
-        self.pair_mark = self.schedule.total_steps
+        if self._at_send_point():
+            self.pair_mark, self.pair_steps = self.schedule.total_steps, 0
+        self.pair_steps += 1
         self._pair(
             p.Begin(pair=pair, since=self.machine.fragments[0].watermark, upto=self.machine.consumed, digest=named)
         )

@@ -31,6 +31,7 @@ from workers.pipeline.records import (
 )
 from workers.ranges import Range
 from workers.record_base import Record as Record
+from workers.roster_text import RosterTexts
 
 GENESIS_HASH = "0" * 32
 
@@ -88,6 +89,19 @@ class ScopeRecord(Record):
     kind: ClassVar[str] = "scope"
     members: tuple[str, ...]
     ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AbandonRecord(Record):
+    """What is left of `member`'s own samples, which nobody else may have: they are dropped, for it did not come back.
+
+    `ranges`: first those that were leased and given back, then those that never were.
+    """
+
+    kind: ClassVar[str] = "abandon"
+    member: str
+    ranges: tuple[Range, ...]
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,7 +308,8 @@ class OperatorRecord(Record):
 KINDS: dict[str, type[Record]] = {
     cls.kind: cls
     for cls in (
-        TermRecord, GenesisRecord, JoinRecord, FenceRecord, ScopeRecord, LeaseRecord, CommitRecord, SettleRecord,
+        TermRecord, GenesisRecord, JoinRecord, FenceRecord, ScopeRecord, AbandonRecord, LeaseRecord, CommitRecord,
+        SettleRecord,
         DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
@@ -315,22 +330,7 @@ class RecordError(ValueError):
     """A journal row that cannot be read; says which field and why."""
 
 
-class _Rosters:
-    """The text of the roster that was encoded last: one and the same is named, agreed on and sealed in a row."""
-
-    def __init__(self) -> None:
-        self._last: tuple[tuple[RosterEntry, ...], str] = ((), "[]")
-
-    def text(self, roster: tuple[RosterEntry, ...]) -> str:
-        """Its canonical JSON."""
-        known, text = self._last
-        if known is not roster:
-            text = _CANONICAL.encode([_entry_body(entry) for entry in roster])
-            self._last = (roster, text)
-        return text
-
-
-_ROSTERS = _Rosters()
+_ROSTERS = RosterTexts()
 
 
 def _row_payload(seq: int, record: Record) -> bytes:

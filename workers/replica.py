@@ -28,12 +28,14 @@ from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.merge import advance_included, carry_over, rebase
 from strategies.norm import sum_of_squares
 from strategies.outer import OuterStep
+from strategies.outer_choice import mean_of_results
 from strategies.registry import decode_payload, decoder_of
 from strategies.robust import Recipe
 from strategies.strategy import Strategy
 from workers.digest import combine, digest
 from workers.in_flight import Part, displacement_of, own_anchor, set_aside
 from workers.member_rules import aside_after, residual_after
+from workers.memory import ALIGNED_BYTES, Room
 from workers.robust import measure_pieces, mix_pieces
 
 
@@ -158,6 +160,7 @@ class Replica:
         payloads: list[Tensor] = []
         next_residual = torch.empty_like(part.anchor) if feedback else None
         sums: list[float] = []
+        room = Room(sum(strategy.codec.num_bytes(spec.chunk_values) + ALIGNED_BYTES for _ in range(spec.num_chunks)))
         for chunk in range(spec.num_chunks):
             where = spec.chunk_slice(chunk)
             values_C = self._contribution(part, spec, where)
@@ -176,8 +179,8 @@ class Replica:
                 sent_C = self._decode(payload, where, fragment)
             else:
                 sent_C = codec.decode(payload, num_values=values_C.numel()) if codec.lossy else values_C
-            sums.append(float(sum_of_squares(sent_C)))
-            payloads.append(payload.cpu())
+            sums.append(float(sum_of_squares(sent_C, backend=codec.backend)))
+            payloads.append(torch.from_numpy(room.keep(as_bytes(payload))))
         part.next_residual, part.displacement, part.due, part.sent = next_residual, None, None, True
         if strategy.in_flight != "keep":
             outer = strategy.outer_at(progress)
@@ -222,7 +225,7 @@ class Replica:
         Raises `BadPiece`, whose second argument is the place in `pieces`, for a piece that must not count.
         """
         if recipe is not None:
-            total = mix_pieces(self._checked(fragment, chunk, pieces), recipe)
+            total = mix_pieces(self._checked(fragment, chunk, pieces), recipe, self._history(fragment, chunk, recipe))
         else:
             total = self._sum(fragment, chunk, pieces)
         if self.distort is not None:
@@ -231,7 +234,12 @@ class Replica:
 
     def measure(self, fragment: int, chunk: int, pieces: Sequence[Piece], recipe: Recipe) -> tuple[float, ...]:
         """Squared distances between the pieces of one chunk, as `recipe` has them. Raises `BadPiece`."""
-        return measure_pieces(self._checked(fragment, chunk, pieces), recipe)
+        return measure_pieces(self._checked(fragment, chunk, pieces), recipe, self._history(fragment, chunk, recipe))
+
+    def _history(self, fragment: int, chunk: int, recipe: Recipe) -> Tensor | None:
+        """Where a recipe begins from earlier results: their mean, which the outer momentum keeps on all members."""
+        part, where = self.parts[fragment], self.specs[fragment].chunk_slice(chunk)
+        return mean_of_results(self.strategy.outer_at(1.0), part.states, where) if recipe.history else None
 
     def _checked(self, fragment: int, chunk: int, pieces: Sequence[Piece]) -> list[Tensor]:
         """What the pieces decode to, each looked at as `_sum` does."""
@@ -241,7 +249,7 @@ class Replica:
                 values_C = self._decode(piece.payload, where, fragment)
             except ValueError as error:
                 raise BadPiece(f"it cannot be decoded: {error}", place) from error
-            self._check(float(sum_of_squares(values_C)), piece.sumsq, place)
+            self._check(float(sum_of_squares(values_C, backend=self.strategy.codec.backend)), piece.sumsq, place)
             out.append(values_C)
         return out
 

@@ -25,24 +25,32 @@ def mixture(pieces_P: Sequence[Tensor], weights: Row) -> Tensor:
     return torch.zeros_like(pieces_P[0]) if acc_C is None else acc_C
 
 
-def mix_pieces(pieces_P: Sequence[Tensor], recipe: Recipe) -> Tensor:
-    """The result of a chunk, before it is encoded."""
+def mix_pieces(pieces_P: Sequence[Tensor], recipe: Recipe, history_C: Tensor | None = None) -> Tensor:
+    """The result of a chunk, before it is encoded. `history_C`: the centre, where the recipe wants that of history."""
     assert recipe.finish != "measure", "nothing is added up while distances are measured"
     mixed = [mixture(pieces_P, row) for row in recipe.rows]
     if recipe.finish == "sum":
         (result_C,) = mixed
-        return accumulate(result_C, _center(pieces_P, recipe.scaled), recipe.center) if recipe.center else result_C
+        if not recipe.center:
+            return result_C
+        center_C = _kept(history_C) if recipe.history else _center(pieces_P, recipe.scaled)
+        return accumulate(result_C, center_C, recipe.center)
     outcome_C = coordinate_median(mixed) if recipe.finish == "median" else trimmed_mean(mixed, recipe.trim)
     return torch.mul(outcome_C, scalar_like(recipe.total, outcome_C))
 
 
-def measure_pieces(pieces_P: Sequence[Tensor], recipe: Recipe) -> tuple[float, ...]:
+def measure_pieces(pieces_P: Sequence[Tensor], recipe: Recipe, history_C: Tensor | None = None) -> tuple[float, ...]:
     """Squared distances of the mixtures (and of the centre, the last) in this chunk: `[i][j]` for j < i, row by row."""
     points = [mixture(pieces_P, row) for row in recipe.rows]
     if recipe.center:
-        points.append(coordinate_median(points))
+        points.append(_kept(history_C) if recipe.history else coordinate_median(points))
     squares = pairwise_squares(points)
     return tuple(squares[i][j] for i in range(len(points)) for j in range(i))
+
+
+def _kept(history_C: Tensor | None) -> Tensor:
+    assert history_C is not None, "a centre of history that nobody has"
+    return history_C
 
 
 def _center(pieces_P: Sequence[Tensor], factors: Row) -> Tensor:

@@ -169,6 +169,14 @@ class BlobStore:
                     del self._alias_of[key]
             return before - self._num_bytes
 
+    def discard_keys(self, keys: Iterable[str]) -> int:
+        """Drop these keys and nothing below them; return how many bytes that freed."""
+        with self._lock:
+            before = self._num_bytes
+            for key in keys:
+                self._remove(key)
+            return before - self._num_bytes
+
     def discard_content(self, prefix: str, digests: Collection[str]) -> None:
         """Drop the keys below ``prefix`` whose bytes have one of ``digests``; their aliases live as long as others."""
         with self._lock:

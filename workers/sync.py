@@ -94,6 +94,7 @@ class IslandSync:
             lock=self.changed,
             timeout_s=settings.timeout_s,
             threaded=executor is not None,
+            post=self.events.put if executor is not None else None,
             snapshots=snapshots,
             clock=clock,
         )
@@ -221,8 +222,7 @@ class IslandSync:
 
     def _forget(self, command: ev.Forget) -> None:
         freed = sum(self.store.discard(prefix) for prefix in command.prefixes)
-        contents = [content_key(command.fragment, digest_hex) for digest_hex in command.digests]
-        freed += sum(self.store.discard(key) for key in contents)
+        freed += self.store.discard_keys(content_key(command.fragment, digest_hex) for digest_hex in command.digests)
         self.store.discard_content(f"result/{command.fragment}", command.digests)  # the same bytes by their names
         give_back(freed)
 

@@ -58,12 +58,19 @@ def send_datagrams(
 ) -> Datagrams:
     """Send `num` datagrams with `size` bytes of payload at `rate_mbit` and see what comes.
 
-    `idle_s`: how long after the last arrival to give up on the rest; longer than the link's longest delay.
+    `idle_s`: how long after the last arrival to give up on the rest, should nothing come any more; longer than the
+    link's longest delay.
     """
     receiving = ["receive", lab.address(target), num, idle_s]
     with _started(lab, target, receiving) as (receiver, port):
-        _finish(lab.popen(source, _probe("send", lab.address(target), port, num, size, rate_mbit), **_PIPES))
-        result = _finish(receiver)
+        sender = lab.popen(source, _probe("send", lab.address(target), port, num, size, rate_mbit), **_PIPES)
+        try:
+            result = _finish(receiver)
+            if sender.poll():
+                _finish(sender)  # says why
+        finally:
+            sender.kill()  # it may still say that it is over
+            sender.communicate()
     if not result["num_received"]:
         raise LabError(f"none of {num} datagrams came from {source} to {target}")
     delays = sorted(value / 1e3 for value in result["delays_us"])

@@ -1,4 +1,4 @@
-"""Changes of links at given times: data that a fault plan can hold. Pure."""
+"""Changes of links at given times: data that a fault plan can hold, and what is left of them to do. Pure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from faults.lab.errors import LabError
 from faults.lab.targets import parse_target, routes_of
 from faults.lab.topology import CROSS_CHECK, Topology, link_changes
 from strategies.config import Section
+
+LINK_FAULT = "link_"
+"""How the names of all link changes begin in a journal."""
 
 
 class LinkChange(Section):
@@ -30,8 +33,13 @@ class LinkChange(Section):
             raise PydanticCustomError(CROSS_CHECK, "{message}; try {remedy}", context)
         return self
 
+    @property
+    def fault(self) -> str:
+        """What a journal calls it."""
+        return LINK_FAULT + self.action
+
     def __str__(self) -> str:
-        """In words, for messages."""
+        """In words, for messages and the journal."""
         values = "".join(f" {key}={value:g}" for key, value in self.values.items())
         return f"{self.action} {self.target}{values} at {self.at_s:g} s"
 
@@ -61,3 +69,23 @@ def due(changes: Sequence[LinkChange], *, after_s: float, until_s: float) -> lis
     Ask first with `after_s=-1`, so that those at 0 are in.
     """
     return sorted((change for change in changes if after_s < change.at_s <= until_s), key=lambda change: change.at_s)
+
+
+class LinkSchedule:
+    """The changes of a plan that are still to come; each is due once."""
+
+    def __init__(self, changes: Sequence[LinkChange]) -> None:
+        """In order of time, then as given."""
+        self.waiting = sorted(changes, key=lambda change: change.at_s)
+
+    def forget(self, done: Sequence[str]) -> None:
+        """Leave out what was done before, by whoever had the schedule then: texts of changes."""
+        for text in done:
+            if found := next((change for change in self.waiting if str(change) == text), None):
+                self.waiting.remove(found)
+
+    def due(self, now_s: float) -> list[LinkChange]:
+        """What is to be done now."""
+        found = due(self.waiting, after_s=-1.0, until_s=now_s)
+        self.waiting = self.waiting[len(found) :]
+        return found

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from faults.lab.tap import NETNS_DIR
 STATE_ROOT = Path("/run/atoll-lab")
 RECORD = "lab.json"
 END_TIMEOUT_S = 60.0
+REMOVE_ATTEMPTS, REMOVE_PAUSE_S = 20, 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +143,7 @@ class LabStates:
         """End everything that belongs to a lab, its record last.
 
         Raises:
-            LabError: a process does not end.
+            LabError: a process does not end, or its files cannot be removed.
         """
         if record is not None:
             paths = record.namespace_paths
@@ -149,7 +151,7 @@ class LabStates:
             switch = [record.switch] if record.switch else []
             end_all(lambda: [p for p in switch if p.is_alive], what=f"the switch of {name!r}", timeout_s=END_TIMEOUT_S)
             namespaces.delete(record.namespaces.values())
-            shutil.rmtree(record.scratch, ignore_errors=True)
+            remove_folder(record.scratch)
         shutil.rmtree(self.path(name), ignore_errors=True)
 
     def only(self, name: str | None) -> LabRecord:
@@ -168,6 +170,22 @@ class LabStates:
         if name is None:
             raise LabError("there is no lab", remedy="atoll lab up two-regions")
         raise LabError(f"there is no lab {name!r}", remedy=f"one of {others}" if others else "atoll lab up")
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder and what is in it; a file that comes while it is emptied is removed with the next attempt.
+
+    Raises:
+        LabError: it is still there after some attempts.
+    """
+    attempts = 0
+    while os.path.lexists(path):  # the empty name of a lab that had none is not
+        if attempts == REMOVE_ATTEMPTS:
+            raise LabError(f"{path} cannot be removed", remedy=f"what uses it: fuser {path}; then atoll lab down")
+        if attempts:
+            time.sleep(REMOVE_PAUSE_S)
+        attempts += 1
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def overlapping(network: Any, used: dict[Any, str], records: Sequence[LabRecord]) -> str | None:

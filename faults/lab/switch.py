@@ -33,10 +33,13 @@ from faults.lab.tap import open_tap
 SOCKET = "switch.sock"
 PLAN = "switch.json"
 MAX_FRAME_BYTES = 1 << 17
-FRAMES_IN_A_ROW = 32
+FRAMES_IN_A_ROW = 64
 RETRY_S = 0.1
 TURN_S = 1e-3
 BURST = 8
+WAKE_S = 1.2e-4
+"""The kernel takes about so long to wake this process: it asks for so much less."""
+
 MAX_MESSAGE_BYTES = 1 << 20
 ADDRESS = slice(VNET_BYTES, VNET_BYTES + 6)
 """Where the hardware address of the target is in a frame."""
@@ -113,7 +116,7 @@ class Switch:
     def _patience_s(self, now_s: float) -> float | None:
         """How long there is nothing to do unless something comes; None = for ever."""
         until_s = min(self.fabric.next_s, self._retry_s)
-        return None if until_s == math.inf else max(0.0, until_s - now_s)
+        return None if until_s == math.inf else max(0.0, until_s - now_s - WAKE_S)
 
     def _forward(self, port: Port, clock: Callable[[], float], fabric: Fabric) -> None:
         """Take what a node sends: not too much in a row, and not beyond the time when something else is due."""

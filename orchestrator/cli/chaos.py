@@ -31,21 +31,36 @@ def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_j
 
     directory = open_run_dir(run_dir)
     from orchestrator.attach import attach
+    from orchestrator.client import does_not_go_on
+    from orchestrator.waiting import waiting
 
-    controller = attach(directory.path.resolve(), address)
+    if address is None and directory.state() in ("done", "failed", "stopped"):
+        raise does_not_go_on(directory)
+    with waiting("reaching the run"):
+        controller = attach(directory.path.resolve(), address)
     import ray
 
     try:
-        answer: dict[str, Any] = ray.get(controller.chaos.remote(list(faults)), timeout=ANSWER_S)  # type: ignore[assignment]
+        with waiting("causing it"):
+            asked: Any = controller.chaos.remote(list(faults))
+            answer: dict[str, Any] = ray.get(asked, timeout=ANSWER_S)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
         if any(fault.startswith("controller_kill") for fault in faults):
             answer = {"done": list(faults), "error": None}  # it could not say it any more
         else:
-            raise ClusterUnreachable(f"the controller does not answer: {error}", place=str(directory.path)) from error
+            raise ClusterUnreachable(
+                f"the controller does not answer: {error}",
+                place=str(directory.path),
+                remedy=f"atoll status {directory.path}; if it goes on, the same once more",
+            ) from error
     finally:
         ray.shutdown()
     if answer["error"]:
-        raise UserError(answer["error"], place=str(directory.path))
+        raise UserError(
+            answer["error"],
+            place=str(directory.path),
+            remedy="atoll status names the members; atoll chaos --help the faults",
+        )
     if as_json:
         from orchestrator.answers import Injected
 

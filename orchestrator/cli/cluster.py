@@ -12,6 +12,7 @@ import click
 
 from orchestrator.cli.options import Command, json_option
 from orchestrator.names import label_problem
+from orchestrator.waiting import waiting
 
 if TYPE_CHECKING:
     from orchestrator.cluster.join_string import JoinString
@@ -147,7 +148,8 @@ def join(
 
     usable, named = parse_devices(devices), dict(map(_label, labels))
     door = read_place(place, token_file, os.environ)
-    admission = check_join(door, node_ip=node_ip, wan=wan)
+    with waiting("asking the cluster"):
+        admission = check_join(door, node_ip=node_ip, wan=wan)
     plan = Plan(
         place=door,
         node_ip=admission.node_ip,
@@ -181,13 +183,14 @@ def leave(member: str | None, now: bool, cluster: str | None, every: bool, addre
         click.echo(text, err=True)
 
     left = []
-    if member is not None:
-        leave_member(member, address, now=now, say=say)
-        left.append(member)
-    else:
-        for state in choose(known_clusters(), cluster, every=every):
-            leave_cluster(state, now=now, say=say)
-            left.append(state.name)
+    with waiting("leaving"):
+        if member is not None:
+            leave_member(member, address, now=now, say=say)
+            left.append(member)
+        else:
+            for state in choose(known_clusters(), cluster, every=every):
+                leave_cluster(state, now=now, say=say)
+                left.append(state.name)
     if as_json:
         from orchestrator.answers import Left
 
@@ -211,12 +214,13 @@ def doctor(place: str, token_file: Path | None, as_json: bool) -> int:
     from orchestrator.cluster.doctor import examine
 
     checks = []
-    for check in examine(place_of(place, token_file)):
-        checks.append(check)
-        if not as_json:
-            click.echo(f"{check.name:<10}{'ok' if check.ok else 'FAILED':<8}{check.found}")
-            if check.remedy:
-                click.echo(f"{'':<10}{'':<8}try: {check.remedy}")
+    with waiting("checking"):
+        for check in examine(place_of(place, token_file)):
+            checks.append(check)
+            if not as_json:
+                click.echo(f"{check.name:<10}{'ok' if check.ok else 'FAILED':<8}{check.found}")
+                if check.remedy:
+                    click.echo(f"{'':<10}{'':<8}try: {check.remedy}")
     if as_json:
         from orchestrator.answers import Checks
 
@@ -268,7 +272,8 @@ def _head_here() -> ClusterState | None:
 def _recover(state: ClusterState, run_id: str, force: bool) -> None:
     from orchestrator.cluster.recover import recover_run
 
-    rows = recover_run(state, run_id, force=force)
+    with waiting("asking the members"):
+        rows = recover_run(state, run_id, force=force)
     click.echo(f"the journal of {run_id} was rebuilt from its members: {rows} rows; the run goes on", err=True)
 
 

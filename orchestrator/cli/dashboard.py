@@ -11,6 +11,9 @@ import click
 from orchestrator.cli.cluster import hide_token, token_file_option
 from orchestrator.cli.options import json_option, latest_run_dir_argument, shown
 from orchestrator.cluster.join_string import SCHEME
+from orchestrator.waiting import waiting
+
+REACHING = "reaching the run"
 
 
 @click.command()
@@ -61,16 +64,20 @@ def dashboard(
         if background:
             raise click.UsageError("--background: an actor serves, which a machine of the cluster has to start")
         hide_token(address)
-        source = DoorSource(read_place(address, token_file, os.environ), run_name, chaos=chaos)
+        with waiting(REACHING):
+            source = DoorSource(read_place(address, token_file, os.environ), run_name, chaos=chaos)
         what, poll_s = source.run_id, DOOR_POLL_S
     elif address is not None:
         from orchestrator.dashboard.ray_source import RaySource, connect
 
-        what = connect(address, run_name)
+        with waiting(REACHING):
+            what = connect(address, run_name)
         if background:
-            from orchestrator.dashboard.actor import start_in_cluster
+            with waiting("starting the dashboard there"):
+                from orchestrator.dashboard.actor import start_in_cluster
 
-            _tell(what, start_in_cluster(what, host=host, port=port, chaos=chaos), as_json)
+                link = start_in_cluster(what, host=host, port=port, chaos=chaos)
+            _tell(what, link, as_json)
             return 0
         source = RaySource(what, chaos=chaos)
     else:

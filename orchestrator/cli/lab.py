@@ -13,6 +13,7 @@ import click
 
 from orchestrator.cli.lazy import HelpfulGroup
 from orchestrator.cli.options import json_option
+from orchestrator.waiting import waiting
 
 if TYPE_CHECKING:
     from faults.lab.lab import Lab
@@ -60,7 +61,8 @@ def up(topology: str, name: str | None, seed: int, workers: int, lan: bool, link
         if not links_only:
             click.echo(f"starting Ray on {', '.join(made.nodes)} ...", err=True)
             cluster = LabCluster(made, workers=workers, wan=not lan)
-            cluster.start()
+            with waiting("starting Ray"):
+                cluster.start()
             address = cluster.address
         addresses = {node: made.address(node) for node in made.nodes}
         made.detach()
@@ -207,8 +209,9 @@ def down(name: str | None, every: bool) -> int:
         records = states.records()
         if not every and (records or not removed or name) and name not in removed:
             records = [states.only(name)]
-        for record in records:
-            states.remove(record.name, record)
+        with waiting("ending what runs there"):
+            for record in records:
+                states.remove(record.name, record)
     for gone in [*removed, *(record.name for record in records)]:
         click.echo(f"lab {gone} removed")
     return 0

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 3 stopped by the user and res
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -19,6 +20,14 @@ from orchestrator.version import VERSION
 BAD_INPUT = 2
 INTERRUPTED = 130
 READER_GONE = 141
+# What to do about an error of the system that names a file.
+OF_THE_SYSTEM = {
+    errno.EACCES: "a path that this user may read and write",
+    errno.EPERM: "a path that this user may read and write",
+    errno.ENOENT: "a path that exists",
+    errno.ENOSPC: "free some space there, or another disk",
+    errno.EROFS: "another disk: this one is read-only",
+}
 
 COMMANDS = {
     "demo": LazyCommand(
@@ -113,8 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        message = f"{error.strerror}: {error.filename}"
-        return _fail(message, code=BAD_INPUT, show_traceback="--traceback" in arguments)
+        message, remedy = f"{error.strerror}: {error.filename}", OF_THE_SYSTEM.get(error.errno or 0, "another path")
+        return _fail(message, code=BAD_INPUT, remedy=remedy, show_traceback="--traceback" in arguments)
     return code if isinstance(code, int) else 0
 
 

@@ -188,7 +188,8 @@ def logs(
     """
     hide_token(target or "")
     with _log_reader(target, token_file, run) as read:
-        last = read(member)
+        with waiting("reading the log"):
+            last = read(member)
         if as_json:
             return _show("LogTail", last, as_json, "")
         click.echo(last["text"], nl=False)

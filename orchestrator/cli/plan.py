@@ -10,6 +10,7 @@ import click
 
 from orchestrator.cli.lab_table import align
 from orchestrator.cli.options import json_option, set_option
+from orchestrator.waiting import waiting
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -48,9 +49,10 @@ def plan(
         raise click.UsageError("for which model? Give either RUN or --params")
     if overrides and run is None:
         raise click.UsageError("--set changes RUN, and there is none")
-    case, own = _case(run, overrides, params, islands, link, rtt, step)
-    made = make_plan(case, own)
-    lines = curves(case, own)
+    with waiting("reckoning"):
+        case, own = _case(run, overrides, params, islands, link, rtt, step)
+        made = make_plan(case, own)
+        lines = curves(case, own)
     if plot is not None:
         plot.write_text(svg(lines, title=headline(made), link_bit_per_s=case.link_bit_per_s), encoding="utf-8")
     if as_json:

@@ -65,7 +65,8 @@ def submit(
         click.echo(Submitted(job=job.id, address=job.address, run_dir=job.run_dir).model_dump_json())
     else:
         click.echo(f"job {job.id} on {job.address}, run directory {job.run_dir}")
-        click.echo(f"its output: ray job logs --address {job.address} --follow {job.id}", err=True)
+        let_in = "" if where is None or isinstance(where, str) else " (with RAY_AUTH_MODE=token, RAY_AUTH_TOKEN=...)"
+        click.echo(f"its output: ray job logs --address {job.address} --follow {job.id}{let_in}", err=True)
     if wait:
         for text in job.follow():
             click.echo(text, nl=False, err=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from orchestrator.cli.options import json_option
 
 
 @click.command()
-@click.argument("what", metavar="[MEMBER|EXCHANGE]", required=False)
+@click.argument("words", metavar="[RUN_DIR] [MEMBER|EXCHANGE]", nargs=-1)
 @click.option("--run", "run_dir", type=click.Path(path_type=Path), metavar="DIR", help="Which run [the newest].")
 @json_option
-def why(what: str | None, run_dir: Path | None, as_json: bool) -> int:
+def why(words: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
     """Tell from the journal why something was decided.
 
     MEMBER is island-1, or island-1.2 for one incarnation. EXCHANGE is the number of a version, or FRAGMENT.NUMBER.
@@ -30,6 +31,12 @@ def why(what: str | None, run_dir: Path | None, as_json: bool) -> int:
     from orchestrator.waiting import waiting
     from orchestrator.why import NothingKnown, commit_times, why_exchange, why_member, why_run
 
+    named = list(words)
+    if run_dir is None and named and Path(named[0]).is_dir():
+        run_dir = Path(named.pop(0))
+    if len(named) > 1:
+        raise click.UsageError(f"one member or exchange, not {len(named)}: {' '.join(named)}")
+    what = named[0] if named else None
     directory = open_run_dir(run_dir)
     with waiting("reading the journal"):
         rows = read_run(directory.path).rows
@@ -53,7 +60,9 @@ def why(what: str | None, run_dir: Path | None, as_json: bool) -> int:
         else:
             lines = why_member(rows, times, what)
     except NothingKnown as error:
-        raise UserError(str(error), place=str(directory.path)) from error
+        raise UserError(
+            str(error), place=str(directory.path), remedy="atoll why alone tells of the whole run"
+        ) from error
     if as_json:
         from orchestrator.answers import WhyLines
 

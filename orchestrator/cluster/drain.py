@@ -1,7 +1,8 @@
 """Ask the controllers of a cluster to let islands go, and wait until they went: `python -m orchestrator.cluster.drain`.
 
 A process of its own, because a supervisor that imported Ray could die of Ray. Its environment is that of the cluster.
-What it says is one line of JSON for each change, `{"leaving": [...]}`, and at the end `{"done": true, ...}`.
+What it says is one line of JSON for each change, `{"leaving": [...]}`, and at the end `{"done": true, ...}`; before,
+`{"leaving": [], "ends": [...]}` where something on the machine hands nothing over: one sentence for each.
 
 A controller's `leave(members, node, at_once)` is idempotent and returns `{"leaving": [...], "unknown": [...]}`: the
 islands that still have to go, and the names that its run does not have.
@@ -14,7 +15,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from orchestrator.processes import CONTROLLER_PREFIX, NAMESPACE
@@ -61,6 +63,30 @@ def can_be_asked(controller: object) -> bool:
     return hasattr(controller, "leave")
 
 
+def what_ends(actors: Iterable[Mapping[str, Any]], node: str, pipelines: Collection[str]) -> list[str]:
+    """Of the actors that Ray knows, what ends with a machine without handing over, in sentences.
+
+    Args:
+        actors: Name, State and node (Address.NodeID) of each.
+        pipelines: names of runs that are pipelines.
+    """
+    here = [a["Name"] for a in actors if a["State"] == "ALIVE" and a["Address"]["NodeID"] == node and a["Name"]]
+    said = []
+    for run in sorted(pipelines):
+        ours = sorted(name.split("/")[2] for name in here if name.startswith(f"island/{run}/"))
+        if ours:
+            said.append(
+                f"{run} is a pipeline: {', '.join(ours)} end with this machine, the others take their work over"
+            )
+    for name in sorted(name for name in here if name.startswith(CONTROLLER_PREFIX)):
+        run = name.removeprefix(CONTROLLER_PREFIX)
+        said.append(
+            f"the controller of {run} is on this machine and ends with it: "
+            f"atoll stop --run {run} before lets atoll train --resume go on exactly there"
+        )
+    return said
+
+
 def main() -> int:
     """Connect, drain, disconnect."""
     parser = argparse.ArgumentParser()
@@ -100,9 +126,24 @@ def main() -> int:
         actors = ray.util.list_named_actors(all_namespaces=True)
         names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
         controllers = [name for name in names if name.startswith(CONTROLLER_PREFIX)]
+        if options.node is not None and (ends := what_ends(*_on_cluster(controllers, options.node))):
+            _say({"leaving": [], "ends": ends})
         return drain(controllers, leave, _say, timeout_s=options.timeout)
     finally:
         ray.shutdown()
+
+
+def _on_cluster(controllers: Iterable[str], node: str) -> tuple[list[Mapping[str, Any]], str, set[str]]:
+    """What `what_ends` is given, from the Ray that this process is connected to."""
+    import ray
+    from ray._private.state import actors
+
+    pipelines = set()
+    for name in controllers:
+        with suppress(ValueError):  # its run is over
+            if not can_be_asked(ray.get_actor(name, namespace=NAMESPACE)):
+                pipelines.add(name.removeprefix(CONTROLLER_PREFIX))
+    return list(actors().values()), node, pipelines
 
 
 def _say(values: dict[str, object]) -> None:

@@ -37,7 +37,11 @@ def choose(known: Sequence[ClusterState], wanted: str | None, *, every: bool) ->
         chosen = [s for s in chosen if wanted == s.name or same_address(wanted, s.gcs_address, s.door)]
     names = ", ".join(f"{state.name} ({state.gcs_address or 'starting'})" for state in chosen or known)
     if not chosen:
-        raise ClusterUnreachable(f"this machine is not in {wanted!r}, but in {names}", place="--cluster")
+        raise ClusterUnreachable(
+            f"this machine is not in {wanted!r}, but in {names}",
+            place="--cluster",
+            remedy="one of these names or addresses, or --all",
+        )
     if len(chosen) > 1 and not every:
         raise UserError(f"several are meant: {names}", remedy="--cluster NAME with one of these names, or --all")
     return chosen
@@ -63,7 +67,9 @@ def leave_cluster(state: ClusterState, *, now: bool, say: Say) -> None:
     while state.supervisor.is_alive:
         if time.monotonic() > deadline_s:
             raise ClusterUnreachable(
-                f"process {state.supervisor.pid} did not end within {END_S:g} s", place=str(state.folder)
+                f"process {state.supervisor.pid} did not end within {END_S:g} s",
+                place=str(state.folder),
+                remedy=f"kill {state.supervisor.pid}; the next atoll up or atoll join here cleans up after it",
             )
         time.sleep(POLL_S)
     known_clusters(state.folder.parent)  # one that was killed meanwhile leaves its folder to us
@@ -93,7 +99,11 @@ def leave_member(member: str, address: str | None, *, now: bool, say: Say) -> No
             if last["leaving"]:
                 say(f"{member} leaves")
     if "done" not in last:
-        raise ClusterUnreachable("the cluster does not answer", place=state.gcs_address)
+        raise ClusterUnreachable(
+            "the cluster does not answer",
+            place=state.gcs_address,
+            remedy="atoll doctor looks at what is in the way; atoll leave alone takes this machine out",
+        )
     if not last["controllers"] or last["unknown"]:
         raise UserError(f"no run has a member {member!r}", place=state.gcs_address, remedy="atoll status names them")
     if not last["done"]:

@@ -105,4 +105,8 @@ def address_of(host: str) -> str:
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise UserError(f"{host!r} is no address: {error.strerror}", place="--host") from error
+        raise UserError(
+            f"{host!r} is no address: {error.strerror}",
+            place="--host",
+            remedy="an address or a name of this machine that the others know (hostname -I lists its addresses)",
+        ) from error

@@ -220,7 +220,10 @@ class RayNode:
                     return address
             if not self.is_running or time.monotonic() > deadline_s:
                 what = "did not come up" if self.is_running else "ended while it started"
-                raise ClusterUnreachable(f"Ray {what}, its last words are:\n{self.last_words(LAST_LINES)}")
+                raise ClusterUnreachable(
+                    f"Ray {what}, its last words are:\n{self.last_words(LAST_LINES)}",
+                    remedy="a free --port if one is taken; atoll doctor looks at the rest",
+                )
             time.sleep(POLL_S)
         return None
 

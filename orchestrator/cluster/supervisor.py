@@ -354,6 +354,8 @@ class Supervisor:
         return process_environment(os.environ, self._cluster_environment(head=False))
 
     def _report(self, values: Mapping[str, Any]) -> None:
+        for text in values.get("ends", ()):
+            self.say(text)
         if values.get("done"):
             self.say("no island of this machine is left")
         elif values["leaving"]:

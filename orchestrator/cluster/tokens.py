@@ -50,7 +50,11 @@ def read_token_file(path: Path) -> str:
         with path.open(encoding="ascii", errors="replace") as file:
             text = file.read(MAX_FILE_BYTES)
     except OSError as error:
-        raise UserError(f"the token cannot be read: {error.strerror}", place=str(path)) from error
+        raise UserError(
+            f"the token cannot be read: {error.strerror}",
+            place=str(path),
+            remedy=f"a file that this user can read, with the token of the join string in it; or {TOKEN_VARIABLE}",
+        ) from error
     if path.parent.name == HANDED_OVER:
         path.unlink(missing_ok=True)
         with suppress(OSError):

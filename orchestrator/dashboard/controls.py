@@ -26,7 +26,7 @@ async def feed_part(controller: Any, metrics_at: int, journal_at: int, guard: Gu
     The file is read on a thread: one that asks for the whole history keeps nobody waiting.
     """
     if controller.failure:
-        raise UserError(controller.failure)
+        raise UserError(controller.failure, remedy="logs/controller.log in its directory")
     host = controller.host
     data = await asyncio.get_running_loop().run_in_executor(None, read_part, host.run_dir.metrics, metrics_at)
     with guard():
@@ -44,7 +44,7 @@ async def feed_part(controller: Any, metrics_at: int, journal_at: int, guard: Gu
 async def pipeline_part(controller: Any, metrics_at: int, journal_at: int) -> FeedPart:
     """The same of a pipeline's controller, whose metrics are the lines of `pipeline.jsonl`."""
     if controller.failure:
-        raise UserError(controller.failure)
+        raise UserError(controller.failure, remedy="logs/controller.log in its directory")
     path = controller.run_dir / PIPELINE
     data = await asyncio.get_running_loop().run_in_executor(None, read_part, path, metrics_at)
     over = controller.over.is_set() and controller.finished is not None

@@ -326,23 +326,6 @@ class TrainerActor(_Process):
             host.withdrawn(call, round_, reply, data)
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def end_stopped(pid: int) -> bool:
-    """SIGKILL to a worker's process on this machine that `ray.kill` could not end; whether it was there.
-
-    Ray asks a process to end itself, which one that is stopped (SIGSTOP) cannot do.
-    """
-    try:
-        title = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    # The number may be another process's by now.
-    if not title.startswith((b"ray::TrainerActor", b"ray::StagePeerActor")):
-        return False
-    os.kill(pid, signal.SIGKILL)
-    return True
-
-
 def _first_line(error: BaseException) -> str:
     raised = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
     return f"{type(raised).__name__}: {next(iter(str(raised).strip().splitlines()), '')}"

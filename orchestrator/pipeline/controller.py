@@ -15,26 +15,21 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    ActorUnschedulableError,
-    RayActorError,
-    RayTaskError,
-    TaskUnschedulableError,
-    WorkerCrashedError,
-)
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
+from faults.lab.schedule import LinkChange
 from faults.plan import PlannedFault
 from faults.process import JumpClock
 from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.alarms import Alarm, Alarms
 from orchestrator.config import RunConfig
+from orchestrator.ending import make_sure
 from orchestrator.events import FaultNoticed
 from orchestrator.hands import new_nonce, reason_of
 from orchestrator.injector import Injector
 from orchestrator.island_actor import log_to
 from orchestrator.journal import open_segment
-from orchestrator.pipeline.actors import StagePeerActor, TrainerActor, end_stopped
+from orchestrator.pipeline.actors import StagePeerActor, TrainerActor
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
     Answered,
@@ -91,7 +86,7 @@ class PipelineActor(PipelineControls):
         run_dir: str,
         pack: str,
         token: str,
-        faults: list[PlannedFault],
+        faults: list[PlannedFault | LinkChange],
         resume: bool,
     ) -> None:
         """Keeps the arguments; `begin` does the work. Runs again after a restart by Ray, with the same arguments."""
@@ -261,7 +256,7 @@ class PipelineActor(PipelineControls):
             "run": self.run_id,
             "run_dir": str(self.run_dir),
             "pids": dict(self.pids),
-            "unfired": self.injector.schedule.unfired(),
+            "unfired": self.injector.unfired(),
             "metrics": self.telemetry.told,
         }
 
@@ -293,7 +288,7 @@ class PipelineActor(PipelineControls):
                     self._go_back()
                 case Finish():
                     self.finished = command
-                    for fault in self.injector.schedule.unfired():
+                    for fault in self.injector.unfired():
                         log.warning("%s did not happen: the run was over before", fault)
                     self._task(self._conclude(command))
 
@@ -385,15 +380,7 @@ class PipelineActor(PipelineControls):
         if self._is(process, nonce):
             self._end(process, nonce)
             if process in self.nodes:
-                self._task(self._make_sure(process, self.pids[process], self.nodes[process]))
-
-    async def _make_sure(self, process: str, pid: int, node: str) -> None:
-        place = NodeAffinitySchedulingStrategy(node, soft=False)
-        try:
-            if await asyncio.wait_for(end_stopped.options(scheduling_strategy=place).remote(pid), WATCH_S):
-                log.info("process %d of %s did not end by itself", pid, process)
-        except (RayActorError, RayTaskError, TaskUnschedulableError, WorkerCrashedError, TimeoutError) as error:
-            log.warning("whether process %d of %s ended is not known: %s", pid, process, error)
+                self._task(make_sure(process, self.pids[process], self.nodes[process]))
 
     async def _order(self, command: Order) -> None:
         """Have a peer obey; an answer that never comes is no matter: the process is dead, and the controller hears."""

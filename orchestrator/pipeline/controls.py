@@ -50,7 +50,9 @@ class PipelineControls(Caretaker):
     async def _ready(self) -> None:
         await self.begin()
         if self.failure:
-            raise UserError(f"the run {self.run_id} has failed: {self.failure}")
+            raise UserError(
+                f"the run {self.run_id} has failed: {self.failure}", remedy="its log is logs/controller.log"
+            )
         if self.is_over():
             raise UserError(f"the run {self.run_id} is over", remedy="atoll status shows how it ended")
 
@@ -197,7 +199,7 @@ def find_snapshot(snapshots: Path, history: PipelineHistory, version: int) -> Sa
         if saved.version == version:
             return saved
     if version == history.version:
-        raise UserError(f"the run is at version {version}", place="--to")
+        raise UserError(f"the run is at version {version}", place="--to", remedy="an older one, or nothing")
     numbers = ", ".join(str(one.version) for one in known) or "none yet"
     raise UserError(
         f"there is no snapshot of version {version} to go back to",

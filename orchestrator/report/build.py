@@ -33,7 +33,7 @@ def _write(target: Path, page: str) -> Path:
         os.replace(scratch, target)
     except OSError as error:
         raise ReportError(
-            f"cannot write {target}: {error.strerror}; free some space or check its permissions"
+            f"cannot write {target}: {error.strerror}", remedy="free some space, or check the folder's permissions"
         ) from error
     finally:
         scratch.unlink(missing_ok=True)

@@ -34,6 +34,7 @@ def console_table(summary: Summary) -> RenderableType:
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
     lost = f", {fmt.count(summary.tokens_lost)} lost" if summary.tokens_lost else ""
+    lost += f", {fmt.count(summary.tokens_dropped)} dropped" if summary.tokens_dropped else ""
     discarded = f", {summary.exchanges_discarded} discarded" if summary.exchanges_discarded else ""
     return [
         ("outcome", f"{_REASONS[summary.exit_reason]} after {fmt.duration(summary.seconds)}"),

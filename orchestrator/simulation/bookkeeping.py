@@ -12,6 +12,7 @@ from orchestrator.run_state import RunState
 from orchestrator.simulation.symbols import bits_of, must
 from workers.ranges import Range
 from workers.records import (
+    AbandonRecord,
     CommitRecord,
     DropRecord,
     FenceRecord,
@@ -115,6 +116,8 @@ class Bookkeeping:
                 for name, (start, stop) in zip(r.members, r.ranges, strict=True):
                     self.cursors[name] = [start, start]
                     self.owner_of |= dict.fromkeys(range(start, stop), name)
+            case AbandonRecord() as r:
+                self._abandon(r)
             case LeaseRecord() as r:
                 self._lease(r)
             case CommitRecord() as r:
@@ -145,6 +148,18 @@ class Bookkeeping:
                 self.free &= ~bit
                 issued[1] = max(issued[1], sample + 1)
                 life.samples.append(sample)
+
+    def _abandon(self, r: AbandonRecord) -> None:
+        must(not any(life.live for m, life in self.lives.items() if m.name == r.member), 8, f"{r.member} lives")
+        issued = self.cursors[r.member]
+        for start, stop in r.ranges:
+            for sample in range(start, stop):
+                bit, fresh = 1 << sample, sample == issued[1]
+                must(self.owner_of.get(sample) == r.member, 8, f"sample {sample} is not {r.member}'s own")
+                must(bit & self.free or fresh, 8, f"sample {sample} is given up but somebody has it")
+                issued[1] += fresh
+                self.free &= ~bit
+                self.dropped |= bit
 
     def _commit(self, r: CommitRecord) -> None:
         path = self.chains[r.fragment]

@@ -54,6 +54,8 @@ def reduce(island: Island, c: ev.Reduce) -> Job:
     bits = -island.cluster.rng.randrange(1, 1 << 30) if island.distorts else island.device
     if island.distorts and island.machine.incarnation is not None:
         island.cluster.liars.add(island.machine.id)
+    if recipe is not None and recipe.history and island.machine.fragments[fragment].version != c.assign.base:
+        return None  # superseded meanwhile
     for chunk in c.chunks:
         pieces: list[tuple[Payload, float]] = []
         for entry in c.assign.roster:

@@ -142,7 +142,7 @@ class BrainWorld:
         self._tell_brain(Tick())
         for process in list(self.processes.values()):
             if isinstance(process.body, SymbolTrainer):
-                self._into(process, process.body.tick)
+                self._into(process, process.body.beat)
 
     def _into(self, process: _Process, what: Callable[[], None]) -> None:
         """Something reaches a process: now, or when it goes on, or never."""
@@ -240,7 +240,7 @@ class BrainWorld:
         self, trainer: SymbolTrainer, process: _Process, call: Call, round_: int, behind: int, seconds: float
     ) -> None:
         if not process.alive:
-            self._back(trainer, lambda: trainer.unreachable(call, round_))
+            self._back(trainer, lambda: trainer.unreachable(call, round_, "it is dead"))
             return
 
         def serve() -> None:
@@ -255,7 +255,7 @@ class BrainWorld:
         """A withdrawal."""
         process = self.by_address[place.nonce]
         if not process.alive:
-            self._back(trainer, lambda: trainer.unreachable(call, round_))
+            self._back(trainer, lambda: trainer.unreachable(call, round_, "it is dead"))
             return
 
         def ask() -> None:

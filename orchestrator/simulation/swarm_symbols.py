@@ -13,7 +13,7 @@ from typing import Protocol
 
 from orchestrator.pipeline.plan import PipelinePlan
 from workers.pipeline.accumulator import Accumulator, Begin
-from workers.pipeline.calls import Call, evaluation_of
+from workers.pipeline.calls import Call
 from workers.pipeline.messages import (
     Applied,
     Apply,
@@ -21,49 +21,23 @@ from workers.pipeline.messages import (
     Done,
     DropStage,
     Evaluate,
-    Evaluated,
     FenceStep,
-    FenceWanted,
     FromPeer,
     FromTrainer,
     Have,
-    Heartbeat,
     Holds,
     LocalStep,
     Offered,
     OfferWork,
     OpenStep,
-    PeerFenced,
     PeerPlace,
-    Peers,
     Reduce,
     Reduced,
     Spread,
-    StageReady,
-    StepCommitted,
     TakeStage,
     ToPeer,
-    ToTrainer,
 )
-from workers.pipeline.microbatches import (
-    Announced,
-    AskFence,
-    Committed,
-    Event,
-    Fenced,
-    Microbatches,
-    Refused,
-    Replied,
-    Scored,
-    Send,
-    StageDone,
-    StepOpened,
-    Tick,
-    Unreachable,
-    Withdraw,
-    Withdrawn,
-)
-from workers.pipeline.router import Router
+from workers.pipeline.trainer_desk import TrainerDesk
 
 Content = Counter[tuple[int, int]]
 """(step, microbatch) -> how often it is in a state."""
@@ -349,111 +323,45 @@ class SymbolPeer:
         return Offered(microbatches=())
 
 
-class SymbolTrainer:
-    """See `TrainerHost`."""
+class SymbolTrainer(TrainerDesk):
+    """A trainer of symbols: what it makes of messages is what `TrainerHost` makes of them."""
 
     def __init__(self, world: World, name: str, nonce: str, plan: PipelinePlan) -> None:
-        self._world, self.name, self.nonce, self._plan = world, name, nonce, plan
-        self.machine = Microbatches(
-            num_stages=plan.layout.num_stages,
-            router=Router(trainer=name, smoothing=0.3),
-            max_in_flight=plan.pipeline.in_flight,
-            forward_timeout_s=plan.pipeline.forward_timeout_s,
-            backward_timeout_s=plan.pipeline.backward_timeout_s,
-            retry_s=0.2,
-            sticky=plan.sync_steps > 0,
-        )
-        self._newest, self._evaluation = (0, 0, -1, 0), (0, 0)
-        self.step = self.round_ = self._behind = 0
-        self._places: dict[str, PeerPlace] = {}
-        self._num_events = 0
+        super().__init__(name, plan.layout.num_stages, plan.pipeline, lambda: world.now_s, sticky=plan.sync_steps > 0)
+        self._world, self.nonce = world, nonce
 
-    def handle(self, message: ToTrainer) -> None:
-        """See `TrainerHost.handle`."""
-        match message:
-            case OpenStep():
-                newest = (message.life, message.serial, message.step, message.round_)
-                if newest > self._newest:
-                    self._newest, self._behind = newest, message.behind
-                    self._begin(message.step, message.round_, message.microbatches, message.peers)
-            case Evaluate():
-                if (message.life, message.number) > self._evaluation:
-                    self._evaluation, self._behind = (message.life, message.number), 0
-                    self._begin(evaluation_of(message.version), message.number, (0, 1), message.peers)
-            case Peers(peers=peers):
-                self._announce(peers)
-            case PeerFenced(peer=peer, step=step):
-                self._tell(Fenced(peer=peer, step=step))
-            case StepCommitted(step=step):
-                for stage in range(self._plan.layout.num_stages):
-                    self._tell(Committed(stage=stage, step=step))
+    def _lay_out(self, message: OpenStep | Evaluate) -> tuple[int, ...]:
+        return message.microbatches if isinstance(message, OpenStep) else (0, 1)
 
-    def _begin(self, step: int, round_: int, microbatches: tuple[int, ...], peers: tuple[PeerPlace, ...]) -> None:
-        self.machine.restart(self.step)
-        self.step, self.round_ = step, round_
-        self._announce(peers)
-        self._tell(StepOpened(step=step, microbatches=microbatches))
+    def _send(self, place: PeerPlace, call: Call) -> None:
+        self._world.send(self, place, call, self.round_, self._behind)
 
-    def _announce(self, peers: tuple[PeerPlace, ...]) -> None:
-        for name in self._places.keys() - {place.peer for place in peers}:
-            self.machine.router.ban(name, "it does not serve any more")
-        self._places |= {place.peer: place for place in peers}
-        for place in peers:
-            self._tell(Announced(peer=place.peer, stage=place.stage, announcement=place.announcement))
+    def _withdraw(self, place: PeerPlace, call: Call) -> None:
+        self._world.withdraw(self, place, call, self.round_)
 
-    def _is_stale(self, call: Call, round_: int) -> bool:
-        return (call.step, round_) != (self.step, self.round_)
+    def _report(self, message: FromTrainer) -> None:
+        self._world.hear(self, message)
+
+    def _loss(self, stage: int) -> float | None:
+        return 1.0
+
+    def _score(self) -> float:
+        return 1.0
+
+    def _forget(self, step: int) -> None:
+        pass
 
     def replied(self, call: Call, round_: int, begin: Begin, seconds: float) -> None:
-        """See `TrainerHost.replied`."""
-        if self._is_stale(call, round_):
-            return
-        if begin in (Begin.RUN, Begin.DONE):
-            self._tell(Replied(call=call, seconds=seconds))
-        else:
-            self._tell(Refused(call=call, reason=begin.value))
+        """A peer answered."""
+        if not self._is_stale(call, round_):
+            self._answered(call, begin, seconds)
 
     def withdrawn(self, call: Call, round_: int, done: bool) -> None:
-        """See `TrainerHost.withdrawn`."""
+        """A peer answered a withdrawal."""
         if not self._is_stale(call, round_):
-            self._tell(Withdrawn(call=call, done=done))
-            self.machine.router.lift(call.peer)
+            self._given_back(call, done=done)
 
-    def unreachable(self, call: Call, round_: int) -> None:
-        """See `TrainerHost.unreachable`."""
-        if not self._is_stale(call, round_):
-            self._tell(Unreachable(call=call, reason="it is dead"))
-
-    def tick(self) -> None:
+    def beat(self) -> None:
         """Time has passed, and the heart beats."""
-        deadline_s = self.machine.next_deadline_s()
-        if deadline_s is not None and deadline_s <= self._now():
-            self._tell(Tick())
-        beat = Heartbeat(progress=self._num_events, owes=self.machine.num_in_flight > 0)
-        self._world.hear(self, beat)
-
-    def _now(self) -> float:
-        return self._world.now_s
-
-    def _tell(self, event: Event) -> None:
-        self._num_events += 1
-        for command in self.machine.handle(event, self._now()):
-            match command:
-                case Send(call=call):
-                    self._world.send(self, self._places[call.peer], call, self.round_, self._behind)
-                case Withdraw(call=call):
-                    self._world.withdraw(self, self._places[call.peer], call, self.round_)
-                case AskFence(peer=peer, step=step, reason=reason):
-                    wanted = FenceWanted(peer=peer, step=step, round_=self.round_, reason=reason)
-                    self._world.hear(self, wanted)
-                case StageDone(step=step, stage=stage, counted=counted):
-                    speeds = {n: self.machine.router.throughput(n) for n in self.machine.router.serving(stage)}
-                    ready = StageReady(
-                        step=step, round_=self.round_, stage=stage, counted=counted, loss=1.0, throughputs=speeds
-                    )
-                    self._world.hear(self, ready)
-                case Scored(step=step):
-                    done = Evaluated(version=evaluation_of(step), number=self._evaluation[1], loss=1.0)
-                    self._world.hear(self, done)
-                case _:
-                    pass
+        self.tick()
+        self._world.hear(self, self.heartbeat())

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from faults.lab.schedule import LINK_FAULT
 from faults.plan import CONTROLLER, KINDS, FaultPlanError, PlannedFault, parse_fault
 from orchestrator.metrics import ExchangeRow, Row, StepRow
 from workers.records import FaultRecord, JoinRecord, Record
@@ -47,8 +48,9 @@ class Followed:
 
 
 def injected(records: Iterable[Record]) -> list[tuple[PlannedFault, FaultRecord]]:
-    """The injected faults of a journal, storms themselves left out."""
+    """The injected faults of a journal, without storms themselves and what was done to the links of a lab."""
     found = [r for r in records if isinstance(r, FaultRecord) and r.injected and r.fault != "storm"]
+    found = [r for r in found if not r.fault.startswith(LINK_FAULT)]
     return [(_planned(record), record) for record in found]
 
 

@@ -89,7 +89,11 @@ class Command:
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline_s:
                 how = "ended before" if self.process.poll() is not None else f"waited {timeout_s:g} s for"
-                raise RunFailed(f"{how} {what}: {self.last_words()}", place=str(self.output))
+                raise RunFailed(
+                    f"{how} {what}: {self.last_words()}",
+                    place=str(self.output),
+                    remedy="fewer --islands where the machine is slow; the output has the whole story",
+                )
             time.sleep(poll_s)
 
     def last_words(self) -> str:
@@ -154,7 +158,11 @@ def _train(plan: StormPlan, name: str, faults: Sequence[str], environment: Mappi
             command.process.kill()
             command.process.wait()
     if code != 3:
-        raise RunFailed(f"the run ended with exit code {code}: {command.last_words()}", place=str(run_dir / "logs"))
+        raise RunFailed(
+            f"the run ended with exit code {code}: {command.last_words()}",
+            place=str(run_dir / "logs"),
+            remedy=f"the end of {command.output} and of the logs; a shorter or milder storm (--minutes, --rate)",
+        )
     return read_data(run_dir, plan.islands)
 
 

@@ -21,7 +21,7 @@ BackendChoice = Literal["auto", "torch", "numba", "triton"]
 REMEDY = "`pip install 'atoll[fast]'` installs it"
 TRITON_REMEDY = "it comes with torch for CUDA"
 TRITON_CODECS = ("int8", "int4", "fp4", "e3m0")
-Kernels = Literal["numba_dense", "numba_sparse", "triton_dense"]
+Kernels = Literal["numba_dense", "numba_sparse", "numba_sums", "triton_dense"]
 
 
 def resolve_backend(choice: BackendChoice) -> tuple[Backend, str | None]:
@@ -43,7 +43,7 @@ def resolve_backend(choice: BackendChoice) -> tuple[Backend, str | None]:
         raise SettingError(
             f"codec.backend = 'numba', but numba is not installed; {REMEDY}, or set codec.backend = 'auto'"
         )
-    return "torch", f"numba is not installed: codecs run in their torch form, several times slower; {REMEDY}"
+    return "torch", f"numba is not installed: codecs and sums run in their torch form, several times slower; {REMEDY}"
 
 
 def use_cache_dir(path: str) -> None:

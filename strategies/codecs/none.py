@@ -32,7 +32,7 @@ class Fp32:
     lossy: ClassVar[bool] = False
     block: ClassVar[int] = 1
     elementwise: ClassVar[bool] = True
-    backend: ClassVar[Backend] = "torch"
+    backend: Backend = "torch"  # of what is computed beside it: there is nothing to compile here
 
     def num_bytes(self, num_values: int) -> int:
         """16 + 4 N."""
@@ -60,7 +60,7 @@ class Bf16:
     lossy: ClassVar[bool] = True
     block: ClassVar[int] = 1
     elementwise: ClassVar[bool] = True
-    backend: ClassVar[Backend] = "torch"
+    backend: Backend = "torch"  # of what is computed beside it: there is nothing to compile here
 
     def num_bytes(self, num_values: int) -> int:
         """16 + 2 N."""

@@ -25,6 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Where tests keep what a page looked like, for people and for a CI that collects it.
+SHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
+WIDE, NARROW = 1280, 390
+# Resolves when everything that was changed before is on the screen.
+PAINTED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = (
     "--headless",
@@ -106,6 +111,19 @@ class Page:
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
 
+    def keep(self, name: str) -> list[Path]:
+        """Screenshots of the whole page, wide and narrow, in light and dark, into `SHOTS`; returns their paths."""
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for width in (NARROW, WIDE):
+            self.resize(width, 900)
+            for scheme in ("light", "dark"):
+                self.colours(scheme)
+                self.evaluate(PAINTED)
+                kept.append(SHOTS / f"{name}-{'narrow' if width == NARROW else 'wide'}-{scheme}.png")
+                self.screenshot(kept[-1])
+        return kept
+
 
 class Chromium:
     """A running browser. Use `Chromium.launch`."""
@@ -152,8 +170,8 @@ class Chromium:
             browser._stop()
 
     def open(self, url: str, *, width: int = 1280, height: int = 900) -> Page:
-        """A new page at `url`, when its load event has fired."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        """A new page at `url` when its load event has fired; in a window of its own, so that no page is hidden."""
+        target = self.call("Target.createTarget", url="about:blank", newWindow=True)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = self._pages[session] = Page(browser=self, session=session)
         page.resize(width, height)

@@ -17,7 +17,7 @@ from tests.lab.support import first_good, python
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK_BYTES_PER_S = 10e6 / 8
-NUM_BYTES = 2 << 20
+NUM_BYTES = 1 << 20
 SERVE = """
 import sys
 import numpy as np
@@ -49,7 +49,7 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as stream:
     end_s = time.monotonic() + float(sys.argv[3])
     while time.monotonic() < end_s:
         stream.sendall(f"{time.monotonic()}\\n".encode().rjust(400, b" "))
-        time.sleep(0.05)
+        time.sleep(0.02)
 """
 FETCH = """
 import json, sys, time

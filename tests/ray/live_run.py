@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from faults.inject import Injection, Point, arm, hurry, read_marks
+from faults.inject import Injection, PairPoint, Point, arm, hurry, read_marks
 from orchestrator.build import resolve
 from orchestrator.config import RunConfig
 from orchestrator.island_actor import ContextWrapper
@@ -34,7 +34,7 @@ class Kill:
     """One kill that fired: whom, where, and what the controller wrote about it."""
 
     member: str
-    point: Point
+    point: Point | PairPoint
     victim: MemberId
     mark: dict[str, Any]
     fault: FaultEvent
@@ -121,7 +121,7 @@ class LiveRun:
             "a commit with all islands in it",
         )
 
-    def kill_at(self, member: str, point: Point) -> Kill:
+    def kill_at(self, member: str, point: Point | PairPoint) -> Kill:
         """Kill `member` when it next comes to `point`; wait until its successor has contributed to a commit."""
         victim = self.state().current[member]
         before = sum(event.member == member for event in self.faults())

@@ -66,6 +66,13 @@ class Controller:
         return self.calls
 on_head = {"node:__internal_head__": 0.001}
 controller = Controller.options(name="controller/run-1", lifetime="detached", resources=on_head).remote()
+@ray.remote(num_cpus=0)
+class Pipeline:
+    def stop(self):
+        pass
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+there = NodeAffinitySchedulingStrategy("NODE", soft=False)
+pipeline = Pipeline.options(name="controller/pipe-1", lifetime="detached", scheduling_strategy=there).remote()
 print(json.dumps(ray.get(controller.heard.remote())))
 """
 WHAT_IT_HEARD = """
@@ -237,14 +244,13 @@ def test_nobody_at_the_door(cluster: Cluster) -> None:
 
 
 def test_leaving_waits_for_the_islands_and_ends_only_its_own_processes(cluster: Cluster, tmp_path: Path) -> None:
-    assert cluster.drive(CONTROLLER) == []
     before = our_processes()
     told = cluster.join()
+    assert cluster.drive(CONTROLLER.replace("NODE", told.node_id)) == []
     os.kill(told.supervisor.pid, signal.SIGTERM)
-    until(
-        lambda: "to leave: island-0" in (told.folder / "supervisor.log").read_text(),
-        "SIGTERM to ask its islands to leave",
-    )
+    log = told.folder / "supervisor.log"
+    until(lambda: "to leave: island-0" in log.read_text(), "SIGTERM to ask its islands to leave")
+    assert "the controller of pipe-1 is on this machine and ends with it" in log.read_text()
     os.kill(told.supervisor.pid, signal.SIGTERM)  # again: at once
     until(lambda: not told.folder.exists(), "its machine to have left")
     node = cluster.join()

@@ -14,20 +14,23 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from orchestrator.build import pack_path, resolve
+from orchestrator.build import OWN_PACK_LABEL, pack_path, resolve
 from orchestrator.ledger import ledger_command
 from orchestrator.metrics import SpanRow, read_rows
 from orchestrator.processes import WORKER_RESOURCE
 from orchestrator.summary import Summary
 from tests.ray.live_run import LiveRun
-from tests.small_run import small_config
+from tests.small_run import SEQ_LEN, small_config
 from workers.data.index import load_index
+from workers.data.pack import pack
 from workers.data.shards import check_shard, map_shard
-from workers.records import LEFT, CommitRecord, FenceRecord, JoinRecord, MemberId, Record
+from workers.records import LEFT, CommitRecord, FenceRecord, JoinRecord, LeaseRecord, MemberId, Record, ScopeRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 TOKENS = 96_000
+OWN_TOKENS = 1_600  # of them, of a pack that only island-1 has
+HAS_THE_PACK = {OWN_PACK_LABEL: "island-1"}
 NODE = {"num_cpus": 1, "resources": {WORKER_RESOURCE: 1}, "object_store_memory": 80_000_000}
 JOINED_WITHIN_S = 15.0
 
@@ -86,7 +89,13 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("elastic")
     far, caches = folder / "far", {name: {"XDG_CACHE_HOME": str(folder / name)} for name in ("here", "there")}
     shutil.copytree(pack_dir, far)
+    letters = [folder / f"letter-{number}.txt" for number in range(40)]
+    for number, letter in enumerate(letters):
+        letter.write_text(f"Dear friend {number}, the reef is far. " * 20)
+    pack(letters, folder / "own", seq_len=SEQ_LEN, val_fraction=0.2, scope="island")
     values = [
+        f"data.per_island.island-1.path={folder / 'own'}",
+        f"data.per_island.island-1.tokens={OWN_TOKENS}",
         f"data.path={far.as_uri()}",
         f"train.tokens={TOKENS}",
         "run.islands=auto",
@@ -105,7 +114,7 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
 
         shutil.rmtree(far)  # whoever joins from now on has to ask the others for the tokens
         began = time.monotonic()
-        second = cluster.add_node(**NODE, env_vars=caches["there"])
+        second = cluster.add_node(**NODE, labels=HAS_THE_PACK, env_vars=caches["there"])
         left = run.until(contributed(run, "island-1", 0), "the second machine's island in a commit")
         contributed_after_s = time.monotonic() - began
 
@@ -114,14 +123,14 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
         lost = run.state().lost
         cluster.remove_node(second)
 
-        third = cluster.add_node(**NODE, env_vars=caches["there"])
+        third = cluster.add_node(**NODE, labels=HAS_THE_PACK, env_vars=caches["there"])
         rejoined = run.until(contributed(run, "island-1", left.incarnation), "the third machine's island in a commit")
         cluster.remove_node(third, allow_graceful=False)
         run.until(
             lambda: any(isinstance(r, FenceRecord) and r.incarnation == rejoined.incarnation for r in run.records()),
             "the third machine's death to be noticed",
         )
-        cluster.add_node(**NODE, env_vars=caches["there"])
+        cluster.add_node(**NODE, labels=HAS_THE_PACK, env_vars=caches["there"])
         replaced = run.until(contributed(run, "island-1", rejoined.incarnation), "its island on the fourth machine")
         unknown = ray.get(run.controller.leave.remote(["island-77"], None, False), timeout=30)
         assert unknown == {"leaving": [], "unknown": ["island-77"]}
@@ -171,6 +180,15 @@ def test_the_run_finishes_and_its_ledger_adds_up(story: Story) -> None:
     assert story.summary.exit_reason == "done"
     assert story.summary.tokens_committed == TOKENS
     assert ledger_command(story.run_dir, False) == 0
+
+
+def test_a_pack_of_its_own_is_leased_to_nobody_else_wherever_its_machine_comes_from(story: Story) -> None:
+    (scope,) = [record for record in story.records if isinstance(record, ScopeRecord)]
+    ((start, stop),) = scope.ranges
+    leases = [record for record in story.records if isinstance(record, LeaseRecord)]
+    given = [(lease.member, b - a) for lease in leases for a, b in lease.ranges if start <= a < stop]
+    assert (scope.members, stop - start) == (("island-1",), OWN_TOKENS // SEQ_LEN)
+    assert {member for member, _ in given} == {"island-1"} and sum(num for _, num in given) >= OWN_TOKENS // SEQ_LEN
 
 
 def test_time_away_is_no_time_dead(story: Story) -> None:

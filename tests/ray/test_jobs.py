@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,11 +27,21 @@ from orchestrator.segments import read_run
 from orchestrator.status import Status
 from tests.ray.command import ROOT
 from tests.small_run import TOML
-from workers.records import CommitRecord, OperatorRecord, PauseRecord, Record, RollbackRecord, SettingRecord, TermRecord
+from workers.records import (
+    CommitRecord,
+    JoinRecord,
+    OperatorRecord,
+    PauseRecord,
+    Record,
+    RollbackRecord,
+    SettingRecord,
+    TermRecord,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(150)]
 
 WAIT_S = 90.0
+DEAD_WITHIN_S = 3.0  # as on the page of a dashboard that needs no door
 POLL_S = 0.1
 ATOLL = [sys.executable, "-m", "orchestrator.cli.main"]
 
@@ -52,6 +63,7 @@ with atoll.attach(sys.argv[1], run=sys.argv[2]) as run:
 class Head:
     folder: Path
     place: str
+    labelled: str
     gcs: str
     jobs_port: int
     state: Path
@@ -99,16 +111,30 @@ def head(tmp_path_factory: pytest.TempPathFactory, pack_dir: Path) -> Iterator[H
     env = environment(folder / "state")
     with socket.create_server(("127.0.0.2", 0)) as free:
         port = int(free.getsockname()[1])
-    command = [*ATOLL, "up", "--host", "127.0.0.1", "--workers", "4", "--label", "zone=b", "--background", "--json"]
+    command = [*ATOLL, "up", "--host", "127.0.0.1", "--workers", "4", "--label", "zone=a", "--background", "--json"]
     command += ["--jobs-port", str(port)]
     up = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=folder)
     assert up.returncode == 0, up.stderr
     ready = json.loads(up.stdout)
     state = next((folder / "state").glob("head-*"))
     try:
-        yield Head(folder=folder, place=ready["join"], gcs=ready["address"], jobs_port=port, state=state, pack=pack_dir)
+        # A second machine, as far as Ray can tell; left to itself Ray would fill the first one before.
+        join = [*ATOLL, "join", ready["join"], "--workers", "2", "--devices", "cpu", "--label", "zone=b"]
+        second = subprocess.run(
+            [*join, "--background", "--json"], capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=folder
+        )
+        assert second.returncode == 0, second.stderr
+        yield Head(
+            labelled=str(json.loads(second.stdout)["node"]),
+            folder=folder,
+            place=ready["join"],
+            gcs=ready["address"],
+            jobs_port=port,
+            state=state,
+            pack=pack_dir,
+        )
     finally:
-        subprocess.run([*ATOLL, "leave", "--now"], timeout=WAIT_S, env=env, check=True)
+        subprocess.run([*ATOLL, "leave", "--now", "--all"], timeout=WAIT_S, env=env, check=True)
 
 
 def records(run_dir: Path, *kinds: type[Record]) -> list[Record]:
@@ -163,6 +189,20 @@ def test_the_run_of_a_job_goes_on_when_its_driver_is_killed(head: Head, job_run:
     assert list((job_run / "logs").glob(".probe*")) == []
 
 
+def test_islands_are_on_machines_with_the_labels_that_were_asked_for(head: Head, job_run: Path) -> None:
+    joins = [record for record in records(job_run, JoinRecord) if isinstance(record, JoinRecord)]
+    assert {join.member for join in joins} == {"island-0", "island-1"}
+    assert {join.node for join in joins} == {head.labelled}
+    command = ["train", str(head.toml("nobody", islands=1)), "--set", "run.address=auto", "--set"]
+    refused = head.atoll(*command, "run.labels.zone=c", code=2)
+    assert "has room for 0 islands (resource atoll_worker) on machines with the label zone=c" in refused
+    assert "labels there are zone=a, zone=b" in refused
+    submit = ["submit", str(head.toml("nobody", islands=3)), "--address", head.place, "--set", "run.labels.zone=b"]
+    refused = head.atoll(*submit, code=2)  # before there is a job
+    assert "has room for 2 islands" in refused and "on machines with the label zone=b, the run has 3" in refused
+    assert not (head.folder / "runs").exists() or not list((head.folder / "runs").glob("nobody*"))
+
+
 def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
     script = head.folder / "own.py"
     script.write_text(OWN_SCRIPT)
@@ -179,6 +219,8 @@ def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
     assert version >= saved
     refused = head.atoll("set", "train.lr=1", "--at", head.place, code=2)
     assert "cannot change while a run goes on" in refused
+    assert "island-0 is not banned" in head.atoll("unban", "island-0", "--at", head.place, code=2)
+    assert "no member 'island-9'" in head.atoll("unban", "island-9", "--at", head.place, code=2)
 
     assert json.loads(head.atoll("pause", str(job_run), "--json"))["paused"]
     until(lambda: {m.doing for m in Status.model_validate_json(
@@ -220,6 +262,17 @@ def test_the_dashboard_reads_and_asks_through_the_door(head: Head, job_run: Path
             assert ask("act", b'{"action": "save"}') == {"outcome": "asked"}
             asked = [r for r in records(job_run, OperatorRecord) if isinstance(r, OperatorRecord)]
             assert [(r.action, r.by) for r in asked] == [("save", "dashboard, 127.0.0.1")]
+
+            def shown(member: str) -> dict[str, Any]:
+                return next(row for row in ask("run")["members"] if row["name"] == member)
+
+            [pid] = re.findall(r"is process (\d+)", (job_run / "logs" / "island-1-1.log").read_text())
+            before = shown("island-1")["incarnation"]
+            os.kill(int(pid), signal.SIGKILL)
+            began_s = time.monotonic()
+            until(lambda: shown("island-1")["doing"] == "dead", "the death to be shown")
+            assert time.monotonic() - began_s < DEAD_WITHIN_S
+            until(lambda: shown("island-1")["incarnation"] > before and shown("island-1")["here"], "its successor")
         finally:
             server.terminate()
             assert server.wait(timeout=WAIT_S) == 0

@@ -1,4 +1,4 @@
-"""A busy machine, and on it a run whose islands die and hang: nobody is blamed falsely, a standby takes each place.
+"""A busy machine, and on it a run whose islands die, hang and stop: nobody is blamed falsely, standbys take places.
 
 Two runs share one Ray: `calm` does nothing but train for a minute with the settings of a LAN, `story` loses islands.
 Both cores have other work all the time.
@@ -33,6 +33,7 @@ BUDDY = "run.redundancy=buddy"
 # With a standby the bound is 8 s on a machine that has nothing else to do; here it has.
 BACK_WITHIN_S = 8.0
 HANG_NOTICED_WITHIN_S = 9.0
+LIMBO_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,8 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("standby")
     values = ["train.tokens=4_000_000", "strategy.inner_steps=8", "exchange.heartbeat_s=0.5"]
     calm = LiveRun(small_config(pack_dir, "run.islands=2", *values), pack_dir, folder / "calm", pace_s=PACE_S)
-    config = small_config(pack_dir, "run.islands=3", "run.standby=1", "exchange.quorum=0.5", BUDDY, *values)
+    values += [f"exchange.limbo_s={LIMBO_S}", "exchange.quorum=0.5"]
+    config = small_config(pack_dir, "run.islands=3", "run.standby=1", BUDDY, *values)
     run = LiveRun(config, pack_dir, folder / "story", pace_s=PACE_S)
     run.wrap = Hang(inner=run.wrap)
     calm.start()
@@ -76,6 +78,7 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
             run.until(lambda: len(run.faults()) == 2, "the hang to be noticed")
             hang_ended_s = time.monotonic()
             run.until(lambda: all(f.contributed_s is not None for f in run.faults()), "both successors to contribute")
+            freeze(run, "island-0")
             stop(run)
             calm.until(lambda: time.monotonic() - began > CALM_S, "a minute")
             stop(calm)
@@ -113,6 +116,15 @@ def kill(run: LiveRun, name: str) -> None:
     )
 
 
+def freeze(run: LiveRun, name: str) -> None:
+    """SIGSTOP from outside; wait until it is fenced and its process, which cannot obey anybody, is really gone."""
+    member = run.state().current[name]
+    pid = read_marks(run.run_dir, "start")[f"{member.name}-{member.incarnation}"]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    run.until(lambda: name in {r.member for r in run.records() if isinstance(r, FenceRecord)}, f"{member} to be fenced")
+    run.until(lambda: not Path(f"/proc/{pid}").exists(), f"process {pid} of {member}, which is stopped, to be gone")
+
+
 def stop(run: LiveRun) -> None:
     """A stop at once: what these runs would train is of no interest."""
     run.controller.stop.remote(False)
@@ -142,10 +154,16 @@ def test_a_hang_is_told_from_everything_else_and_ended(story: Story) -> None:
     fences = [r for r in story.records if isinstance(r, FenceRecord) and r.why.startswith(HUNG)]
     assert [f.member for f in fences] == ["island-2"]
     suspects = [r.member for r in story.records if isinstance(r, FaultRecord) and r.fault == "suspect"]
-    assert suspects == ["island-2"], "a hang is first a suspicion, and nobody else's"
+    assert suspects == ["island-2", "island-0"], "a hang is first a suspicion, and so is silence; nobody else's"
     assert hung.back_s is not None and hung.detected_s is not None
     print(f"back {hung.back_s - hung.detected_s:.2f} s after the verdict")
     assert hung.back_s - hung.detected_s < BACK_WITHIN_S
+
+
+def test_who_is_stopped_is_fenced_when_limbo_is_over_and_its_process_ends(story: Story) -> None:
+    frozen = next(r for r in story.records if isinstance(r, FenceRecord) and r.member == "island-0")
+    assert frozen.why.startswith("silent for") and frozen.why.endswith("limbo is over")
+    assert "of island-0 did not end by itself" in (story.run_dir / "logs" / "controller.log").read_text()
 
 
 def test_what_the_hung_thread_was_in_is_kept(story: Story) -> None:

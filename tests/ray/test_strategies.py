@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from faults.inject import Point, read_anchors, read_marks
+from faults.inject import PairPoint, Point, read_anchors, read_marks
 from orchestrator.config import RunConfig, load_config
 from orchestrator.ledger import recompute
+from orchestrator.run_state import RunState
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary
 from tests.ray.live_run import Kill, LiveRun
-from workers.pair_records import PairCommitRecord
-from workers.records import CommitRecord, FenceRecord, MemberId, Record
+from workers.pair_records import PairCommitRecord, PairRosterRecord
+from workers.records import CommitRecord, FenceRecord, JoinRecord, MemberId, Record, SettleRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-PACE_S = 0.1
+PACE_S, PAIR_TIMEOUT_S = 0.1, 1.0
 AT_ONCE = 3  # runs of two islands, one of three: the cluster has room for seven
 TOKENS = 26_000
 SMALL = (
@@ -34,9 +35,9 @@ SMALL = (
     "run.snapshot_every_s=1000.0",
 )  # fmt: skip
 # What a preset has too much of for two layers; and where the island dies.
-CASES: dict[str, tuple[Point, tuple[str, ...]]] = {
+CASES: dict[str, tuple[Point | PairPoint, tuple[str, ...]]] = {
     "robust": ("reducing", ("run.islands=3",)),  # a member that checks another one's part dies
-    "noloco": ("reducing", ("strategy.merge_every=3", "strategy.pair_timeout_s=1")),
+    "noloco": ("reducing", ("strategy.merge_every=3", "strategy.pair_timeout_s=1", "strategy.topology=near")),
     "streaming": ("offered", ("strategy.num_fragments=2", "strategy.overlap_steps=6")),
     "eager": ("committed", ()),
     "delayed": ("before_offer", ()),
@@ -47,6 +48,7 @@ CASES: dict[str, tuple[Point, tuple[str, ...]]] = {
         "offered",
         ("strategy.num_fragments=2", "strategy.overlap_steps=6", "exchange.quorum=0.5", "exchange.grace_s=0.5"),
     ),
+    "gossip": ("meeting", ("run.islands=3", "strategy.merge_every=3", f"strategy.pair_timeout_s={PAIR_TIMEOUT_S}")),
 }
 
 
@@ -140,6 +142,34 @@ def test_members_that_gossip_have_met_before_the_kill_and_after_it(stories: dict
     pairs = [r for r in stories["noloco"].records if isinstance(r, PairCommitRecord)]
     lives = {dict(zip(r.members, r.incarnations, strict=True))["island-1"] for r in pairs}
     assert lives == {1, 2} and {len(r.members) for r in pairs} == {2}
+
+
+def test_a_member_that_dies_in_a_pair_loses_its_work_since_the_last_one_and_nobody_else_anything(
+    stories: dict[str, Story],
+) -> None:
+    story = stories["gossip"]
+    victim, rows, state = story.kill.victim, story.records, RunState()
+    for record in rows:
+        state.apply(record)
+    (fence,) = [at for at, record in enumerate(rows) if isinstance(record, FenceRecord)]
+    met = [r for r in rows if isinstance(r, PairCommitRecord)]
+    assert {len(r.members) for r in met} == {2}
+    spans = [(r.round_, str(MemberId(name=name, incarnation=n)), upto)
+             for r in met for name, n, upto in zip(r.members, r.incarnations, r.upto, strict=True)]  # fmt: skip
+    planned = {r.round_ for r in rows[:fence] if isinstance(r, PairRosterRecord) if str(victim) in "+".join(r.groups)}
+    left = max(planned - {round_ for round_, member, _ in spans if member == str(victim)})
+    assert left == max(planned), "it died in the pair that it was in then, which never committed"
+    merged = [e.upto for record in commits(story) for e in record.roster if e.offer.member == victim]
+    committed = max([upto for _, member, upto in spans if member == str(victim)] + merged)
+    assert state.members[victim].watermarks == [committed], "what was in a pair or a merge counts, to the sample"
+    losses = {(r.member, r.incarnation): r.lost for r in rows if isinstance(r, SettleRecord) and r.lost}
+    assert set(losses) == {(victim.name, victim.incarnation)}, "its open work is trained on again, and nobody else's"
+    # The others go on without it: before its successor is in anything, they have committed again.
+    later = rows[fence:]
+    back = next(at for at, r in enumerate(later) if isinstance(r, JoinRecord) and r.member == victim.name)
+    names = [set(r.members) if isinstance(r, PairCommitRecord) else {e.member for e in r.roster}
+             for r in later[:back] if isinstance(r, PairCommitRecord | CommitRecord)]  # fmt: skip
+    assert {"island-0", "island-2"} in names
 
 
 def test_fragments_are_sent_one_after_the_other_and_exchanges_overlap(stories: dict[str, Story]) -> None:

@@ -22,7 +22,9 @@ def robust(seed: int, *, verify: bool = True) -> SimulationResult:
     scenario = draw(seed, members=4 + seed % 3)
     assert scenario.rates is not None
     strategy = StrategyConfig(inner_steps=scenario.plan.strategy.inner_steps, num_fragments=1)
-    settings = RobustConfig(rule=RULES[seed % len(RULES)], verify=verify)  # type: ignore[arg-type]
+    rule = RULES[seed % len(RULES)]
+    history = rule == "centered_clip" and seed % 2 == 0
+    settings = RobustConfig(rule=rule, verify=verify, history=history)  # type: ignore[arg-type]
     plan = replace(scenario.plan, robust=settings, strategy=strategy)
     scenario = replace(
         scenario, plan=plan, devices=1, overlap=False, num_chunks=scenario.num_chunks[:1],

@@ -39,6 +39,7 @@ SHELLS = {
     "orchestrator.controls": {"ray"},
     "orchestrator.keeper": {"ray"},
     "orchestrator.hands": {"ray"},
+    "orchestrator.ending": {"ray"},
     "orchestrator.dashboard.actor": {"ray"},
     "orchestrator.island_actor": {"ray"},
     "orchestrator.pipeline.actors": {"ray"},
@@ -46,7 +47,6 @@ SHELLS = {
     "orchestrator.pipeline.controls": {"ray"},
     "orchestrator.pipeline.local": {"torch"},
     "orchestrator.local": {"torch"},
-    "orchestrator.gossip_local": {"torch"},
 }
 
 IMPURE_MODULES = {

@@ -7,12 +7,13 @@ The peer is not trusted about anything: sizes are bounded before memory is taken
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.digest import digest
+from workers.memory import Room
 from workers.transport.base import Blob
 from workers.transport.errors import BadMessage, BlobCorrupt, BlobTooLarge
 from workers.transport.wire import PieceHeader, announces, piece_of
@@ -48,12 +49,23 @@ class Piece:
 class Assembly:
     """All blobs of one fetch, filled by ``num_streams`` threads."""
 
-    def __init__(self, *, peer: str, keys: Sequence[str], num_streams: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        peer: str,
+        keys: Sequence[str],
+        num_streams: int,
+        max_bytes: int,
+        on_blob: Callable[[Blob], None] | None = None,
+    ) -> None:
+        """`on_blob`: told of each blob that is whole, by the thread that brought its last bytes."""
         self.peer = peer
+        self._on_blob = on_blob
         self._parts = [_Part(key) for key in keys]
         self._num_streams = num_streams
         self._max_bytes = max_bytes
         self._claimed_bytes = 0
+        self._room = Room(max_bytes)
         self._lock = threading.Lock()
 
     def open(self, header: PieceHeader, *, stream: int) -> Piece:
@@ -106,7 +118,7 @@ class Assembly:
                 f"max_bytes={self._max_bytes}",
             )
         self._claimed_bytes += header.length
-        part.data = np.empty(header.length, dtype=np.uint8)
+        part.data = self._room.take(header.length)
         part.digest = header.digest
 
     def _check_place(self, part: _Part, header: PieceHeader, stream: int) -> None:
@@ -132,6 +144,8 @@ class Assembly:
                 cause=f"its {part.data.nbytes} bytes have digest {actual}, announced was {part.digest}",
             )
         part.whole = True
+        if self._on_blob is not None:
+            self._on_blob(Blob(key=part.key, data=part.data, digest=part.digest))
 
 
 class _Part:

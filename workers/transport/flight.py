@@ -147,13 +147,14 @@ class FlightTransport:
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
+        on_blob: Callable[[Blob], None] | None = None,
     ) -> list[Blob]:
         """See `workers.transport.base.Transport.fetch`."""
         check_fetch(keys, timeout_s=timeout_s, wait_s=wait_s, max_bytes=max_bytes)
         if not keys:
             return []
         num_streams = streams_for(max_bytes, num_connections=self._num_connections)
-        assembly = Assembly(peer=address, keys=keys, num_streams=num_streams, max_bytes=max_bytes)
+        assembly = Assembly(peer=address, keys=keys, num_streams=num_streams, max_bytes=max_bytes, on_blob=on_blob)
         options = self._call_options(timeout_s)
         limit = self._downlink.limit() / (background * num_streams) if background else 0.0
         meter = self._seen.setdefault(address, SpeedMeter())

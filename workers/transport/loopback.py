@@ -100,6 +100,7 @@ class LoopbackTransport:
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
+        on_blob: Callable[[Blob], None] | None = None,
     ) -> list[Blob]:
         """See `workers.transport.base.Transport.fetch`; there is no link here that could be filled."""
         del background
@@ -111,7 +112,7 @@ class LoopbackTransport:
                 raise PeerUnreachable(peer=address, cause="nobody serves at this address in this process")
             until = started + min(wait_s, MAX_WAIT_S)
             peer.await_keys(keys, call, wait_until=until, deadline=started + timeout_s, give_up=give_up)
-            assembly = Assembly(peer=address, keys=keys, num_streams=1, max_bytes=max_bytes)
+            assembly = Assembly(peer=address, keys=keys, num_streams=1, max_bytes=max_bytes, on_blob=on_blob)
             for number, blob in enumerate(peer.read(keys)):
                 size = blob.data.nbytes
                 header = PieceHeader(key=number, length=size, digest=blob.digest, offset=0, size=size)

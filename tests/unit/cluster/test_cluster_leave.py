@@ -12,7 +12,7 @@ import pytest
 
 from faults.lab.processes import myself
 from orchestrator.cluster.control import Control, ask
-from orchestrator.cluster.drain import DONE, LATE, can_be_asked, drain
+from orchestrator.cluster.drain import DONE, LATE, can_be_asked, drain, what_ends
 from orchestrator.cluster.leave import choose
 from orchestrator.cluster.state import ClusterState
 from orchestrator.errors import ClusterUnreachable, UserError
@@ -133,6 +133,27 @@ def test_without_runs_nothing_has_to_leave() -> None:
 def test_a_pipeline_is_not_asked_and_holds_nobody_up() -> None:
     assert can_be_asked(SimpleNamespace(leave=None))
     assert not can_be_asked(SimpleNamespace(stop=None))
+
+
+def actor(name: str, node: str = "here", state: str = "ALIVE") -> dict[str, object]:
+    return {"Name": name, "State": state, "Address": {"NodeID": node}}
+
+
+def test_what_hands_nothing_over_is_said_before() -> None:
+    actors = [
+        actor("island/pipe/peer-1/n1"),
+        actor("island/pipe/trainer-0/n2"),
+        actor("island/pipe/peer-0/n3", node="there"),
+        actor("island/pipe/peer-2/n4", state="DEAD"),
+        actor("island/run-1/island-0/n5"),
+        actor("controller/pipe", node="there"),
+        actor("controller/run-1"),
+        actor(""),
+    ]
+    pipeline, controller = what_ends(actors, "here", {"pipe"})
+    assert pipeline.startswith("pipe is a pipeline: peer-1, trainer-0 end with this machine")
+    assert controller.startswith("the controller of run-1 is on this machine") and "--run run-1" in controller
+    assert what_ends(actors, "elsewhere", {"pipe"}) == []
 
 
 def test_all_runs_are_waited_for_and_each_change_is_said_once() -> None:

@@ -240,17 +240,25 @@ def test_commands_hand_over_to_their_backends(backend: Callable[..., Calls], tmp
     artifacts = backend("orchestrator.artifacts", export=None, sample="once upon")
     assert main(["export", str(path), "--out", "hf"]) == 0
     assert main(["sample", str(path), "--prompt", "def ", "--max-new-tokens", "5", "--seed", "2"]) == 0
-    assert artifacts == [("export", path, Path("hf")), ("sample", path, "def ", 5, 0.8, 2)]
+    assert main(["export", str(path), "--out", "hf", "--snapshot", "v3"]) == 0
+    assert artifacts == [
+        ("export", path, Path("hf"), None),
+        ("sample", path, "def ", 5, 0.8, 2, None),
+        ("export", path, Path("hf"), "v3"),
+    ]
+
+
+DENIED = "error: Permission denied: /root/x\n  try:   a path that this user may read and write\n"
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
         (UserError("bad", place="here", remedy="that"), 2, "error: bad\n  place: here\n  try:   that\n"),
-        (ClusterUnreachable("no answer"), 4, "error: no answer\n"),
-        (VerificationFailed("row 7"), 5, "error: row 7\n"),
+        (ClusterUnreachable("no answer", remedy="wait"), 4, "error: no answer\n  try:   wait\n"),
+        (VerificationFailed("row 7", remedy="that"), 5, "error: row 7\n  try:   that\n"),
         (SettingError("of a lower layer"), 2, "error: of a lower layer\n"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "error: Permission denied: /root/x\n"),
+        (PermissionError(13, "Permission denied", "/root/x"), 2, DENIED),
         (KeyboardInterrupt(), 130, "\n"),
     ],
     ids=lambda value: type(value).__name__,
@@ -281,11 +289,11 @@ def test_traceback_on_request(
     backend: Callable[..., Calls], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_with_a_config(tmp_path / "mine").path
-    backend("orchestrator.ledger", ledger_command=UserError("bad"))
+    backend("orchestrator.ledger", ledger_command=UserError("bad", remedy="that"))
     assert main(["--traceback", "ledger", str(path)]) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.endswith("error: bad\n")
+    assert error.endswith("error: bad\n  try:   that\n")
 
 
 def test_a_bug_is_not_dressed_up(backend: Callable[..., Calls], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.calibration import former_step
 from orchestrator.cli.main import main
 from orchestrator.cli.options import shown
 from orchestrator.config import load_config
@@ -42,7 +44,8 @@ def test_progress_tells_of_deaths_and_who_takes_the_place(capsys: pytest.Capture
         progress.show(status_of(["island-0.1", "island-1.2"], seconds=3.0, evaluations=1, val_loss=5.5))
         progress.show(status_of([], seconds=4.0, evaluations=1, val_loss=5.5))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 islands, 40,960 tokens, strategy diloco, synchronising 35.2 kB every 10 steps as int8"
+    assert lines[0].startswith("synchronising 35.2 kB every 10 steps as int8; what link that needs is said once")
+    assert lines.pop(1) == "2 islands, 40,960 tokens, strategy diloco"
     assert lines[1:3] == ["    1.0 s  island-0.1 joined", "    1.0 s  island-1.1 joined"]
     assert lines[3] == "    2.0 s  island-1.1 is gone; the others train on"
     assert lines[4].endswith("validation loss 5.5000")
@@ -76,21 +79,54 @@ def test_progress_says_once_what_link_the_run_needs(capsys: pytest.CaptureFixtur
         for step_s in ((0.0, 0.0), (0.1, 0.0), (0.1, 0.2), (0.3, 0.3)):  # timed by nobody, one, both
             known = {name: {"step_s": seconds} for name, seconds in zip(members, step_s, strict=True)}
             progress.show(status_of([], seconds=18.0) | {"members": known})
-    told = [line for line in capsys.readouterr().out.splitlines() if "needs" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "needs" in line][1:]
     assert told == ["   18.0 s  synchronising 35.2 kB every 2 s: needs 141 kbit/s at each island"]
+
+
+def test_the_first_line_says_what_link_is_needed_where_an_earlier_run_has_timed_its_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = ["run.islands=2", "strategy.inner_steps=10"]
+    config = load_config("debug", overrides=values).config
+    others = {
+        "smaller": ["train.batch_size=1"],
+        "same": ["train.lr=0.5", "train.tokens=5_000"],
+        "later": ["run.islands=3"],
+    }
+    for number, (name, changed) in enumerate(others.items()):
+        run_dir = tmp_path / f"{name}-2026-01-0{number + 1}-0000"
+        run_dir.mkdir()
+        (run_dir / "config.toml").write_text(load_config("debug", overrides=[*values, *changed]).config.to_toml())
+        rows = [
+            (member, ms) for member, factor in (("island-0", 1), ("island-1", 2)) for ms in (100, 100 * factor, 900)
+        ]
+        steps = [json.dumps({"kind": "step", "member": m, "step_ms": ms}, separators=(",", ":")) for m, ms in rows]
+        (run_dir / "metrics.jsonl").write_text("\n".join([*steps, '{"kind":"step","memb']))
+    (tmp_path / "later-2026-01-04-0000").mkdir()
+    (tmp_path / "later-2026-01-04-0000" / "config.toml").write_text(config.to_toml())  # it has measured nothing yet
+    former = former_step(config, tmp_path)
+    assert former is not None and former.run == tmp_path / "same-2026-01-02-0000"
+    assert former.seconds == pytest.approx(0.2), "the median of the slower island"
+    with Progress(config, quiet=False, former=former):
+        first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("synchronising 35.2 kB every 2 s: needs 141 kbit/s at each island (every 10 steps of 0.2 s")
+    assert "same-2026-01-02-0000" in first
+    assert former_step(config.with_values({"train.threads": 7}), tmp_path) is None
 
 
 def test_a_run_that_takes_every_place_counts_the_places(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config("debug", overrides=["run.islands=1", "run.elastic=true", "strategy.inner_steps=10"]).config
     with Progress(config, quiet=False, places=2):
         said = capsys.readouterr().out
-    assert said.startswith("2 islands, 40,960 tokens, strategy diloco, synchronising 35.2 kB every 10 steps")
+    assert said.startswith("synchronising 35.2 kB every 10 steps")
+    assert "\n2 islands, 40,960 tokens, strategy diloco\n" in said
 
 
 def test_progress_counts_one_as_one_and_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config("ddp", overrides=["run.islands=1"]).config
     with Progress(config, quiet=False):
-        assert capsys.readouterr().out.startswith("1 island, 20,000,000 tokens, strategy ddp, synchronising every step")
+        said = capsys.readouterr().out.splitlines()
+        assert said == ["synchronising every step as fp32", "1 island, 20,000,000 tokens, strategy ddp"]
     with Progress(config, quiet=True) as progress:
         progress.show(status_of(["island-0.1"]))
     assert capsys.readouterr().out == ""
@@ -104,7 +140,7 @@ def test_commands_take_the_newest_run_when_none_is_named(
     main(["ledger"])
     assert "1 row" in capsys.readouterr().out
     artifacts = types.ModuleType("orchestrator.artifacts")
-    vars(artifacts).update(export=lambda run, out: None, sample=lambda run, *rest: f"of {run.name}")
+    vars(artifacts).update(export=lambda run, out, snapshot: None, sample=lambda run, *rest: f"of {run.name}")
     monkeypatch.setitem(sys.modules, artifacts.__name__, artifacts)
     assert main(["export", "--out", "x"]) == main(["sample", "--prompt", "a"]) == 0
     exported = f"exported runs/{finished_run.name} to x"
@@ -158,7 +194,7 @@ def test_a_run_that_never_began_leaves_nothing_behind(
     import orchestrator.launch
 
     def train(config: Any, path: Path, **options: Any) -> int:
-        raise UserError("the model cannot be found")
+        raise UserError("the model cannot be found", remedy="another one")
 
     monkeypatch.setattr(orchestrator.launch, "train", train)
     assert main(["train", "debug"]) == 2

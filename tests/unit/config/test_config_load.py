@@ -213,6 +213,15 @@ def test_several_wrong_values_are_all_named() -> None:
         (["exchange.limbo_s=2"], "exchange.limbo_s = 2 is not longer than exchange.suspect_s = 2.5"),
         (["run.redundancy=buddy", "run.islands=1"], "has nobody who could keep a copy"),
         (["exchange.chunk_values=100"], "is no multiple of codec.block = 4096"),
+        (["robust.history=true"], "robust.rule = 'mean' does not begin from anything"),
+        (
+            ["robust.rule=centered_clip", "robust.history=true", "strategy.outer=average"],
+            "which strategy.outer = 'average' has none of",
+        ),
+        (
+            ["robust.rule=centered_clip", "robust.history=true", "strategy.outer_momentum=0"],
+            "which strategy.outer_momentum = 0 has none of",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(overrides: list[str], message: str) -> None:

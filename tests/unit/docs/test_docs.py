@@ -12,9 +12,15 @@ from typing import get_args
 import click
 import pytest
 
-from orchestrator.cli.main import cli
+from orchestrator.bans import Standing
+from orchestrator.cli.main import BAD_INPUT, INTERRUPTED, READER_GONE, cli
 from orchestrator.config import RunConfig, load_config
 from orchestrator.config_errors import dotted_keys
+from orchestrator.errors import ClusterUnreachable, RunFailed, UserError, VerificationFailed
+from orchestrator.launch import EXIT
+from orchestrator.membership import Status
+from orchestrator.metrics import Phase
+from orchestrator.summary import Summary
 from strategies.config import CodecConfig, StrategyConfig
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -151,6 +157,16 @@ def test_settings_exist(document: Path) -> None:
 def choices(section: type[StrategyConfig | CodecConfig]) -> tuple[str, ...]:
     """The names that a section's `name` may have."""
     return get_args(section.model_fields["name"].annotation)
+
+
+def test_operating_says_what_each_state_and_exit_code_means() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    states = {"running", "paused", "interrupted", *get_args(Summary.model_fields["exit_reason"].annotation)}
+    states |= {*get_args(Status), *get_args(Standing), *get_args(Phase)} - {"member"}
+    assert {state for state in states if f"`{state}`" not in text} == set()
+    codes = {UserError.exit_code, RunFailed.exit_code, ClusterUnreachable.exit_code, VerificationFailed.exit_code}
+    codes |= {*EXIT.values(), INTERRUPTED, READER_GONE, BAD_INPUT}
+    assert {code for code in codes if f"\n| {code} | " not in text} == set()
 
 
 def test_every_strategy_and_codec_is_described() -> None:

@@ -58,8 +58,9 @@ def train_steps(island: atoll.Island, steps: int) -> int:
 def test_a_script_is_a_whole_run(tmp_path: Path) -> None:
     model, optimizer = make()
     threads = set(threading.enumerate())
+    config = {**CONFIG, "notify.command": f"tee -a {tmp_path / 'told'}"}
     with atoll.Island(
-        model, optimizer, CONFIG, dataset=images(NUM_IMAGES), val_dataset=images(64, seed=1), loss_fn=loss_of,
+        model, optimizer, config, dataset=images(NUM_IMAGES), val_dataset=images(64, seed=1), loss_fn=loss_of,
         run_dir=tmp_path / "run",
     ) as island:  # fmt: skip
         assert (island.name, island.num_islands, island.run_dir) == ("island-0", 1, tmp_path / "run")
@@ -77,6 +78,8 @@ def test_a_script_is_a_whole_run(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.toml", "versions.json", "journal.jsonl", "metrics.jsonl", "summary.json", "logs"} <= names
     assert "joined" in (tmp_path / "run" / "logs" / "controller.log").read_text()
+    [told] = map(json.loads, (tmp_path / "told").read_text().splitlines())
+    assert (told["kind"], told["detail"]) == ("finished", "done")
     assert atoll.load_config(tmp_path / "run").data.samples == NUM_IMAGES
     anchor = atoll.load_anchor(tmp_path / "run")
     assert all(torch.equal(anchor[name], parameter) for name, parameter in model.named_parameters())

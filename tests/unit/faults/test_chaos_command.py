@@ -40,6 +40,9 @@ def test_a_run_that_is_over(run_dir: Path, capsys: pytest.CaptureFixture[str], m
     (run_dir / "ray.json").write_text(json.dumps({"gcs_address": f"127.0.0.1:{port}", "node_ip": "127.0.0.1"}))
     assert main(["chaos", "kill:island-1", "--run", str(run_dir)]) == 4
     assert "no Ray cluster answers" in one_error(capsys)
+    (run_dir / "summary.json").write_text('{"exit_reason": "done"}')
+    assert main(["chaos", "kill:island-1", "--run", str(run_dir)]) == 2
+    assert "does not go on: it is done" in one_error(capsys)
 
 
 def test_a_plan_that_names_nobody_starts_nothing(

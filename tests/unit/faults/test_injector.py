@@ -8,6 +8,9 @@ from typing import Any, cast
 
 import pytest
 
+from faults.lab.errors import LabError
+from faults.lab.lab import Lab
+from faults.lab.schedule import LinkChange
 from faults.plan import FaultPlanError, PlannedFault, parse_fault
 from faults.process import JumpClock
 from orchestrator import injector as module
@@ -23,7 +26,7 @@ NAMES = ("island-0", "island-1", "island-2")
 class Controller:
     """What an injector sees of its host and of the islands' actors, and what happened, in order."""
 
-    def __init__(self, *plan: str) -> None:
+    def __init__(self, *plan: str | LinkChange) -> None:
         self.story: list[Any] = []
         self.version, self.now_s = 0, 0.0
         self.records: list[FaultRecord] = []
@@ -47,7 +50,7 @@ class Controller:
             journal=SimpleNamespace(rows=[]),
         )
         self.host = host
-        faults = [parse_fault(text, NAMES) for text in plan]
+        faults = [parse_fault(one, NAMES) if isinstance(one, str) else one for one in plan]
         self.injector = Injector(faults, IslandSite(cast(Any, host)), self.clock, self._actors, lambda: "10.0.0.1:1")
 
     def _actors(self) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def test_nothing_is_caused_that_cannot_be_written_down() -> None:
     with pytest.raises(UserError, match="disk is full"):
         controller.injector.now(["nan:island-0"])
     controller.host.blocked.clear()
-    assert controller.injector.schedule.unfired() == ["controller_kill@round=1"]
+    assert controller.injector.unfired() == ["controller_kill@round=1"]
 
 
 def test_the_controllers_clock_jumps() -> None:
@@ -207,3 +210,59 @@ def test_a_fault_of_an_unknown_kind_is_never_passed_on() -> None:
     chaos = cast(Any, SimpleNamespace(name="island-0"))
     with pytest.raises(ValueError, match="head_kill is no fault of a member"):
         Chaos.apply(chaos, PlannedFault(kind="head_kill"))
+
+
+CUT = LinkChange(at_s=2, action="cut", target="eu")
+SLOW = LinkChange(at_s=1, action="set", target="us:eu", values={"rate_mbit": 10.0})
+HEAL = LinkChange(at_s=9, action="heal", target="eu")
+
+
+@pytest.fixture
+def wires(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done to the lab around the controller."""
+    done: list[str] = []
+    monkeypatch.setattr(Lab, "around", lambda: SimpleNamespace(apply=lambda change: done.append(str(change))))
+    return done
+
+
+def test_changes_of_links_are_journalled_and_then_made(wires: list[str]) -> None:
+    controller = Controller(CUT, "nan:island-0@t=3s", SLOW, HEAL)
+    controller.heads.clear()  # links need no model
+    for now_s, told in ((0.5, []), (1.0, [str(SLOW)]), (2.5, [str(CUT)]), (8.0, [])):
+        controller.now_s = now_s
+        controller.story.clear()
+        controller.injector.tick()
+        assert controller.story == [("journal", text) for text in told]
+    assert wires == [str(SLOW), str(CUT)]
+    records = [row.record for row in controller.host.journal.rows]
+    assert [(r.fault, r.member, r.injected, r.t_s) for r in records] == [
+        ("link_set", "us:eu", True, 1.0),
+        ("link_cut", "eu", True, 2.5),
+    ]
+    assert controller.injector.unfired() == ["nan:island-0@t=3s", "heal eu at 9 s"]
+
+
+def test_a_controller_that_was_restarted_goes_on_with_the_links_where_it_was(wires: list[str]) -> None:
+    first = Controller(SLOW, CUT, CUT, HEAL)
+    first.tick(0, 1.0)
+    second = Controller(SLOW, CUT, CUT, HEAL)
+    second.host.journal.rows += first.host.journal.rows
+    second.injector.resume()
+    wires.clear()
+    second.tick(0, 20.0)
+    assert wires == [str(CUT), str(CUT), str(HEAL)], "what is overdue comes in its order"
+
+
+def test_a_full_journal_holds_up_links_too(wires: list[str]) -> None:
+    controller = Controller(CUT)
+    controller.host.blocked.append("rows")
+    assert controller.tick(0, 5.0) == [] and wires == []
+
+
+def test_a_link_that_cannot_be_changed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> Lab:
+        raise LabError("there is no lab")
+
+    monkeypatch.setattr(Lab, "around", gone)
+    controller = Controller(CUT)
+    assert controller.tick(0, 5.0) == [("journal", str(CUT)), ("journal", "link_change_failed")]

@@ -119,6 +119,14 @@ def test_the_chain_of_a_member_goes_from_its_start_to_its_successor() -> None:
     assert [(line.seq, line.at_s) for line in lines][2:5] == [(5, 2.0), (8, 7.0), (9, 7.1)]
 
 
+def test_what_happened_to_the_links_may_concern_everybody() -> None:
+    cut = noticed("link_cut", "eu", 6.0, "cut eu at 6 s", injected=True)
+    rows = journal([*(row.record for row in ROWS[:8]), cut, noticed("suspect", "a", 9.0, "silent for 3.0 s")])
+    told = ["injected: link_cut eu (cut eu at 6 s)", "noticed: suspect a (silent for 3.0 s)"]
+    assert texts(why_member(rows, TIMES, "a"))[-2:] == told
+    assert texts(why_member(rows, TIMES, "b"))[-1:] == told[:1]
+
+
 def test_one_incarnation_alone() -> None:
     assert texts(why_member(ROWS, TIMES, "b.2")) == [
         "b.2 joined",
@@ -182,7 +190,7 @@ def test_the_command_tells_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixt
     told = json.loads(capsys.readouterr().out)
     assert sum("was in with coefficient" in line["text"] for line in told) == 2
     assert all(line["at_s"] is not None for line in told if "was in" in line["text"])
-    assert main(["why", "island-1", "--run", str(run_dir)]) == 0
+    assert main(["why", str(run_dir), "island-1"]) == 0, "as the other commands take a directory"
     assert "island-1.1 is in version 1" in capsys.readouterr().out
     assert main(["why", "island-9", "--run", str(run_dir)]) == 2
     assert "knows no member 'island-9'" in capsys.readouterr().err

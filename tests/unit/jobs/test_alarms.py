@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import threading
 import time
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator.alarms import Alarm, Alarms, NotifyConfig
-from orchestrator.notify import MAX_WAITING, Notifier
+from orchestrator.local import LocalRun
+from orchestrator.notify import MAX_WAITING, Notifier, notifying
 from orchestrator.settings import ExchangeConfig
+from tests.small_run import make_pack, small_config
 from workers.records import FaultRecord, FenceRecord, StopRecord
+from workers.replica import Replica
 
 
 def kinds(alarms: list[Alarm]) -> list[str]:
@@ -136,3 +140,37 @@ def test_nobody_waits_for_the_command(tmp_path: Path, caplog: pytest.LogCaptureF
     gate.touch()
     notifier._thread.join(20.0)
     assert not notifier._thread.is_alive()
+
+
+def test_a_run_in_which_much_goes_wrong_has_woken_somebody_each_time(tmp_path: Path) -> None:
+    """An anchor is changed under a member, parameters of another jump, one of a third is no number any more."""
+    out = tmp_path / "told"
+    code = f"import sys; open({str(out)!r}, 'a').write(sys.stdin.read())"
+    command = f"notify.command={sys.executable} -c {code!r}"
+    config = small_config(make_pack(tmp_path), "run.islands=3", command, "train.tokens=40_000")
+    run = LocalRun(config, tmp_path / "run")
+
+    def at(version: int, name: str) -> Replica:
+        run.run(until=lambda: run.host.coordinator.state.heads[0].version.n >= version)
+        for _ in range(4):  # in the middle of a round
+            run.turn()
+        return run.islands[name].loop.island.sync.replica
+
+    with notifying(run.host, run.config.notify, run_id="run", num_islands=3):
+        run.start()
+        at(3, "island-1").parts[0].anchor[7] += 1.0
+        for tensor in at(16, "island-2").tensors.values():
+            tensor.mul_(30.0)
+        next(iter(at(20, "island-0").tensors.values())).fill_(math.nan)
+        ended = run.run(max_turns=40_000)
+    run.close()
+    assert ended is not None and ended.reason == "done"
+    events = [json.loads(line) for line in out.read_text().splitlines()]
+    told = {(event["kind"], event["member"]): event["detail"] for event in events}
+    assert told["diverged", ""].startswith("digest_mismatch: next anchors of fragment 0 differ")
+    assert told["diverged", "island-1"].startswith("corrupt_anchor: fragment 0 version 3")
+    assert re.match(r"the training loss is \d+(\.\d+)?, its running mean 3\.", told["loss_spike", "island-2"])
+    assert "the largest magnitude is nan" in told["loss_nan", "island-0"]
+    assert {kind for kind, _ in told} == {"diverged", "loss_spike", "loss_nan", "finished"}
+    assert [event["kind"] for event in events][-1] == "finished"
+    assert {event["run"] for event in events} == {"run"}

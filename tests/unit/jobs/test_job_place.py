@@ -43,7 +43,7 @@ def test_a_door_says_where_jobs_go_to_who_knows_the_token() -> None:
 
 def test_a_job_server_that_does_not_start_is_told_to_who_asked() -> None:
     def broken() -> dict[str, object]:
-        raise ClusterUnreachable("Ray's job server ended while it started:\nport 8265 is taken")
+        raise ClusterUnreachable("Ray's job server ended while it started:\nport 8265 is taken", remedy="another one")
 
     with door(broken) as place, pytest.raises(ClusterUnreachable, match="port 8265 is taken") as raised:
         job_place(place)

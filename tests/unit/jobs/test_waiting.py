@@ -10,11 +10,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import orchestrator.waiting
+from orchestrator.cli.main import main
+from orchestrator.cluster.join_string import JoinString
+from orchestrator.cluster.tokens import new_token
+from orchestrator.errors import ClusterUnreachable
 from orchestrator.waiting import waiting
 
+PLACE = str(JoinString(host="127.0.0.1", port=9, token=new_token()))
 WAIT_S = 30.0
 
 
@@ -64,6 +71,67 @@ def test_what_is_printed_meanwhile_arrives_where_it_goes(monkeypatch: pytest.Mon
         until_shown(stream, "counting")
         print("a line of the result")
     assert pipe.getvalue() == "a line of the result\n" and "result" not in stream.getvalue()
+
+
+def test_one_inside_another_leaves_the_line_to_it() -> None:
+    stream = Terminal()
+    with waiting("outer", stream=stream, after_s=0):
+        with waiting("inner", stream=stream, after_s=0):
+            until_shown(stream, "outer")
+        assert "waiting" in [thread.name for thread in threading.enumerate()]
+    assert "inner" not in stream.getvalue()
+    with waiting("afterwards", stream=stream, after_s=0):
+        until_shown(stream, "afterwards")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", PLACE],
+        ["runs", "--at", PLACE],
+        ["pause", PLACE],
+        ["resume", PLACE],
+        ["save", PLACE],
+        ["stop", PLACE],
+        ["set", "codec.name=int4", "--at", PLACE],
+        ["rollback", "--to", "1", "--at", PLACE],
+        ["unban", "island-1", "--at", PLACE],
+        ["logs", "--at", PLACE],
+        ["stack", "island-1", "--at", PLACE],
+        ["dashboard", "--address", PLACE],
+        ["chaos", "kill:island-1"],
+        ["leave", "island-1"],
+        ["doctor", PLACE],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_who_asks_a_cluster_that_takes_its_time_sees_that_something_happens(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The cluster answers only when there is something on the terminal; then it has no such run."""
+    (tmp_path / "runs" / "latest").mkdir(parents=True)
+    (tmp_path / "runs" / "latest" / "config.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    stream = Terminal()
+    asked = []
+
+    def slow(*_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(True)
+        until_shown(stream, "\x1b[")
+        raise ClusterUnreachable("nobody there", remedy="wait")
+
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(orchestrator.waiting, "SHOWN_AFTER_S", 0.0)
+    monkeypatch.setattr("orchestrator.cli.cluster.hide_token", lambda place: None)
+    for module in ("operate", "dashboard"):
+        monkeypatch.setattr(f"orchestrator.cli.{module}.hide_token", lambda place: None)
+    monkeypatch.setattr("orchestrator.client.call", slow)
+    monkeypatch.setattr("orchestrator.attach.attach", slow)
+    monkeypatch.setattr("orchestrator.cluster.leave.find_cluster", slow)
+    monkeypatch.setattr("orchestrator.cluster.door_client.visit", slow)
+    code = main(arguments)
+    assert asked and code == (1 if arguments[0] == "doctor" else 4), stream.getvalue()
+    assert "waiting" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_command_shows_it_on_a_terminal_and_prints_its_result_alone(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def write_run(run_dir: Path, rows: list[Row], **changed: object) -> None:
         summary = {
             "journal_rows": len(rows), "journal_hash": rows[-1].hash, "tokens_committed": tokens["committed"],
             "tokens_reissued": tokens["reissued"], "tokens_lost": tokens["lost"], "params": ledger.num_params,
+            "tokens_dropped": tokens["dropped"],
             "exchanges_committed": ledger.exchanges_committed, "anchor_digest": anchor_digest(ledger),
             "initial_val_loss": ledger.initial_val_loss, "final_val_loss": ledger.final_val_loss,
         }  # fmt: skip
@@ -46,7 +47,7 @@ def test_a_sound_run_as_json(tmp_path: Path, rows: list[Row], capsys: pytest.Cap
     assert out["tokens"] == tokens
     assert out["journal"] == {"rows": len(rows), "hash": rows[-1].hash}
     assert {d["kind"] for d in out["deviations"]} == {"partial", "dropped", "returned", "reissued", "revoked"}
-    assert [c["agrees"] for c in out["summary"]] == [True] * 9
+    assert [c["agrees"] for c in out["summary"]] == [True] * 10
     assert out["findings"] == []
 
 

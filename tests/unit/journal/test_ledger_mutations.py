@@ -18,8 +18,11 @@ from orchestrator.segments import segment_name
 from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.records import (
     KINDS,
+    AbandonRecord,
     CommitRecord,
+    FenceRecord,
     GenesisRecord,
+    JoinRecord,
     LeaseRecord,
     OperatorRecord,
     Record,
@@ -48,6 +51,14 @@ OF_PIPELINES = {
 }
 
 
+def lives_of(story: list[Record], name: str) -> list[int]:
+    """Incarnations of a member that live at the end."""
+    joined = {record.incarnation for record in story if isinstance(record, JoinRecord) and record.member == name}
+    return sorted(
+        joined - {record.incarnation for record in story if isinstance(record, FenceRecord) and record.member == name}
+    )
+
+
 def history() -> list[Row]:
     """Two fragments, three members, several controllers; every kind of row is in it."""
     for seed in range(1000):
@@ -58,10 +69,13 @@ def history() -> list[Row]:
         story = Story(seed, num_fragments=2, operations=True).run(90).records
         owned = ScopeRecord(members=("island-2",), ranges=((10**6, 10**6 + 50),))
         story = [made for record in story for made in (record, *([owned] if isinstance(record, GenesisRecord) else ()))]
-        rows = chain_rows([*story, roster, refused, banned, asked, StopRecord(reason="done")])
+        left = AbandonRecord(member="island-2", ranges=owned.ranges, why="not here")
+        away = [FenceRecord(member="island-2", incarnation=n, why="left") for n in lives_of(story, "island-2")]
+        story += [roster, refused, banned, asked, *away, left, StopRecord(reason="done")]
+        rows = chain_rows(story)
         if {row.record.kind for row in rows} == set(KINDS) - OF_PIPELINES - {PairCommitRecord.kind} and len(
-            {type(r.record) for r in rows[-8:]}
-        ) > 5:
+            {type(r.record) for r in rows[-10:]}
+        ) > 7:
             return rows
     raise AssertionError("no seed gives every kind of row")
 
@@ -76,6 +90,7 @@ SUMMARY = {
     "tokens_committed": LEDGER.tokens(SEQ_LEN)["committed"],
     "tokens_reissued": LEDGER.tokens(SEQ_LEN)["reissued"],
     "tokens_lost": LEDGER.tokens(SEQ_LEN)["lost"],
+    "tokens_dropped": LEDGER.tokens(SEQ_LEN)["dropped"],
     "exchanges_committed": LEDGER.exchanges_committed,
     "params": LEDGER.num_params,
     "anchor_digest": anchor_digest(LEDGER),
@@ -123,7 +138,7 @@ def edited(line: bytes) -> bytes:
         body[number] += 1
     elif "values" in body:
         body["values"]["exchange.copies"] = 1
-    elif body["kind"] == ScopeRecord.kind:
+    elif body["kind"] in (ScopeRecord.kind, AbandonRecord.kind):
         body["ranges"][0][1] += 1
     else:
         text = next(name for name, value in body.items() if name not in ("prev", "kind") and isinstance(value, str))
@@ -144,7 +159,7 @@ def test_the_journal_is_sound_before_it_is_changed(tmp_path: Path) -> None:
     for layout in (write_merged, write_segments):
         verdict = check(tmp_path, LINES, layout)
         assert verdict.ok
-        assert [c.agrees for c in verdict.comparisons] == [True] * 9
+        assert [c.agrees for c in verdict.comparisons] == [True] * 10
     assert len(list(tmp_path.glob("journal.*"))) > 2
 
 

@@ -24,6 +24,7 @@ from workers.pipeline.records import (
 from workers.records import (
     GENESIS_HASH,
     KINDS,
+    AbandonRecord,
     CommitRecord,
     EvaluationRecord,
     FaultRecord,
@@ -34,11 +35,13 @@ from workers.records import (
     Record,
     RecordError,
     RefusalRecord,
+    RosterEntry,
     ScopeRecord,
     StandingRecord,
     StopRecord,
     Term,
     canonical,
+    chain_hash,
     dump_row,
     from_body,
     load_row,
@@ -65,6 +68,7 @@ ROWS = [
             *Story(1, num_fragments=2, operations=True).run(150).records,
             OPERATOR,
             ScopeRecord(members=("island-1",), ranges=((400, 500),)),
+            AbandonRecord(member="island-1", ranges=((400, 500),), why="it left"),
             *PIPELINE,
             PairRosterRecord(round_=0, groups=("island-0.1+island-1.1",)),
             PairCommitRecord(
@@ -217,3 +221,27 @@ def test_every_record_has_a_kind_of_its_own() -> None:
     assert all(kind == cls.kind and issubclass(cls, Record) for kind, cls in KINDS.items())
     with pytest.raises(RecordError, match="unknown record kind"):
         from_body({"kind": "nonsense"})
+
+
+def entries(coefficient: float = 0.1) -> tuple[RosterEntry, ...]:
+    name = 'island-"\u00e9\n'
+    values = ((0, 7),), ((3, 4), (10, 2**40)), ()
+    return tuple(
+        RosterEntry(
+            member=f"{name}{i}", incarnation=1 + i, seq=i, since=0, upto=7, ranges=spans, num_steps=3,
+            coefficient=coefficient / 3**i,
+        )
+        for i, spans in enumerate(values)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("coefficient", [0.1, 1e-30, 5e20, 1.0, 0.0])
+def test_the_text_of_a_roster_is_its_canonical_json(coefficient: float) -> None:
+    roster = entries(coefficient)
+    body = [entry._asdict() for entry in roster]
+    assert roster_digest(roster) == chain_hash("roster", canonical({"roster": body}))
+
+
+def test_a_roster_with_a_coefficient_that_is_no_number_has_no_text() -> None:
+    with pytest.raises(ValueError):
+        roster_digest(entries(float("nan")))

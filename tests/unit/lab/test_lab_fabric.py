@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from random import Random
 
 import pytest
@@ -151,17 +152,49 @@ def test_directions_are_apart() -> None:
     assert up.at_s == pytest.approx(100 * down.at_s)
 
 
+def lost_of(loss: float, num: int, *, seed: int = 5) -> list[int]:
+    """The numbers of the packets that are lost of the first so many."""
+    return Link("x", Random(seed).random, Shape(loss=loss)).lose(num)
+
+
 @pytest.mark.parametrize("loss", [0.001, 0.01, 0.2])
-def test_losses_are_independent_and_as_many_as_asked(loss: float) -> None:
-    num = 200_000
-    link = Link("x", Random(5).random, Shape(loss=loss))
-    lost = [number for number in range(num) if link.lose(1)]
-    spread = math.sqrt(num * loss * (1 - loss))
-    assert abs(len(lost) - num * loss) < 4 * spread
-    assert link.counters.dropped_loss == len(lost)
+def test_any_hundred_thousand_packets_lose_as_many_as_asked_within_a_tenth(loss: float) -> None:
+    lost = lost_of(loss, 1_000_000)
+    assert len(lost) == pytest.approx(1_000_000 * loss, abs=1 + loss * min(10_000, 200 / loss))
+    before = [
+        0,
+        *accumulate(Counter(number // 7_000 for number in lost)[window] for window in range(1_000_000 // 7_000)),
+    ]
+    windows = [(end - begin) / 98_000 for begin, end in zip(before, before[14:], strict=False)]
+    assert len(windows) > 100, "wherever they begin"
+    assert max(abs(share / loss - 1) for share in windows) < 0.1
+
+
+@pytest.mark.parametrize("loss", [0.001, 0.01, 0.2])
+def test_seen_from_near_losses_are_independent(loss: float) -> None:
+    """As coins would have it: gaps are geometric, a loss is followed by another as often, bursts are as long."""
+    num = 200_000 if loss > 0.1 else 1_000_000
+    lost = lost_of(loss, num)
     gaps = [later - earlier for earlier, later in pairwise(lost)]
-    # Geometric: the standard deviation of the gaps is about their mean; regular losses would have none.
-    assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.15)
+    # Geometric gaps: the standard deviation is the mean, but for what is between them; regular losses would have none.
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(math.sqrt(1 - loss), rel=0.1)
+    at_once = sum(gap == 1 for gap in gaps)
+    expected = num * loss**2 * (1 - 1 / min(10_000 * loss, 200))
+    assert abs(at_once - expected) < 4 * math.sqrt(expected) + 1
+    for window in (20, 100):  # packets of a round trip, say
+        counts = Counter(number // window for number in lost)
+        variance = sum((counts[i] - window * loss) ** 2 for i in range(num // window)) / (num // window)
+        deck = min(10_000, 200 / loss)
+        assert variance == pytest.approx(window * loss * (1 - loss) * (1 - window / deck), rel=0.1)
+
+
+def test_a_change_of_something_else_does_not_shuffle_the_losses() -> None:
+    changed, left_alone = (Link("x", Random(2).random, Shape(loss=0.01)) for _ in range(2))
+    first = changed.lose(5_000)
+    changed.configure(Shape(loss=0.01, delay_ms=5))
+    assert [*first, *(5_000 + number for number in changed.lose(5_000))] == left_alone.lose(10_000)
+    changed.configure(Shape(loss=0.5))
+    assert len(changed.lose(1_000)) > 400
 
 
 def test_losses_do_not_depend_on_how_packets_travel() -> None:
@@ -172,7 +205,7 @@ def test_losses_do_not_depend_on_how_packets_travel() -> None:
     assert one_by_one == together
 
 
-@pytest.mark.parametrize(("loss", "left"), [(0.0, 40), (1.0, 0)])
+@pytest.mark.parametrize(("loss", "left"), [(0.0, 40), (1.0, 0), (0.9999, 0)])
 def test_no_loss_and_total_loss(loss: float, left: int) -> None:
     link = Link("x", Random(1).random, Shape(loss=loss))
     assert 40 - len(link.lose(40)) == left

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from faults.lab.errors import LabError
-from faults.lab.schedule import LinkChange, check_changes, due
+from faults.lab.schedule import LinkChange, LinkSchedule, check_changes, due
 from faults.lab.topology import Topology
 from orchestrator.errors import UserError
 from orchestrator.topology import load_schedule
@@ -91,3 +91,12 @@ def test_a_wrong_file_gives_one_clear_error(text: str, message: str, tmp_path: P
 def test_a_file_is_named_with_the_change_that_does_not_fit() -> None:
     with pytest.raises(LabError, match=r"place: plan.toml, cut c at 1 s"):
         check_changes([LinkChange(at_s=1, action="cut", target="c")], PAIR, file="plan.toml")
+
+
+def test_a_schedule_gives_each_change_once_also_to_whom_takes_it_over() -> None:
+    schedule = LinkSchedule([HEAL, CUT, SLOW])
+    assert [schedule.due(now_s) for now_s in (0.0, 5.0, 100.0, 200.0)] == [[SLOW], [], [CUT, HEAL], []]
+    again = LinkSchedule([HEAL, CUT, CUT, SLOW])
+    again.forget(["set a:b rate_mbit=5 at 0 s", "cut a at 20 s", "kill:island-0@t=3s"])
+    assert again.waiting == [CUT, HEAL]
+    assert [change.fault for change in again.due(100.0)] == ["link_cut", "link_heal"]

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from faults.lab import namespaces, tap
 from faults.lab.errors import LabError
 from faults.lab.lab import Lab
 from faults.lab.processes import ProcessId, end_all, identify, myself, processes_in
-from faults.lab.state import LabRecord, LabStates, overlapping
+from faults.lab.state import LabRecord, LabStates, overlapping, remove_folder
 from faults.lab.switch import BURST, TURN_S, Pace
 from faults.lab.topology import Topology
 from orchestrator.cli.main import main
@@ -52,6 +53,32 @@ def test_a_process_is_its_id_and_its_start() -> None:
 def test_processes_that_do_not_end_are_named() -> None:
     with pytest.raises(LabError, match=f"a stone did not end within 0 s of SIGKILL: processes {GONE.pid}"):
         end_all(lambda: [GONE], what="a stone", timeout_s=0)
+
+
+def test_a_folder_is_removed_with_what_comes_while_it_is_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    kept.touch()
+    busy = tmp_path / "busy"
+    (busy / "0").mkdir(parents=True)
+    late, remove = iter(("first", "second")), shutil.rmtree
+
+    def remove_and_be_disturbed(path: str, ignore_errors: bool) -> None:
+        remove(path, ignore_errors=ignore_errors)
+        if (name := next(late, None)) is not None:
+            (busy / name).mkdir(parents=True)
+
+    monkeypatch.setattr("faults.lab.state.shutil.rmtree", remove_and_be_disturbed)
+    monkeypatch.setattr("faults.lab.state.REMOVE_PAUSE_S", 0.0)
+    remove_folder(str(busy))
+    assert not busy.exists() and next(late, None) is None
+    monkeypatch.chdir(tmp_path)
+    remove_folder("")
+    assert kept.exists()
+    monkeypatch.setattr("faults.lab.state.shutil.rmtree", lambda path, ignore_errors: None)
+    with pytest.raises(LabError, match="kept cannot be removed"):
+        remove_folder(str(kept))
 
 
 def test_our_own_network_is_never_searched(tmp_path: Path) -> None:

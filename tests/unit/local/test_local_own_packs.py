@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_local_standby import make_standby, take_place
 
-from orchestrator.build import machine_labels, resolve
+from orchestrator.build import first_islands, machine_labels, resolve, run_plan
 from orchestrator.cli.main import main
 from orchestrator.config import RunConfig
 from orchestrator.leases import waiting
@@ -178,8 +178,18 @@ def test_in_a_cluster_it_is_started_where_its_pack_is(pack_dir: Path, secret: Pa
     assert machine_labels(far, "island-0") == {"region": "eu"}
     assert machine_labels(far, "island-1") == {"region": "eu", "island": "island-1"}
     assert machine_labels(config_of(pack_dir, secret), "island-1") == {}
-    with pytest.raises(ValueError, match="which machine gets which island is not known"):
-        config_of(pack_dir, secret, "run.address=127.0.0.1:6379", "run.elastic=true")
+
+
+def test_machines_that_join_may_have_packs_of_their_own(pack_dir: Path, secret: Path) -> None:
+    of = "data.per_island.island-0"
+    values = ["run.address=127.0.0.1:6379", "run.islands=auto", "train.per_island.island-9.batch_size=2"]
+    config = resolve(config_of(pack_dir, secret, *values))
+    assert config.run.elastic and first_islands(config) == ("island-0",)
+    both = resolve(config_of(pack_dir, secret, *values, f"{of}.path=/x", f"{of}.tokens=32", "data.own_wait_s=5"))
+    assert first_islands(both) == ("island-2",), "who is waited for at the start can be on any machine"
+    assert run_plan(both, run_id="r", pack=pack_dir).own_wait_s == 5.0
+    with pytest.raises(ValueError, match="the run has no island of this name"):
+        config_of(pack_dir, secret, *values, "data.per_island.mine.path=/x", "data.per_island.mine.tokens=1")
 
 
 def test_where_it_is_not_its_island_says_so(pack_dir: Path, tmp_path: Path) -> None:

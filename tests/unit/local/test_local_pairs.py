@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.errors import UserError
 from orchestrator.ledger import recompute
 from orchestrator.local import LocalRun
+from orchestrator.rollback import find_target
 from orchestrator.segments import read_run
 from tests.small_run import make_pack, small_config
 from workers.pair_records import PairCommitRecord
@@ -68,6 +70,23 @@ def test_members_meet_in_pairs_between_full_merges(tmp_path: Path, values: tuple
     assert losses[0] is not None and losses[-1] is not None and losses[-1] < losses[0] - 1.0
 
 
+def test_several_meetings_at_a_send_point_bring_members_closer(tmp_path: Path) -> None:
+    met, apart = {}, {}
+    for steps in (1, 2):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        values = ("strategy.name=gossip", "strategy.merge_every=8", "strategy.topology=exponential")
+        run = start(folder, *values, f"strategy.gossip_steps={steps}", rounds=8)
+        state, enough = run.host.coordinator.state, 0.7 * run.host.plan.total_samples
+        run.run(max_turns=20_000, until=lambda state=state, enough=enough: state.committed[0] > enough)  # type: ignore[misc]
+        anchors = [sync_of(run, name).pairs.anchor_N for name in sorted(run.islands)]  # type: ignore[union-attr]
+        mean = torch.stack(anchors).mean(0)
+        apart[steps] = float(torch.stack([(anchor - mean).norm() for anchor in anchors]).mean())
+        met[steps] = len(pairs_of(finish(run)))
+    assert met[2] > 1.6 * met[1], "twice as many meetings for the same samples"
+    assert apart[2] < 0.8 * apart[1], apart
+
+
 def test_a_member_that_dies_loses_what_it_did_since_its_last_pair(tmp_path: Path) -> None:
     run = start(tmp_path)
     state = run.host.coordinator.state
@@ -89,19 +108,23 @@ def test_a_member_that_dies_loses_what_it_did_since_its_last_pair(tmp_path: Path
 
 def test_a_controller_that_restarts_goes_on_with_the_pairs_of_its_journal(tmp_path: Path) -> None:
     run = start(tmp_path, *NOLOCO, "strategy.pair_timeout_s=0.3", rounds=24)
+    met = []
     for _ in range(2):
         known = len(run.host.coordinator.state.pair_rows)
         run.run(max_turns=20_000, until=lambda known=known: len(run.host.coordinator.state.pair_rows) > known + 2)  # type: ignore[misc]
+        met.append(len(pairs_of([row.record for row in read_run(run.run_dir).rows])))
         run.restart_controller()
-    records = finish(run)
-    rounds = [record.round_ for record in pairs_of(records)]
-    assert rounds == sorted(rounds) and len(rounds) > 8
+    rounds = [record.round_ for record in pairs_of(finish(run))]
+    assert rounds == sorted(rounds) and 0 < met[0] < met[1] < len(rounds), "every controller's members meet"
 
 
 def test_a_run_that_is_stopped_goes_on_with_every_sample(tmp_path: Path) -> None:
     run = start(tmp_path)
     state = run.host.coordinator.state
     run.run(max_turns=20_000, until=lambda: len(state.pair_rows) > 8)
+    with pytest.raises(UserError, match="the run gossips") as refused:  # as `atoll rollback --to 1` asks
+        find_target(run.run_dir / "snapshots", state, 1)
+    assert "atoll export --snapshot v1 " in refused.value.remedy
     run.stop()
     run.close()
     before = len(pairs_of([row.record for row in read_run(run.run_dir).rows]))
@@ -116,6 +139,8 @@ def test_a_run_that_is_stopped_goes_on_with_every_sample(tmp_path: Path) -> None
         (("strategy.outer_momentum=0.9",), "members drift apart from 0.38 on"),
         (("strategy.topology=ring", "strategy.group_size=3"), "has pairs"),
         (("strategy.group_size=5",), "needs so many islands"),
+        (("strategy.gossip_steps=2",), "would make an outer step with its momentum at each"),
+        (("strategy.keep_gap=0.25",), "belongs to strategy.topology = 'near'"),
         (("robust.rule=clip",), "meet in pairs"),
         (("model.layers=2", "strategy.num_fragments=2"), "meet in pairs"),
         (("strategy.name=diloco",), "has no meaning"),

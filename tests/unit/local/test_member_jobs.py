@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from workers.jobs import Jobs, MemberStore, Payloads, content_key, piece_key
 from workers.record_log import RecordLog
 from workers.records import MemberId, RosterEntry, Term
 from workers.replica import Encoded, Replica, as_bytes
+from workers.transport.base import Blob, PeerUnreachable
 from workers.transport.loopback import LoopbackNetwork, LoopbackTransport
 
 N, CHUNK = 20_000, 8192
@@ -87,6 +90,81 @@ def test_what_is_served_is_not_written_to(codec: str) -> None:
     for key in store.keys():
         blob = store.find(key)
         assert blob is not None and digest(blob.data) == blob.digest, key
+
+
+class InParts:
+    """Tells of each blob before the fetch returns, as a stream does, and may fail after some of them."""
+
+    def __init__(self, source: MemberStore, *, fail_after: int | None = None) -> None:
+        self.source, self.fail_after = source, fail_after
+
+    def fetch(self, address: str, keys: Sequence[str], **how: Any) -> list[Blob]:
+        blobs = []
+        for number, key in enumerate(keys):
+            if number == self.fail_after:
+                raise PeerUnreachable(peer=address, cause="it is gone")
+            found = self.source.find(key)
+            assert found is not None
+            blobs.append(Blob(key=key, data=np.frombuffer(found.data, np.uint8).copy(), digest=found.digest))
+            how["on_blob"](blobs[-1])
+        return blobs
+
+
+@pytest.mark.parametrize("fail_after", [None, 2])
+def test_pieces_are_told_of_as_they_come(fail_after: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In groups, so that their reduction begins before the last one is here; each chunk exactly once."""
+    replica, theirs, mine = replica_of("fp32"), MemberStore(), MemberStore()
+    encoded, assign = offered(replica, theirs)
+    monkeypatch.setattr("workers.jobs.PIECES_AT_ONCE_BYTES", 2 * encoded.payloads[0].numel())
+    told: list[ev.Event] = []
+    jobs = jobs_of(replica, mine)
+    jobs.transport, jobs.post = InParts(theirs, fail_after=fail_after), told.append  # type: ignore[assignment]
+    chunks = tuple(range(len(encoded.payloads)))
+    assert len(chunks) == 3
+    by, _, offer = assign.offers[0]
+    last = jobs.fetch_pieces(ev.FetchPieces(fragment=0, offer_by=by, address="a", offer=offer, chunks=chunks))
+    (first,) = told
+    assert isinstance(first, ev.PiecesFetched) and first.chunks == (0, 1)
+    assert isinstance(last, ev.PiecesFailed if fail_after else ev.PiecesFetched) and last.chunks == (2,)
+    assert all(mine.find(piece_key(0, first.offer, chunk)) is not None for chunk in first.chunks)
+
+
+def test_a_piece_with_other_content_than_announced_is_refused() -> None:
+    replica, theirs, mine = replica_of("fp32"), MemberStore(), MemberStore()
+    _, assign = offered(replica, theirs)
+    by, _, offer = assign.offers[0]
+    key = piece_key(0, assign.roster[0].offer, 1)
+    theirs.put(key, b"something else")
+    jobs = jobs_of(replica, mine)
+    jobs.transport = InParts(theirs)  # type: ignore[assignment]
+    event = jobs.fetch_pieces(ev.FetchPieces(fragment=0, offer_by=by, address="a", offer=offer, chunks=(0, 1, 2)))
+    assert isinstance(event, ev.PieceRejected) and "chunk 1" in event.why
+    assert mine.find(key) is None
+
+
+def test_results_are_stepped_as_they_come_and_malformed_ones_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica, theirs, mine = replica_of("fp32"), MemberStore(), MemberStore()
+    encoded, assign = offered(replica, theirs)
+    chunks = tuple(range(len(encoded.payloads)))
+    reduced = jobs_of(replica, theirs).reduce(ev.Reduce(assign=assign, chunks=chunks))
+    assert isinstance(reduced, ev.ChunksReduced)
+    jobs = jobs_of(replica, mine)
+    jobs.transport = InParts(theirs)  # type: ignore[assignment]
+    fetch = ev.FetchResults(
+        fragment=0, n=1, address="a", roster_digest="r", chunks=chunks, digests=(), assign=assign
+    )  # fmt: skip
+    fetched = jobs.do(fetch)
+    assert isinstance(fetched, ev.ResultsFetched) and fetched.chunks == reduced.chunks
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "next_chunk_digests", lambda *_, **__: pytest.fail("all of them are known"))
+        computed = jobs.do(ev.ComputeNext(assign=assign, chunk_digests=tuple(d for _, d in fetched.chunks)))
+    again = jobs.do(ev.ComputeNext(assign=assign, chunk_digests=tuple(d for _, d in fetched.chunks)))
+    assert isinstance(computed, ev.NextComputed) and computed == again
+    theirs.put("result/0/r/1", b"no payload at all")
+    mine.discard("result")
+    failed = jobs.do(fetch)
+    assert isinstance(failed, ev.ResultsFailed) and "chunk 1 is malformed" in failed.why
+    assert not mine.keys("result")
 
 
 def test_a_payload_keeps_its_memory_after_it_was_dropped_from_the_store() -> None:

@@ -171,6 +171,24 @@ def test_two_that_cannot_reach_each_other_own_nothing_while_a_third_reaches_both
     assert {owner.name for owner in control.open().owners} == set(offers), "in the end they are tried again"
 
 
+def test_who_is_late_for_a_roster_can_fetch_its_result_from_all_its_owners() -> None:
+    """Two that cannot reach each other, and one of them late: the other one would be an owner it asks in vain."""
+    control = Control(chunks=6)
+    control.start()
+    offers = {name: control.offer(name) for name in ("island-0", "island-1", "island-2")}
+    control.missing("island-2", offers["island-1"])
+    control.reduce()
+    for name in ("island-0", "island-1"):
+        control.have(name)
+    for name in offers:
+        control.ready(name)
+    for name in ("island-0", "island-2"):
+        control.offer(name)
+    control.tick(2.5)
+    assert control.open().state == "reducing" and names(control) == {"island-0", "island-2"}
+    assert {owner.name for owner in control.open().owners} == {"island-0"}
+
+
 def test_member_blocked_by_another_fragment_is_not_waited_for() -> None:
     control = Control(members=2, fragments=2, exchange={"quorum": 1.0})
     control.start()

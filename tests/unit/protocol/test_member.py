@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mate import Mate, entry, member_id, offer_id
 
+from strategies.robust import Recipe
 from workers import member_events as ev
 from workers import messages as msg
 from workers.record_log import GENESIS_CHAIN
@@ -148,6 +151,21 @@ def test_parts_survive_a_new_attempt_of_the_same_roster_only() -> None:
     mate.tell(mate.assign(roster[0], owners=("island-0", "island-0"), attempt=3))
     assert not mate.found(msg.Reduced)
     assert mate.found(ev.Reduce)[-1].chunks == (0,), "made anew from the pieces that are here"
+
+
+def test_who_begins_from_earlier_results_waits_until_it_has_those_of_the_base() -> None:
+    mate = Mate().start()
+    first = mate.commit()
+    mate.tell()
+    roster = (entry("island-1", 4, 8, seq=2),)
+    assign = mate.assign(*roster, owners=("island-0", "island-1"), serial=2)
+    recipe = Recipe(rows=((1.0,),), finish="measure", center=1.0, history=True)
+    assign = replace(assign, base=msg.Version(n=1, chain=first.chain), recipe=recipe)
+    mate.tell(assign)
+    mate.happen(ev.PiecesFetched(fragment=0, offer=offer_id("island-1", 2), chunks=(0,)))
+    assert mate.found(ev.Reduce) == [], "its momentum is that of version 0"
+    mate.commands += mate.machine.applied(0, first, mate.now)
+    assert [c.chunks for c in mate.found(ev.Reduce)] == [(0,)]
 
 
 def test_older_attempt_is_ignored() -> None:

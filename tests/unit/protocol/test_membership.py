@@ -6,6 +6,7 @@ import pytest
 from control import BATCH, Control
 
 from orchestrator.membership import MemberClock, Process, Roll
+from orchestrator.run_state import Membership
 from workers import messages as msg
 from workers.records import FaultRecord, MemberId, SettleRecord
 
@@ -14,7 +15,8 @@ INFO = msg.ProcessInfo(address="at-a", node="n", weight=16, batch_size=BATCH)
 
 
 def process(*, heard_s: float = 0.0) -> Process:
-    return Process(id=A, nonce="p", info=INFO, joined_s=0.0, heard_s=heard_s)
+    entry = Membership(id=A, nonce="p", node="n", watermarks=[0])
+    return Process(id=A, entry=entry, nonce="p", info=INFO, joined_s=0.0, heard_s=heard_s)
 
 
 def hello(consumed: int, *, waiting: str = "") -> msg.Hello:

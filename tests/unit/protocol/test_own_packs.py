@@ -13,7 +13,7 @@ from orchestrator.ledger import recompute
 from orchestrator.run_state import JournalContradiction, RunState
 from workers import messages as msg
 from workers.ranges import Range
-from workers.records import LeaseRecord, ScopeRecord, Term, make_row
+from workers.records import AbandonRecord, LeaseRecord, ScopeRecord, Term, make_row
 from workers.scopes import SHARED, Scopes, scopes_of
 
 SHARED_SAMPLES, OWN_SAMPLES = 60, 24
@@ -122,6 +122,86 @@ def test_a_run_is_not_over_without_them_and_ends_with_them() -> None:
     train_out(control, "island-0", "island-1", "island-2")
     assert control.coordinator.done()
     assert recompute(control.rows).ok
+
+
+def alone(**settings: object) -> Control:
+    """Nothing is left but island-1's own samples, and island-1 is away."""
+    control = started(**settings)  # type: ignore[arg-type]
+    control.die("island-1")
+    control.tick(1.0)
+    train_out(control, "island-0", "island-2")
+    control.tick(0.1)
+    return control
+
+
+def test_the_end_waits_for_an_owner_and_then_drops_what_only_it_may_have() -> None:
+    control = alone()
+    control.tick(control.plan.own_wait_s - 1.0)
+    assert control.records(AbandonRecord) == [] and not control.coordinator.done()
+    control.tick(2.0)
+    (left,) = control.records(AbandonRecord)
+    assert left == AbandonRecord(member="island-1", ranges=(OWN,), why="not here, and nothing else was left to do")
+    assert any(f"{OWN_SAMPLES} samples of island-1's own pack are dropped" in text for text in control.said)
+    assert control.coordinator.done() and leases.waiting(control.state) == {}
+    assert positions(leased(control)["island-0"] + leased(control)["island-2"]) == set(range(SHARED_SAMPLES))
+    found = recompute(control.rows)
+    assert found.ok and found.waiting == ()
+    assert (found.samples()["dropped"], found.samples()["full"]) == (OWN_SAMPLES, SHARED_SAMPLES)
+    assert [(d.kind, d.member) for d in found.deviations][-1] == ("dropped", "island-1")
+    control.restart()
+    control.tick(1.0)
+    assert control.coordinator.done() and len(control.records(AbandonRecord)) == 1
+
+
+def test_an_owner_that_comes_back_meanwhile_gets_them() -> None:
+    control = alone()
+    control.tick(control.plan.own_wait_s - 1.0)
+    control.join("island-1", nonce="again")
+    control.ready("island-1")
+    control.tick(2.0)
+    assert control.records(AbandonRecord) == []
+    train_out(control, "island-0", "island-1", "island-2")
+    assert control.coordinator.done() and recompute(control.rows).samples()["dropped"] == 0
+
+
+def test_nobody_waits_for_an_owner_that_was_given_up_or_that_never_came() -> None:
+    control = alone()
+    control.coordinator.given_up["island-1"] = "it crashed again and again"
+    control.tick(0.5)
+    assert [record.why for record in control.records(AbandonRecord)] == ["given up, and nothing else was left to do"]
+    control = Control(samples=SHARED_SAMPLES + OWN_SAMPLES, members=2)
+    control.plan = replace(control.plan, own_samples=(("island-9", OWN_SAMPLES),), own_wait_s=0.0)
+    control.rows = []
+    control.restart()
+    control.start()
+    train_out(control, "island-0", "island-1")
+    control.tick(0.5)
+    assert control.coordinator.done() and recompute(control.rows).ok
+    assert [record.member for record in control.records(AbandonRecord)] == ["island-9"]
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [((OWN[0], OWN[1] - 1),), ((OWN[0] + 1, OWN[1]),), ((0, 2), OWN)],
+    ids=["less", "gap", "shared"],
+)
+def test_only_all_that_is_left_of_an_owner_that_is_away_can_be_given_up(ranges: tuple[Range, ...]) -> None:
+    control = Control(samples=SHARED_SAMPLES + OWN_SAMPLES, members=2)
+    control.plan = replace(control.plan, own_samples=(("island-9", OWN_SAMPLES),))
+    control.rows = []
+    control.restart()
+    control.start()
+    rows, state = list(control.rows), RunState()
+    for row in rows:
+        state.apply(row.record)
+    wrong = AbandonRecord(member="island-9", ranges=ranges, why="test")
+    with pytest.raises(JournalContradiction):
+        state.apply(wrong)
+    assert not recompute([*rows, make_row(len(rows), rows[-1].hash, wrong)]).ok
+    lives = AbandonRecord(member="island-0", ranges=(OWN,), why="test")
+    with pytest.raises(JournalContradiction, match="lives, or has nothing alone"):
+        state.apply(lives)
+    assert not recompute([*rows, make_row(len(rows), rows[-1].hash, lives)]).ok
 
 
 def test_a_restarted_controller_knows_whose_they_are() -> None:

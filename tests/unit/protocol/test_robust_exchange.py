@@ -75,12 +75,12 @@ def test_without_a_rule_nobody_is_refused_for_its_length() -> None:
     assert len(control.open().roster) == 4 and not control.records(RefusalRecord)
 
 
-def test_lengths_are_clipped_to_the_median_and_weights_are_fp32() -> None:
+def test_lengths_are_clipped_to_the_median_and_the_sum_of_fp32_weights_is_kept() -> None:
     control = Control(members=3, robust={"rule": "clip"})
     control.start()
     offer_all(control, island_2=2.0)
     weights = [entry.coefficient for entry in control.open().roster]
-    assert weights == pytest.approx([1 / 3, 1 / 3, 1 / 6], rel=1e-5)
+    assert weights == pytest.approx([0.4, 0.4, 0.2], rel=1e-5), "half of it, and what that leaves goes to all"
     assert all(weight == float(np.float32(weight)) for weight in weights)
 
 

@@ -26,10 +26,10 @@ Rule = Callable[..., object]
 
 WITHOUT: dict[str, Rule] = {
     "orchestrator.exchange_rules.offer_problem": lambda offer, member, head: None,
-    "orchestrator.exchange_rules.expected_members": lambda open_, fleet: list(fleet.members.values()),
+    "orchestrator.exchange_rules.expected_members": lambda open_, fleet, among=None: list(fleet.members.values()),
     "orchestrator.exchange_rules.offers_needed": lambda config, num_expected: 1,
-    "orchestrator.exchange_rules.awaited_members": lambda open_, fleet: [],
-    "orchestrator.exchange_rules.close_reason": lambda open_, fleet, config, now: "at once",
+    "orchestrator.exchange_rules.awaited_members": lambda open_, expected: [],
+    "orchestrator.exchange_rules.close_reason": lambda open_, fleet, awaited, config, now: "at once",
     "orchestrator.exchange_rules.staleness_factor": lambda staleness: 1.0,
     "orchestrator.exchange_rules.push_factor": lambda staleness: 1.0,
     "orchestrator.closing.push_reason": lambda open_, fleet, config, now, turned_away: "at once",

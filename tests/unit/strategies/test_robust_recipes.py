@@ -9,6 +9,9 @@ import torch
 
 from strategies import aggregate as agg
 from strategies import robust
+from strategies.outer import Average
+from strategies.outer_choice import mean_of_results
+from strategies.outer_sgd import HeavyBall
 from workers.robust import measure_pieces, mix_pieces
 
 NUM, VALUES = 7, 96
@@ -46,7 +49,8 @@ def reference(rule: robust.Rule, updates: list[torch.Tensor], num_wrong: int = 2
         case "mean":
             return agg.weighted_sum(updates, EQUAL)
         case "clip":
-            return agg.weighted_sum(clipped, EQUAL)
+            kept = sum(robust.clip_factors(agg.norms(updates))) / len(updates)
+            return agg.weighted_sum(clipped, EQUAL) / kept
         case "median":
             return agg.coordinate_median(clipped)
         case "trimmed":
@@ -115,3 +119,48 @@ def test_who_is_too_long(lengths: dict[str, float], steps: dict[str, int], refus
     found = robust.too_long(lengths, steps, 4.0)
     assert set(found) == refused
     assert all("median" in why or "finite" in why for why in found.values())
+
+
+def test_what_comes_in_one_exchange_moves_the_result_by_its_share_of_the_radius_from_history() -> None:
+    """The centre is not of this exchange: a contribution moves the first step by 2 / n of the radius at most."""
+    updates, center = vectors(4), vectors(9, num=1)[0]
+    first = agg.centered_clip(updates, center_N=center, iterations=1)
+    radius = float(torch.stack([(u - center).norm() for u in updates]).median())
+    for seed in range(5):
+        changed = [*updates[:-1], vectors(seed + 20, num=1)[0] * 0.5]
+        limit = float(torch.stack([(u - center).norm() for u in changed]).median())
+        moved = float((agg.centered_clip(changed, center_N=center, iterations=1) - first).norm())
+        slack = abs(limit - radius)  # the median distance is another one as well
+        assert moved <= 2.0 * max(radius, limit) / NUM + slack + 1e-5
+
+
+def test_the_mean_of_results_is_what_the_momentum_keeps() -> None:
+    outer, buffer = HeavyBall(lr=0.5, momentum=0.8), torch.zeros(3)
+    results = [torch.full((3,), value) for value in (1.0, 2.0, 4.0)]
+    for result in results:
+        _, (buffer,) = outer.step(torch.zeros(3), (buffer,), result, scale=None, version=0, progress=0.0)
+    kept = mean_of_results(outer, (buffer,), slice(0, 2))
+    torch.testing.assert_close(kept, torch.full((2,), 0.2 * (4.0 + 0.8 * 2.0 + 0.64 * 1.0)))
+    with pytest.raises(TypeError, match="Average keeps no mean"):
+        mean_of_results(Average(), (), slice(None))
+
+
+def centered(updates: list[torch.Tensor], center: torch.Tensor | None) -> torch.Tensor:
+    """CenteredClip in two parts, as owners do it."""
+    lengths, total = agg.norms(updates), [1.0 / len(updates)] * len(updates)
+    wanted = robust.to_measure("centered_clip", lengths, history=center is not None)
+    assert wanted is not None
+    cuts = (slice(0, 77), slice(77, None))
+    parts = [([u[cut] for u in updates], center[cut] if center is not None else None) for cut in cuts]
+    squares = robust.whole_squares([measure_pieces(pieces, wanted, kept) for pieces, kept in parts])
+    decision = robust.decide(
+        "centered_clip", total, lengths, squares, num_wrong=2, history=center is not None
+    )  # fmt: skip
+    assert decision.recipe is not None
+    return torch.cat([mix_pieces(pieces, decision.recipe, kept) for pieces, kept in parts])
+
+
+def test_history_gives_what_centered_clip_with_a_centre_gives() -> None:
+    updates, center = vectors(4, num=6), vectors(9, num=1)[0]
+    expected = agg.centered_clip(agg.clip_to_median(updates), center_N=center)
+    torch.testing.assert_close(centered(updates, center), expected, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,14 @@ from workers.digest import digest
 from workers.store import BlobStore, content_key
 
 
+def test_keys_are_dropped_by_name_and_nothing_below_them() -> None:
+    store = BlobStore()
+    for key in ("a", "a/1", "b"):
+        store.put(key, b"abc")
+    assert store.discard_keys(["a", "none"]) == 3
+    assert store.keys() == ["a/1", "b"]
+
+
 def test_keeps_the_buffer_itself() -> None:
     store = BlobStore()
     tensor = torch.zeros(1000)

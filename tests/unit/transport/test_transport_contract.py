@@ -14,6 +14,7 @@ from tests.unit.transport.support import TOKEN, WrappedStore, flip_one_bit, rand
 from workers.digest import digest
 from workers.store import BlobSource, BlobStore, content_key
 from workers.transport.base import (
+    Blob,
     BlobCorrupt,
     BlobMissing,
     BlobTooLarge,
@@ -64,6 +65,38 @@ def test_blobs_come_in_the_order_of_their_keys(build: Build) -> None:
         assert np.array_equal(blob.data, blobs[blob.key]) and blob.digest == digest(blobs[blob.key])
     assert server.bytes_sent == client.bytes_received == total
     assert server.bytes_received == client.bytes_sent == 0
+
+
+def test_blobs_are_told_of_as_they_come(build: Build) -> None:
+    """Also those that came before the fetch failed."""
+    store = store_with(a=random_bytes(3 << 20), b=random_bytes(10))
+    server, client = build(store), build(BlobStore())
+    told: list[Blob] = []
+    first_is_here = threading.Event()
+
+    def on_blob(blob: Blob) -> None:
+        told.append(blob)
+        first_is_here.set()
+
+    def put_when_told() -> None:
+        assert first_is_here.wait(20)
+        store.put("c", random_bytes(0))
+
+    waits = isinstance(server, FlightTransport)  # the other one answers when it has everything
+    if not waits:
+        first_is_here.set()
+    helper = threading.Thread(target=put_when_told)
+    helper.start()
+    fetched = client.fetch(
+        server.address, ["a", "b", "c"], timeout_s=20, wait_s=20, max_bytes=4 << 20, on_blob=on_blob
+    )  # fmt: skip
+    helper.join()
+    assert sorted(blob.key for blob in told) == ["a", "b", "c"]
+    assert {blob.key: blob.digest for blob in told} == {blob.key: blob.digest for blob in fetched}
+    told.clear()
+    with pytest.raises(BlobMissing):
+        client.fetch(server.address, ["a", "none"], timeout_s=20, max_bytes=4 << 20, on_blob=on_blob)
+    assert [blob.key for blob in told] in (["a"], [])
 
 
 def test_receiver_owns_its_memory(build: Build) -> None:

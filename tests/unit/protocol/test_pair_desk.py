@@ -1,0 +1,103 @@
+"""Traces of gossip seen from the controller: whose turn it is in a schedule, who is near, and what it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from control import Control
+
+from workers import messages as msg
+from workers.pair import Offer, PairId, Report
+from workers.pair_messages import PairRoster, PairTell
+from workers.pair_records import PairRosterRecord
+
+
+@dataclass
+class Gossip(Control):
+    """A controller whose members gossip, each on a machine of its own in a region."""
+
+    regions: dict[str, str] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)
+
+    def info(self, name: str, node: str = "") -> msg.ProcessInfo:
+        return replace(Control.info(self, name, node or self.nodes.get(name, "")), region=self.regions.get(name, ""))
+
+    def groups(self) -> list[set[str]]:
+        """Who meets whom by the newest roster."""
+        row = self.records(PairRosterRecord)[-1]
+        assert isinstance(row, PairRosterRecord)
+        return [{text.rpartition(".")[0] for text in group.split("+")} for group in row.groups]
+
+    def newest(self, name: str) -> PairId | None:
+        roster = self.told(name, PairRoster)[-1]
+        assert isinstance(roster, PairRoster)
+        return roster.pair
+
+    def meet(self) -> None:
+        """All groups of the newest roster commit a step of each member."""
+        for pair in {p for name in self.state.current if (p := self.newest(name)) is not None}:
+            offers = []
+            for member in pair.members:
+                since = self.entry(member.name).watermarks[0]
+                self.consumed[member.name] = since + 2
+                offers.append(Offer(pair=pair, sender=member, since=since, upto=since + 2, digest="x"))
+            report = Report(pair=pair, sender=pair.leader, committed=True, offers=tuple(offers))
+            self.say(pair.leader.name, PairTell(message=report))
+
+
+def started(topology: str, **settings: object) -> Gossip:
+    places = {key: settings.pop(key) for key in ("regions", "nodes") if key in settings}
+    control = Gossip(members=4, samples=4000, strategy={"name": "gossip", "topology": topology, **settings}, **places)  # type: ignore[arg-type]
+    control.start()
+    control.tick(1.0)
+    return control
+
+
+EVEN, ODD = [{"island-0", "island-1"}, {"island-2", "island-3"}], [{"island-1", "island-2"}, {"island-3", "island-0"}]
+
+
+@pytest.mark.parametrize("topology", ["ring", "exponential"])
+def test_rosters_that_nobody_used_take_no_turn_of_a_schedule_away(topology: str) -> None:
+    """With rounds longer than a few timeouts every second roster is unused: the same half of the pairs would meet."""
+    control = started(topology)
+    for turn in range(4):
+        before = len(control.records(PairRosterRecord))
+        first = control.groups()
+        control.tick(40.0)
+        assert len(control.records(PairRosterRecord)) >= before + 2, "a new one now and then, for who is left alone"
+        assert control.groups() == first
+        control.meet()
+        other = ODD if topology == "ring" else [{"island-0", "island-2"}, {"island-1", "island-3"}]
+        assert first == (other if turn % 2 else EVEN)
+
+
+def test_a_new_controller_goes_on_with_the_turn_of_its_journal() -> None:
+    control = started("ring")
+    control.meet()
+    assert control.groups() == ODD
+    control.restart()
+    for name in sorted(control.state.current):
+        control.hello(name)
+    control.tick(40.0)
+    assert control.groups() == ODD, "nobody has met by it"
+    control.meet()
+    assert control.groups() == EVEN
+
+
+def test_near_members_meet_and_in_some_rounds_everybody_may() -> None:
+    regions = {"island-0": "east", "island-1": "west", "island-2": "east", "island-3": "west"}
+    control = started("near", keep_gap=0.25, regions=regions)
+    seen = []
+    for _ in range(16):
+        seen.append(control.groups())
+        control.meet()
+    near = [all(len({regions[name] for name in group}) == 1 for group in groups) for groups in seen]
+    assert sum(near) >= 12 and not all(near), "at least three rounds of four are near, and regions do meet"
+    assert all(sorted(name for group in groups for name in group) == sorted(regions) for groups in seen)
+
+
+def test_without_a_label_islands_of_a_machine_are_near() -> None:
+    nodes = {f"island-{i}": f"node-{i % 2}" for i in range(4)}
+    control = started("near", keep_gap=0.1, nodes=nodes)
+    assert sorted(map(sorted, control.groups())) == [["island-0", "island-2"], ["island-1", "island-3"]]
