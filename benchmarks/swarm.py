@@ -15,6 +15,8 @@ Parts, each with the figure that it must reach:
     boundaries  int8 against fp32 boundaries after equal tokens: loss at most 0.5 % off
     diloco      peers that step on their own against peers that add gradients after each step: bytes that leave a peer
                 in a step, at most 0.2 of them
+    delayed     updates that are delayed against updates that are waited for, peers that take their time: microbatches a
+                second, at least as many
     lab         peers on three machines, 200 Mbit/s and 50 ms (one way) between each two, 300 ms a forward: the smallest
                 stage's utilisation, at least 0.9
 
@@ -57,6 +59,7 @@ TARGETS = {
     "buddy": 15.0,
     "boundaries": 0.005,
     "diloco": 0.2,
+    "delayed": 1.0,
     "lab": 0.9,
 }
 AT_MOST = ("recovery", "buddy", "boundaries", "diloco")
@@ -322,6 +325,17 @@ def diloco(folder: Path, *, steps: int) -> dict[str, Any]:
     return {"ratio": sent["diloco"] / sent["ddp"], "found": found, "boundary_bytes": boundary}
 
 
+def delayed(folder: Path, *, steps: int) -> dict[str, Any]:
+    """See the module: a model whose gradients take a while to be added."""
+    made = {}
+    for flag in ("false", "true"):
+        settings = [*WIDE, ENDLESS, "pipeline.microbatches=12", "pipeline.in_flight=12", "pipeline.pace_s=0.05"]
+        with Live(folder, *settings, "pipeline.rebalance_s=0", f"pipeline.delayed={flag}") as run:
+            run.until_complete()
+            made[flag] = run.microbatches_per_s(steps)
+    return {"ratio": made["true"] / made["false"], "microbatches_per_s": made}
+
+
 LINKS = "".join(f'[links."{a}:{b}"]\nrate_mbit = 200\ndelay_ms = 50\n' for a, b in (("a", "b"), ("a", "c"), ("b", "c")))
 REGIONS = "".join(f'[regions.{name}]\nnodes = ["{name}-1"]\n' for name in "abc")
 WIDE = ["model.layers=4", "model.dim=256", "model.heads=8", "data.seq_len=128", "pipeline.microbatch_size=1"]
@@ -379,6 +393,7 @@ PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "buddy": buddy,
     "boundaries": boundaries,
     "diloco": diloco,
+    "delayed": delayed,
     "lab": lab,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import resource
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from faults.lab.processes import myself
+from faults.plan import PlannedFault
+
+log = logging.getLogger("atoll.chaos")
 
 OOM_BYTES = 256 << 20
 _SCORE = Path("/proc/self/oom_score_adj")
@@ -60,6 +64,24 @@ def pause(seconds: float) -> None:
     command = [sys.executable, "-S", "-E", "-c", _PAUSE, str(me.pid), str(me.started), str(seconds)]
     helper = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=helper.wait, name="pause", daemon=True).start()
+
+
+def strike_process(fault: PlannedFault) -> bool:
+    """Begin a fault of a whole process; False: it is none."""
+    match fault.kind:
+        case "kill":
+            log.warning("injected: %s", fault)
+            die()
+        case "oom":
+            log.warning("injected: %s", fault)
+            run_out_of_memory()
+        case "stop":
+            assert fault.for_s is not None
+            log.warning("injected: %s", fault)
+            pause(fault.for_s)
+        case _:
+            return False
+    return True
 
 
 class FullDisk:

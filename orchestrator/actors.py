@@ -30,14 +30,12 @@ from orchestrator import places
 from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.build import OWN_PACK_LABEL, run_plan
 from orchestrator.config import RunConfig
-from orchestrator.dashboard.controls import carry_out, feed_part
-from orchestrator.dashboard.feed import FeedPart
 from orchestrator.errors import UserError
 from orchestrator.events import Event, FaultNoticed, LeaveRequested, ProcessDied, StopRequested
 from orchestrator.finish import build_summary
 from orchestrator.hands import WATCH_S, Hands, new_nonce, reason_of
 from orchestrator.host import Host
-from orchestrator.injector import Injector
+from orchestrator.injector import Injector, IslandSite
 from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.keeper import Keeper
 from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
@@ -116,7 +114,7 @@ class ControllerActor(Hands, Keeper):
             end=self._end,
         )
         self.injector = Injector(
-            faults, self.host, self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
+            faults, IslandSite(self.host), self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
         )
         self.telemetry = Telemetry(self.config, self.run_dir)
         self.began = self.lost_journal = False
@@ -369,16 +367,6 @@ class ControllerActor(Hands, Keeper):
             "unfired": self.injector.unfired(),
             "metrics": self.telemetry.told,
         }
-
-    async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
-        """See `orchestrator.dashboard.controls.feed_part`."""
-        await self.begin()
-        return await feed_part(self, metrics_at, journal_at, must_not_fail)
-
-    async def act(self, action: str, member: str, by: str) -> str:
-        """See `orchestrator.dashboard.controls.carry_out`."""
-        await self.begin()
-        return await carry_out(self, action, member, by, must_not_fail)
 
     # ------------------------------------------------------------ commands
 

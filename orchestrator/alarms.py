@@ -97,15 +97,19 @@ class Alarms:
     def on_time(self, num_live: int, t_s: float, *, started: bool, exchange: ExchangeConfig) -> list[Alarm]:
         """So many members live now, and so many are needed for a commit as `exchange` says now."""
         needed = self.num_needed(exchange)
-        if not started or self._finished or num_live >= needed:
+        lacks = f"{num_live} members live, {needed} are needed" if num_live < needed else ""
+        return self.on_lack(lacks, t_s, started=started)
+
+    def on_lack(self, lacks: str, t_s: float, *, started: bool) -> list[Alarm]:
+        """`lacks`: what is missing for a commit; empty: nothing."""
+        if not started or self._finished or not lacks:
             self._below_s, self._told_below = None, False
             return []
         self._below_s = t_s if self._below_s is None else self._below_s
         if self._told_below or t_s - self._below_s < self.config.below_quorum_s:
             return []
         self._told_below = True
-        detail = f"{num_live} members live, {needed} are needed, for {t_s - self._below_s:.0f} s"
-        return [Alarm(kind="below_quorum", t_s=t_s, detail=detail)]
+        return [Alarm(kind="below_quorum", t_s=t_s, detail=f"{lacks}, for {t_s - self._below_s:.0f} s")]
 
     def _once(self, kind: Kind, member: str, t_s: float, detail: str) -> list[Alarm]:
         """The same of the same member is told again only after a while."""

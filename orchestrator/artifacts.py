@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from workers.data.reader import PackReader
+    from workers.pipeline.spec import PipelineSpec
 
 
 LOAD_ANCHOR = "model.load_state_dict(atoll.load_anchor(RUN_DIR), strict=False) in Python"
@@ -67,6 +68,11 @@ def _reader(config: RunConfig, what: str) -> PackReader:
     return PackReader(pack)
 
 
+def is_layered(config: RunConfig) -> bool:
+    """Whether a run's model is a list of layers of the user's."""
+    return config.pipeline.stages is not None and config.model.factory is not None
+
+
 def load_anchor(run_dir: Path, snapshot: str | None = None) -> dict[str, Tensor]:
     """The trained parameters of a run by name, from its newest or the named snapshot, checked against their digest."""
     config = _load(run_dir)
@@ -79,7 +85,6 @@ def load_anchor(run_dir: Path, snapshot: str | None = None) -> dict[str, Tensor]
 
 def _of_stages(config: RunConfig, run_dir: Path, name: str | None) -> dict[str, Tensor]:
     """The same of a pipeline: its snapshots have a file for each stage."""
-    from orchestrator.pipeline.plan import pipeline_spec
     from orchestrator.pipeline.replay import saved_snapshots
     from workers.pipeline.whole import load_whole
 
@@ -91,14 +96,19 @@ def _of_stages(config: RunConfig, run_dir: Path, name: str | None) -> dict[str, 
             place=str(folder),
             remedy="wait for the first one (run.snapshot_every_s), or for the end of the run",
         )
+    return load_whole(_spec(config, run_dir), max(found, key=lambda saved: saved.version).folder)
+
+
+def _spec(config: RunConfig, run_dir: Path) -> PipelineSpec:
+    from orchestrator.pipeline.plan import pipeline_spec
+
     pack = pack_path(config)
     assert pack is not None, "a pipeline has a pack"
-    spec = pipeline_spec(config, run_id=run_dir.resolve().name, run_dir=run_dir, pack=pack)
-    return load_whole(spec, max(found, key=lambda saved: saved.version).folder)
+    return pipeline_spec(config, run_id=run_dir.resolve().name, run_dir=run_dir, pack=pack)
 
 
 def export(run_dir: Path, out: Path, snapshot: str | None = None) -> Path:
-    """Write the newest anchor, or that of the named snapshot, in Hugging Face format to `out`.
+    """Write the newest anchor, or that of the named snapshot, to `out`: in Hugging Face format, or as `export_layers`.
 
     Raises UserError where something else lies there.
     """
@@ -106,12 +116,13 @@ def export(run_dir: Path, out: Path, snapshot: str | None = None) -> Path:
         raise UserError(
             f"--out {out}: there is something else", place="--out", remedy="a new folder, or an older export"
         )
-    from workers.model.hf import export_hf
+    from workers.model.hf import export_hf, export_layers
 
     config = _load(run_dir)
     reader = _reader(config, "export")
     tensors = load_anchor(run_dir, snapshot)
-    export_hf(out, config.model, tensors, reader.tokenizer, seq_len=reader.index.seq_len)
+    write = export_layers if is_layered(config) else export_hf
+    write(out, config.model, tensors, reader.tokenizer, seq_len=reader.index.seq_len)
     return out
 
 
@@ -129,6 +140,12 @@ def sample(
 
     config = _load(run_dir)
     reader = _reader(config, "sample")
+    if is_layered(config):
+        from workers.pipeline.whole import build_whole
+
+        layered = build_whole(_spec(config, run_dir))
+        layered.load_state_dict(load_anchor(run_dir, snapshot), strict=False)
+        return generate(layered, reader.tokenizer, prompt, max_new_tokens, temperature, seed)
     bundle = build_model(
         config.model,
         vocab_size=reader.index.vocab_size,

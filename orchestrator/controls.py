@@ -6,22 +6,12 @@ Each call is journalled before it is answered. A mistake of the caller's is rais
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.caretaker import Caretaker
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
-from orchestrator.events import (
-    Event,
-    PauseRequested,
-    RollbackRequested,
-    SaveRequested,
-    SettingsRequested,
-    UnbanRequested,
-)
+from orchestrator.events import RollbackRequested, SaveRequested, SettingsRequested, UnbanRequested
 from orchestrator.live import check_changes
 from orchestrator.rollback import find_target, pin, store_of
 from orchestrator.status import read_status
@@ -31,25 +21,13 @@ from workers.records import dump_row
 if TYPE_CHECKING:
     from orchestrator.host import Host
 
-MAX_LOG_BYTES = 32 * 1024
 
-
-class Controls:
+class Controls(Caretaker):
     """Mixed into the controller's actor, which provides the host and guards what is done with it."""
 
     host: Host
     config: RunConfig
-    run_dir: Path
-    run_id: str
     lost_journal: bool
-
-    async def begin(self) -> None:
-        """See `ControllerActor.begin`."""
-        raise NotImplementedError
-
-    def _do(self, event: Event) -> None:
-        """Hand an event to the host; whatever goes wrong with it ends this process."""
-        raise NotImplementedError
 
     async def _ready(self) -> None:
         await self.begin()
@@ -60,18 +38,6 @@ class Controls:
             )
         if self.host.finished is not None or self.host.died is not None:
             raise UserError(f"the run {self.run_id} is over", remedy="atoll status shows how it ended")
-
-    async def pause(self) -> dict[str, Any]:
-        """No samples are trained on any more, until `resume`; the open exchange is finished."""
-        await self._ready()
-        self._do(PauseRequested(paused=True, why="asked to"))
-        return self._said()
-
-    async def resume(self) -> dict[str, Any]:
-        """Training goes on after `pause`."""
-        await self._ready()
-        self._do(PauseRequested(paused=False, why="asked to"))
-        return self._said()
 
     async def save(self) -> dict[str, Any]:
         """Write a snapshot of the anchor now. Returns before it is on disk: a row of the journal says when it is."""
@@ -145,62 +111,9 @@ class Controls:
         values: dict[str, Any] = status.model_dump(mode="json")
         return values
 
-    async def logs(self, member: str | None = None, max_bytes: int = MAX_LOG_BYTES) -> dict[str, Any]:
-        """The end of a log: of the newest incarnation of `member` (or of `island-1.2`), None: of the controller."""
-        await self.begin()
-        return await asyncio.get_running_loop().run_in_executor(None, tail_of, self.run_dir, member, max_bytes)
-
     def _said(self) -> dict[str, Any]:
         return {
             "run": self.run_id,
             "paused": self.host.coordinator.state.paused,
             "journalled": not self.host.blocked,  # not while the journal's disk is full
         }
-
-
-def log_files(run_dir: Path) -> dict[str, Path]:
-    """Name to file of all logs: `controller`, `island-0.1`, `island-0.1.stack`, in their order."""
-    out: dict[str, Path] = {}
-    for path in sorted((run_dir / "logs").glob("*")):
-        if path.is_file() and path.suffix in (".log", ".txt"):
-            name, _, life = path.stem.rpartition("-")
-            out[f"{name}.{life}" if life.partition(".")[0].isdigit() and name else path.stem] = path
-    return out
-
-
-def tail_of(run_dir: Path, member: str | None, max_bytes: int = MAX_LOG_BYTES) -> dict[str, Any]:
-    """The end of a member's newest log, whole lines; None: the controller's.
-
-    Raises:
-        UserError: it has no log; names those that there are.
-    """
-    files = log_files(run_dir)
-    wanted = member or "controller"
-    fitting = [name for name in files if name == wanted or (name.rpartition(".")[0] == wanted and _life(name))]
-    if not fitting:
-        known = ", ".join(files) or "none yet"
-        raise UserError(f"there is no log of {wanted!r}", place=str(run_dir / "logs"), remedy=f"one of these: {known}")
-    name = max(fitting, key=_life)
-    path = files[name]
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - max_bytes, 0))
-        data = file.read(max_bytes)
-    if size > max_bytes:
-        data = data.partition(b"\n")[2]
-    return {"name": name, "files": list(files), "size_bytes": size, "text": data.decode(errors="replace")}
-
-
-def _life(name: str) -> int:
-    life = name.rpartition(".")[2]
-    return int(life) if life.isdigit() else 0
-
-
-def write_cluster_file(path: Path, values: Mapping[str, object]) -> None:
-    """Say where the run's Ray is; for this user alone."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as out:
-        json.dump(values, out)
-    temporary.replace(path)

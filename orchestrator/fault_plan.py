@@ -27,13 +27,23 @@ def read_faults(config: RunConfig, single: Sequence[str], members: Collection[st
     Raises:
         UserError: the file cannot be read. FaultPlanError: an unknown kind, a fault that names nobody, a wrong value.
     """
-    if single and config.pipeline.stages is not None:
-        message = f"--fault {single[0]}: what goes wrong in a pipeline cannot be planned yet"
-        raise UserError(message, remedy="a run without --fault, and kill -9 from outside")
-    if config.run.elastic:
+    if config.pipeline.stages is not None:
+        from orchestrator.pipeline.plan import member_names
+
+        members = member_names(config.pipeline)
+    elif config.run.elastic:
         members = [island_name(i) for i in range(ELASTIC_ISLANDS)]
     planned = load_plan(Path(config.run.fault_plan), members) if config.run.fault_plan is not None else ()
-    return (*planned, *(parse_fault(text, members) for text in single))
+    if config.pipeline.stages is None:
+        return (*planned, *(parse_fault(text, members) for text in single))
+    from orchestrator.pipeline.site import check_pipeline_fault
+
+    for fault in planned:
+        check_pipeline_fault(fault, place=f"run.fault_plan, {fault}")
+    found = [parse_fault(text, members) for text in single]
+    for fault in found:
+        check_pipeline_fault(fault, place=f"--fault {fault}")
+    return (*planned, *found)
 
 
 def read_link_changes(config: RunConfig) -> tuple[LinkChange, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from orchestrator.client import Runs
 from orchestrator.errors import RunFailed, UserError
+from orchestrator.pipeline.views import PipelineStatus, read_answer
 from orchestrator.status import Status
 from orchestrator.summary import Summary, load_summary
 from workers.records import Row, load_row
@@ -51,9 +52,9 @@ class Run:
         standing: dict[str, Any] = self._ask("standing")
         return standing
 
-    def status(self) -> Status:
-        """How it stands now."""
-        return Status.model_validate(self._ask("status"))
+    def status(self) -> Status | PipelineStatus:
+        """How it stands now; of a run with stages, those."""
+        return read_answer(self._ask("status"))
 
     def events(self, *, since: int = 0, follow: bool = True) -> Iterator[Row]:
         """Everything that is decided, as rows of the journal (`row.record` says what), until the run is over.

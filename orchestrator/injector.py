@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from faults.lab.errors import LabError
 from faults.lab.schedule import LinkChange, LinkSchedule
@@ -25,7 +25,7 @@ from faults.schedule import Past, Schedule
 from orchestrator.cluster.state import ClusterState, known_clusters
 from orchestrator.errors import UserError
 from orchestrator.events import FaultInjected, FaultNoticed
-from workers.records import FaultRecord
+from workers.records import FaultRecord, Record
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -40,25 +40,96 @@ PAUSE_S = 2.0  # between two faults of a storm at the same member
 log = logging.getLogger("atoll.controller")
 
 
+class Site(Protocol):
+    """What an injector has to know of a run."""
+
+    def check(self, fault: PlannedFault) -> None:
+        """Raise FaultPlanError for a fault that runs of this kind do not have."""
+
+    def is_blocked(self) -> bool:
+        """Whether the journal can take no row now."""
+
+    def records(self) -> Sequence[Record]:
+        """The journal so far."""
+
+    def members(self) -> set[str]:
+        """Names that the run has, or had."""
+
+    def version(self) -> int | None:
+        """What a fault's `round` is compared with; None: the run has not begun."""
+
+    def seconds(self) -> float:
+        """Since the start of the run."""
+
+    def fit(self) -> Sequence[str]:
+        """Whom a storm may hit."""
+
+    def handle(self, event: FaultInjected | FaultNoticed) -> None:
+        """Put it on the record."""
+
+
+class IslandSite:
+    """A run of islands."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def check(self, fault: PlannedFault) -> None:
+        """See `Site`: islands have all."""
+
+    def is_blocked(self) -> bool:
+        """See `Site`."""
+        return bool(self._host.blocked)
+
+    def records(self) -> Sequence[Record]:
+        """See `Site`."""
+        return [row.record for row in self._host.journal.rows]
+
+    def members(self) -> set[str]:
+        """See `Site`."""
+        return {*self._host.plan.islands, *self._host.coordinator.state.last_incarnation}
+
+    def version(self) -> int | None:
+        """See `Site`: of the first fragment."""
+        heads = self._host.coordinator.state.heads
+        return heads[0].version.n if heads else None
+
+    def seconds(self) -> float:
+        """See `Site`."""
+        return self._host.coordinator.seconds()
+
+    def fit(self) -> Sequence[str]:
+        """See `Site`: those that train and are well.
+
+        Not in their first steps, which may take long (a compiler): nobody could tell that they hang.
+        """
+        processes = self._host.coordinator.roll.processes
+        return [m.name for m, p in processes.items() if p.status == "healthy" and p.is_steady]
+
+    def handle(self, event: FaultInjected | FaultNoticed) -> None:
+        """See `Site`."""
+        self._host.handle(event)
+
+
 class Injector:
     """The faults of one controller's life.
 
     Args:
         plan: faults, and changes of links of the lab that this process runs in.
-        clock: that of the host, which can be made to jump. actors: by member, those that have begun.
+        clock: that of the controller, which can be made to jump. actors: by member, those that have begun.
         gcs_address: of the Ray cluster, to find its head.
     """
 
     def __init__(
         self,
         plan: Sequence[PlannedFault | LinkChange],
-        host: Host,
+        site: Site,
         clock: JumpClock,
         actors: Callable[[], Mapping[str, ActorHandle[Any]]],
         gcs_address: Callable[[], str],
     ) -> None:
         self._plan = [fault for fault in plan if isinstance(fault, PlannedFault)]
-        self._host, self._clock = host, clock
+        self._site, self._clock = site, clock
         self._actors, self._gcs_address = actors, gcs_address
         self._disk = FullDisk()
         self._links: list[tuple[PlannedFault, float]] = []  # cut, and until when on this process's clock
@@ -70,11 +141,11 @@ class Injector:
 
     def resume(self) -> None:
         """What earlier controllers have injected is not injected again."""
-        records = [row.record for row in self._host.journal.rows]
+        records = self._site.records()
         injected = [record for record in records if isinstance(record, FaultRecord) and record.injected]
         past = [Past(text=record.detail, t_s=record.t_s) for record in injected]
         # A storm that was asked for while the run went on is in no plan.
-        members, planned = self._members(), set(map(str, self._plan))
+        members, planned = self._site.members(), set(map(str, self._plan))
         storms = [r.detail for r in injected if r.fault == "storm" and r.detail not in planned]
         heads = [r.fault for r in records if isinstance(r, FaultRecord) and r.fault in ("head_kill", HEAD_BACK)]
         if heads[-1:] == ["head_kill"]:  # it died with its head, which has started it again
@@ -87,23 +158,19 @@ class Injector:
         """What has not happened, as it was written."""
         return [*self.schedule.unfired(), *map(str, self.wires.waiting)]
 
-    def _members(self) -> set[str]:
-        return {*self._host.plan.islands, *self._host.coordinator.state.last_incarnation}
-
     def tick(self) -> None:
         """Inject what is due."""
-        if self._host.blocked:
+        if self._site.is_blocked():
             return  # with a full journal nothing can be written down before it happens
-        coordinator = self._host.coordinator
-        for change in self.wires.due(coordinator.seconds()):
+        for change in self.wires.due(self._site.seconds()):
             self._rewire(change)
-        heads = coordinator.state.heads
-        if not heads:
+        version = self._site.version()
+        if version is None:
             return
         if self._dead_head is not None and time.monotonic() - self._looked_s >= LOOK_S:
             self._look_for_head(*self._dead_head)
         here = {*self._actors(), CONTROLLER}
-        for fault, text in self.schedule.due(heads[0].version.n, coordinator.seconds(), here, self._fit()):
+        for fault, text in self.schedule.due(version, self._site.seconds(), here, self._fit()):
             self._inject(fault, text)
 
     def now(self, texts: Sequence[str]) -> list[str]:
@@ -112,11 +179,12 @@ class Injector:
         Raises:
             FaultPlanError: one that cannot be understood or names nobody. UserError: its member has no process now.
         """
-        if self._host.blocked:
+        if self._site.is_blocked():
             raise UserError("the journal's disk is full", remedy="again once there is space")
-        members = self._members()
+        members = self._site.members()
         faults = [parse_fault(text, members, place=repr(text)) for text in texts]
         for fault in faults:
+            self._site.check(fault)
             if fault.round is not None or fault.at_s is not None:
                 raise UserError(f"{fault} has a time", remedy=f"atoll chaos {fault.what}, which means at once")
             gone = [name for name in fault.targets if name not in {*self._actors(), CONTROLLER}]
@@ -126,7 +194,7 @@ class Injector:
                 self._head()
         for fault in faults:
             if fault.kind == "storm":
-                began = replace(fault, at_s=round(self._host.coordinator.seconds(), 3))
+                began = replace(fault, at_s=round(self._site.seconds(), 3))
                 self.schedule.waiting.append(began)
             else:
                 self._inject(fault, str(fault))
@@ -141,17 +209,14 @@ class Injector:
             self._afflict(name, replace(fault, for_s=left_s))
 
     def _fit(self) -> list[str]:
-        """Whom a storm may hit: those that train and are well; one fault at a time.
-
-        Not in their first steps, which may take long (a compiler): nobody could tell that they hang.
-        """
-        processes, now = self._host.coordinator.roll.processes, time.monotonic()
+        """Whom a storm may hit: one fault at a time."""
+        now = time.monotonic()
         here = {name for name in self._actors() if self._struck.get(name, now) <= now}
-        return [m.name for m, p in processes.items() if p.status == "healthy" and p.is_steady and m.name in here]
+        return [name for name in self._site.fit() if name in here]
 
     def _inject(self, fault: PlannedFault, text: str) -> None:
         log.warning("injecting %s", text)
-        self._host.handle(FaultInjected(fault=fault.kind, member=fault.target, detail=text))
+        self._site.handle(FaultInjected(fault=fault.kind, member=fault.target, detail=text))
         self._struck |= dict.fromkeys(fault.targets, time.monotonic() + (fault.for_s or 0.0) + PAUSE_S)
         match fault.kind:
             case "storm":
@@ -173,12 +238,12 @@ class Injector:
         from faults.lab.lab import Lab
 
         log.warning("link change: %s", change)
-        self._host.handle(FaultInjected(fault=change.fault, member=change.target, detail=str(change)))
+        self._site.handle(FaultInjected(fault=change.fault, member=change.target, detail=str(change)))
         try:
             Lab.around().apply(change)
         except LabError as error:
             log.error("%s: %s", change, error)
-            self._host.handle(FaultNoticed(fault=LINK_FAILED, member=change.target, detail=f"{change}: {error}"))
+            self._site.handle(FaultNoticed(fault=LINK_FAILED, member=change.target, detail=f"{change}: {error}"))
 
     def _cut(self, fault: PlannedFault) -> None:
         """A link has two ends: of one member, all others are the other end."""
@@ -238,4 +303,4 @@ class Injector:
                 self._say_head_is_back(f"it runs again as node {now[:8]} after {self._looked_s - killed_s:.1f} s")
 
     def _say_head_is_back(self, detail: str) -> None:
-        self._host.handle(FaultNoticed(fault=HEAD_BACK, member="head", detail=detail))
+        self._site.handle(FaultNoticed(fault=HEAD_BACK, member="head", detail=detail))

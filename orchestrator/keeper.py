@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.actor_tools import through_cuts
+from orchestrator.actor_tools import must_not_fail, through_cuts
+from orchestrator.caretaker import Running
 from orchestrator.controls import Controls
-from orchestrator.errors import UserError
-from orchestrator.log_shipping import EVERY_S, LogCopy
+from orchestrator.dashboard.controls import carry_out, feed_part
+from orchestrator.dashboard.feed import FeedPart
+from orchestrator.events import Operated
 from orchestrator.notify import notifying
 from orchestrator.rollback import set_aside_later, store_of
 from orchestrator.rundir import RunDirInUse
-from workers.data.placing import pack_files
 from workers.saved import SnapshotError
-from workers.stack import add_stack, dump_stack
 
 log = logging.getLogger("atoll.controller")
 
@@ -34,14 +29,7 @@ class Keeper(Controls):
     handles: dict[str, ActorHandle[Any]]
     nonce_of: dict[str, str]
     place_of: dict[str, str]
-    log_of: dict[str, Path]  # nonce -> log, of the processes that this life started
     pids: dict[str, tuple[int, str]]  # nonce -> process id and node
-    pack: Path | None
-    own: ExitStack
-
-    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something beside the rest."""
-        raise NotImplementedError
 
     async def _look_after(self, name: str, nonce: str, handle: ActorHandle[Any], node: str) -> None:
         """A process has begun: its id is kept, for when it hangs, and its log is copied where that is needed."""
@@ -72,38 +60,41 @@ class Keeper(Controls):
         except SnapshotError as error:
             log.warning("newer snapshots stay beside those of the run as it is now: %s", error)
 
-    async def _collect_log(self, nonce: str, handle: ActorHandle[Any]) -> None:
-        """Where an island's machine does not share the run's directory, its log is copied here as it grows."""
-        copy = LogCopy(path=self.log_of.pop(nonce), read=handle.read_log.remote)
-        probe = copy.path.with_name(f".probe-{nonce}")
-        with suppress(RayActorError, RayTaskError):
-            await handle.has_log_at.remote(str(probe))
-            if probe.exists():
-                probe.unlink()
-                return
-            log.info("the logs of %s are copied from its machine", copy.path.stem)
-            while nonce in self.handles:
-                await copy.grow()
-                await asyncio.sleep(EVERY_S)
-
-    async def pack_files(self) -> dict[str, bytes]:
-        """The index of the run's pack, and its tokenizer: for a machine that has no copy of it."""
-        if self.pack is None:
-            return {}
-        return await asyncio.get_running_loop().run_in_executor(None, pack_files, self.pack)
-
-    async def stack(self, member: str) -> dict[str, Any]:
-        """What every thread of an island does at this moment; kept in the run's logs. Also of one that hangs."""
-        await self._ready()
+    def _running(self, member: str) -> Running | None:
         name = member.partition(".")[0]
         nonce = self.nonce_of.get(name)
         if nonce is None or nonce not in self.pids:
-            known = ", ".join(sorted(self.nonce_of)) or "none"
-            raise UserError(f"no process of {member!r} runs", remedy=f"one of these: {known}")
+            return None
         pid, node = self.pids[nonce]
-        where = NodeAffinitySchedulingStrategy(node, soft=False)
-        dump = ray.remote(dump_stack).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
-        text = str(await dump.remote(pid))
         current = self.host.coordinator.state.current.get(name)
-        file = add_stack(self.run_dir / "logs", str(current) if current is not None else name, text)
-        return {"run": self.run_id, "member": str(current or name), "text": text, "file": str(file)}
+        return Running(label=str(current or name), pid=pid, node=node)
+
+    def _names(self) -> Sequence[str]:
+        return tuple(self.nonce_of)
+
+    def _is_there(self, nonce: str) -> bool:
+        return nonce in self.handles
+
+    # ------------------------------------------------------------ dashboards
+
+    async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
+        """See `orchestrator.dashboard.controls.feed_part`."""
+        await self.begin()
+        return await feed_part(self, metrics_at, journal_at, must_not_fail)
+
+    async def act(self, action: str, member: str, by: str) -> str:
+        """See `orchestrator.dashboard.controls.carry_out`."""
+        await self.begin()
+        return await carry_out(self, action, member, by)
+
+    def is_over(self) -> bool:
+        """See `orchestrator.dashboard.controls.carry_out`."""
+        return self.host.finished is not None or self.host.died is not None
+
+    def names_here(self) -> tuple[str, ...]:
+        """See `orchestrator.dashboard.controls.carry_out`."""
+        return tuple(self.nonce_of)
+
+    def put_on_record(self, event: Operated) -> None:
+        """See `orchestrator.dashboard.controls.carry_out`."""
+        self._do(event)

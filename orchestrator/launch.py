@@ -92,14 +92,9 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
             if not quiet:
                 warm_up()
             stack.enter_context(session)
-        if prepared.links and config.pipeline.stages is not None:  # its controller causes no faults
-            from faults.lab.lab import Lab
-            from faults.lab.playing import Playing
-
-            stack.enter_context(Playing(Lab.around(), prepared.links, say=_warn))
         plan: tuple[PlannedFault | LinkChange, ...] = (*prepared.faults, *prepared.links)
         summary = session.run(run_dir.resolve(), prepared.pack, plan, resume=resume, quiet=quiet)
-    if summary.tokens_committed and config.pipeline.stages is None:  # its journal has other rows
+    if summary.tokens_committed:
         from orchestrator.report.build import build_report
 
         with waiting("writing the report"):
@@ -296,7 +291,7 @@ class RaySession:
                 table.write(run_dir)
 
             shell = PipelineActor.options(**options, resources=this_machine())  # type: ignore[attr-defined]
-            self.controller = shell.remote(*arguments, token, resume)
+            self.controller = shell.remote(*arguments, token, list(faults), resume)
         else:
             from orchestrator.actors import ControllerActor
 
@@ -310,7 +305,7 @@ class RaySession:
         """Leave in the run's directory where its Ray is."""
         import ray
 
-        from orchestrator.controls import write_cluster_file
+        from orchestrator.log_files import write_cluster_file
 
         context = ray.get_runtime_context()
         node = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())  # type: ignore[no-untyped-call]

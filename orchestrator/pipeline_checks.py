@@ -81,12 +81,6 @@ def _others(config: RunConfig) -> Iterator[Problem]:
         "run.standby": (config.run.standby, 0),
         "run.redundancy": (config.run.redundancy, "none"),
         "run.snapshots": (config.run.snapshots, None),
-        "run.fault_plan": (config.run.fault_plan, None),
-        "notify.command": (config.notify.command, None),
-        "metrics.port": (config.metrics.port, None),
-        "metrics.ray": (config.metrics.ray, False),
-        "metrics.tensorboard": (config.metrics.tensorboard, False),
-        "metrics.tracker": (config.metrics.tracker, None),
         "robust.rule": (config.robust.rule, "mean"),
         "robust.verify": (config.robust.verify, False),
     }
@@ -108,6 +102,10 @@ def _synchronisation(config: RunConfig) -> Iterator[Problem]:
         message = f"codec.error_feedback = True, and {where} with strategy.name = 'ddp' does without it"
         remedy = "codec.error_feedback = False: microbatches go to other peers in every step, so residuals have no home"
         yield Problem(key="codec.error_feedback", message=message, remedy=remedy)
+    if strategy.name != "ddp" and config.pipeline.delayed:
+        message = f"pipeline.delayed = True, and peers that step on their own (strategy.name = {strategy.name!r}) wait"
+        message += " for no update"
+        yield Problem(key="pipeline.delayed", message=message, remedy="pipeline.delayed = False")
     plain = {
         "strategy.warmup_sync": (strategy.warmup_sync, 0.0),
         "strategy.qsr_alpha": (strategy.qsr_alpha, 0.0),

@@ -22,6 +22,7 @@ from strategies.fragments import TensorSpec, default_chunk_values, plan_fragment
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
     from strategies.codecs.base import Codec
+    from workers.model.shape import DecoderShape
 
 # Offer, order to reduce, pull of pieces, report, order to fetch, pull of results, report, commit: a pull is a round
 # trip, a message half of one (docs/protocol.md, "A synchronisation, step by step").
@@ -50,6 +51,8 @@ class Case:
     num_islands  members of an exchange
     link_bit_per_s, rtt_s   each island's rate, up and down at once, and the round trip between any two
     step_s       seconds of one inner step
+    shape        of the built-in decoder, where the model is one: pipelines are cut by it
+    step_samples samples of one inner step
     """
 
     num_params: int
@@ -58,6 +61,8 @@ class Case:
     rtt_s: float
     step_s: float
     tensors: tuple[TensorSpec, ...] = ()
+    shape: DecoderShape | None = None
+    step_samples: int = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

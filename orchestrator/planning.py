@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from orchestrator.config import list_presets, load_config
 from orchestrator.errors import UserError
+from orchestrator.pipeline.planner import PipelineRow, pipeline_cost
 from orchestrator.planner import COSTS, GOOD_UTILISATION, Case, Cost, choose, cost_of, steps_for
 from orchestrator.quantities import show_bytes, show_count, show_rate, show_seconds
 from strategies.errors import SettingError
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 FOR_A_REASON = frozenset({"robust"})  # chosen for what it bears, not for what it costs
 EXAMPLES = frozenset({"debug", "demo"})
 COLUMNS = ("preset", "strategy", "H", "bytes a round", "exchange", "round", "utilisation", "needs", "memory")
+PIPELINE_COLUMNS = (
+    "pipeline",
+    "strategy",
+    "peers + trainers",
+    "parameters",
+    "bytes a step: peer",
+    "trainer",
+    "step",
+    "utilisation",
+    "memory",
+)
 POINTS = 61
 SPAN_BIT_PER_S = (1e6, 1e11)
 
@@ -55,6 +67,9 @@ class Plan(BaseModel):
     rtt_s: float = Field(description="Round trip between two islands, seconds.")
     step_s: float = Field(description="Seconds of one inner step.")
     rows: list[PlanRow] = Field(description="One for each preset, and one for the configuration that was given.")
+    pipelines: list[PipelineRow] = Field(
+        default=[], description="The same for presets with stages: for models that no single worker holds."
+    )
     misfits: dict[str, str] = Field(description="Presets that do not fit the model, and why.")
     start_from: str = Field(description="The preset to start from.")
     why: str = Field(description="Why that one.")
@@ -85,6 +100,8 @@ def case_of(config: RunConfig, *, num_islands: int, link_bit_per_s: float, rtt_s
         rtt_s=rtt_s,
         step_s=step_s,
         tensors=tensors,
+        shape=shape,
+        step_samples=config.train.batch_size,
     )
 
 
@@ -106,6 +123,12 @@ def island_presets() -> dict[str, RunConfig]:
     return {name: config for name, config in configs.items() if config.pipeline.stages is None}
 
 
+def pipeline_presets() -> dict[str, RunConfig]:
+    """The others: their runs have stages, and workers hold a part of the model."""
+    configs = {name: load_config(name).config for name in list_presets()}
+    return {name: config for name, config in configs.items() if config.pipeline.stages is not None}
+
+
 def make_plan(case: Case, own: Mapping[str, RunConfig]) -> Plan:
     """Price `own` configurations and all presets in a case.
 
@@ -114,9 +137,13 @@ def make_plan(case: Case, own: Mapping[str, RunConfig]) -> Plan:
     """
     costs: list[Cost] = []
     misfits: dict[str, str] = {}
-    for name, config in {**own, **island_presets()}.items():
+    pipelines: list[PipelineRow] = []
+    for name, config in {**own, **island_presets(), **pipeline_presets()}.items():
         try:
-            costs.append(cost_of(name, config, case))
+            if config.pipeline.stages is not None:
+                pipelines.append(pipeline_cost(name, config, case))
+            else:
+                costs.append(cost_of(name, config, case))
         except SettingError as error:
             misfits[name] = str(error)
     real = [cost for cost in costs if cost.preset not in EXAMPLES and cost.preset not in own]
@@ -133,6 +160,7 @@ def make_plan(case: Case, own: Mapping[str, RunConfig]) -> Plan:
         rtt_s=case.rtt_s,
         step_s=case.step_s,
         rows=[_row(cost) for cost in costs],
+        pipelines=pipelines,
         misfits=misfits,
         start_from=best.preset,
         why=_why(best, case),
@@ -190,6 +218,40 @@ def table(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
+def pipeline_table(plan: Plan) -> list[tuple[str, ...]]:
+    """Head and rows of the pipelines for people: each, and below it its stages."""
+    found: list[tuple[str, ...]] = [PIPELINE_COLUMNS]
+    for row in plan.pipelines:
+        found.append(
+            (
+                row.preset,
+                f"{row.strategy}, {row.codec}",
+                f"{row.peers} + {row.trainers}",
+                show_count(plan.params),
+                show_bytes(row.peer_bytes_per_step),
+                show_bytes(row.trainer_bytes_per_step),
+                show_seconds(row.step_s),
+                f"{100 * row.utilisation:.1f} %",
+                show_bytes(row.memory_bytes),
+            )
+        )
+        found += [
+            (
+                f"  stage {stage.stage}",
+                "",
+                "",
+                show_count(stage.params),
+                show_bytes(stage.boundary_bytes + stage.gradient_bytes // row.inner_steps),
+                "",
+                show_seconds(stage.compute_s),
+                "",
+                show_bytes(stage.memory_bytes),
+            )
+            for stage in row.stages
+        ]
+    return found
+
+
 def headline(plan: Plan) -> str:
     """What was asked."""
     return (
@@ -212,7 +274,8 @@ def curves(case: Case, own: Mapping[str, RunConfig]) -> dict[str, list[tuple[flo
     rates = [10 ** (low + (high - low) * i / (POINTS - 1)) for i in range(POINTS)]
     out: dict[str, list[tuple[float, float]]] = {}
     presets = {name: config for name, config in island_presets().items() if name not in EXAMPLES}
-    for name, config in {**own, **presets}.items():
+    islands = {name: config for name, config in own.items() if config.pipeline.stages is None}
+    for name, config in {**islands, **presets}.items():
         try:
             costs = [(rate, cost_of(name, config, replace(case, link_bit_per_s=rate))) for rate in rates]
         except SettingError:

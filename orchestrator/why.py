@@ -25,9 +25,13 @@ from workers.records import (
     JoinRecord,
     LeaseRecord,
     MemberId,
+    OperatorRecord,
+    PauseRecord,
     Record,
     RevokeRecord,
+    RollbackRecord,
     Row,
+    SettingRecord,
     SettleRecord,
     SnapshotRecord,
     StopRecord,
@@ -88,9 +92,9 @@ def why_run(rows: Sequence[Row], times: Mapping[tuple[int, int], float]) -> list
         if isinstance(row.record, CommitRecord):
             if row.record.fragment == 0:
                 first, last = first or row.record, (row, row.record)
-        elif (text := _decision(row.record)) is not None and not isinstance(row.record, SnapshotRecord):
+        elif (text := decision(row.record)) is not None and not isinstance(row.record, SnapshotRecord):
             close()
-            out.append(Line(seq=row.seq, at_s=_seconds(row.record), text=text))
+            out.append(Line(seq=row.seq, at_s=seconds_of(row.record), text=text))
     close()
     return out
 
@@ -122,7 +126,7 @@ def why_member(rows: Sequence[Row], times: Mapping[tuple[int, int], float], who:
         elif isinstance(record, FenceRecord) and record.member == name:
             was_in = None
         if text is not None and _fits(record, only, lives.alive.get(name)):
-            at_s = _seconds(record)
+            at_s = seconds_of(record)
             if isinstance(record, CommitRecord):
                 at_s = times.get((record.fragment, record.n))
             out.append(Line(seq=row.seq, at_s=at_s, text=text))
@@ -150,9 +154,9 @@ def why_exchange(rows: Sequence[Row], times: Mapping[tuple[int, int], float], fr
             since = []
             continue
         for before in since:
-            text = _decision(before.record)
+            text = decision(before.record)
             if text is not None:
-                out.append(Line(seq=before.seq, at_s=_seconds(before.record), text=text))
+                out.append(Line(seq=before.seq, at_s=seconds_of(before.record), text=text))
         since = []
         out += _commit_lines(row, record, lives, rows, times.get((fragment, n)))
     if not out:
@@ -223,11 +227,11 @@ def _about(record: Record, name: str) -> str | None:
         if record.index:
             return None  # one after each commit
         return f"{name}.{record.incarnation} was leased its first {count(record.ranges)} samples"
-    return None if isinstance(record, EvaluationRecord) else _decision(record)
+    return None if isinstance(record, EvaluationRecord) else decision(record)
 
 
-def _decision(record: Record) -> str | None:
-    """A decision in words, None for what happens all the time."""
+def decision(record: Record) -> str | None:
+    """A decision in words, None for what happens all the time, and for what only pipelines write."""
     match record:
         case TermRecord():
             return f"controller {record.controller} took over as term {record.lineage}.{record.number}"
@@ -253,6 +257,15 @@ def _decision(record: Record) -> str | None:
             return _fault(record)
         case SnapshotRecord():
             return f"snapshot {record.name} was complete"
+        case PauseRecord():
+            return "the run was paused" if record.paused else "the run went on"
+        case SettingRecord():
+            return f"{record.key} = {record.value!r} from version {min(record.since)} on"
+        case RollbackRecord():
+            return f"the run went back to version {max(record.versions)}, of snapshot {record.name}: {record.why}"
+        case OperatorRecord():
+            whom = f" of {record.member}" if record.member else ""
+            return f"{record.by} asked for {record.action}{whom}: {record.outcome}"
         case StopRecord():
             return f"the run ended: {record.reason}{f', {record.detail}' if record.detail else ''}"
     return None
@@ -264,5 +277,6 @@ def _fault(record: FaultRecord) -> str:
     return f"{how}: {record.fault}{whom}" + (f" ({record.detail})" if record.detail else "")
 
 
-def _seconds(record: Record) -> float | None:
-    return record.t_s if isinstance(record, FaultRecord) else None
+def seconds_of(record: Record) -> float | None:
+    """The time that a record carries, None for most."""
+    return record.t_s if isinstance(record, FaultRecord | OperatorRecord) else None

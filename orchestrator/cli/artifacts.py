@@ -22,8 +22,8 @@ snapshot_option: Callable[[Command], Command] = click.option(
 def export(run_dir: Path | None, out: Path, snapshot: str | None, as_json: bool) -> int:
     """Write the trained model as a Hugging Face folder.
 
-    The folder has safetensors, config.json and the tokenizer, and loads with transformers. Without RUN_DIR it is
-    the newest run, runs/latest.
+    The folder has safetensors, config.json and the tokenizer, and loads with transformers; that of a pipeline's list
+    of layers says in config.json what builds it. Without RUN_DIR it is the newest run, runs/latest.
     """
     from orchestrator.rundir import open_run_dir
 

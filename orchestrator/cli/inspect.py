@@ -41,8 +41,14 @@ def status(target: str | None, token_file: Path | None, run: str | None, as_json
     from orchestrator.client import connect
 
     hide_token(target or "")
+    from orchestrator.pipeline.views import PipelineStatus, read_answer, render_pipeline
+    from orchestrator.status import render
+
+    def show(status: Status | PipelineStatus) -> Any:
+        return render_pipeline(status) if isinstance(status, PipelineStatus) else render(status)
+
     with connect(target, token_file) as runs:
-        return status_command(lambda: Status.model_validate(runs.ask("status", run)), as_json, watch)
+        return status_command(lambda: read_answer(runs.ask("status", run)), as_json, watch, show)
 
 
 def _is_place(target: str | None) -> bool:

@@ -210,7 +210,7 @@ def _log_reader(target: str | None, token_file: Path | None, run: str | None) ->
     @contextmanager
     def reader() -> Any:
         from orchestrator.client import connect, directory_of
-        from orchestrator.controls import tail_of
+        from orchestrator.log_files import tail_of
 
         directory = directory_of(target) if token_file is None else None
         if directory is not None:

@@ -43,7 +43,7 @@ def plan(
     RUN is a preset, a TOML file or the directory of a run, whose model is planned for; --params takes its place.
     """
     from orchestrator.plan_plot import svg, terminal
-    from orchestrator.planning import curves, headline, make_plan, table
+    from orchestrator.planning import curves, headline, make_plan, pipeline_table, table
 
     if (run is None) == (params is None):
         raise click.UsageError("for which model? Give either RUN or --params")
@@ -60,6 +60,9 @@ def plan(
         return 0
     click.echo(headline(made) + "\n")
     click.echo("\n".join(align(table(made))))
+    if made.pipelines:
+        click.echo("\nin stages, for models that no worker holds; the time of a stage is that of a microbatch\n")
+        click.echo("\n".join(align(pipeline_table(made))))
     for name, why in made.misfits.items():
         click.echo(f"{name} does not fit: {why}")
     click.echo("\nutilisation over the link of each island\n" + terminal(lines, link_bit_per_s=case.link_bit_per_s))
@@ -91,6 +94,8 @@ def _case(
         remedy = "--step 0.9s; the column step_ms of a short run tells it, or give the directory of one as RUN"
         raise UserError("how long one inner step takes on your machines is not known", place="--step", remedy=remedy)
     num = islands or (config.run.islands if config is not None and config.run.islands != "auto" else None)
+    if num is None and config is not None and config.pipeline.stages is not None:
+        num = config.pipeline.num_peers  # as many machines with a whole model each
     if num is None:
         raise UserError("the number of islands is not known", place="--islands", remedy="--islands 4")
     if config is None:

@@ -20,10 +20,12 @@ def why(words: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
     """Tell from the journal why something was decided.
 
     MEMBER is island-1, or island-1.2 for one incarnation. EXCHANGE is the number of a version, or FRAGMENT.NUMBER.
-    Without either it is the whole run.
+    Of a pipeline they are peer-1 (or trainer-0) and the number of a step. Without either it is the whole run.
     """
     from orchestrator.errors import UserError
     from orchestrator.metrics import ExchangeRow, newest_rows
+    from orchestrator.pipeline.figures import step_lines
+    from orchestrator.pipeline.replay import is_pipeline
     from orchestrator.rundir import open_run_dir
     from orchestrator.segments import read_run
     from orchestrator.waiting import waiting
@@ -41,7 +43,17 @@ def why(words: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
         measured = newest_rows(directory.metrics) if directory.metrics.exists() else iter(())
         times = commit_times([row for row in measured if isinstance(row, ExchangeRow)])
     try:
-        if what is None:
+        if is_pipeline(row.record for row in rows):
+            from orchestrator.pipeline import why as stages
+
+            at = {line["step"]: line["t_s"] for line in step_lines(directory.path)}
+            if what is None:
+                lines = stages.why_run(rows, at)
+            elif what.isdigit():
+                lines = stages.why_step(rows, at, int(what))
+            else:
+                lines = stages.why_member(rows, at, what)
+        elif what is None:
             lines = why_run(rows, times)
         elif number := re.fullmatch(r"(?:([0-9]+)\.)?([0-9]+)", what):
             lines = why_exchange(rows, times, int(number[1] or 0), int(number[2]))
@@ -57,6 +69,6 @@ def why(words: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
         click.echo(WhyLines.model_validate([asdict(line) for line in lines]).model_dump_json())
         return 0
     for line in lines:
-        at = f"{line.at_s:9.1f} s" if line.at_s is not None else " " * 11
-        click.echo(f"{at}  row {line.seq:>5}  {line.text}")
+        when = f"{line.at_s:9.1f} s" if line.at_s is not None else " " * 11
+        click.echo(f"{when}  row {line.seq:>5}  {line.text}")
     return 0

@@ -1,6 +1,6 @@
 """The controller's side of a dashboard: what it hands over, and what it does when asked.
 
-`ControllerActor` calls both with itself; `guard` ends its process if the brain fails inside, as everywhere in it.
+Controllers call these with themselves; `guard` ends their process if the brain fails inside, as everywhere in them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ async def feed_part(controller: Any, metrics_at: int, journal_at: int, guard: Gu
             metrics=data,
             rows=tuple(host.journal.rows[journal_at : journal_at + MOST_ROWS]),
             view=None if controller.over.is_set() else live_view(host.coordinator, host.clock()),
-            able=tuple(name for name in ACTIONS if name == "kill" or hasattr(controller, NEEDED.get(name, name))),
+            able=_able(controller),
             ended=host.finished.reason if host.finished is not None else "",
         )
 
 
 async def pipeline_part(controller: Any, metrics_at: int, journal_at: int) -> FeedPart:
-    """The same of a pipeline's controller, whose metrics are the lines of `pipeline.jsonl`; it takes no actions."""
+    """The same of a pipeline's controller, whose metrics are the lines of `pipeline.jsonl`."""
     if controller.failure:
         raise UserError(controller.failure, remedy="logs/controller.log in its directory")
     path = controller.run_dir / PIPELINE
@@ -54,35 +54,34 @@ async def pipeline_part(controller: Any, metrics_at: int, journal_at: int) -> Fe
         metrics=data,
         rows=tuple(controller.journal.rows[journal_at : journal_at + MOST_ROWS]),
         view=None,
-        able=(),
+        able=_able(controller),
         ended=controller.finished.reason if over else "",
         pipeline=True,
     )
 
 
-async def carry_out(controller: Any, action: str, member: str, by: str, guard: Guard) -> str:
+async def carry_out(controller: Any, action: str, member: str, by: str) -> str:
     """What somebody asked for at a dashboard; it is journalled with what came of it, which is returned.
 
-    `pause`, `resume`, `save` and `stop` are of the run, `drain` and `kill` of one member.
+    `pause`, `resume`, `save` and `stop` are of the run, `drain` and `kill` of one member. The controller is one of
+    islands or of a pipeline: `is_over()`, `names_here()`, `put_on_record(event)`, and the methods of the actions.
     """
-    if controller.failure or controller.host.finished is not None or controller.host.died is not None:
+    if controller.failure or controller.is_over():
         return "refused: the run is over"
     try:
-        outcome = await _act(controller, action, member, guard)
+        outcome = await _act(controller, action, member)
     except UserError as error:  # of this moment: nothing to save yet, for example
         outcome = f"refused: {error.message}"
-    with guard():
-        if controller.host.finished is None and controller.host.died is None:
-            controller.host.handle(Operated(action=action, member=member, by=by, outcome=outcome))
+    if not controller.is_over():
+        controller.put_on_record(Operated(action=action, member=member, by=by, outcome=outcome))
     return outcome
 
 
-async def _act(controller: Any, action: str, member: str, guard: Guard) -> str:
-    if action in OF_A_MEMBER and member not in controller.nonce_of:
+async def _act(controller: Any, action: str, member: str) -> str:
+    if action in OF_A_MEMBER and member not in controller.names_here():
         return f"refused: no process of {member} is there"
     if action == "kill":
-        with guard():
-            return _kill(controller, member)
+        return _kill(controller, member)
     method = getattr(controller, NEEDED.get(action, action), None) if action in ACTIONS else None
     if method is None:
         return f"refused: {action} is not available in this run"
@@ -102,3 +101,7 @@ def _kill(controller: Any, member: str) -> str:
     except (FaultPlanError, UserError) as error:
         return f"refused: {error}"
     return "done"
+
+
+def _able(controller: Any) -> tuple[str, ...]:
+    return tuple(name for name in ACTIONS if name == "kill" or hasattr(controller, NEEDED.get(name, name)))

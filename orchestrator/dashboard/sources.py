@@ -68,8 +68,9 @@ class FileSource:
     def able(self) -> tuple[str, ...]:
         """What its controller can be asked for, while there is one."""
         about = self.book.about
-        asks = about.state == "running" and about.setting("pipeline", "stages") is None
-        return self.deputy.able() if asks else ()
+        # Whoever leaves a pipeline hands nothing over.
+        without = {"drain"} if about.setting("pipeline", "stages") is not None else set()
+        return tuple(name for name in self.deputy.able() if name not in without) if about.state == "running" else ()
 
     def act(self, action: str, member: str, by: str) -> str:
         """See `Source`."""

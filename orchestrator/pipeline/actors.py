@@ -6,8 +6,11 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from faults.plan import PlannedFault
+from faults.process import strike_process
 from orchestrator.island_actor import _logged, log_to, own_run_dir
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name, island_actor_name
@@ -26,6 +31,7 @@ from workers.pipeline.spec import PipelineSpec
 from workers.stack import allow_dumps
 
 if TYPE_CHECKING:
+    from faults.stage import StageChaos
     from workers.pipeline.host import PeerHost
     from workers.pipeline.peer import Reply, Request
     from workers.pipeline.trainer import TrainerHost
@@ -39,7 +45,7 @@ FETCH_THREADS = 8
 log = logging.getLogger("atoll.pipeline")
 
 Present = dict[str, Any]
-"""What a process says of itself when it has begun: fields of `Joined`."""
+"""What a process says of itself when it has begun: fields of `Joined`, its id, and the name of its log."""
 
 
 class _Process:
@@ -74,6 +80,10 @@ class _Process:
         self.transport = transport
         return store, transport
 
+    def _has_log_at(self, probe: str) -> bool:
+        Path(probe).touch()
+        return True
+
     def _present(self) -> Present:
         assert self.transport is not None, "begin() comes first"
         return {
@@ -82,6 +92,7 @@ class _Process:
             "address": self.transport.address,
             "node": str(ray.get_runtime_context().get_node_id()),
             "pid": os.getpid(),
+            "log": Path(self.log_file).name,
         }
 
 
@@ -90,23 +101,31 @@ class StagePeerActor(_Process):
     """One stage peer's process."""
 
     host: PeerHost | None = None
+    chaos: StageChaos | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ends, self.damage = threading.Event(), ""
 
     @ray.method(concurrency_group="watch")
     def begin(self) -> Present:
         """Open the log and serve; what this process is, and what it holds. Idempotent."""
         if self.host is None:
             with _logged("the peer did not start"):
+                from faults.stage import StageChaos
                 from workers.pipeline.local_host import build_host
 
                 store, transport = self._settle_in()
                 self.host = build_host(self.spec, self.process, store, transport)
+                self.chaos = StageChaos(self.host)
         return {**self._present(), **self.host.present()}
 
     @ray.method(concurrency_group="calls")
     def call(self, request: Request) -> Reply:
         """See `PeerHost.call`; calls wait here for their turn, while the next one's tensors are fetched."""
         assert self.host is not None, "begin() comes first"
-        return self.host.call(request)
+        with self._ends_if_damaged():
+            return self.host.call(request)
 
     @ray.method(concurrency_group="book")
     def withdraw(self, call: Call, round_: int) -> Reply | None:
@@ -118,18 +137,48 @@ class StagePeerActor(_Process):
     def obey(self, order: ToPeer) -> FromPeer:
         """Orders that come one after the other."""
         assert self.host is not None, "begin() comes first"
-        return self.host.do(order)
+        with self._ends_if_damaged():
+            return self.host.do(order)
 
     @ray.method(concurrency_group="work")
     def work(self, order: ToPeer) -> FromPeer:
         """Orders that fetch and compute: beside each other."""
         assert self.host is not None, "begin() comes first"
-        return self.host.do(order)
+        with self._ends_if_damaged():
+            return self.host.do(order)
+
+    @contextmanager
+    def _ends_if_damaged(self) -> Iterator[None]:
+        """Whoever waits for this process is told why it is of no use any more, and ends it."""
+        from workers.pipeline.host import Damaged
+
+        try:
+            yield
+        except Damaged as error:
+            log.error("this process is of no use any more: %s", error)
+            self.damage = str(error)
+            self.ends.set()
+            raise
 
     @ray.method(concurrency_group="watch")
-    def wait(self, timeout_s: float) -> None:
-        """Nothing, after a while: a caller learns of the process's death by this call."""
-        time.sleep(timeout_s)
+    def wait(self, timeout_s: float) -> str:
+        """ "" after a while, or as soon as it is known why this process must end.
+
+        A caller learns of the process's death by this call.
+        """
+        self.ends.wait(timeout_s)
+        return self.damage
+
+    @ray.method(concurrency_group="watch")
+    def has_log_at(self, probe: str) -> bool:
+        """Leave a mark beside this process's log: who finds it shares the directory."""
+        return self._has_log_at(probe)
+
+    @ray.method(concurrency_group="watch")
+    def afflict(self, fault: PlannedFault) -> None:
+        """Injected fault: it begins now, and ends by itself if it has a length."""
+        if self.chaos is not None:
+            self.chaos.apply(fault)
 
     @ray.method(concurrency_group="watch")
     def figures(self) -> dict[str, float]:
@@ -180,13 +229,22 @@ class TrainerActor(_Process):
         with _logged("the trainer failed"):
             self.host.handle(message)
 
-    async def wait(self, timeout_s: float) -> None:
-        """Nothing, after a while: a caller learns of the process's death by this call."""
+    async def wait(self, timeout_s: float) -> str:
+        """ "" after a while: a caller learns of the process's death by this call."""
         await asyncio.sleep(timeout_s)
+        return ""
+
+    async def has_log_at(self, probe: str) -> bool:
+        """Leave a mark beside this process's log: who finds it shares the directory."""
+        return self._has_log_at(probe)
 
     async def die(self, signal_number: int = signal.SIGKILL) -> None:
         """Injected fault: this process sends itself a signal."""
         os.kill(os.getpid(), signal_number)
+
+    async def afflict(self, fault: PlannedFault) -> None:
+        """Injected fault of a whole process."""
+        strike_process(fault)
 
     async def read_log(self, offset: int, num_bytes: int) -> bytes:
         """What this process's log has at an offset."""

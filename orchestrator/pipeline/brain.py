@@ -16,7 +16,6 @@ from orchestrator.pipeline.commands import (
     Heard,
     Joined,
     Rebalance,
-    Sealed,
     Start,
     StepDone,
     Stop,
@@ -24,8 +23,8 @@ from orchestrator.pipeline.commands import (
     Tick,
 )
 from orchestrator.pipeline.commit import Contradiction, StepCommit
+from orchestrator.pipeline.operations import Operations
 from orchestrator.pipeline.roster import Peer, deal
-from orchestrator.pipeline.validation import Validation
 from workers.pipeline.messages import (
     Applied,
     Apply,
@@ -40,29 +39,34 @@ from workers.pipeline.messages import (
     OpenStep,
     Peers,
     Reduced,
-    SaveStage,
     StageReady,
     StepCommitted,
 )
 from workers.pipeline.records import PipelineGenesisRecord, StageCommitRecord, StepRecord
-from workers.records import FenceRecord, JoinRecord, Record, SnapshotRecord
+from workers.records import FenceRecord, JoinRecord, Record
 
 RETRY_S = 0.5
 SPREAD_GRACE_S = 5.0
 MAX_FAILURES = 3
 
 
-class PipelineBrain(Validation):
+class PipelineBrain(Operations):
     """See the module."""
 
     step_kind: type[StepCommit] = StepCommit
+    _done_s = 0.0
+
+    @property
+    def next_step(self) -> int:
+        """The step that is open, or is opened next."""
+        return self.version
 
     # ------------------------------------------------------------ dispatch
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """One event in, what to do out; in that order."""
         self._now_s = now_s
-        if self.finished is None:
+        if self.finished is None and not self.went_back:
             try:
                 self._dispatch(event)
                 self._go_on()
@@ -95,6 +99,8 @@ class PipelineBrain(Validation):
                 self._rebalance()
             case Stop():
                 self.stopping = event
+            case _:
+                self._operate(event)
 
     def begin(self, now_s: float) -> list[Command]:
         """Start all processes."""
@@ -139,6 +145,7 @@ class PipelineBrain(Validation):
                 self._restart_step(f"{event.process} is gone")
         elif (peer := self.roster.peers.get(event.process)) is not None and peer.nonce == event.nonce:
             self._lost(peer, event.why)
+        self._fault("non_finite" if event.damaged else "died", event.process, event.why, injected=False)
         self._write(
             FenceRecord(member=event.process, incarnation=self.roster.incarnations.get(event.process, 0), why=event.why)
         )
@@ -160,14 +167,15 @@ class PipelineBrain(Validation):
         if stage is not None:
             self._fence_for_step(name, peer.process, why)
             self._tell_all(Peers(peers=self.roster.places()))
-        elif self.commit is not None:
-            self.commit.lost_owner(peer.process)
+        else:
+            for commit in self._open_commits():
+                commit.lost_owner(peer.process)
 
     # ------------------------------------------------------------ steps
 
     def _go_on(self) -> None:
         """Whatever is possible now."""
-        if self.finished is not None:
+        if self.finished is not None or self.went_back:
             return
         if not self.placed:
             self._place_all()
@@ -181,6 +189,10 @@ class PipelineBrain(Validation):
         if self.commit is not None and (stage := self.commit.given_up()) is not None and not self._is_coming(stage):
             # They live, or nobody would count them: in a new round they may serve again.
             self._restart_step(f"everybody who serves stage {stage} was fenced")
+        self._advance()
+
+    def _advance(self) -> None:
+        """Order what the open step wants; commit it, or open one."""
         commit = self.commit
         if commit is not None:
             self._order_wanted(commit)
@@ -210,48 +222,51 @@ class PipelineBrain(Validation):
                 samples_per_step=self.plan.pipeline.samples_per_step,
                 version=self.version,
                 sync_steps=self.plan.sync_steps,
+                delayed=self.plan.delayed,
             )
         )
 
     def _open_step(self, why: str) -> None:
         """The next step, or the same one anew; with nobody to serve a stage it waits."""
-        if self._validates() or self._is_over() or not self.roster.trainers:
+        if self._validates() or self._is_over() or self.paused or not self.roster.trainers:
             return
         trainers = tuple(sorted(self.roster.trainers))
         dealt = deal(self.plan.pipeline.microbatches, trainers)
-        size = self.plan.pipeline.samples_per_step
-        first = self.version * size
+        size, step = self.plan.pipeline.samples_per_step, self.next_step
+        first = step * size
         names = tuple(f"{name}.{self.roster.incarnations[name]}" for name in trainers)
-        self._write(
-            StepRecord(step=self.version, round=self.round_, ranges=((first, first + size),), trainers=names, why=why)
-        )
+        self._write(StepRecord(step=step, round=self.round_, ranges=((first, first + size),), trainers=names, why=why))
         self.commit = self._new_commit(self.step_kind, trainers)
-        self._step_since_s = self._now_s
+        self.commit.opened_s = self._now_s
         places = self.roster.places()
         for name in trainers:
             message = OpenStep(
-                step=self.version,
+                step=step,
                 round_=self.round_,
                 microbatches=dealt[name],
                 num_microbatches=self.plan.pipeline.microbatches,
                 first_sample=first,
                 peers=places,
                 life=self.plan.life,
+                serial=self.round_ if self.plan.delayed else 0,
+                behind=step - self.version,
             )
             self._out.append(Tell(process=name, nonce=self.roster.trainers[name], message=message))
 
     def _new_commit(self, kind: type[StepCommit], trainers: tuple[str, ...]) -> StepCommit:
-        return kind(
+        commit = kind(
             self.layout,
             self.roster,
-            step=self.version,
+            step=self.next_step,
             round_=self.round_,
             num_microbatches=self.plan.pipeline.microbatches,
             trainers=trainers,
-            lr=self.plan.rate(self.version),
+            lr=self.plan.rate(self.next_step),
             grad_clip=self.plan.grad_clip,
             copies=max(1, min(self.plan.copies, len(self.roster.peers), self._most_holders())),
         )
+        commit.number_from(self._ticket)  # each attempt of those before had an order at least
+        return commit
 
     def _most_holders(self) -> int:
         """Copies that every stage can have: with buddies one more than the peers that it is sure to have."""
@@ -307,16 +322,20 @@ class PipelineBrain(Validation):
                 peer.versions[stage] = commit.step + 1
                 about = ("applied", stage, commit.step + 1)
                 self._order((process, Apply(step=commit.step, stage=stage, digest=digest), about))
-        self.version, self.round_, self.commit, self._failures = commit.step + 1, 0, None, 0
+        self._closed(commit)
         self._step_done(commit)
         self._catch_up()
         self._between_steps()
 
+    def _closed(self, commit: StepCommit) -> None:
+        self.version, self.round_, self.commit, self._failures = commit.step + 1, 0, None, 0
+
     def _step_done(self, commit: StepCommit) -> None:
         loss = commit.loss()
         self.losses.append(loss)
-        seconds = self._now_s - self._step_since_s
-        self._out.append(StepDone(step=commit.step, loss=loss, seconds=seconds, attempts=commit.attempt))
+        seconds, self._done_s = self._now_s - max(commit.opened_s, self._done_s), self._now_s
+        attempts = commit.attempt - commit.first_attempt
+        self._out.append(StepDone(step=commit.step, loss=loss, seconds=seconds, attempts=attempts))
         self._tell_all(StepCommitted(step=commit.step))
 
     def _catch_up(self) -> None:
@@ -349,17 +368,17 @@ class PipelineBrain(Validation):
     # ------------------------------------------------------------ answers
 
     def _answered(self, peer: Peer, about: tuple[object, ...], answer: FromPeer) -> None:
-        commit = self.commit
+        commit, reduced = self.commit, self.reduced
         match about, answer:
             case ("take", int(stage), (str() | None) as name, int()), Holds():
                 self._took(peer, stage, name, answer)
             case ("offer", int(stage), str(name)), Offered(microbatches=ids) if commit is not None:
                 if not commit.offered(stage, name, ids):
                     self._restart_step(f"stage {stage} lacks microbatches that trainers saw counted")
-            case ("sums", str(unit), int(attempt)), Reduced(sums=sums) if commit is not None:
-                commit.reduced(unit, attempt, sums, self._now_s)
-            case ("have", int(stage), int(spread)), Have(digest=digest) if commit is not None:
-                commit.have(stage, peer.process, spread, digest)
+            case ("sums", str(unit), int(attempt)), Reduced(sums=sums) if reduced is not None:
+                reduced.reduced(unit, attempt, sums, self._now_s)
+            case ("have", int(stage), int(spread)), Have(digest=digest) if reduced is not None:
+                reduced.have(stage, peer.process, spread, digest)
             case ("applied", int(stage), int(version)), Applied(done=done):
                 if not done and peer.versions.get(stage) == version:
                     del peer.versions[stage]
@@ -370,7 +389,7 @@ class PipelineBrain(Validation):
                 pass
 
     def _failed(self, peer: Peer, about: tuple[object, ...], why: str) -> None:
-        commit = self.commit
+        commit, reduced = self.commit, self.reduced
         match about:
             case ("take", int(stage), _, _):
                 # Until then it counts as ordered, so that it is not ordered in every event.
@@ -379,19 +398,19 @@ class PipelineBrain(Validation):
                 self._at(RETRY_S, lambda: self._forget_ticket(ticket))
             case ("offer", int(), str(name)) if commit is not None:
                 self._fence_for_step(name, peer.process, f"it cannot offer: {why}")
-            case ("sums", str(unit), int(attempt)) if commit is not None:
+            case ("sums", str(unit), int(attempt)) if reduced is not None:
                 self._failures += 1
                 named = next((one for one in self.roster.peers.values() if one.address in why), None)
                 if self._failures > MAX_FAILURES and named is not None and named.stage is not None:
-                    self._fence_for_step(named.name, named.process, f"its gradients cannot be fetched: {why}")
-                commit.reduce_failed(unit, attempt)
-                self._at(RETRY_S, lambda: commit.retry() if self.commit is commit else None)
-            case ("have", int(stage), int(spread)) if commit is not None:
+                    self._cannot_be_fetched(named, why)
+                reduced.reduce_failed(unit, attempt)
+                self._at(RETRY_S, lambda: reduced.retry() if self.reduced is reduced else None)
+            case ("have", int(stage), int(spread)) if reduced is not None:
                 self._failures += 1
                 if self._failures > MAX_FAILURES:
-                    commit.have_not(stage, peer.process, spread)
+                    reduced.have_not(stage, peer.process, spread)
                 else:
-                    self._at(RETRY_S, lambda: self._ask_again(commit, stage, peer, spread))
+                    self._at(RETRY_S, lambda: self._ask_again(reduced, stage, peer, spread))
             case ("saved", int(), str()):
                 self._saving = None
                 self._failures += 1
@@ -400,11 +419,14 @@ class PipelineBrain(Validation):
             case _:
                 pass
 
+    def _cannot_be_fetched(self, peer: Peer, why: str) -> None:
+        self._fence_for_step(peer.name, peer.process, f"its gradients cannot be fetched: {why}")
+
     def _forget_ticket(self, ticket: int) -> None:
         self._open.pop(ticket, None)
 
     def _ask_again(self, commit: StepCommit, stage: int, peer: Peer, spread: int) -> None:
-        if self.commit is commit and commit.spreading == spread and peer.process in self.roster.peers:
+        if self.reduced is commit and commit.spreading == spread and peer.process in self.roster.peers:
             if peer.versions.get(stage) == commit.step:
                 commit.ask(stage, peer)
 
@@ -445,9 +467,9 @@ class PipelineBrain(Validation):
         self._look_for_trainers()
         if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()
-        if self.commit is not None and self._now_s >= self._asked_s + RETRY_S:
+        if self.reduced is not None and self._now_s >= self._asked_s + RETRY_S:
             self._asked_s = self._now_s
-            self.commit.ask_again()
+            self.reduced.ask_again()
         if self._now_s >= self._announced_s + self.plan.pipeline.forward_timeout_s:
             # Who was banned and lives may be tried again.
             self._announced_s = self._now_s
@@ -459,31 +481,3 @@ class PipelineBrain(Validation):
         if period_s and self._now_s >= self._look_s + period_s:
             self._look_s = self._now_s
             self._rebalance()
-
-    _saved_version = -1
-
-    def _save(self) -> None:
-        """Every stage into one folder, by one of its holders; the manifest when all are there."""
-        folder = self.plan.snapshot_folder(self.version)
-        self._saving = (folder, self.version, set())
-        self._saved_s = self._now_s
-        for stage in range(self.layout.num_stages):
-            holders = self.roster.holders(stage, self.version)
-            if not holders:
-                self._saving = None
-                return
-            order = SaveStage(stage=stage, version=self.version, folder=folder)
-            self._order((holders[0].process, order, ("saved", stage, folder)))
-
-    def _saved(self, stage: int, folder: str) -> None:
-        if self._saving is None or self._saving[0] != folder:
-            return
-        _, version, done = self._saving
-        done.add(stage)
-        if len(done) < self.layout.num_stages:
-            return
-        self._saving, self._saved_version = None, version
-        digests = self.digests if version == self.version else ()
-        self._out.append(Sealed(folder=folder, version=version, digests=digests))
-        name = folder.rstrip("/").rpartition("/")[2]
-        self._write(SnapshotRecord(name=name, versions=(version,) * self.layout.num_stages))

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.events import (
+    FaultInjected,
+    FaultNoticed,
+    Operated,
+    PauseRequested,
+    RollbackRequested,
+    SaveRequested,
+    SettingsRequested,
+)
 from workers.pipeline.messages import FromPeer, FromTrainer, ToPeer, ToTrainer
 from workers.records import Record
 
@@ -30,11 +39,12 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Died:
-    """A process is gone for good."""
+    """A process is gone for good; `damaged`: it ended itself, as what it held was not finite any more."""
 
     process: str
     nonce: str
     why: str
+    damaged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +89,16 @@ class Stop:
     save: bool
 
 
-Event = Joined | Died | Answered | Failed | Heard | Tick | Rebalance | Stop
+Asked = (
+    PauseRequested
+    | SaveRequested
+    | SettingsRequested
+    | RollbackRequested
+    | FaultInjected
+    | FaultNoticed
+    | Operated
+)  # fmt: skip
+Event = Joined | Died | Answered | Failed | Heard | Tick | Rebalance | Stop | Asked
 
 # ---------------------------------------------------------------- commands
 
@@ -146,6 +165,14 @@ class Sealed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GoBack:
+    """The run goes on from an older snapshot, with new processes and another brain: this one does nothing more."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
     """The run is over: done, stopped or failed."""
 
@@ -153,7 +180,7 @@ class Finish:
     detail: str
 
 
-Command = Write | Order | Tell | Start | End | StepDone | Sealed | Finish
+Command = Write | Order | Tell | Start | End | StepDone | Sealed | GoBack | Finish
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,13 +80,23 @@ class StepCommit:
         self.stages = [_Stage() for _ in range(layout.num_stages)]
         self.units = {unit: _Unit() for unit in layout.chunks}
         self.wanted: list[Wanted] = []
-        self.attempt = 0
+        self.attempt = self.first_attempt = 0
+        self.opened_s = 0.0
         self.spreading = 0  # number of the spread that goes on; 0: none
         self.spread_since_s = math.inf
         self.haves: dict[int, dict[str, str]] = {}
         self.waiting: set[tuple[int, str]] = set()
         self.next_version: int | None = None
         self._lr, self._grad_clip, self._copies = lr, grad_clip, copies
+
+    def number_from(self, attempt: int) -> None:
+        """Attempts of this commit have higher numbers: a late answer to another commit's is no answer to one of it."""
+        self.attempt = self.first_attempt = attempt
+
+    @property
+    def is_collected(self) -> bool:
+        """Whether every stage is covered: the step needs no trainer any more."""
+        return all(stage.phase == "collected" for stage in self.stages)
 
     # ------------------------------------------------------------ counting and collecting
 

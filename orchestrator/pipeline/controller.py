@@ -8,9 +8,8 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,18 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
+from faults.lab.schedule import LinkChange
+from faults.plan import PlannedFault
+from faults.process import JumpClock
 from orchestrator.actor_tools import must_not_fail, through_cuts
+from orchestrator.alarms import Alarm, Alarms
 from orchestrator.config import RunConfig
-from orchestrator.dashboard.controls import pipeline_part
-from orchestrator.dashboard.feed import FeedPart
 from orchestrator.ending import make_sure
+from orchestrator.events import FaultNoticed
 from orchestrator.hands import new_nonce, reason_of
+from orchestrator.injector import Injector
 from orchestrator.island_actor import log_to
-from orchestrator.journal import FileJournal, open_segment
+from orchestrator.journal import open_segment
 from orchestrator.pipeline.actors import StagePeerActor, TrainerActor
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commands import (
@@ -36,6 +39,7 @@ from orchestrator.pipeline.commands import (
     Event,
     Failed,
     Finish,
+    GoBack,
     Heard,
     Joined,
     Order,
@@ -48,15 +52,19 @@ from orchestrator.pipeline.commands import (
     Tick,
     Write,
 )
-from orchestrator.pipeline.figures import Figures
+from orchestrator.pipeline.controls import PipelineControls
+from orchestrator.pipeline.figures import Figures, seconds_so_far
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
-from orchestrator.pipeline.replay import newest_snapshot, replay, seal
-from orchestrator.pipeline.rounds import make_brain
+from orchestrator.pipeline.replay import PipelineHistory, replay, seal, set_aside
+from orchestrator.pipeline.rounds import resumed_brain
+from orchestrator.pipeline.site import PipelineSite
+from orchestrator.pipeline.telemetry import PipelineAlarms, PipelineTelemetry
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, island_actor_name
 from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
 from workers.data.index import load_index
 from workers.pipeline.messages import FromTrainer, Reduce, Spread, TakeStage
+from workers.records import FaultRecord, Record
 
 TICK_S = 0.1
 WATCH_S = 30.0
@@ -68,11 +76,18 @@ log = logging.getLogger("atoll.controller")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000)
-class PipelineActor:
+class PipelineActor(PipelineControls):
     """One run's controller: an event loop around a `PipelineBrain` and its journal."""
 
     def __init__(
-        self, config_tables: dict[str, Any], run_id: str, run_dir: str, pack: str, token: str, resume: bool
+        self,
+        config_tables: dict[str, Any],
+        run_id: str,
+        run_dir: str,
+        pack: str,
+        token: str,
+        faults: list[PlannedFault | LinkChange],
+        resume: bool,
     ) -> None:
         """Keeps the arguments; `begin` does the work. Runs again after a restart by Ray, with the same arguments."""
         self.run_dir, self.run_id, self.token, self.resumes = Path(run_dir), run_id, token, resume
@@ -81,18 +96,22 @@ class PipelineActor:
         self.config = RunConfig.model_validate(config_tables)
         self.pack = Path(pack)
         self.spec = pipeline_spec(self.config, run_id=run_id, run_dir=self.run_dir, pack=self.pack)
-        self.handles: dict[str, tuple[str, ActorHandle]] = {}  # process -> nonce, actor
-        self.pids: dict[str, int] = {}
-        self.nodes: dict[str, str] = {}
+        self.planned = faults
+        self.handles = {}  # process -> nonce, actor
+        self.pids, self.nodes, self.labels, self.log_of = {}, {}, {}, {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.over = asyncio.Event()
         self.began = False
+        self.here: set[str] = set()  # processes that have begun
         self.failure = ""
-        self.finished: Finish | None = None
-        self.journal: FileJournal
-        self.brain: PipelineBrain
-        self.figures = Figures(self.config, self.spec, RunDir(self.run_dir), load_index(self.pack).seq_len)
-        self.started_s = time.monotonic()
+        self.finished = None
+        seq_len = load_index(self.pack).seq_len
+        self.figures = Figures(self.config, self.spec, RunDir(self.run_dir), seq_len)
+        self.telemetry = PipelineTelemetry(self.config, self.run_dir, self.figures, seq_len=seq_len)
+        self.alarms: PipelineAlarms | None = None
+        self.tell: Callable[[Alarm], None] = lambda alarm: None
+        self.clock = JumpClock(time.monotonic)
+        self.started_s = self.clock() - seconds_so_far(self.run_dir)
         self.own = ExitStack()
 
     # ------------------------------------------------------------ beginning
@@ -103,63 +122,85 @@ class PipelineActor:
             return
         self.began = True
         reborn = ray.get_runtime_context().was_current_actor_reconstructed
-        try:
-            self.own.enter_context(RunDir(self.run_dir).lock(RunDir(self.run_dir).controller_lock))
-        except RunDirInUse as error:
-            log.warning("%s", error)
+        self._own_directory()
         try:
             self.journal = open_segment(self.run_dir, controller=uuid.uuid4().hex[:12])
-            self.brain = self._make_brain(reborn)
+            history = replay(row.record for row in self.journal.rows)
+            self.brain = self._make_brain(history, reborn=reborn)
         except (ValueError, OSError) as error:
             log.error("the journal cannot be taken over: %s", error)
             self.failure = str(error)
             self.over.set()
             raise
         with must_not_fail():
+            self.injector = Injector(
+                self.planned,
+                PipelineSite(lambda: self.brain, self.journal, self._now_s, self._do),
+                self.clock,
+                self._actors,
+                lambda: str(ray.get_runtime_context().gcs_address),
+            )
+            self.injector.resume()
+            self.telemetry.open()
             starts = self.brain.begin(self._now_s())
             found = dict(sorted(find_islands(self.run_id)))  # of several processes of one name, the newest
-            for process, nonce in found.items():
-                handle = ray.get_actor(island_actor_name(self.run_id, process, nonce), namespace=NAMESPACE)
-                self._adopt(process, nonce, handle)
-            self._obey(start for start in starts if isinstance(start, Start) and start.process not in found)
+            handles = {
+                process: ray.get_actor(island_actor_name(self.run_id, process, nonce), namespace=NAMESPACE)
+                for process, nonce in found.items()
+            }
+            if history.goes_back_to is not None:  # what they hold is of versions that are no more
+                for handle in handles.values():
+                    ray.kill(handle)
+                handles = {}
+            for process, handle in handles.items():
+                self._adopt(process, found[process], handle)
+            self._obey(start for start in starts if isinstance(start, Start) and start.process not in handles)
+            if reborn:
+                why = "it has taken over its journal"
+                self._do(FaultNoticed(fault="controller_restarted", member="controller", detail=why))
         self._task(self._pulse())
         self._task(self._ask_figures())
 
-    def _make_brain(self, reborn: bool) -> PipelineBrain:
+    def _own_directory(self) -> None:
+        try:
+            self.own.enter_context(RunDir(self.run_dir).lock(RunDir(self.run_dir).controller_lock))
+        except RunDirInUse as error:
+            log.warning("%s", error)
+        if self.config.notify.command is not None:
+            self.alarms = PipelineAlarms(Alarms(self.config.notify, num_islands=0))
+            self.tell = self._notifier(self.config.notify).tell
+
+    def _actors(self) -> dict[str, ActorHandle]:
+        """Processes that have begun."""
+        return {process: handle for process, (_, handle) in self.handles.items() if process in self.here}
+
+    def _make_brain(self, history: PipelineHistory, *, reborn: bool) -> PipelineBrain:
         plan = pipeline_plan(self.config, self.spec, self.run_dir)
-        history = replay(row.record for row in self.journal.rows)
-        if not history.num_stages:
-            return make_brain(plan, first_incarnations=history.incarnations)
-        plan = replace(
-            plan,
-            version=history.version,
-            round_=history.next_round,
-            digests=history.digests,
-            life=history.num_lives,
-            evaluated=history.evaluated,
-        )
-        saved = newest_snapshot(plan.snapshots, at_most=history.version)
+        if history.goes_back_to is not None:
+            set_aside(plan.snapshots, history.version)
         if reborn:
-            # Its peers are there and hold what is committed; where all of them went with it, a snapshot does.
             log.info("took over the journal at version %d", history.version)
-        elif saved is not None:
-            plan = replace(plan, version=saved.version, from_folder=str(saved.folder), digests=())
-        else:
-            plan = replace(plan, version=0, digests=())
-        return make_brain(plan, first_incarnations=history.incarnations)
+        return resumed_brain(plan, history, reborn=reborn)
 
     def _now_s(self) -> float:
-        return time.monotonic() - self.started_s
+        return self.clock() - self.started_s
 
-    def _task(self, work: Any) -> None:
+    def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     async def _pulse(self) -> None:
         while self.finished is None:
             await asyncio.sleep(TICK_S)
-            self._handle(Tick())
+            self._do(Tick())
+            with must_not_fail():
+                if self.finished is None:
+                    self.injector.tick()
+                    self.telemetry.tick(self.brain, self._now_s())
+                    if self.alarms is not None:
+                        self._alarm(self.alarms.on_time(self.brain, self._now_s()))
 
     async def _ask_figures(self) -> None:
         while self.finished is None:
@@ -168,7 +209,7 @@ class PipelineActor:
 
     # ------------------------------------------------------------ events
 
-    def _handle(self, event: Event) -> None:
+    def _do(self, event: Event) -> None:
         if self.finished is not None:
             return
         with must_not_fail():
@@ -177,28 +218,20 @@ class PipelineActor:
     async def hear(self, process: str, nonce: str, message: FromTrainer) -> None:
         """A trainer says something."""
         await self.begin()
-        self._handle(Heard(process=process, nonce=nonce, message=message))
+        self._do(Heard(process=process, nonce=nonce, message=message))
 
     async def stop(self, save: bool = True) -> None:
         """The user wants the run to stop."""
         await self.begin()
         if self.brain.stopping is None or not save:
-            self._handle(Stop(save=save))
+            self._do(Stop(save=save))
 
     async def rebalance(self) -> dict[str, Any]:
         """Look at the loads now; returns the newest reason, and the move if one is under way."""
         await self.begin()
-        self._handle(Rebalance())
+        self._do(Rebalance())
         claim = self.brain.rebalancer.open
         return {"reason": self.brain.why_no_move, "move": None if claim is None else claim.move.peer}
-
-    async def kill(self, process: str) -> bool:
-        """Injected fault: end a process with SIGKILL; whether there was one."""
-        if process not in self.handles:
-            return False
-        self.figures.killed(process, self._now_s())
-        self.handles[process][1].die.remote()
-        return True
 
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
@@ -223,12 +256,9 @@ class PipelineActor:
             "run": self.run_id,
             "run_dir": str(self.run_dir),
             "pids": dict(self.pids),
+            "unfired": self.injector.unfired(),
+            "metrics": self.telemetry.told,
         }
-
-    async def feed(self, metrics_at: int, journal_at: int) -> FeedPart:
-        """See `orchestrator.dashboard.controls.pipeline_part`."""
-        await self.begin()
-        return await pipeline_part(self, metrics_at, journal_at)
 
     # ------------------------------------------------------------ commands
 
@@ -237,6 +267,7 @@ class PipelineActor:
             match command:
                 case Write(records=records):
                     self.journal.append(records)
+                    self._written(records)
                 case Start(process=process, why=why):
                     self._start(process, why)
                 case End(process=process, nonce=nonce):
@@ -248,11 +279,40 @@ class PipelineActor:
                         self.handles[process][1].deliver.remote(message)
                 case StepDone():
                     self.figures.step_done(command, self.brain, self._now_s())
+                    self.telemetry.step_done(command, self.brain)
+                    if self.alarms is not None:
+                        self._alarm(self.alarms.on_step(command, self._now_s()))
                 case Sealed():
                     seal(command, keep=self.config.run.keep_anchors)
+                case GoBack():
+                    self._go_back()
                 case Finish():
                     self.finished = command
+                    for fault in self.injector.unfired():
+                        log.warning("%s did not happen: the run was over before", fault)
                     self._task(self._conclude(command))
+
+    def _written(self, records: Sequence[Record]) -> None:
+        """Rows are durable: whoever wants to be told is told."""
+        self.telemetry.records(records, self.brain)
+        for record in records:
+            if isinstance(record, FaultRecord) and record.injected and record.member in self.handles:
+                self.figures.injected(record.fault, record.member, self._now_s())
+        if self.alarms is not None:
+            self._alarm(self.alarms.on_records(records, self._now_s()))
+
+    def _alarm(self, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            self.tell(alarm)
+
+    def _go_back(self) -> None:
+        """A rollback is on the record: other processes begin at its snapshot."""
+        for process, (nonce, _) in list(self.handles.items()):
+            self._end_for_good(process, nonce)
+        history = replay(row.record for row in self.journal.rows)
+        log.warning("the run goes back to %s", history.goes_back_to)
+        self.brain = self._make_brain(history, reborn=False)
+        self._obey(self.brain.begin(self._now_s()))
 
     def _is(self, process: str, nonce: str) -> bool:
         return process in self.handles and self.handles[process][0] == nonce
@@ -261,7 +321,7 @@ class PipelineActor:
         nonce = new_nonce()
         kind = TrainerActor if process.startswith("trainer-") else StagePeerActor
         life = self.brain.roster.incarnations.get(process, 0) + 1
-        log_file = str(self.run_dir / "logs" / f"{process}-{life}.log")
+        log_file = self.run_dir / "logs" / f"{process}-{life}.log"
         log.info("starting %s (%s)", process, why)
         handle = kind.options(  # type: ignore[attr-defined]
             name=island_actor_name(self.run_id, process, nonce),
@@ -269,7 +329,7 @@ class PipelineActor:
             lifetime="detached",
             resources={WORKER_RESOURCE: 1},
             label_selector=dict(self.config.run.labels),
-        ).remote(self.spec, process, nonce, self.token, log_file)
+        ).remote(self.spec, process, nonce, self.token, str(log_file))
         self._adopt(process, nonce, handle)
 
     def _adopt(self, process: str, nonce: str, handle: ActorHandle) -> None:
@@ -280,26 +340,40 @@ class PipelineActor:
         """Learn of a process's death within milliseconds: its pending call fails."""
         try:
             present = await through_cuts(handle.begin.remote, None, process)
+            if not self._is(process, nonce):
+                return
             self.figures.joined(self._now_s())
-            self.pids[process] = present.pop("pid")
-            self._handle(Joined(**present))
+            self.pids[process], written = present.pop("pid"), Path(present.pop("log"))
+            name, _, life = written.stem.rpartition("-")
+            self.labels[process], self.log_of[nonce] = f"{name}.{life}", self.run_dir / "logs" / written
+            self.here.add(process)
+            self._do(Joined(**present))
+            self._task(self._collect_log(nonce, handle))
             node = self.nodes[process] = present["node"]
-            while self._is(process, nonce):
-                await through_cuts(lambda: handle.wait.remote(WATCH_S), node, process)
-            return
+            damage = ""
+            while self._is(process, nonce) and not damage:
+                damage = await through_cuts(lambda: handle.wait.remote(WATCH_S), node, process)
+            if not damage:
+                return
+            why = damage
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
-            why = reason_of(error)
+            why, damage = reason_of(error), ""
         if not self._is(process, nonce) or self.finished is not None:
             return
         ray.kill(handle)
-        del self.handles[process]
+        self._forget(process)
         self.figures.died(process, self._now_s())
         log.warning("%s is gone: %s", process, why)
-        self._handle(Died(process=process, nonce=nonce, why=why))
+        self._do(Died(process=process, nonce=nonce, why=why, damaged=bool(damage)))
+
+    def _forget(self, process: str) -> ActorHandle:
+        self.here.discard(process)
+        return self.handles.pop(process)[1]
 
     def _end(self, process: str, nonce: str) -> None:
         if self._is(process, nonce):
-            ray.kill(self.handles.pop(process)[1])
+            ray.kill(self._forget(process))
+            self.figures.gone(process)
 
     def _end_for_good(self, process: str, nonce: str) -> None:
         """End a process that hangs: it may be stopped, and would keep its memory for ever."""
@@ -312,16 +386,18 @@ class PipelineActor:
         """Have a peer obey; an answer that never comes is no matter: the process is dead, and the controller hears."""
         if not self._is(command.process, command.nonce):
             return
-        handle = self.handles[command.process][1]
+        handle, brain = self.handles[command.process][1], self.brain
         call = handle.work if isinstance(command.order, TakeStage | Reduce | Spread) else handle.obey
         try:
             answer = await call.remote(command.order)
         except (RayActorError, RayTaskError) as error:
             why = reason_of(error)
             log.info("%s did not obey %s: %s", command.process, type(command.order).__name__, why)
-            self._handle(Failed(ticket=command.ticket, why=why))
+            event: Event = Failed(ticket=command.ticket, why=why)
         else:
-            self._handle(Answered(ticket=command.ticket, answer=answer))
+            event = Answered(ticket=command.ticket, answer=answer)
+        if self.brain is brain:  # the tickets of the one before a rollback are others
+            self._do(event)
 
     async def _conclude(self, finish: Finish) -> None:
         """The run is over: summary, journal, processes."""
@@ -338,11 +414,13 @@ class PipelineActor:
                 num_rows=len(rows),
                 last_hash=rows[-1].hash,
             )
+            await asyncio.get_running_loop().run_in_executor(None, self.telemetry.stop)
             save_summary(summary, self.run_dir)
             self.journal.close(merge=True)
             for process, (nonce, _) in list(self.handles.items()):
                 self._end(process, nonce)
-            self.own.close()
+            # What is left to be told is told by then: whoever watches ends this process.
+            await asyncio.get_running_loop().run_in_executor(None, self.own.close)
             self.over.set()
         await asyncio.sleep(LINGER_S)  # whoever watches ends this process before
         ray.kill(ray.get_runtime_context().current_actor)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
@@ -17,6 +19,29 @@ from orchestrator.summary import FaultRow, Summary, tokens_per_s
 from workers.pipeline.spec import PipelineSpec
 
 FILE_NAME = "pipeline.jsonl"
+
+
+def seconds_so_far(run_dir: Path) -> float:
+    """Run time that earlier lives of the controller have seen, by the newest line; 0 for a new run."""
+    return float(newest_line(run_dir).get("t_s", 0.0))
+
+
+def step_lines(run_dir: Path, *, newest_first: bool = False) -> Iterator[dict[str, Any]]:
+    """The lines of all steps, in the order in which they were committed; after a rollback some steps come again."""
+    path = run_dir / FILE_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines) if newest_first else lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a process that was killed while it wrote
+        if isinstance(row, dict):
+            yield row
+
+
+def newest_line(run_dir: Path) -> dict[str, Any]:
+    """The newest step's line; empty before the first one."""
+    return next(step_lines(run_dir, newest_first=True), {})
 
 
 class Figures:
@@ -34,22 +59,31 @@ class Figures:
         self._faults: list[dict[str, Any]] = []
         self._busy_s: dict[str, float] = {}
         self._sent: dict[str, float] = {}
+        self._past: defaultdict[tuple[str, str], float] = defaultdict(
+            float
+        )  # of processes that are gone: what they had said last
 
     def joined(self, now_s: float) -> None:
         """A process is there; time counts from the first one on."""
         self._joined_s = now_s if self._joined_s is None else self._joined_s
 
-    def killed(self, process: str, now_s: float) -> None:
+    def injected(self, kind: str, process: str, now_s: float) -> None:
         """A fault is about to happen."""
-        self._faults.append({"member": process, "t_s": now_s, "kind": "kill"})
+        self._faults.append({"member": process, "t_s": now_s, "kind": kind})
 
     def died(self, process: str, now_s: float) -> None:
         """The controller noticed that a process is gone."""
+        self.gone(process)
         known = [f for f in self._faults if f["member"] == process and "detected_s" not in f]
         if known:
             known[-1]["detected_s"] = now_s
         else:
             self._faults.append({"member": process, "t_s": now_s, "kind": "died", "detected_s": now_s, "guess": True})
+
+    def gone(self, process: str) -> None:
+        """A process has ended; who follows it counts from zero."""
+        for what, values in (("busy", self._busy_s), ("sent", self._sent)):
+            self._past[what, process] += values.pop(process, 0.0)
 
     def of_peer(self, process: str, figures: dict[str, float]) -> None:
         """What a peer says of itself every so often, and at the end."""
@@ -57,6 +91,21 @@ class Figures:
         self._sent[process] = figures["bytes_sent"]
         self._memory_bytes[process] = int(figures["memory_bytes"])
         self._peak_bytes = max(self._peak_bytes or 0, self._memory_bytes[process])
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of all peers, by what they said last."""
+        past = sum(value for (what, _), value in self._past.items() if what == "sent")
+        return int(past + sum(self._sent.values()))
+
+    def busy_s(self, process: str) -> float | None:
+        """Seconds that processes of this name have spent inside calls; None: it has not said yet."""
+        now = self._busy_s.get(process)
+        return None if now is None else now + self._past["busy", process]
+
+    def stages(self, brain: PipelineBrain) -> list[dict[str, Any]]:
+        """See `stage_table`."""
+        return stage_table(brain, self._memory_bytes)
 
     def step_done(self, done: StepDone, brain: PipelineBrain, now_s: float) -> None:
         """A step was committed."""
@@ -73,7 +122,7 @@ class Figures:
             "loss": done.loss if math.isfinite(done.loss) else None,
             "seconds": round(done.seconds, 4),
             "attempts": done.attempts,
-            "stages": stage_table(brain, self._memory_bytes),
+            "stages": self.stages(brain),
             "val_loss": self._validated(brain),
             "no_move": brain.why_no_move,
         }
@@ -101,11 +150,13 @@ class Figures:
             "evaluations": len(brain.evaluations),
             "members": {f"{name}.{brain.num_restarts.get(name, 0) + 1}": one for name, one in sorted(members.items())},
             "faults": len(self._faults),
-            "stages": stage_table(brain, self._memory_bytes),
+            "stages": self.stages(brain),
             "moves": list(brain.moves),
             "no_move": brain.why_no_move,
             "fault_rows": list(self._faults),
             "version": brain.version,
+            "paused": brain.paused,
+            "busy": brain.is_busy,
         }
 
     def _validated(self, brain: PipelineBrain) -> float | None:
@@ -144,7 +195,8 @@ class Figures:
         training_s = self._seconds - self._first_s if self._first_s is not None else 0.0
         peers = len(brain.plan.peers)
         losses = [one.val_loss for one in history.evaluations]
-        busy = sum(self._busy_s.values()) / (peers * training_s) if training_s > 0 else 0.0
+        past_s = sum(value for (what, _), value in self._past.items() if what == "busy")
+        busy = (past_s + sum(self._busy_s.values())) / (peers * training_s) if training_s > 0 else 0.0
         return Summary(
             run_id=run_id,
             exit_reason=finish.reason,  # type: ignore[arg-type]
@@ -158,7 +210,7 @@ class Figures:
             final_val_loss=losses[-1] if len(losses) > 1 else None,
             goodput=self._goodput(history, made, now_s),
             peak_memory_bytes=self._peak_bytes,
-            bytes_sent=int(sum(self._sent.values())),
+            bytes_sent=self.bytes_sent,
             tokens_per_s=tokens_per_s(made, training_s),
             compute_utilization=min(busy, 1.0),
             codec_backend="torch",

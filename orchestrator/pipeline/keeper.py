@@ -53,7 +53,7 @@ class StageKeeper:
         self._ordered_s: dict[int, float] = {}
         self._strikes: dict[str, int] = {}  # process -> times in a row that it did not answer
         self._later: list[tuple[float, Callable[[], None]]] = []
-        self._now_s = self._step_since_s = self._look_s = self._saved_s = 0.0
+        self._now_s = self._look_s = self._saved_s = 0.0
         self._announced_s = self._asked_s = 0.0
         self._failures = 0
         self._saving: tuple[str, int, set[int]] | None = None
@@ -63,6 +63,19 @@ class StageKeeper:
     def held_version(self) -> int:
         """The version that holders of a stage have."""
         return self.version
+
+    @property
+    def reduced(self) -> StepCommit | None:
+        """The step whose gradients are added, and whose update is computed."""
+        return self.commit
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step or a synchronisation is under way."""
+        return bool(self._open_commits())
+
+    def _open_commits(self) -> list[StepCommit]:
+        return [self.commit] if self.commit is not None else []
 
     # ------------------------------------------------------------ saying
 
@@ -221,9 +234,9 @@ class StageKeeper:
                 peer.versions.pop(before, None)
                 self._order((peer.process, DropStage(stage=before), ("nothing",)))
             self._tell_all(Peers(peers=self.roster.places()))
-        if self.commit is not None:
-            self.commit.ask(stage, peer)
-            self.commit.retry()
+        for commit in self._open_commits():
+            commit.ask(stage, peer)
+            commit.retry()
 
     def _want_buddies(self) -> None:
         """Each stage has a copy elsewhere, one and no more."""

@@ -19,6 +19,7 @@ from orchestrator.pipeline.commands import (
     End,
     Failed,
     Finish,
+    GoBack,
     Heard,
     Joined,
     Order,
@@ -31,13 +32,13 @@ from orchestrator.pipeline.commands import (
 )
 from orchestrator.pipeline.commands import Event as BrainEvent
 from orchestrator.pipeline.plan import PipelinePlan
-from orchestrator.pipeline.replay import replay, seal
-from orchestrator.pipeline.rounds import make_brain
+from orchestrator.pipeline.replay import replay, seal, set_aside
+from orchestrator.pipeline.rounds import make_brain, resumed_brain
 from workers.pipeline.calls import Call
-from workers.pipeline.host import PeerError, PeerHost
+from workers.pipeline.host import Damaged, PeerError, PeerHost
 from workers.pipeline.local_host import build_host
 from workers.pipeline.messages import FromTrainer, PeerPlace
-from workers.pipeline.peer import Request
+from workers.pipeline.peer import NotFinite, Request
 from workers.pipeline.spec import PipelineSpec
 from workers.pipeline.trainer import TrainerHost
 from workers.records import Record
@@ -116,14 +117,15 @@ class LocalSwarm:
 
     # ------------------------------------------------------------ processes
 
-    def kill(self, name: str) -> None:
+    def kill(self, name: str, *, why: str = "killed", damaged: bool = False) -> None:
         """End a process, with everything that it held."""
         process = self.processes[name]
         if not process.alive:
             return
         process.alive = False
         process.transport.stop()
-        self._at(0.05, lambda: self._tell_brain(Died(process=name, nonce=process.nonce, why="killed")))
+        died = Died(process=name, nonce=process.nonce, why=why, damaged=damaged)
+        self._at(0.05, lambda: self._tell_brain(died))
 
     def hang(self, name: str) -> None:
         """From now on a process answers nothing, and does not end."""
@@ -164,23 +166,22 @@ class LocalSwarm:
     def restart_controller(self) -> None:
         """The controller dies and comes back: it knows the journal, and asks the processes what they hold."""
         self._life += 1
-        history = replay(self.records)
-        plan = self.plan
-        if history.num_stages:
-            plan = dc_replace(
-                plan,
-                version=history.version,
-                round_=history.next_round,
-                digests=history.digests,
-                life=history.num_lives,
-                evaluated=history.evaluated,
-            )
-        self.brain = make_brain(plan, first_incarnations=history.incarnations)
+        self.brain = resumed_brain(self.plan, replay(self.records), reborn=True)
         starts = [one for one in self.brain.begin(self.now_s) if isinstance(one, Start)]
         alive = {name: process for name, process in self.processes.items() if process.alive}
         for _, process in sorted(alive.items()):
             self._tell_brain(self._joined(process))
         self._obey(one for one in starts if one.process not in alive)
+
+    def _go_back(self, command: GoBack) -> None:
+        """All processes end, and others begin at the snapshot."""
+        self._life += 1
+        for process in self.processes.values():
+            process.alive = False
+            process.transport.stop()
+        set_aside(self.plan.snapshots, command.version)
+        self.brain = resumed_brain(self.plan, replay(self.records), reborn=True)
+        self._obey(self.brain.begin(self.now_s))
 
     # ------------------------------------------------------------ the controller's hands
 
@@ -206,6 +207,8 @@ class LocalSwarm:
                     self.steps.append(command)
                 case Sealed():
                     seal(command, keep=8)
+                case GoBack():
+                    self._go_back(command)
                 case Finish():
                     self.finished = command
 
@@ -225,8 +228,10 @@ class LocalSwarm:
         life = self._life
         try:
             event = Answered(ticket=command.ticket, answer=host.do(command.order))
-        except (PeerError, TransportError) as error:
+        except (PeerError, TransportError, Damaged) as error:
             event = Failed(ticket=command.ticket, why=str(error))
+            if isinstance(error, Damaged):
+                self.kill(command.process, why=str(error), damaged=True)
         self._at(0.001, lambda: self._tell_brain(event) if life == self._life else None)
 
     # ------------------------------------------------------------ what trainers ask for
@@ -261,6 +266,11 @@ class LocalSwarm:
             data = host.fetch(place, reply)
         except TransportError as error:
             host.unreachable(call, round_, str(error))
+            return
+        except (NotFinite, Damaged) as error:
+            host.failed(call, round_, str(error))
+            if isinstance(error, Damaged):
+                self.kill(place.process, why=str(error), damaged=True)
             return
         seconds = call.size / self.speeds.get(place.process, 1.0)
         host.replied(call, round_, dc_replace(reply, seconds=seconds), data)

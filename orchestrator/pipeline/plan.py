@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.pipeline.commands import Layout
@@ -29,7 +30,7 @@ class PipelinePlan:
 
     `eval_every`: share of the run between two evaluations, 0: there is nothing to evaluate with; `evaluated`: the
     version that was evaluated last. `sync_steps`: steps that peers make of their own before their stage synchronises,
-    0: none; `life`: how often a controller began before.
+    0: none; `life`: how often a controller began before. `paused`: no step is opened before somebody says so.
     """
 
     layout: Layout
@@ -52,6 +53,12 @@ class PipelinePlan:
     life: int = 0
     eval_every: float = 0.0
     evaluated: int | None = None
+    paused: bool = False
+
+    @property
+    def delayed(self) -> bool:
+        """Whether a step is opened while the update of the one before it is computed."""
+        return self.pipeline.delayed
 
     def relative_speed(self, peer: str) -> float:
         """Speed of a peer that was not measured, in peers that are not slowed down."""
@@ -64,6 +71,17 @@ class PipelinePlan:
         return str(self.snapshots / ("final" if version >= self.total_steps else f"v{version}"))
 
 
+LIVE = ("strategy.inner_steps", "pipeline.rebalance_s", "pipeline.hysteresis")
+"""What `atoll set` changes in a pipeline: nobody but the controller decides by it."""
+
+
+def with_settings(plan: PipelinePlan, values: Mapping[str, Any]) -> PipelinePlan:
+    """The plan with other values of `LIVE` settings."""
+    own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith("pipeline.")}
+    steps = values.get("strategy.inner_steps", plan.sync_steps) if plan.sync_steps else 0
+    return replace(plan, sync_steps=steps, pipeline=plan.pipeline.model_copy(update=own))
+
+
 def peer_name(index: int) -> str:
     """`peer-0`, `peer-1`, ..."""
     return f"peer-{index}"
@@ -72,6 +90,12 @@ def peer_name(index: int) -> str:
 def trainer_name(index: int) -> str:
     """`trainer-0`, ..."""
     return f"trainer-{index}"
+
+
+def member_names(pipeline: PipelineConfig) -> tuple[str, ...]:
+    """Names of all processes of a run."""
+    peers = (peer_name(i) for i in range(pipeline.num_peers))
+    return (*peers, *(trainer_name(i) for i in range(pipeline.trainers)))
 
 
 def cut_model(shape: DecoderShape, pipeline: PipelineConfig, table: LayerTable | None = None) -> tuple[Stage, ...]:
@@ -102,6 +126,7 @@ def pipeline_size(
         max_in_flight=pipeline.in_flight,
         boundary_bytes=int(values * BYTES_PER_VALUE[pipeline.boundary]) + PAYLOAD_HEADER_BYTES,
         min_peers=pipeline.min_peers,
+        num_open_steps=2 if pipeline.delayed else 1,
         ordered=not local,
         working_copies=copies,
         buddy_copies=buddy_copies if pipeline.buddies and pipeline.stages != 1 else 0,

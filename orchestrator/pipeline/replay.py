@@ -20,9 +20,21 @@ from workers.pipeline.records import (
     StepRecord,
     WorkLostRecord,
 )
-from workers.records import EvaluationRecord, FenceRecord, JoinRecord, Record, StopRecord
+from workers.records import (
+    EvaluationRecord,
+    FenceRecord,
+    JoinRecord,
+    PauseRecord,
+    Record,
+    RollbackRecord,
+    Scalar,
+    SettingRecord,
+    StopRecord,
+)
 
 MANIFEST = "pipeline.json"
+TAKEN_BACK = "pipeline.taken-back.json"
+"""Manifest of a snapshot that a rollback has overtaken."""
 
 Accounts = tuple[dict[int, int], dict[int, int], dict[str, tuple[int, int]]]
 """Microbatches that are committed and lost by stage, and what each peer has made of its own."""
@@ -62,6 +74,11 @@ class PipelineHistory:
     committed: dict[int, int] = field(default_factory=dict)  # stage -> microbatches, where peers step on their own
     lost: dict[int, int] = field(default_factory=dict)
     num_syncs: int = 0
+    delayed: bool = False
+    paused: bool = False
+    settings: dict[str, Scalar] = field(default_factory=dict)
+    goes_back_to: str | None = None
+    rollbacks: list[RollbackRecord] = field(default_factory=list)
     _accounts: dict[int, Accounts] = field(default_factory=dict)  # as they were at each synchronisation
 
     @property
@@ -104,7 +121,7 @@ class PipelineHistory:
     @property
     def next_round(self) -> int:
         """The round in which a new life of the controller goes on; no step had it before."""
-        if self.sync_steps:
+        if self.sync_steps or self.delayed:
             return max(self.max_round.values(), default=-1) + 1
         return self.max_round.get(self.version, -1) + 1
 
@@ -145,6 +162,14 @@ class PipelineHistory:
                 self.evaluations.append(record)
             case StopRecord():
                 self.stopped = record
+            case PauseRecord(paused=paused):
+                self.paused = paused
+            case SettingRecord(key=key, value=value):
+                self.settings[key] = value
+            case RollbackRecord(name=name, versions=versions):
+                self._go_back(versions[0])
+                self.goes_back_to = name
+                self.rollbacks.append(record)
             case _:
                 pass
 
@@ -153,12 +178,17 @@ class PipelineHistory:
         self.num_microbatches, self.samples_per_step = record.num_microbatches, record.samples_per_step
         if record.version > self.version:
             self.findings.append(f"version {record.version} is gone on from, and {self.version} is the last committed")
-        self.stopped = None
-        self.evaluations = [one for one in self.evaluations if one.versions[0] <= record.version]
+        self.stopped = self.goes_back_to = None
         self.sync_steps, self.num_lives = record.sync_steps, self.num_lives + 1
+        self.delayed = record.delayed
+        self._go_back(record.version)
+
+    def _go_back(self, version: int) -> None:
+        """What was committed since a version is free again."""
+        self.evaluations = [one for one in self.evaluations if one.versions[0] <= version]
         if self.sync_steps:
-            self._take_back(record.version)
-        for step in [step for step in self.commits if step >= record.version]:
+            self._take_back(version)
+        for step in [step for step in self.commits if step >= version]:
             del self.commits[step]
             self.opened.pop(step, None)
             self.num_taken_back += 1
@@ -166,7 +196,11 @@ class PipelineHistory:
     def _open(self, record: StepRecord) -> None:
         self.max_round[record.step] = max(self.max_round.get(record.step, 0), record.round)
         self.num_begun_again += record.step in self.opened
-        if record.step != self.next_step:
+        # With delayed updates the step before may be on its way to its commit; one that is opened anew voids it.
+        ahead = self.delayed and record.step == self.next_step + 1 and self.next_step in self.opened
+        for later in [step for step in self.opened if step > record.step]:
+            del self.opened[later]
+        if record.step != self.next_step and not ahead:
             self.findings.append(f"step {record.step} was opened at version {self.next_step}")
         first = record.step * self.samples_per_step
         if record.ranges != ((first, first + self.samples_per_step),):
@@ -215,7 +249,8 @@ class PipelineHistory:
         self.committed, self.lost, self.own = dict(committed), dict(lost), {}
         for stage, number in carried.values():
             self.lost[stage] = self.lost.get(stage, 0) + number
-        self.synced = version
+        self.num_taken_back += max(self.synced - version, 0)
+        self.synced, self.syncs = version, {}
 
     def _count(self, record: StageCountRecord) -> None:
         where = f"step {record.step}, stage {record.stage}"
@@ -304,6 +339,13 @@ def saved_snapshots(snapshots: Path) -> list[Saved]:
     """The complete snapshots in a folder, in no order."""
     paths = snapshots.glob(f"*/{MANIFEST}") if snapshots.is_dir() else ()
     return [Saved(folder=path.parent, version=json.loads(path.read_text())["version"]) for path in paths]
+
+
+def set_aside(snapshots: Path, version: int) -> None:
+    """After a rollback: snapshots of later versions are none any more, and stay for whoever looks at them."""
+    for saved in saved_snapshots(snapshots):
+        if saved.version > version:
+            (saved.folder / MANIFEST).replace(saved.folder / TAKEN_BACK)
 
 
 def newest_snapshot(snapshots: Path, *, at_most: int) -> Saved | None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.pipeline.brain import PipelineBrain
 from orchestrator.pipeline.commit import Contradiction, StepCommit
-from orchestrator.pipeline.plan import PipelinePlan
+from orchestrator.pipeline.delayed import DelayedBrain
+from orchestrator.pipeline.plan import PipelinePlan, with_settings
+from orchestrator.pipeline.replay import PipelineHistory, newest_snapshot
 from orchestrator.pipeline.roster import Peer
 from workers.pipeline.messages import (
     Apply,
@@ -57,7 +59,7 @@ class StepCount(StepCommit):
 
     def may_commit(self, now_s: float, *, grace_s: float) -> bool:
         """Whether every stage is covered."""
-        return all(stage.phase == "collected" for stage in self.stages)
+        return self.is_collected
 
 
 class WorkCommit(StepCommit):
@@ -286,5 +288,33 @@ class RoundBrain(PipelineBrain):
 
 def make_brain(plan: PipelinePlan, *, first_incarnations: dict[str, int] | None = None) -> PipelineBrain:
     """The controller that the run's strategy asks for."""
-    kind = RoundBrain if plan.sync_steps else PipelineBrain
+    kind = RoundBrain if plan.sync_steps else DelayedBrain if plan.delayed else PipelineBrain
     return kind(plan, first_incarnations=first_incarnations)
+
+
+def resumed_brain(plan: PipelinePlan, history: PipelineHistory, *, reborn: bool) -> PipelineBrain:
+    """The controller that goes on with a journal.
+
+    `reborn`: the one before has died, and the run's processes may be there, with what is committed. Else, and after a
+    rollback that has not begun again, it goes on from the newest snapshot that the history has.
+    """
+    first = history.incarnations
+    if not history.num_stages:
+        return make_brain(replace(plan, paused=history.paused), first_incarnations=first)
+    plan = replace(
+        with_settings(plan, history.settings),
+        version=history.version,
+        round_=history.next_round,
+        digests=history.digests,
+        life=history.num_lives,
+        evaluated=history.evaluated,
+        paused=history.paused,
+    )
+    if reborn and history.goes_back_to is None:
+        return make_brain(plan, first_incarnations=first)
+    saved = newest_snapshot(plan.snapshots, at_most=history.version)
+    if saved is None:
+        plan = replace(plan, version=0, digests=())
+    else:
+        plan = replace(plan, version=saved.version, from_folder=str(saved.folder), digests=())
+    return make_brain(plan, first_incarnations=first)

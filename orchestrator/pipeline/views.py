@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.config import load_config
-from orchestrator.pipeline.figures import FILE_NAME
+from orchestrator.pipeline.figures import newest_line
 from orchestrator.pipeline.replay import PipelineHistory, replay
 from orchestrator.rundir import RunDir, read_json
 from orchestrator.segments import read_run, segment_paths
+from orchestrator.status import Status
+from workers.records import Scalar
 
 EXIT_WRONG = 5
 
@@ -54,7 +56,10 @@ class PipelineStatus(BaseModel):
     schema_version: int = 1
     run_dir: str
     state: str = Field(description="running, interrupted, done, stopped or failed.")
-    seconds: float = Field(description="Seconds of the controller's life at the newest step.")
+    paused: bool = Field(False, description="Whether the run is paused: no further step is begun.")
+    settings: dict[str, Scalar] = Field(default_factory=dict, description="What `atoll set` changed since the start.")
+    rollbacks: int = Field(0, description="How often the run went back to an older version.")
+    seconds: float = Field(description="Run time at the newest step, seconds.")
     version: int = Field(description="Steps that are committed in every stage.")
     total_samples: int = Field(description="Samples that are committed in every stage.")
     loss: float | None = Field(description="Training loss of the newest step, nats per token.")
@@ -89,6 +94,11 @@ class PipelineLedger(BaseModel):
     findings: list[str] = Field(description="What does not add up; empty if every microbatch counts once.")
 
 
+def read_answer(values: Mapping[str, Any]) -> Status | PipelineStatus:
+    """What a controller says of its run: of islands or of stages."""
+    return PipelineStatus.model_validate(values) if "stages" in values else Status.model_validate(values)
+
+
 def is_pipeline_run(run_dir: Path) -> bool:
     """Whether the run in a directory has stages."""
     config = RunDir(run_dir).config
@@ -103,10 +113,13 @@ def read_history(run_dir: Path) -> PipelineHistory:
 
 def read_pipeline_status(run_dir: Path) -> PipelineStatus:
     """Status of the run in `run_dir`."""
-    directory, history, newest = RunDir(run_dir), read_history(run_dir), _newest(run_dir)
+    directory, history, newest = RunDir(run_dir), read_history(run_dir), newest_line(run_dir)
     return PipelineStatus(
         run_dir=str(run_dir),
         state=directory.state(),
+        paused=history.paused,
+        settings=history.settings,
+        rollbacks=len(history.rollbacks),
         seconds=newest.get("t_s", 0.0),
         version=history.version,
         total_samples=history.num_samples,
@@ -118,19 +131,6 @@ def read_pipeline_status(run_dir: Path) -> PipelineStatus:
         moves=history.moves,
         why_no_move=newest.get("no_move", ""),
     )
-
-
-def _newest(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / FILE_NAME
-    if not path.exists():
-        return {}
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the last line of a process that was killed while it wrote
-        return row if isinstance(row, dict) else {}
-    return {}
 
 
 def render_pipeline(status: PipelineStatus) -> Any:
@@ -156,11 +156,13 @@ def render_pipeline(status: PipelineStatus) -> Any:
         for process in stage.moving_here:
             table.add_row("", "", "", process, "-", "-", "-", "is coming", "")
     parts: list[Any] = [
-        Text(f"{status.run_dir}: {status.state}"),
+        Text(f"{status.run_dir}: {status.state}" + (", paused" if status.paused else "")),
         Text(f"step {status.version}, {status.total_samples:,} samples, {status.seconds:.0f} s{took}"),
         Text(f"training loss {loss}, validation loss {validated}"),
         table,
     ]
+    if status.settings:
+        parts.append(Text("set since: " + ", ".join(f"{key} = {value}" for key, value in status.settings.items())))
     parts += [Text(f"moved: {move}") for move in status.moves]
     if status.why_no_move:
         parts.append(Text(f"loads: {status.why_no_move}"))

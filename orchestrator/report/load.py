@@ -21,9 +21,14 @@ from orchestrator.metrics import (
     latest_faults,
     read_rows,
 )
+from orchestrator.pipeline.figures import FILE_NAME as PIPELINE
+from orchestrator.pipeline.figures import step_lines
+from orchestrator.segments import JournalError, read_run
 from orchestrator.summary import Summary, SummaryError, load_summary
+from workers.records import FaultRecord
 
 _FILES = ("config.toml", "summary.json", "metrics.jsonl")
+ALL_STAGES = "all stages"
 
 
 class ReportError(UserError):
@@ -75,6 +80,7 @@ class RunData:
     exchanges: tuple[ExchangeRow, ...]
     faults: tuple[FaultEvent, ...]
     notes: tuple[str, ...]
+    stages: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def end_s(self) -> float:
@@ -133,6 +139,87 @@ class RunData:
                 yield SpeedPoint(member, t_s, speed)
 
 
+def is_pipeline_dir(run_dir: Path) -> bool:
+    """Whether the run in a directory has stages and has committed a step."""
+    return (run_dir / PIPELINE).is_file()
+
+
+def load_pipeline(
+    run_dir: Path, config: Mapping[str, Any], config_text: str, summary: Summary | None, notes: list[str]
+) -> RunData:
+    """The same of a run with stages: all of them together train one model, and are shown as one member.
+
+    Faults are those of the journal, which has their times.
+    """
+    total = int(config.get("train", {}).get("tokens", 0)) or 1
+    pipeline, data = config.get("pipeline", {}), config.get("data", {})
+    seq_len = (summary.seq_len if summary else None) or int(data.get("seq_len", 1))
+    step_tokens = int(pipeline.get("microbatches", 1)) * int(pipeline.get("microbatch_size", 1)) * seq_len
+    columns, evals = StepColumns(), list[EvalRow]()
+    val_loss: float | None = None
+    row: dict[str, Any] = {}
+    for row in step_lines(run_dir):
+        tokens = (row["step"] + 1) * step_tokens
+        progress = min(tokens / total, 1.0)
+        step = StepRow(
+            t_s=row["t_s"], member=ALL_STAGES, incarnation=1, step=row["step"] + 1, progress=progress, loss=row["loss"],
+            tokens_per_s=step_tokens / row["seconds"] if row["seconds"] else 0.0, step_ms=1000 * row["seconds"],
+            compute_s=row["seconds"],
+        )  # fmt: skip
+        columns.add(step)
+        if row.get("val_loss") not in (None, val_loss):
+            val_loss = row["val_loss"]
+            evals.append(
+                EvalRow(
+                    t_s=row["t_s"], member=ALL_STAGES, version=row["step"], progress=progress, val_loss=val_loss,
+                    tokens_committed=tokens,
+                )
+            )  # fmt: skip
+    try:
+        faults = tuple(_faults_of(run_dir, columns))
+    except JournalError as error:
+        notes.append(f"The journal could not be read, so faults are missing: {error}")
+        faults = ()
+    return RunData(
+        run_dir=run_dir,
+        name=summary.run_id if summary else run_dir.resolve().name,
+        config=config,
+        config_text=config_text,
+        summary=summary,
+        members=(ALL_STAGES,) if columns.step else (),
+        steps={(ALL_STAGES, 1): columns} if columns.step else {},
+        evals=tuple(evals),
+        spans=(),
+        exchanges=(),
+        faults=faults,
+        notes=tuple(notes),
+        stages=tuple(row.get("stages", ())),
+    )
+
+
+def _faults_of(run_dir: Path, columns: StepColumns) -> Iterator[FaultEvent]:
+    """Faults that were noticed, each with what was injected into its process before, and the step after it."""
+    injected: dict[str, FaultRecord] = {}
+    for row in read_run(run_dir).rows:
+        record = row.record
+        if not isinstance(record, FaultRecord):
+            continue
+        if record.injected:
+            injected[record.member] = record
+            continue
+        cause = injected.pop(record.member, None)
+        after = next((t_s for t_s in columns.t_s if t_s > record.t_s), None)
+        yield FaultEvent(
+            t_s=record.t_s,
+            fault=cause.fault if cause else record.fault,
+            member=record.member,
+            injected_s=cause.t_s if cause else record.t_s,
+            detected_s=record.t_s,
+            next_commit_s=after,
+            estimated=cause is None,
+        )
+
+
 def load_run(run_dir: Path) -> RunData:
     """Read what there is of a run. Raises ReportError where `run_dir` holds no run at all."""
     if not any((run_dir / name).is_file() for name in _FILES):
@@ -143,6 +230,8 @@ def load_run(run_dir: Path) -> RunData:
     notes: list[str] = []
     config, config_text = _load_config(run_dir, notes)
     summary = _load_summary(run_dir, notes)
+    if is_pipeline_dir(run_dir):
+        return load_pipeline(run_dir, config, config_text, summary, notes)
     rows = _load_metrics(run_dir, notes)
     name = summary.run_id if summary else run_dir.resolve().name
     return RunData(

@@ -69,7 +69,9 @@ def single_run_page(run: RunData) -> str:
 def _charts(run: RunData, figures: Headline) -> list[Markup]:
     return [
         section("Loss", grid(*sections.loss_charts(run))),
-        section("Time", timeline_chart(run), phase_table(run)),
+        section("Stages", tables.stage_table(run))
+        if run.stages
+        else section("Time", timeline_chart(run), phase_table(run)),
         section("Faults", tables.fault_table(run, figures)),
         section(
             "Speed and traffic",
@@ -117,7 +119,10 @@ def describe(run: RunData, params: int | None) -> str:
         parts.append(f"{name}, H = {steps}" if name != "ddp" and steps else str(name))
     if run.setting("codec", "name"):
         parts.append(str(run.setting("codec", "name")))
-    if run.members:
+    if run.stages:
+        peers = sum(len(stage["serving"]) for stage in run.stages)
+        parts.append(f"{fmt.plural(len(run.stages), 'stage')} with {fmt.plural(peers, 'peer')}")
+    elif run.members:
         parts.append(fmt.plural(len(run.members), "island"))
     if params:
         parts.append(f"{fmt.count(params)} parameters")

@@ -41,6 +41,29 @@ def _after(value: float | None, mark: str) -> Child:
     return el("span", "never", class_="muted") if value is None else f"{mark}{fmt.duration(value)}"
 
 
+def stage_table(run: RunData) -> Markup:
+    """Who served which stage of a pipeline at its newest step, at which speed, and why."""
+    rows: list[list[Child]] = []
+    for stage in run.stages:
+        buddies = ", ".join(stage["buddies"]) or "nobody"
+        for peer in stage["serving"]:
+            speed = peer["throughput"]
+            memory = peer["memory_bytes"]
+            rows.append(
+                [
+                    str(stage["stage"]),
+                    f"{stage['params']:,}",
+                    peer["peer"],
+                    fmt.UNKNOWN if speed is None else f"{speed:.2f}",
+                    fmt.UNKNOWN if memory is None else f"{memory / 1e6:,.0f}",
+                    peer["why"],
+                    buddies,
+                ]
+            )
+    head = ["stage", "parameters", "peer", "forwards a second", "memory, MB", "why it serves this stage", "copy at"]
+    return table(head, rows, caption="Stages at the newest step", numeric=(0, 1, 3, 4))
+
+
 def exchange_table(run: RunData) -> Markup | None:
     """All exchanges, or the first, the last and every unusual one of very many."""
     rows, num_members = run.exchanges, len(run.members)

@@ -5,6 +5,7 @@ multiset of the microbatches that are in it, with a digest. Asserted at the end,
 
     once per stage     whoever holds a stage at the end has every microbatch of every step once; where peers step on
                        their own: committed, lost with a peer and not committed yet add up to that, in every stage
+    one version        all microbatches of a step are made with the same parameters, also where updates are delayed
     never empty        no move of the rebalancer takes a stage's last peer
     progress resumes   when the faults stop the run ends in bounded time; it fails only where nobody holds some stage
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
+from orchestrator.events import PauseRequested
 from orchestrator.pipeline.commands import (
     Answered,
     Command,
@@ -38,7 +40,7 @@ from orchestrator.pipeline.commands import (
 )
 from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.replay import replay
-from orchestrator.pipeline.rounds import make_brain
+from orchestrator.pipeline.rounds import make_brain, resumed_brain
 from orchestrator.simulation.swarm import Broken, SwarmResult
 from orchestrator.simulation.swarm_symbols import Content, SymbolError, SymbolPeer, SymbolTrainer
 from workers.pipeline.calls import Call
@@ -67,9 +69,9 @@ class _Process:
 
 
 class BrainWorld:
-    """One seed. `rounds`: peers step on their own."""
+    """One seed. `rounds`: peers step on their own; `delayed`: updates are, and the run is paused now and then."""
 
-    def __init__(self, seed: int, *, rounds: bool) -> None:
+    def __init__(self, seed: int, *, rounds: bool, delayed: bool = False) -> None:
         self.random = Random(seed)
         stages = self.random.choice((2, 3))
         peers = tuple(f"peer-{i}" for i in range(stages * 2))
@@ -87,6 +89,7 @@ class BrainWorld:
                 forward_timeout_s=FORWARD_TIMEOUT_S,
                 backward_timeout_s=BACKWARD_TIMEOUT_S,
                 trainer_timeout_s=TRAINER_TIMEOUT_S,
+                delayed=delayed,
             ),
             peers=peers,
             trainers=self.trainer_names,
@@ -226,21 +229,24 @@ class BrainWorld:
 
     # ------------------------------------------------------------ what trainers ask for
 
-    def send(self, trainer: SymbolTrainer, place: PeerPlace, call: Call, round_: int) -> None:
+    def send(self, trainer: SymbolTrainer, place: PeerPlace, call: Call, round_: int, behind: int) -> None:
         """A call goes to a peer, which does one after the other."""
         process = self.by_address[place.nonce]
         process.free_at_s = max(process.free_at_s, self.now_s) + call.size * CALL_S / process.speed
         seconds = call.size * CALL_S / process.speed
-        self.at(process.free_at_s - self.now_s, lambda: self._serve(trainer, process, call, round_, seconds))
+        self.at(process.free_at_s - self.now_s, lambda: self._serve(trainer, process, call, round_, behind, seconds))
 
-    def _serve(self, trainer: SymbolTrainer, process: _Process, call: Call, round_: int, seconds: float) -> None:
+    def _serve(
+        self, trainer: SymbolTrainer, process: _Process, call: Call, round_: int, behind: int, seconds: float
+    ) -> None:
         if not process.alive:
             self._back(trainer, lambda: trainer.unreachable(call, round_, "it is dead"))
             return
 
         def serve() -> None:
             assert isinstance(process.body, SymbolPeer), process.name
-            begin = process.body.call(call, round_)
+            begin = process.body.call(call, round_, behind)
+            self.counts["calls ahead"] += behind
             self._back(trainer, lambda: trainer.replied(call, round_, begin, seconds))
 
         self._into(process, serve)
@@ -276,7 +282,8 @@ class BrainWorld:
         live = sorted(name for name, process in self.processes.items() if process.alive)
         if len(live) < 4:
             return
-        kind = self.random.choice(("kill", "kill", "kill", "stop", "stop", "slow", "controller", "kill two", "look"))
+        kinds = ("kill", "kill", "kill", "stop", "stop", "slow", "controller", "kill two", "look")
+        kind = self.random.choice((*kinds, "pause") if self.plan.delayed else kinds)
         self.counts[f"fault {kind}"] += 1
         victim = self.processes[self.random.choice(live)]
         match kind:
@@ -292,6 +299,10 @@ class BrainWorld:
                 victim.speed *= 0.3
             case "controller":
                 self._restart_controller()
+            case "pause":
+                self._tell_brain(PauseRequested(paused=True, why="asked to"))
+                again = PauseRequested(paused=False, why="asked to")
+                self.at(self.random.uniform(1, 10), lambda: self._tell_brain(again))
             case _:
                 self._tell_brain(Rebalance())
 
@@ -310,18 +321,7 @@ class BrainWorld:
 
     def _restart_controller(self) -> None:
         self.life += 1
-        history = replay(self.records)
-        plan = self.plan
-        if history.num_stages:
-            plan = replace(
-                plan,
-                version=history.version,
-                round_=history.next_round,
-                digests=history.digests,
-                life=history.num_lives,
-                evaluated=history.evaluated,
-            )
-        self.brain = make_brain(plan, first_incarnations=history.incarnations)
+        self.brain = resumed_brain(self.plan, replay(self.records), reborn=True)
         starts = [one for one in self.brain.begin(self.now_s) if isinstance(one, Start)]
         alive = {name: process for name, process in sorted(self.processes.items()) if process.alive}
         for process in alive.values():
@@ -391,9 +391,9 @@ def _layout(stages: int, *, tied: bool) -> Layout:
     )
 
 
-def simulate_brain(seed: int, *, rounds: bool) -> SwarmResult:
+def simulate_brain(seed: int, *, rounds: bool, delayed: bool = False) -> SwarmResult:
     """Run one seed to its end."""
-    world = BrainWorld(seed, rounds=rounds)
+    world = BrainWorld(seed, rounds=rounds, delayed=delayed)
     problem = ""
     try:
         world.run()

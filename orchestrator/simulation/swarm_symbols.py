@@ -58,7 +58,7 @@ class World(Protocol):
     def peer_at(self, address: str) -> SymbolPeer:
         """Who can be fetched from; raises SymbolError."""
 
-    def send(self, trainer: SymbolTrainer, place: PeerPlace, call: Call, round_: int) -> None:
+    def send(self, trainer: SymbolTrainer, place: PeerPlace, call: Call, round_: int, behind: int) -> None:
         """A call goes out."""
 
     def withdraw(self, trainer: SymbolTrainer, place: PeerPlace, call: Call, round_: int) -> None:
@@ -88,7 +88,7 @@ class _Serving:
     name: str
     stage: int
     book: Accumulator
-    sums: dict[int, set[int]] = field(default_factory=dict)
+    sums: dict[int, dict[int, int]] = field(default_factory=dict)  # step -> microbatch -> version it was made with
     own: Content = field(default_factory=Counter)  # steps of its own since the anchor
     offered: tuple[int, Content] | None = None
     synchronises: bool = False
@@ -105,6 +105,7 @@ class SymbolPeer:
         self.serving: _Serving | None = None
         self._rounds: dict[int, int] = {}
         self._pieces: dict[Piece, Content] = {}
+        self._made_with: dict[Piece, int] = {}
         self._results: dict[tuple[int, int, int, str, int], tuple[Content, ...]] = {}
 
     def present(self) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, str], ...], int | None]:
@@ -115,23 +116,27 @@ class SymbolPeer:
 
     # ------------------------------------------------------------ trainers
 
-    def call(self, call: Call, round_: int) -> Begin:
+    def call(self, call: Call, round_: int, behind: int = 0) -> Begin:
         """See `PeerHost.call`."""
         serving = self.serving
         if serving is None or serving.name != call.peer or serving.synchronises:
             return Begin.OTHER_VERSION
         if not self._is_current(call.step, round_):
             return Begin.OTHER_VERSION
+        is_at = call.version - behind == serving.book.version
         if call.direction == "forward":
-            return Begin.RUN if call.version == serving.book.version else Begin.OTHER_VERSION
+            return Begin.RUN if is_at else Begin.OTHER_VERSION
+        if not is_at and behind:
+            done = serving.book.withdraw(call.step, call.microbatch, call.attempt)
+            return Begin.DONE if done else Begin.OTHER_VERSION
         begin = serving.book.begin(call.step, call.microbatch, call.attempt)
         if begin is not Begin.RUN:
             return begin
         if not serving.book.finish(call.step, call.microbatch):
             return Begin.WITHDRAWN
-        known = serving.sums.setdefault(call.step, set())
+        known = serving.sums.setdefault(call.step, {})
         assert call.microbatch not in known, f"{call} was added before"
-        known.add(call.microbatch)
+        known[call.microbatch] = serving.book.version
         return Begin.DONE
 
     def withdraw(self, call: Call, round_: int) -> bool:
@@ -189,10 +194,13 @@ class SymbolPeer:
         step = order.step if order.step is not None else state.version
         known = self.serving
         if name is not None and (known is None or known.name != name or known.book.version != step):
-            self.serving = _Serving(name=name, stage=order.stage, book=Accumulator(version=step))
+            self.serving = _Serving(name=name, stage=order.stage, book=self._new_book(step))
             if self._is_local:
                 self._rounds.clear()
         return Holds(stage=order.stage, version=state.version, digest=state.digest)
+
+    def _new_book(self, step: int) -> Accumulator:
+        return Accumulator(version=step, num_open_steps=2 if self._plan.delayed else 1)
 
     def _obtain(self, order: TakeStage) -> State:
         for address in order.sources:
@@ -213,15 +221,18 @@ class SymbolPeer:
         if not self._is_current(order.step, order.round_):
             raise SymbolError(f"{order.peer} is in a newer round of step {order.step}")
         offer = serving.book.offer(order.step)
-        assert set(offer) == serving.sums.get(order.step, set()), f"{order.peer}: {offer}, {serving.sums}"
+        made = serving.sums.get(order.step, {})
+        assert set(offer) == made.keys(), f"{order.peer}: {offer}, {serving.sums}"
         for microbatch in offer:
-            self._pieces[order.step, order.round_, order.peer, microbatch] = Counter([(order.step, microbatch)])
+            key = (order.step, order.round_, order.peer, microbatch)
+            self._pieces[key], self._made_with[key] = Counter([(order.step, microbatch)]), made[microbatch]
         return Offered(microbatches=offer)
 
     def _reduce(self, order: Reduce) -> Reduced:
         groups = []
         for group in order.groups:
             total: Content = Counter()
+            versions: set[int] = set()
             for part in group:
                 peer = self if part.address == self._address else self._world.peer_at(part.address)
                 for number in part.numbers:
@@ -229,6 +240,9 @@ class SymbolPeer:
                     if piece is None:
                         raise SymbolError(f"{part.address} has no piece of {part.peer}")
                     total.update(piece)
+                    if not self._is_local:
+                        versions.add(peer._made_with[order.step, order.round_, part.peer, number])
+            assert len(versions) <= 1, f"step {order.step} was made with different parameters: {versions}"
             groups.append(total)
         for chunk in order.chunks:
             self._results[order.step, order.round_, order.attempt, order.unit, chunk] = tuple(groups)
@@ -320,7 +334,7 @@ class SymbolTrainer(TrainerDesk):
         return message.microbatches if isinstance(message, OpenStep) else (0, 1)
 
     def _send(self, place: PeerPlace, call: Call) -> None:
-        self._world.send(self, place, call, self.round_)
+        self._world.send(self, place, call, self.round_, self._behind)
 
     def _withdraw(self, place: PeerPlace, call: Call) -> None:
         self._world.withdraw(self, place, call, self.round_)

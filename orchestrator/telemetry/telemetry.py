@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.metrics import Row
+from orchestrator.telemetry.catalogue import Sample
 from orchestrator.telemetry.collect import Book
 from orchestrator.telemetry.ray_metrics import RayMetrics
 from orchestrator.telemetry.server import PATH, MetricsServer
-from orchestrator.telemetry.trackers import TrackerThread, wanted
+from orchestrator.telemetry.trackers import TrackerThread, points, wanted
 
 if TYPE_CHECKING:
     from orchestrator.config import RunConfig
@@ -24,13 +26,12 @@ PUBLISH_S = 1.0
 TARGETS = ".prometheus"
 
 
-class Telemetry:
+class Outlets:
     """Everything that leaves a controller for monitoring. All of its methods are called on the controller's thread."""
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        """Nothing is started before `start`."""
+        """Nothing is opened before `open`."""
         self.config, self.run_dir = config.metrics, run_dir
-        self.book = Book()
         self.told = ""
         self.published_s = float("-inf")
         self.server: MetricsServer | None = None
@@ -38,9 +39,8 @@ class Telemetry:
         tables = config.to_tables()
         self.trackers = [TrackerThread(name, config.metrics, run_dir, tables) for name in wanted(config.metrics)]
 
-    def start(self, host: Host) -> None:
+    def open(self) -> None:
         """Begin; what cannot be started is told in `told` and in the log, and training goes on without it."""
-        host.watchers.append(lambda row: self._note(host, row))
         if self.config.port is not None:
             self._listen(self.config.port)
         if self.config.ray:
@@ -65,26 +65,16 @@ class Telemetry:
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(entry) + "\n", encoding="utf-8")
 
-    def _note(self, host: Host, row: Row) -> None:
-        self.book.note(row)
-        if self.trackers:
-            tokens = host.coordinator.state.samples_committed() * host.plan.seq_len
-            for tracker in self.trackers:
-                tracker.note(row, tokens)
-
-    def tick(self, host: Host) -> None:
-        """Publish, at most once in `PUBLISH_S`."""
-        if self.server is None and self.ray is None:
+    def publish(self, samples: Callable[[], Sequence[Sample]], now_s: float) -> None:
+        """Hand out what is known now, at most once in `PUBLISH_S`."""
+        if (self.server is None and self.ray is None) or now_s - self.published_s < PUBLISH_S:
             return
-        now = host.clock()
-        if now - self.published_s < PUBLISH_S:
-            return
-        self.published_s = now
-        samples = self.book.samples(host)
+        self.published_s = now_s
+        found = samples()
         if self.server is not None:
-            self.server.publish(samples)
+            self.server.publish(found)
         if self.ray is not None:
-            self.ray.publish(samples)
+            self.ray.publish(found)
 
     def stop(self) -> None:
         """The run is over: close the port, finish the trackers."""
@@ -93,6 +83,31 @@ class Telemetry:
             self.server.stop()
         for tracker in self.trackers:
             tracker.stop()
+
+
+class Telemetry(Outlets):
+    """Of a run with islands: the rows of its metrics and the state of its coordinator."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        """Nothing is started before `start`."""
+        super().__init__(config, run_dir)
+        self.book = Book()
+
+    def start(self, host: Host) -> None:
+        """See `open`."""
+        host.watchers.append(lambda row: self._note(host, row))
+        self.open()
+
+    def _note(self, host: Host, row: Row) -> None:
+        self.book.note(row)
+        if self.trackers:
+            tokens = host.coordinator.state.samples_committed() * host.plan.seq_len
+            for tracker in self.trackers:
+                tracker.note(dict(points(row)), tokens)
+
+    def tick(self, host: Host) -> None:
+        """See `publish`."""
+        self.publish(lambda: self.book.samples(host), host.clock())
 
 
 def target_file(run_dir: Path) -> Path:

@@ -137,13 +137,12 @@ class TrackerThread:
         """Begin."""
         self._thread.start()
 
-    def note(self, row: Row, tokens: int) -> None:
-        """Hand a row over; never waits."""
-        values = dict(points(row))
+    def note(self, values: Mapping[str, float], tokens: int) -> None:
+        """Hand points of some curves over; never waits."""
         if not values or self.failed:
             return
         try:
-            self._queue.put_nowait((values, tokens))
+            self._queue.put_nowait((dict(values), tokens))
         except queue.Full:
             self.dropped += 1
 

@@ -5,11 +5,14 @@ One run goes through all of it; the tests look at its files and at what was seen
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +22,13 @@ import ray
 from orchestrator.build import resolve
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.launch import RaySession
+from orchestrator.operate import answer
 from orchestrator.pipeline.replay import PipelineHistory, replay
-from orchestrator.pipeline.views import read_pipeline_status
+from orchestrator.pipeline.views import PipelineStatus
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
 from workers.data.index import load_index
-from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, WorkLostRecord
+from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, StepRecord, WorkLostRecord
 from workers.records import FenceRecord, Record, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
@@ -62,7 +66,7 @@ microbatch_size = 2
 in_flight = 4
 boundary = "fp32"
 rebalance_s = 0.0
-trainer_timeout_s = 8.0
+trainer_timeout_s = 5.0
 """
 
 
@@ -170,21 +174,18 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    run = LiveSwarm(pack_dir, tmp_path_factory.mktemp("swarm") / "run")
+    # Two steps are open most of the time: whatever holds for one holds there, and what is lost of both is made again.
+    run = LiveSwarm(pack_dir, tmp_path_factory.mktemp("swarm") / "run", "pipeline.delayed=true")
     run.start()
     recovered_s: dict[str, float] = {}
     try:
         run.until_complete()
         run.steps_more(2)
-        recovered_s["a peer"] = run.kill(one := run.serving(1)[0])
-        run.until_complete()
         whole = run.serving(2)
         recovered_s["a whole stage"] = run.kill(*whole)
         run.until_complete()
         third = [run.serving(0)[0], run.serving(1)[0]]
-        recovered_s["a third"] = run.kill(*third)
-        run.until_complete()
-        recovered_s["a trainer"] = run.kill("trainer-1")
+        recovered_s["a third, and a trainer"] = run.kill(*third, "trainer-1")
         recovered_s["a trainer that hangs"] = run.freeze("trainer-0")
         lives = sum(isinstance(r, TermRecord) for r in run.records())
         ray.kill(run.controller, no_restart=False)
@@ -201,7 +202,7 @@ def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.T
         history=replay(records),
         summary=load_summary(run.run_dir),
         recovered_s=recovered_s,
-        dead=[one, *whole, *third, "trainer-1", "trainer-0"],
+        dead=[*whole, *third, "trainer-1", "trainer-0"],
     )
 
 
@@ -218,6 +219,9 @@ def test_every_microbatch_counts_once_in_every_stage(story: Story) -> None:
     assert story.history.version >= 8
     assert story.summary.exit_reason == "stopped" and story.summary.error is None
     assert story.summary.exchanges_committed == 3 * story.history.version
+    rows = [r for r in story.records if isinstance(r, StepRecord | StageCommitRecord)]
+    ahead = [a.step for a, b in pairwise(rows) if isinstance(a, StepRecord) and b.step == a.step - 1]
+    assert len(ahead) >= 3, "no step was opened before the one before it was committed"
 
 
 def test_the_dead_are_blamed_and_nobody_else(story: Story) -> None:
@@ -234,7 +238,7 @@ def _filled(records: list[Record]) -> set[str]:
 
 def test_a_trainer_that_hangs_is_ended(story: Story) -> None:
     [hung] = [r for r in story.records if isinstance(r, FenceRecord) and "it hangs" in r.why]
-    assert hung.member == "trainer-0" and "no heartbeat for 8 s" in hung.why
+    assert hung.member == "trainer-0" and "no heartbeat for 5 s" in hung.why
 
 
 def test_no_commit_has_a_single_holder(story: Story) -> None:
@@ -245,13 +249,11 @@ def test_no_commit_has_a_single_holder(story: Story) -> None:
 def test_training_goes_on_within_seconds(story: Story) -> None:
     print(story.recovered_s)
     # The figure on a quiet machine is the benchmark's; here it must only not wait for a new process.
-    assert story.recovered_s["a peer"] < 20, story.recovered_s
+    assert story.recovered_s["a whole stage"] < 20, story.recovered_s
     assert all(seconds < 45 for seconds in story.recovered_s.values()), story.recovered_s
 
 
 def test_the_loss_falls(story: Story) -> None:
-    import json
-
     losses = [json.loads(line)["loss"] for line in (story.run_dir / "pipeline.jsonl").read_text().splitlines()]
     assert len(losses) >= 8 and losses[-1] < losses[0]
 
@@ -266,26 +268,50 @@ DILOCO = (
 )
 
 
-def test_diloco_inside_stages_loses_what_a_dead_peer_made_and_nothing_else(
+def ask(run: LiveSwarm, what: str, **args: Any) -> Any:
+    """What `atoll WHAT` asks, through a door or from here."""
+    return answer({"do": what, "run": run.run_dir.name, "args": args})
+
+
+def test_diloco_inside_stages_is_operated_like_any_run(
     ray_cluster_of_eight: None, pack_dir: Path, tmp_path: Path
 ) -> None:
     # Of a model that nobody knows but the user: a list of layers.
     own = ["model.factory=tests.list_model:build", f"model.options.vocab={load_index(pack_dir).vocab_size}"]
-    run = LiveSwarm(pack_dir, tmp_path / "run", *DILOCO, *own, "model.options.width=32")
+    told = tmp_path / "told.jsonl"
+    notify = tmp_path / "notify.sh"
+    notify.write_text(f"#!/bin/sh\ncat >> {told}\n")
+    notify.chmod(0o755)
+    watched = ["metrics.port=0", "metrics.tensorboard=true", f"notify.command={notify}", "model.options.width=32"]
+    run = LiveSwarm(pack_dir, tmp_path / "run", *DILOCO, *own, *watched)
     run.start()
     try:
         run.until_complete()
         run.steps_more(3)
-        run.kill(victim := run.serving(1)[0])
+        assert PipelineStatus.model_validate(ask(run, "status")).stages[2].serving
+        [there] = ask(run, "runs")
+        assert (there["run"], there["state"]) == ("run", "running")
+        saved = ask(run, "save")["snapshot"]
+        run.until(lambda _: (run.run_dir / "snapshots" / saved / "pipeline.json").exists(), "the snapshot")
+        assert ask(run, "set", values={"strategy.inner_steps": 2})["set"] == {"strategy.inner_steps": 2}
+        _strike(run, victim := run.serving(1)[0])
         run.steps_more(4)
-        ray.get(run.controller.stop.remote(), timeout=WAIT_S)
+        _look(run, victim)
+        _rest(run)
+        before = dict(run.status()["pids"])
+        back = ask(run, "rollback", version=int(saved.removeprefix("v")))
+        assert back["samples_taken_back"] > 0
+        run.until_complete()
+        assert set(before.values()).isdisjoint(run.status()["pids"].values())
+        run.steps_more(2)
+        assert ask(run, "act", action="stop", member="", by="a test") == "asked"
         run.until(lambda status: status["over"], "the end")
     finally:
         run.stop()
     history = replay(run.records())
-    assert history.findings == [] and history.version >= 9
+    assert history.findings == [] and len(history.rollbacks) == 1
     summary = load_summary(run.run_dir)
-    assert summary.exit_reason == "stopped" and summary.exchanges_committed == history.num_syncs >= 9
+    assert summary.exit_reason == "stopped" and summary.exchanges_committed == history.num_syncs
     lost = [r for r in run.records() if isinstance(r, WorkLostRecord)]
     assert {r.peer.partition(".")[0] for r in lost} <= {victim} and set(history.lost) <= {1}
     for stage in range(3):
@@ -293,5 +319,44 @@ def test_diloco_inside_stages_loses_what_a_dead_peer_made_and_nothing_else(
         assert parts == history.version * 6, (stage, history.committed, history.lost)
     assert all(len(r.holders) >= 2 for r in run.records() if isinstance(r, StageSyncRecord))
     assert summary.initial_val_loss is not None and 0 < summary.goodput <= 1
-    stages = read_pipeline_status(run.run_dir).stages
-    assert all(peer.throughput and peer.memory_limit_bytes for stage in stages for peer in stage.serving)
+    kinds = [(alarm["kind"], alarm["member"]) for alarm in map(json.loads, told.read_text().splitlines())]
+    assert ("loss_nan", victim) in kinds and kinds[-1] == ("finished", "")
+    assert list((run.run_dir / "tensorboard").glob("events*"))
+
+
+def _strike(run: LiveSwarm, victim: str) -> None:
+    """A peer loses a number, which is what it dies of, and nobody else."""
+    caused = ray.get(run.controller.chaos.remote([f"nan:{victim}"]), timeout=WAIT_S)
+    assert caused == {"done": [f"nan:{victim}"], "error": None}
+    refused = ray.get(run.controller.chaos.remote([f"cut:{victim}"]), timeout=WAIT_S)
+    assert "no fault of a pipeline" in refused["error"]
+    run.until(lambda _: [r for r in run.records() if isinstance(r, FenceRecord)], f"the end of {victim}")
+    [gone] = [r for r in run.records() if isinstance(r, FenceRecord)]
+    assert gone.member == victim and "not finite" in gone.why
+    run.until_complete()
+
+
+def _look(run: LiveSwarm, victim: str) -> None:
+    """Logs of the dead and the living, a stack, metrics."""
+    dead, alive = ask(run, "logs", member=f"{victim}.1"), ask(run, "logs", member=victim)
+    assert "injected: nan" in dead["text"] and "of no use any more" in dead["text"] and alive["name"] != dead["name"]
+    dump = ask(run, "stack", member="trainer-0")
+    assert "Thread" in dump["text"] and Path(dump["file"]).exists() and dump["member"] == "trainer-0.1"
+    url = run.status()["metrics"].removeprefix("metrics at ")
+    with urllib.request.urlopen(url, timeout=10) as page:
+        text = page.read().decode()
+    assert 'atoll_faults_total{run="run",fault="non_finite"} 1' in text and "atoll_peer_busy_seconds_total" in text
+    part = ask(run, "feed", metrics_at=0, journal_at=0)
+    assert part["pipeline"] and set(part["able"]) == {"pause", "resume", "save", "stop", "kill"}
+
+
+def _rest(run: LiveSwarm) -> None:
+    """Nothing goes on in a pause, and everything after it."""
+    assert ask(run, "pause")["paused"]
+    assert ask(run, "runs")[0]["state"] == "paused"
+    run.until(lambda status: not status["busy"], "the step to end")
+    resting = run.status()["version"]
+    ray.get(run.controller.wait.remote(1.0), timeout=WAIT_S)
+    assert run.status()["version"] == resting
+    ask(run, "resume")
+    run.steps_more(1)

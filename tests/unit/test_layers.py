@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "atoll": {"faults", "orchestrator", "strategies", "workers"},
 }
 # The tools that cause failures wrap what the workers use; the judgement of failures does not.
-FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.process", "faults.virtual", "faults.lab"}
+FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.process", "faults.stage", "faults.virtual",
+               "faults.lab"}  # fmt: skip
 
 HEAVY = {"torch", "ray"}
 # Imported by the controller and the command line, which answer without torch and Ray.
@@ -34,6 +35,8 @@ RAY_IN_WORKERS: set[str] = set()
 SHELLS = {
     "orchestrator.actor_tools": {"ray"},
     "orchestrator.actors": {"ray"},
+    "orchestrator.caretaker": {"ray"},
+    "orchestrator.controls": {"ray"},
     "orchestrator.keeper": {"ray"},
     "orchestrator.hands": {"ray"},
     "orchestrator.ending": {"ray"},
@@ -41,6 +44,7 @@ SHELLS = {
     "orchestrator.island_actor": {"ray"},
     "orchestrator.pipeline.actors": {"ray"},
     "orchestrator.pipeline.controller": {"ray"},
+    "orchestrator.pipeline.controls": {"ray"},
     "orchestrator.pipeline.local": {"torch"},
     "orchestrator.local": {"torch"},
 }

@@ -238,6 +238,28 @@ def export_hf(
     save_tensors(directory / WEIGHTS_FILE, plain, metadata={"format": "pt"})
 
 
+def export_layers(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: ExportTokenizer,
+    *,
+    seq_len: int,
+) -> None:
+    """Write a model that is a list of layers of the user's: safetensors by parameter, tokenizer, and what builds it.
+
+    No library knows its architecture: `config.json` names `model.factory` and its options, and `load_state_dict` takes
+    the tensors into `nn.Sequential` under the name `layers`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    told = {"factory": config.factory, "options": dict(config.options), "max_position_embeddings": seq_len}
+    _write_json(directory / CONFIG_FILE, {"model_type": "atoll-layers", **told})
+    _write_json(directory / "tokenizer_config.json", _tokenizer_settings(tokenizer, seq_len))
+    (directory / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    save_tensors(directory / WEIGHTS_FILE, plain, metadata={"format": "pt"})
+
+
 def _llama_settings(shape: DecoderShape, separator_id: int) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],

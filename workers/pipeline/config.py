@@ -29,6 +29,10 @@ class PipelineConfig(Section):
     buddies: bool = Field(
         True, description="A peer of another stage keeps a copy of each stage's state, and counts among the copies."
     )
+    delayed: bool = Field(
+        False,
+        description="A step is made with the parameters before the last update, which goes on meanwhile (ddp alone).",
+    )
     min_peers: int = Field(1, ge=1, le=1024, description="Peers that a move must leave in a stage.")
     rebalance_s: float = Field(30.0, ge=0, description="Seconds between looks at the stages' loads; 0: never.")
     hysteresis: float = Field(

@@ -8,6 +8,7 @@ takes part in `Spread` and `Apply` like anybody else.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from strategies.codecs.base import is_finite
 from workers.pipeline.accumulator import Begin
 from workers.pipeline.boundary import Boundary
 from workers.pipeline.calls import BACKWARD_SIZE, Call
@@ -41,7 +44,7 @@ from workers.pipeline.messages import (
     TakeStage,
     ToPeer,
 )
-from workers.pipeline.peer import Reply, Request, StagePeer
+from workers.pipeline.peer import NotFinite, Reply, Request, StagePeer
 from workers.pipeline.pieces import Pieces
 from workers.pipeline.spec import TIED, PipelineSpec, unit_of
 from workers.pipeline.state import Flats, StageState, flatten
@@ -54,6 +57,10 @@ VERSION_WAIT_S = 2.0
 
 class PeerError(Exception):
     """An order that cannot be obeyed now; says what is held instead."""
+
+
+class Damaged(Exception):
+    """The parameters that this process holds are not finite, and those of nobody else: it cannot go on."""
 
 
 class PeerHost:
@@ -82,6 +89,8 @@ class PeerHost:
         self._compute = threading.RLock()
         self._orders = threading.RLock()
         self._moved = threading.Condition()
+        # What a fault injector puts at the end of each call, which has taken so many seconds. Nothing in production.
+        self.after_call: Callable[[float], None] = lambda seconds: None
 
     def present(self) -> dict[str, Any]:
         """What a controller that does not know this process asks for: fields of its `Joined`."""
@@ -98,7 +107,7 @@ class PeerHost:
 
     def call(self, request: Request) -> Reply:
         """Do a call of a trainer. Raises what transport and codec raise; nothing is counted then."""
-        peer = self._wait_for(request.call)
+        peer = self._wait_for(request)
         if peer is None:
             return Reply(begin=Begin.OTHER_VERSION)
         asked_s = self._clock()
@@ -108,12 +117,33 @@ class PeerHost:
             if self.serving is not peer or not self._is_current(request.call.step, request.round_):
                 return Reply(begin=Begin.OTHER_VERSION)
             began_s = self._clock()
-            reply = peer.run(request, fetched)
+            try:
+                reply = peer.run(request, fetched)
+            except NotFinite as error:
+                self._must_be_sound(peer, error)
+                raise
             self._keep_pace(request.call, began_s)
+            self.after_call(self._clock() - began_s)
             seconds = self._clock() - began_s
             self.busy_s += seconds
         # The next call's tensors come while this one computes: the longer of the two is what a call takes.
         return replace(reply, seconds=max(seconds, fetch_s))
+
+    def _must_be_sound(self, peer: StagePeer, error: NotFinite) -> None:
+        """What is committed is finite, and a step that is not is never made: if these values are not, they are broken.
+
+        Else the numbers of the run are: no other peer would do better.
+        """
+        for name, parameter in peer.model.names.items():
+            if not is_finite(parameter.detach()):
+                raise Damaged(f"{peer.name} holds {name} with values that are not finite; {error}") from error
+
+    def lose_a_number(self) -> None:
+        """Injected fault: one value of what this peer computes with is not a number any more."""
+        with self._compute:
+            if self.serving is not None:
+                with torch.no_grad():
+                    next(iter(self.serving.model.names.values())).view(-1)[0] = math.nan
 
     def withdraw(self, call: Call, round_: int) -> Reply | None:
         """The reply of a backward that is counted here; None: this attempt is not, and never will be."""
@@ -122,15 +152,15 @@ class PeerHost:
             return None  # whatever it was is void
         return peer.withdraw(call)
 
-    def _wait_for(self, call: Call) -> StagePeer | None:
+    def _wait_for(self, request: Request) -> StagePeer | None:
         """The peer that the call is for, once it has the parameters of the step; None if it is not here."""
         deadline_s = time.monotonic() + VERSION_WAIT_S
         with self._moved:
             while True:
                 peer = self.serving
-                if peer is None or peer.name != call.peer:
+                if peer is None or peer.name != request.call.peer:
                     return None
-                if peer.accumulator.version >= call.version and not self._waits():
+                if peer.accumulator.version >= request.version and not self._waits():
                     return peer
                 if not self._moved.wait(deadline_s - time.monotonic()):
                     return None
@@ -226,6 +256,7 @@ class PeerHost:
             seed=spec.train.seed,
             ordered=not spec.is_local,
             version=step,
+            num_open_steps=2 if spec.pipeline.delayed else 1,
         )
         with self._compute, self._moved:
             for held in self.held.values():
@@ -263,6 +294,12 @@ class PeerHost:
             if state.version != order.step:
                 raise PeerError(f"{self.process} moved on to version {state.version} of stage {order.stage}")
             following = state.compute_next(gradients, lr=order.lr, scale=order.scale, version=order.next_version)
+            for (unit, field), flat in following.flats.items():
+                # The norm of the sums is finite, or nobody would have been asked.
+                if not is_finite(flat):
+                    raise Damaged(
+                        f"{self.process} holds {unit} of stage {order.stage} with a {field} that is no number"
+                    )
             return Have(digest=following.digest)
 
     def _state_at(self, stage: int, version: int) -> StageState:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from strategies.codecs.base import is_finite
 from workers.optim import build_optimizer
-from workers.pipeline.host import PeerError, PeerHost
+from workers.pipeline.host import Damaged, PeerError, PeerHost
 from workers.pipeline.layers import StageModel
 from workers.pipeline.messages import (
     Applied,
@@ -154,9 +155,12 @@ class LocalHost(PeerHost):
             state = self._state_at(peer.stage, order.version)
             known = work.offer
             if known is None or (known.version, known.round_) != (order.version, order.round_):
+                moved = work.displacement(state.flats)
+                if not all(map(is_finite, moved.values())):
+                    raise Damaged(f"{order.peer} has parameters that are not finite, and offers nothing")
                 residuals = self._pieces.publish_work(
                     f"piece/{order.version}/{order.round_}/{order.peer}/0",
-                    work.displacement(state.flats),
+                    moved,
                     work.residuals,
                     counters=(order.version, zlib.crc32(order.peer.encode())),
                 )

@@ -32,6 +32,8 @@ class OpenStep:
     """These microbatches are yours. A higher round of the same step: begin it anew.
 
     `life` grows where steps are taken back: the controller came back, and what peers had made on their own is void.
+    `serial` orders what one life opens where a step may be taken back without its death. `behind`: how many updates
+    the parameters that the step is made with lack: 1 where updates are delayed.
     """
 
     step: int
@@ -41,6 +43,8 @@ class OpenStep:
     first_sample: int
     peers: tuple[PeerPlace, ...]
     life: int = 0
+    serial: int = 0
+    behind: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

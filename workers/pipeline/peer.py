@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from strategies.codecs.base import is_finite
 from workers.pipeline.accumulator import Accumulator, Begin
 from workers.pipeline.boundary import Boundary
 from workers.pipeline.calls import Call, evaluation_of
@@ -49,6 +50,12 @@ class Request:
     other_type: str = "encoded"
     weight: float = 1.0
     round_: int = 0
+    behind: int = 0
+
+    @property
+    def version(self) -> int:
+        """Of the parameters that it is made with: as many updates as there were steps, less those that are delayed."""
+        return self.call.version - self.behind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +89,21 @@ class _Counted:
     shape: tuple[int, ...]
 
 
+class NotFinite(ValueError):
+    """What a call made is not finite: nothing of it counts, and nothing is sent on."""
+
+    def __init__(self, peer: str, call: Call) -> None:
+        super().__init__(peer, call)
+        self.peer, self.call = peer, call
+
+    def __str__(self) -> str:
+        """Who made what."""
+        call = self.call
+        what = "output" if call.direction == "forward" else "a gradient"
+        where = f"microbatch {call.microbatch}: {what} of stage {call.stage}"
+        return f"{where}: a value is nan or infinite, so it is not finite (step {call.step}, {self.peer})"
+
+
 class StagePeer:
     """Computes for one stage.
 
@@ -104,10 +126,11 @@ class StagePeer:
         seed: int = 0,
         ordered: bool = True,
         version: int = 0,
+        num_open_steps: int = 1,
     ) -> None:
         self.name, self.stage = name, stage
         self.model = model
-        self.accumulator = Accumulator(version=version)
+        self.accumulator = Accumulator(version=version, num_open_steps=num_open_steps)
         self.gradients = GradientStore(ordered=ordered)
         self.transport = transport
         # What is counted, apart from what is computed: a withdrawal does not wait for the call under way.
@@ -135,11 +158,12 @@ class StagePeer:
 
     def _forward(self, request: Request, fetched: Fetched | None) -> Reply:
         call = request.call
-        if call.version != self.accumulator.version:
+        if request.version != self.accumulator.version:
             return Reply(begin=Begin.OTHER_VERSION)
         tensors = fetched or self.fetch(request)
         with self._seeded(call), evaluating(self.model, call.step < 0):
             y = forward(self.model, tensors.x)
+            self._must_be_finite(call, y)
             if tensors.other is not None:
                 with torch.no_grad():
                     return Reply(begin=Begin.RUN, loss=float(self._loss_fn(y, tensors.other)))
@@ -148,6 +172,11 @@ class StagePeer:
     def _backward(self, request: Request, fetched: Fetched | None) -> Reply:
         call = request.call
         with self.book:
+            if request.version != self.accumulator.version and request.behind:
+                # Parameters have moved on: this attempt is promised never to count, unless it does already.
+                if self.accumulator.withdraw(call.step, call.microbatch, call.attempt):
+                    return self.reply_again(call)
+                return Reply(begin=Begin.OTHER_VERSION)
             begin = self.accumulator.begin(call.step, call.microbatch, call.attempt)
             if begin is Begin.DONE:
                 return self.reply_again(call)
@@ -157,6 +186,7 @@ class StagePeer:
             result = self._compute(request, fetched or self.fetch(request))
             # Before it counts: a gradient that cannot be sent must not be in the sum.
             gradient = result.input_gradient
+            self._must_be_finite(call, *result.gradients.values(), *([] if gradient is None else [gradient]))
             if gradient is not None and self.stage > 0:
                 self._put(call, gradient)
         except BaseException:
@@ -172,6 +202,11 @@ class StagePeer:
                 shape=() if gradient is None else tuple(gradient.shape),
             )
             return self.reply_again(call)
+
+    def _must_be_finite(self, call: Call, *values: Tensor) -> None:
+        """Who makes what is not a number says so himself: in another peer's result nobody could tell whose it is."""
+        if call.step >= 0 and not all(is_finite(value.detach()) for value in values):
+            raise NotFinite(self.name, call)
 
     def _compute(self, request: Request, fetched: Fetched) -> BackwardResult:
         assert fetched.other is not None, "a backward has a gradient or targets"

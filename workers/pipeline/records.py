@@ -13,7 +13,8 @@ from workers.record_base import Record
 class PipelineGenesisRecord(Record):
     """Version 0 of every stage of a pipeline, or with `version` above 0 the snapshot that it goes on from.
 
-    `sync_steps`: steps that peers make of their own before their stage synchronises; 0: none.
+    `sync_steps`: steps that peers make of their own before their stage synchronises; 0: none. `delayed`: a step may be
+    opened while the one before it is not committed yet.
     """
 
     kind: ClassVar[str] = "pipeline_genesis"
@@ -23,6 +24,7 @@ class PipelineGenesisRecord(Record):
     samples_per_step: int
     version: int = 0
     sync_steps: int = 0
+    delayed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -172,6 +172,7 @@ class TrainerHost(TrainerDesk):
             other_type="int64" if call.stage == last else "encoded",
             weight=1.0 / self._num_microbatches,
             round_=self.round_,
+            behind=self._behind,
         )
 
     def _kept(self, microbatch: int, what: str, stage: int) -> str:

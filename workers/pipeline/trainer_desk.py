@@ -77,7 +77,8 @@ class TrainerDesk(ABC):
             retry_s=retry_s,
             sticky=sticky,
         )
-        self._newest = (0, -1, 0)  # life, step and round that were opened
+        self._newest = (0, 0, -1, 0)  # life, serial, step and round that were opened
+        self._behind = 0  # updates that the parameters of the step lack
         self._evaluation = (0, 0)  # life and number
         # What is under way: a step, or an evaluation.
         self.step, self.round_ = 0, 0
@@ -120,13 +121,13 @@ class TrainerDesk(ABC):
         """A message of the controller; all may be repeated."""
         match message:
             case OpenStep():
-                newest = (message.life, message.step, message.round_)
+                newest = (message.life, message.serial, message.step, message.round_)
                 if newest > self._newest:
-                    self._newest = newest
+                    self._newest, self._behind = newest, message.behind
                     self._begin(message.step, message.round_, message)
             case Evaluate():
                 if (message.life, message.number) > self._evaluation:
-                    self._evaluation = (message.life, message.number)
+                    self._evaluation, self._behind = (message.life, message.number), 0
                     self._begin(evaluation_of(message.version), message.number, message)
             case Peers(peers=peers):
                 self._announce(peers)

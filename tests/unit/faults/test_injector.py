@@ -17,7 +17,7 @@ from orchestrator import injector as module
 from orchestrator.cluster.state import ClusterState
 from orchestrator.errors import UserError
 from orchestrator.events import FaultInjected, FaultNoticed
-from orchestrator.injector import Injector
+from orchestrator.injector import Injector, IslandSite
 from workers.records import FaultRecord, MemberId
 
 NAMES = ("island-0", "island-1", "island-2")
@@ -51,7 +51,7 @@ class Controller:
         )
         self.host = host
         faults = [parse_fault(one, NAMES) if isinstance(one, str) else one for one in plan]
-        self.injector = Injector(faults, cast(Any, host), self.clock, self._actors, lambda: "10.0.0.1:1")
+        self.injector = Injector(faults, IslandSite(cast(Any, host)), self.clock, self._actors, lambda: "10.0.0.1:1")
 
     def _actors(self) -> dict[str, Any]:
         def afflict(name: str) -> Any:

@@ -19,8 +19,8 @@ from orchestrator.cluster.door_client import call
 from orchestrator.cluster.join_string import JoinString
 from orchestrator.cluster.operator import Operator
 from orchestrator.cluster.tokens import new_token
-from orchestrator.controls import tail_of
 from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.log_files import tail_of
 from orchestrator.log_shipping import LogCopy, read_piece
 from orchestrator.places import without_others
 from orchestrator.rundir import RunDir

@@ -374,7 +374,7 @@ def test_a_peer_moves_to_the_slowest_stage(make: Make, expected: tuple[str, ...]
 
 def test_a_peer_that_joins_makes_steps_quicker_after_the_next_look(make: Make) -> None:
     swarm = make("pipeline.microbatches=12", "pipeline.in_flight=12", f"train.tokens={40 * 24 * 16}")
-    swarm.late_s = {"peer-5": 600.0}
+    swarm.late_s = {"peer-5": 300.0}
     swarm.run(lambda: "peer-5" in swarm.processes)
     before = [step.seconds for step in swarm.steps[-4:]]
     assert len(before) == 4, "it began without the one that is late"

@@ -11,7 +11,6 @@ import pytest
 from orchestrator.build import num_islands, resolve
 from orchestrator.config import load_config
 from orchestrator.errors import UserError
-from orchestrator.fault_plan import read_faults
 from orchestrator.journal import open_segment
 from orchestrator.pipeline.commands import Sealed
 from orchestrator.pipeline.plan import check_memory
@@ -46,8 +45,6 @@ def complaint(*overrides: str) -> str:
         ("pipeline.pace_of.peer-6=1.0", "'peer-6'"),
         ("strategy.name=streaming", "strategy.name = 'streaming', and a pipeline"),
         ("run.elastic=true", "run.elastic = True, and a pipeline"),
-        ("notify.command=say", "notify.command = 'say', and a pipeline"),
-        ("metrics.tensorboard=true", "metrics.tensorboard = True, and a pipeline"),
         ("train.device=auto", "train.device = 'auto', and a pipeline"),
         ("codec.error_feedback=true", "codec.error_feedback = True, and a pipeline"),
     ],
@@ -134,13 +131,6 @@ def test_the_newest_complete_snapshot_that_is_committed(tmp_path: Path) -> None:
     found = newest_snapshot(tmp_path, at_most=8)
     assert found is not None and found.version == 2
     assert newest_snapshot(tmp_path / "nothing", at_most=8) is None
-
-
-def test_faults_are_refused_and_not_forgotten() -> None:
-    config = load_config("swarm").config
-    assert read_faults(config, [], []) == ()
-    with pytest.raises(UserError, match="--fault kill:peer-0: what goes wrong in a pipeline cannot be planned"):
-        read_faults(config, ["kill:peer-0"], [])
 
 
 def test_what_a_resumed_pipeline_goes_on_from_is_said(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from orchestrator.artifacts import export, load_anchor, sample
 from orchestrator.config import parse_config
 from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import check_memory, cut_model, outer_states, pipeline_plan, pipeline_spec
@@ -19,11 +22,14 @@ from workers.data.index import load_index
 from workers.data.permutation import sample_ids
 from workers.data.reader import PackReader
 from workers.model.errors import ModelError
+from workers.model.sample import generate
 from workers.model.shape import resolve_shape
 from workers.pipeline.layer_table import LayerRow, LayerTable, read_table
 from workers.pipeline.pieces import token_loss
 from workers.pipeline.user_layers import load_layers
+from workers.pipeline.whole import build_whole
 from workers.records import FenceRecord
+from workers.samples import evenly_spread
 
 NUM_STEPS = 4
 TOML = """
@@ -64,6 +70,7 @@ def make(pack_dir: Path, run_dir: Path, *overrides: str) -> LocalSwarm:
     toml = TOML.replace("VOCAB", str(vocab))
     config = parse_config(toml, overrides=[f"data.path={pack_dir}", tokens, *overrides]).config
     run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.toml").write_text(config.to_toml())
     table = layer_table(config, pack_dir)
     assert table is not None
     table.write(run_dir)
@@ -126,6 +133,28 @@ def test_dropout_and_deaths_change_no_bit(pack_dir: Path, tmp_path: Path) -> Non
     without = make(pack_dir, tmp_path / "without")
     without.run(lambda: len(without.steps) == 1)
     assert without.steps[0].loss != quiet.steps[0].loss, "there was no dropout"
+    _is_what_was_trained(quiet, tmp_path / "quiet", tmp_path / "out")
+
+
+def _is_what_was_trained(swarm: LocalSwarm, run_dir: Path, out: Path) -> None:
+    """Samples and exports are of the model whose loss the run said last."""
+    model = build_whole(swarm.spec)
+    assert model.load_state_dict(load_anchor(run_dir), strict=True) is not None
+    reader = PackReader(swarm.spec.pack)
+    tokens = torch.from_numpy(reader.batch(evenly_spread(reader.num_samples("val"), 4), "val"))
+    model.eval()
+    with torch.no_grad():
+        loss = float(token_loss(model(tokens[:, :-1]), tokens[:, 1:]))
+    assert loss == pytest.approx(replay(swarm.records).evaluations[-1].val_loss, rel=1e-5)
+    text = sample(run_dir, "reef", max_new_tokens=4, temperature=0.0)
+    assert text == generate(model, reader.tokenizer, "reef", 4, 0.0, 0)
+    export(run_dir, out)
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == model.state_dict().keys()
+    assert all(torch.equal(written[name], value) for name, value in model.state_dict().items())
+    told = json.loads((out / "config.json").read_text())
+    assert (told["factory"], told["options"]["width"]) == ("tests.list_model:build", 16)
+    assert (out / "tokenizer.json").exists()
 
 
 def test_a_loss_of_its_own_and_diloco(pack_dir: Path, tmp_path: Path) -> None:

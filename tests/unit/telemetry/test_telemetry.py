@@ -24,7 +24,7 @@ from orchestrator.local import LocalRun
 from orchestrator.metrics import EvalRow, StepRow
 from orchestrator.settings import MetricsConfig
 from orchestrator.telemetry import trackers
-from orchestrator.telemetry.catalogue import ALL, BY_NAME, Sample, sample
+from orchestrator.telemetry.catalogue import ALL, BY_NAME, COMMON, ISLANDS, Sample, sample
 from orchestrator.telemetry.exposition import CONTENT_TYPE, render
 from orchestrator.telemetry.server import MetricsServer, may_ask
 from orchestrator.telemetry.telemetry import Telemetry, target_file
@@ -67,7 +67,7 @@ def test_every_metric_is_served_with_what_the_run_knows(tmp_path: Path) -> None:
     assert status == 200 and kind == CONTENT_TYPE
     families = {family.name: family for family in text_string_to_metric_families(text)}
     served = {one.name for family in families.values() for one in family.samples}
-    assert served == BY_NAME.keys()
+    assert served == {metric.name for metric in (*COMMON, *ISLANDS)}
     values = {(one.name, *one.labels.values()): one.value for f in families.values() for one in f.samples}
     coordinator, name = run.host.coordinator, tmp_path.joinpath("run").name
     assert values["atoll_tokens_committed_total", name] == coordinator.state.samples_committed() * run.host.plan.seq_len
@@ -231,11 +231,11 @@ def test_a_tracker_that_breaks_does_not_stop_the_run(
 ) -> None:
     with caplog.at_level(logging.ERROR, logger="atoll.controller"):
         thread = started(monkeypatch, Stubborn())
-        thread.note(STEP, 1)
-        thread.note(STEP, 2)
+        thread.note(dict(trackers.points(STEP)), 1)
+        thread.note(dict(trackers.points(STEP)), 2)
         thread.stop()
     assert thread.failed and "trackio ends; the run goes on without it" in caplog.text
-    thread.note(STEP, 3)  # nobody reads it any more, and nobody waits
+    thread.note(dict(trackers.points(STEP)), 3)  # nobody reads it any more, and nobody waits
 
 
 def test_a_tracker_that_is_slow_loses_rows_and_counts_them(
@@ -245,7 +245,7 @@ def test_a_tracker_that_is_slow_loses_rows_and_counts_them(
     release = threading.Event()
     thread = started(monkeypatch, Stubborn(release))
     for _ in range(20):
-        thread.note(STEP, 1)
+        thread.note(dict(trackers.points(STEP)), 1)
     assert thread.dropped >= 16
     release.set()
     with caplog.at_level(logging.WARNING, logger="atoll.controller"):
