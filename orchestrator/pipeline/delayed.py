@@ -9,7 +9,7 @@ applied, only then.
 
 What was counted in a step whose update is under way cannot be counted again: its parameters are no more. If some of it
 is lost with a peer before enough holders have the next state, both steps are begun anew, the first of them with the
-parameters of now. Its gradient is not one update late then, so bits depend on who died and when (ADR 65).
+parameters of now. Its gradient is not one update late then, so bits depend on who died and when (ADR 70).
 """
 
 from __future__ import annotations
