@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from strategies.aggregate import decode_accumulate
 from strategies.async_dn import build_async_dn
 from strategies.codecs.backends import Backend, resolve_backend
 from strategies.codecs.base import Codec, PayloadError, read_header
@@ -28,6 +29,7 @@ from strategies.eager import build_eager
 from strategies.errors import SettingError
 from strategies.in_pairs import build_in_pairs
 from strategies.muloco import build_muloco
+from strategies.norm import sum_of_squares
 from strategies.sparseloco import build_sparseloco
 from strategies.strategy import Strategy
 from strategies.streaming import build_streaming
@@ -139,13 +141,17 @@ def decode_payload(
 
 
 def warm_up(codec: Codec, device: torch.device | None = None) -> None:
-    """Encode and decode once, so that no exchange waits for the compiler: 1 to 4 s where numba's cache is empty.
+    """Encode, decode and sum once, so that no exchange waits for the compiler: 1 to 4 s where numba's cache is empty.
 
     On `device` (the CPU). Raises SettingError if a Triton form that runs there writes other bytes than the torch form:
     it has to agree with members that have another one.
     """
     values_N = torch.zeros(codec.block + 1, device=device)
-    codec.decode(codec.encode(values_N), num_values=values_N.numel())
+    payload = codec.encode(values_N)
+    codec.decode(payload, num_values=values_N.numel())
+    sum_of_squares(values_N, backend=codec.backend)
+    total = decode_accumulate(codec, payload, 1.0, None, num_values=values_N.numel())
+    decode_accumulate(codec, payload, 1.0, total.acc_N, num_values=values_N.numel())
     if codec.backend == "triton":
         index_N = torch.arange(64 * codec.block + 3, device=values_N.device)
         spread_N = ((index_N * 7919) % 4099 - 2049).to(torch.float32)

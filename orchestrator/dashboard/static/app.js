@@ -6,7 +6,7 @@ import { eventsList, exchangesPart, ledgerPart, membersTable, stagesPart, tiles 
 import { Timeline } from "./timeline.js";
 
 const $ = (id) => document.getElementById(id);
-const CURVES_MS = 1500, LINKS_MS = 5000, PLAY_MS = 120, PLAY_S = 12;
+const CURVES_MS = 1500, LINKS_MS = 5000, PLAY_MS = 120, PLAY_S = 12, MOST_STEPS = 4;
 const SERIES = ["s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7"];
 const ACTIONS = { pause: "Islands finish their step and wait; nothing is lost.", resume: "Islands go on.", save: "A snapshot of the anchor is written to disk.", stop: "Islands finish their step and save everything; atoll train --resume goes on from there.", drain: "It finishes its step, hands over what it has and leaves the run.", kill: "Its process ends at once, as if it had crashed. What it has not handed in is lost and done again." };
 
@@ -235,10 +235,12 @@ function play(on) {
   setText($("play"), on ? "pause" : "replay");
   if (!on) return;
   const end = (page.newest ?? page.run).end_s;
-  const from = page.at === null || page.at >= end ? 0 : page.at, began = performance.now();
+  let at = page.at === null || page.at >= end ? 0 : page.at, shown = performance.now();
   page.playing = setInterval(() => {
     if (page.moving) return;
-    const at = from + (end * (performance.now() - began)) / (1000 * PLAY_S);
+    const now = performance.now();
+    at += (end * Math.min(now - shown, MOST_STEPS * PLAY_MS)) / (1000 * PLAY_S);  // slower rather than with gaps
+    shown = now;
     if (at >= end) { play(false); moveTo("now"); } else moveTo(at);
   }, PLAY_MS);
 }
