@@ -32,7 +32,7 @@ from workers.store import BlobStore, StoredBlob
 from workers.transport.base import Blob, Transport
 from workers.transport.errors import TransportError
 
-PIECES_AT_ONCE_BYTES = 4 << 20
+PIECES_AT_ONCE_BYTES = 16 << 20
 """Pieces are told of together: each time is a message inside the process, and one to the controller."""
 
 
