@@ -20,8 +20,8 @@ from tests.ray.command import ROOT, Command
 from tests.small_run import TOML
 from workers.records import CommitRecord, FenceRecord, JoinRecord, Record, TermRecord
 
-# It measures no times, only what comes of it: nothing has to be quiet around it.
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+# Ray gives up a node that takes more than 30 s to start: nothing else may start processes meanwhile.
+pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 90.0
 POLL_S = 0.1
