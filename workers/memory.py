@@ -8,6 +8,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,8 @@ class Pages:
                     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 except OSError:  # a system that counts pages before their first use may refuse: each blob for itself
                     return None
-                pages.madvise(mmap.MADV_HUGEPAGE)
+                with suppress(OSError):  # a kernel that knows no huge pages
+                    pages.madvise(mmap.MADV_HUGEPAGE)
             self._lent_bytes += len(pages)
             self._most_bytes = max(self._most_bytes, self._lent_bytes)
             lent = np.frombuffer(pages, dtype=np.uint8)

@@ -85,6 +85,20 @@ def test_a_system_that_refuses_pages_is_no_failure(monkeypatch: pytest.MonkeyPat
     assert Room(8 * MB, pages=Pages()).take(10).size == 10
 
 
+def test_a_kernel_without_huge_pages_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory.mmap, "mmap", Plain)
+    pages = Pages()
+    room = Room(8 * MB, pages=pages)
+    room.take(MB)[:] = 1
+    del room
+    gc.collect()
+    assert pages.free_bytes == 8 * MB
+
+
 def test_the_heap_is_given_back_only_where_much_of_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[int] = []
     monkeypatch.setattr(memory, "_function", lambda name: trimmed.append)
