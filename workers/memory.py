@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORTH_BYTES = 8 << 20
-"""What must have been freed before it is worth a look at the heap."""
+"""What must be free before it is worth giving back."""
 
 KEPT_BYTES = 256 << 20
 """Free heap that stays between two steps: about the activations of a step."""
@@ -48,7 +48,7 @@ def give_back(freed_bytes: int) -> None:
     of 50 M parameters were 200 to 500 MB larger than what they held (glibc; malloc_trim(3)). Does nothing elsewhere.
     """
     trim = _function("malloc_trim")
-    if trim is not None and freed_bytes >= WORTH_BYTES and _free_heap_bytes() > KEPT_BYTES:
+    if trim is not None and freed_bytes >= WORTH_BYTES and _free_heap_bytes() >= WORTH_BYTES:
         trim(0)
 
 
@@ -162,10 +162,10 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def _free_heap_bytes() -> int:
-    """Bytes that the heap holds and nobody uses; more than any where the C library cannot tell (glibc before 2.33)."""
+    """Bytes that the heap holds and nobody uses; enough to look for where the C library cannot tell (glibc < 2.33)."""
     mallinfo2 = _function("mallinfo2")
     if mallinfo2 is None:
-        return KEPT_BYTES + 1
+        return WORTH_BYTES
     mallinfo2.restype = _Mallinfo2
     return int(mallinfo2().fordblks)
 

@@ -99,10 +99,10 @@ def test_a_kernel_without_huge_pages_is_no_failure(monkeypatch: pytest.MonkeyPat
     assert pages.free_bytes == 8 * MB
 
 
-def test_the_heap_is_given_back_only_where_much_of_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heap_is_given_back_only_where_something_of_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[int] = []
     monkeypatch.setattr(memory, "_function", lambda name: trimmed.append)
-    for freed, free, expected in ((1, 1 << 40, 0), (1 << 30, 0, 0), (1 << 30, memory.KEPT_BYTES + 1, 1)):
+    for freed, free, expected in ((1, 1 << 40, 0), (1 << 30, 0, 0), (1 << 30, memory.WORTH_BYTES, 1)):
         monkeypatch.setattr(memory, "_free_heap_bytes", lambda free=free: free)
         memory.give_back(freed)
         assert len(trimmed) == expected
