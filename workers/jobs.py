@@ -58,19 +58,23 @@ class MemberStore(BlobStore):
 
 
 class Pieces:
-    """Which chunks of a fetch have come and been told of. Thread-safe."""
+    """Which chunks of a fetch have come and been told of. Thread-safe; nothing counts that comes after the end."""
 
     def __init__(self, *, sum_bytes: int) -> None:
         """`sum_bytes`: of how many bytes together it is worth telling."""
         self._lock, self._sum_bytes = threading.Lock(), sum_bytes
         self._here: list[int] = []
         self._here_bytes = 0
+        self._ended = False
         self.told: set[int] = set()
         self.wrong: list[int] = []  # other content than was announced
 
-    def add(self, chunk: int, num_bytes: int) -> tuple[int, ...]:
-        """A chunk has come; those to tell of now, if any."""
+    def add(self, chunk: int, num_bytes: int, put: Callable[[], object]) -> tuple[int, ...]:
+        """A chunk has come and is kept by `put`; those to tell of now, if any."""
         with self._lock:
+            if self._ended:
+                return ()
+            put()
             self._here.append(chunk)
             self._here_bytes += num_bytes
             if self._here_bytes < self._sum_bytes:
@@ -78,6 +82,12 @@ class Pieces:
             several, self._here, self._here_bytes = tuple(sorted(self._here)), [], 0
             self.told.update(several)
             return several
+
+    def end(self) -> tuple[int, ...]:
+        """The fetch is over; those that were kept and that nobody was told of."""
+        with self._lock:
+            self._ended = True
+            return tuple(self._here)
 
 
 def piece_key(fragment: int, offer: object, chunk: int) -> str:
@@ -199,21 +209,28 @@ class Jobs:
             if blob.digest != c.offer.chunk_digests[chunk]:
                 here.wrong.append(chunk)
                 return
-            self.store.put(blob.key, blob.data, digest_hex=blob.digest)
-            several = here.add(chunk, blob.data.nbytes)
+            several = here.add(
+                chunk, blob.data.nbytes, lambda: self.store.put(blob.key, blob.data, digest_hex=blob.digest)
+            )
             if several and self.post is not None:
                 self.post(ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=several))
 
         try:
             self._fetch(c.address, list(keys), self._chunk_bytes(c.fragment, len(keys)), on_blob=arrived)
         except TransportError as error:
+            self._drop_untold(c.fragment, offer, here)
             rest = tuple(chunk for chunk in c.chunks if chunk not in here.told)
             return ev.PiecesFailed(fragment=c.fragment, offer=offer, chunks=rest, why=str(error))
         if here.wrong:
+            self._drop_untold(c.fragment, offer, here)
             why = f"chunk {here.wrong[0]} is not what was announced"
             return ev.PieceRejected(fragment=c.fragment, offer=offer, why=why)
         rest = tuple(chunk for chunk in c.chunks if chunk not in here.told)
         return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=rest)
+
+    def _drop_untold(self, fragment: int, offer: OfferId, here: Pieces) -> None:
+        """The machine forgets what it was told of; what it does not know of would stay for good."""
+        self.store.discard_keys(piece_key(fragment, offer, chunk) for chunk in here.end())
 
     def reduce(self, c: ev.Reduce) -> ev.Event | None:
         """Reduce own chunks of the roster and publish the results, or measure its distances."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,30 @@ def test_pieces_are_told_of_as_they_come(fail_after: int | None, monkeypatch: py
     assert isinstance(first, ev.PiecesFetched) and first.chunks == (0, 1)
     assert isinstance(last, ev.PiecesFailed if fail_after else ev.PiecesFetched) and last.chunks == (2,)
     assert all(mine.find(piece_key(0, first.offer, chunk)) is not None for chunk in first.chunks)
+
+
+def test_what_a_fetch_that_failed_did_not_tell_of_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what comes when it is over: a stream that is abandoned may still bring a blob."""
+    replica, theirs, mine = replica_of("fp32"), MemberStore(), MemberStore()
+    _, assign = offered(replica, theirs)
+    jobs, told = jobs_of(replica, mine), list[ev.Event]()
+    late: list[Callable[[], None]] = []
+    source = InParts(theirs, fail_after=1)
+
+    class Late(InParts):
+        def fetch(self, address: str, keys: Sequence[str], **how: Any) -> list[Blob]:
+            found = theirs.find(keys[2])
+            assert found is not None
+            blob = Blob(key=keys[2], data=np.frombuffer(found.data, np.uint8).copy(), digest=found.digest)
+            late.append(lambda: how["on_blob"](blob))
+            return source.fetch(address, keys, **how)
+
+    jobs.transport, jobs.post = Late(theirs), told.append  # type: ignore[assignment]
+    by, _, offer = assign.offers[0]
+    event = jobs.fetch_pieces(ev.FetchPieces(fragment=0, offer_by=by, address="a", offer=offer, chunks=(0, 1, 2)))
+    assert isinstance(event, ev.PiecesFailed) and event.chunks == (0, 1, 2) and not told
+    late[0]()
+    assert not mine.keys("piece") and not told
 
 
 def test_a_piece_with_other_content_than_announced_is_refused() -> None:
