@@ -31,7 +31,7 @@ def local_training(
 ) -> Strategy:
     """Return what DiLoCo and its descendants share: displacements after `rounds` local steps, and an outer step."""
     check_divides(config.inner_steps, config.total_fragments)
-    outer = build_outer(config)
+    outer = build_outer(config, codec.backend)
     return Strategy(
         name=config.name,
         contribution="displacement",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,18 @@ def integer_power(base: float, exponent: int) -> float:
         base *= base
         exponent >>= 1
     return result
+
+
+def square_root(values: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the square root of each value, rounded once; `out` may be `values`.
+
+    On CPUs by numpy, which uses the processor's own instruction: `torch.sqrt` is not the same everywhere (ADR 74).
+    """
+    if not values.is_cpu:
+        return torch.sqrt(values, out=out)
+    target = torch.empty_like(values) if out is None else out
+    np.sqrt(values.numpy(), out=target.numpy())
+    return target
 
 
 def values_per_pass(like: Tensor) -> int:

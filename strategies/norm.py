@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies.codecs.backends import Backend, load_kernels
-from strategies.elementwise import scalar_like, values_per_pass
+from strategies.elementwise import scalar_like, square_root, values_per_pass
 
 CLIP_EPS = 1e-6
 # Part of the definition of the sum, the same on every device: another width is another order of additions.
@@ -109,6 +109,6 @@ def clip_scale(chunks: Iterable[Tensor], max_norm: float) -> Tensor | None:
         total = squares if total is None else torch.add(total, squares)
     if total is None:
         return None
-    norm = torch.add(torch.sqrt(total), scalar_like(CLIP_EPS, total))
+    norm = torch.add(square_root(total), scalar_like(CLIP_EPS, total))
     factor = torch.div(scalar_like(max_norm, total), norm)
     return torch.minimum(factor, scalar_like(1.0, total)).to(torch.float32)

@@ -4,7 +4,7 @@ Sources: DiLoCo (arXiv 2311.08105), algorithm 1, line 14, with Nesterov momentum
 AdamW (arXiv 1711.05101), algorithm 2, in the order of torch.optim.AdamW.
 
 Every member computes the outer step by itself and all must get the same bits: only elementwise multiply, add,
-subtract, divide and square root, each rounded once, with tensor scalars. No `alpha=`, `lerp`, `addcmul`, fused or
+subtract, divide and `square_root`, each rounded once, with tensor scalars. No `alpha=`, `lerp`, `addcmul`, fused or
 foreach kernels, no sums (measured: these give other bits under AVX2 than without). Elementwise also means that
 a fragment may be stepped chunk by chunk. Suffix: N = values of a chunk; names without it: the values of one pass.
 """
@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from strategies.elementwise import integer_power, new_scratch, passes, scalar_like
+from strategies.codecs.backends import Backend, load_kernels
+from strategies.elementwise import integer_power, new_scratch, passes, scalar_like, square_root
 from strategies.fragments import FragmentSpec
 from strategies.norm import clip_scale
 
@@ -67,10 +68,14 @@ class OuterStep(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nesterov:
-    """`b <- mu b + g`, then `anchor <- anchor - lr (g + mu b)`: torch.optim.SGD(nesterov=True), one state."""
+    """`b <- mu b + g`, then `anchor <- anchor - lr (g + mu b)`: torch.optim.SGD(nesterov=True), one state.
+
+    With `backend` "numba" a step on a CPU is made by compiled code (`codecs.numba_outer`): the same bits.
+    """
 
     lr: float
     momentum: float
+    backend: Backend = "torch"
 
     @property
     def num_states(self) -> int:
@@ -97,6 +102,10 @@ class Nesterov:
         """See `OuterStep.step`."""
         (buffer_N,) = states
         next_N, (next_buffer_N,) = out or _new(anchor_N, 1)
+        if self.backend == "numba" and anchor_N.is_cpu:
+            arrays = (values.numpy() for values in (anchor_N, buffer_N, g_N))
+            load_kernels("numba_outer").nesterov(*arrays, self.lr, self.momentum, next_N.numpy(), next_buffer_N.numpy())
+            return next_N, (next_buffer_N,)
         lr, momentum, scratch = scalar_like(self.lr, anchor_N), scalar_like(self.momentum, anchor_N), new_scratch(g_N)
         for part in passes(g_N):
             g = g_N[part]
@@ -189,7 +198,7 @@ class OuterAdamW:
             g = torch.mul(g_N[part], factor, out=scratch[:num])
             first = _blend(states[0][part], g, self.beta1, scratch2[:num], next_states[0][part])
             second = _blend(states[1][part], g.mul_(g), self.beta2, scratch2[:num], next_states[1][part])
-            denominator = torch.sqrt(second, out=scratch[:num]).div_(correction).add_(eps)
+            denominator = square_root(second, out=scratch[:num]).div_(correction).add_(eps)
             update = torch.div(first, denominator, out=scratch2[:num]).mul_(step_size)
             anchor = next_N[part].copy_(anchor_N[part])
             if self.weight_decay > 0:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from strategies.elementwise import integer_power, new_scratch, passes, scalar_like
+from strategies.elementwise import integer_power, new_scratch, passes, scalar_like, square_root
 from strategies.fragments import FragmentSpec
 from strategies.outer import States, Stepped
 
@@ -66,7 +66,7 @@ class OuterAdam:
             first = torch.mul(first_N[part], keep1, out=next_first_N[part]).add_(torch.mul(g, take1, out=one))
             square = torch.mul(g, g, out=one).mul_(take2)
             second = torch.mul(second_N[part], keep2, out=next_second_N[part]).add_(square)
-            denominator = torch.sqrt(second, out=one).div_(correction).add_(eps)
+            denominator = square_root(second, out=one).div_(correction).add_(eps)
             update = torch.div(first, denominator, out=two).mul_(step_size)
             torch.sub(anchor_N[part], update, out=next_N[part])
         return next_N, (next_first_N, next_second_N)

@@ -30,6 +30,7 @@ from strategies.errors import SettingError
 from strategies.in_pairs import build_in_pairs
 from strategies.muloco import build_muloco
 from strategies.norm import sum_of_squares
+from strategies.outer import Nesterov
 from strategies.sparseloco import build_sparseloco
 from strategies.strategy import Strategy
 from strategies.streaming import build_streaming
@@ -141,7 +142,7 @@ def decode_payload(
 
 
 def warm_up(codec: Codec, device: torch.device | None = None) -> None:
-    """Encode, decode and sum once, so that no exchange waits for the compiler: 1 to 4 s where numba's cache is empty.
+    """Encode, decode, sum and step once, so that no exchange waits for the compiler: 1 to 4 s with an empty cache.
 
     On `device` (the CPU). Raises SettingError if a Triton form that runs there writes other bytes than the torch form:
     it has to agree with members that have another one.
@@ -152,6 +153,8 @@ def warm_up(codec: Codec, device: torch.device | None = None) -> None:
     sum_of_squares(values_N, backend=codec.backend)
     total = decode_accumulate(codec, payload, 1.0, None, num_values=values_N.numel())
     decode_accumulate(codec, payload, 1.0, total.acc_N, num_values=values_N.numel())
+    outer = Nesterov(lr=1.0, momentum=0.5, backend=codec.backend)
+    outer.step(values_N, (values_N.clone(),), values_N, scale=None, version=0, progress=0.0)
     if codec.backend == "triton":
         index_N = torch.arange(64 * codec.block + 3, device=values_N.device)
         spread_N = ((index_N * 7919) % 4099 - 2049).to(torch.float32)

@@ -27,7 +27,7 @@ from strategies.decoupled import RadialSum, direction_weight
 from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.merge import advance_included, carry_over, rebase
 from strategies.norm import sum_of_squares
-from strategies.outer import OuterStep
+from strategies.outer import OuterStep, Stepped
 from strategies.outer_choice import mean_of_results
 from strategies.registry import decode_payload, decoder_of
 from strategies.robust import Recipe
@@ -333,13 +333,13 @@ class Replica:
 
     def _step(
         self, fragment: int, where: slice, payload: Tensor, scale: Tensor | None, n: int, base_samples: int,
-        base: tuple[Tensor, tuple[Tensor, ...]] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        base: Stepped | None = None, out: Stepped | None = None,
+    ) -> Stepped:  # fmt: skip
         part = self.parts[fragment]
         anchor, states = base or (part.anchor[where], tuple(s[where] for s in part.states))
         return self.outer_of(fragment, n, base_samples).step(
             anchor, states, self._decode(payload, where, fragment), scale=scale, version=n,
-            progress=self._progress(base_samples), spec=self.specs[fragment], start=where.start,
+            progress=self._progress(base_samples), spec=self.specs[fragment], start=where.start, out=out,
         )  # fmt: skip
 
     def apply(
@@ -359,25 +359,37 @@ class Replica:
         """
         spec, part = self.specs[fragment], self.parts[fragment]
         digests: list[str] = []
+        lands = self._lands_on_anchor(part, included=included)
         with self.lock:
             scale = self._scale(fragment, payloads, part.n, base_samples)
             for chunk, payload in enumerate(payloads):
                 where = spec.chunk_slice(chunk)
-                anchor_C, states = self._step(fragment, where, payload, scale, part.n, base_samples)
-                self._move(part, spec, where, anchor_C, included=included)
-                part.anchor[where] = anchor_C
-                for state, new in zip(part.states, states, strict=True):
-                    state[where] = new
-                digests += [digest(as_bytes(values)) for values in (anchor_C, *states)]
+                now_C = part.anchor[where], tuple(state[where] for state in part.states)
+                if lands:
+                    self._step(fragment, where, payload, scale, part.n, base_samples, out=now_C)
+                    scatter(spec, now_C[0], self.tensors, values=where)
+                else:
+                    anchor_C, states = self._step(fragment, where, payload, scale, part.n, base_samples)
+                    self._move(part, spec, where, anchor_C, included=included)
+                    for held, new in zip((now_C[0], *now_C[1]), (anchor_C, *states), strict=True):
+                        held.copy_(new)
+                digests += [digest(as_bytes(values)) for values in (now_C[0], *now_C[1])]
             part.n, part.chain = n, chain
         self._conclude(part, included=included)
         if combine(digests) != sealed:
             raise StateTorn(f"fragment {fragment} version {n}: applied state differs from the sealed digest")
 
-    def _move(self, part: Part, spec: FragmentSpec, where: slice, new_C: Tensor, *, included: bool) -> None:
+    def _lands_on_anchor(self, part: Part, *, included: bool) -> bool:
+        """Whether live parameters become the next anchor, whatever they are now: then nobody needs the last one.
+
+        So it is with gradients, and where nobody has trained on since the contribution was cut (`advance_included`).
+        """
         if self.strategy.contribution == "gradient":
-            scatter(spec, new_C, self.tensors, values=where)
-            return
+            return True
+        waited = part.displacement is None and part.due is None
+        return included and waited and self.strategy.in_flight == "keep" and self.strategy.merge_alpha == 0.0
+
+    def _move(self, part: Part, spec: FragmentSpec, where: slice, new_C: Tensor, *, included: bool) -> None:
         theta_C = gather(spec, self.tensors, values=where)
         if self.strategy.in_flight != "keep":
             carry_over(theta_C, own_anchor(part, part.anchor[where], where), own_anchor(part, new_C, where))

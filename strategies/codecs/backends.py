@@ -21,7 +21,7 @@ BackendChoice = Literal["auto", "torch", "numba", "triton"]
 REMEDY = "`pip install 'atoll[fast]'` installs it"
 TRITON_REMEDY = "it comes with torch for CUDA"
 TRITON_CODECS = ("int8", "int4", "fp4", "e3m0")
-Kernels = Literal["numba_dense", "numba_sparse", "numba_sums", "triton_dense"]
+Kernels = Literal["numba_dense", "numba_sparse", "numba_sums", "numba_outer", "triton_dense"]
 
 
 def resolve_backend(choice: BackendChoice) -> tuple[Backend, str | None]:

@@ -12,10 +12,10 @@ import strategies
 FORBIDDEN = {
     "lerp", "addcmul", "addcdiv", "addmm", "addmv", "addr", "baddbmm", "matmul", "mm", "bmm", "mv", "dot", "vdot",
     "einsum", "tensordot", "inner", "linear", "sum", "nansum", "mean", "prod", "cumsum", "norm", "vector_norm", "var",
-    "std", "logsumexp", "softmax", "exp", "log", "pow", "rsqrt", "reciprocal", "sin", "cos", "tanh", "compile",
+    "std", "logsumexp", "softmax", "exp", "log", "pow", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "compile",
     "randn", "rand", "normal_", "optim", "set_flush_denormal",
 }  # fmt: skip
-EXACT = {("math", "prod")}  # of integers
+EXACT = {("math", "prod"), ("math", "sqrt"), ("np", "sqrt")}  # of integers; rounded once
 SOURCES = sorted(Path(next(iter(strategies.__path__))).rglob("*.py"))
 
 
@@ -39,11 +39,24 @@ def violations(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_only_operations_with_one_rounding(path: Path) -> None:
-    assert violations(path.read_text(encoding="utf-8")) == []
+    found = violations(path.read_text(encoding="utf-8"))
+    if path.name == "elementwise.py":  # `square_root`: CUDA's is rounded once
+        assert [text.split()[-1] for text in found] == [".sqrt"]
+    else:
+        assert found == []
 
 
 @pytest.mark.parametrize(
-    "line", ["x.add_(y, alpha=2)", "torch.lerp(x, y, w)", "x.addcmul_(y, z)", "x @ y", "x.sum()", "torch.optim.SGD"]
+    "line",
+    [
+        "x.add_(y, alpha=2)",
+        "torch.lerp(x, y, w)",
+        "x.addcmul_(y, z)",
+        "x @ y",
+        "x.sum()",
+        "torch.optim.SGD",
+        "x.sqrt()",
+    ],
 )
 def test_the_rule_sees(line: str) -> None:
     assert len(violations(line)) == 1

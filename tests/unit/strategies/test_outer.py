@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strategies.elementwise import PASS_VALUES, integer_power
+from strategies.elementwise import PASS_VALUES, integer_power, square_root
 from strategies.fragments import TensorSpec, gather, plan_fragments
 from strategies.norm import clip_scale, halving_sum, sum_of_squares
 from strategies.outer import Average, Nesterov, OuterAdamW, OuterStep, States
@@ -125,8 +125,14 @@ def test_decay_without_fragment_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "outer",
-    [Nesterov(lr=0.7, momentum=0.9), Average(), Average(num_states=1), settings_of_adamw(0.01, 0.0)],
-    ids=["nesterov", "average", "average-1", "adamw"],
+    [
+        Nesterov(lr=0.7, momentum=0.9),
+        Nesterov(lr=0.7, momentum=0.9, backend="numba"),
+        Average(),
+        Average(num_states=1),
+        settings_of_adamw(0.01, 0.0),
+    ],
+    ids=["nesterov", "nesterov-numba", "average", "average-1", "adamw"],
 )
 def test_chunks_and_in_place_give_the_same_bits_and_arguments_stay(outer: OuterStep) -> None:
     num = 2 * PASS_VALUES + 1001
@@ -146,6 +152,33 @@ def test_chunks_and_in_place_give_the_same_bits_and_arguments_stay(outer: OuterS
             outer.step(*views, g[part], scale=None, version=5, progress=0.3, spec=spec, start=start, out=views)
         assert torch.equal(in_place, whole)
         assert all(torch.equal(x, y) for x, y in zip(in_place_states, whole_states, strict=True))
+
+
+@pytest.mark.parametrize("num", [0, 1, 7, 1000, 2 * PASS_VALUES + 1001])
+def test_the_compiled_step_has_the_bits_of_the_plain_one(num: int) -> None:
+    sizes = torch.logspace(-42, 37, num) if num else torch.ones(0)  # subnormal to almost infinite
+    anchor, g, buffer = (gaussian(num, seed) * sizes for seed in (0, 1, 2))
+    if num > 7:
+        anchor[1], g[2], buffer[3], g[4], anchor[5] = math.inf, math.nan, -math.inf, -0.0, -0.0
+    for lr, momentum in ((0.7, 0.9), (1.0, 0.0), (1e-3, 0.999)):
+        found = run(Nesterov(lr=lr, momentum=momentum, backend="numba"), anchor, [g, buffer, g])
+        wanted = run(Nesterov(lr=lr, momentum=momentum), anchor, [g, buffer, g])
+        for x, y in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+            either_nan = torch.isnan(x) & torch.isnan(y)
+            assert torch.equal(x.view(torch.int32)[~either_nan], y.view(torch.int32)[~either_nan])
+
+
+@pytest.mark.parametrize("num", [1, 100, 200_000])
+def test_a_square_root_is_the_nearest_number(num: int) -> None:
+    values = gaussian(num).abs()
+    exact = values.double()
+    found = square_root(values)
+    for nearby in (torch.nextafter(found, torch.tensor(0.0)), torch.nextafter(found, torch.tensor(math.inf))):
+        between = (found.double() + nearby.double()) / 2  # exact, and so is the comparison: 25 bits squared are 50
+        below = found > nearby
+        assert torch.all(torch.where(below, between * between <= exact, between * between >= exact))
+    assert square_root(values, out=values) is values and torch.equal(values, found)
+    assert float(square_root(torch.tensor(2.0, dtype=torch.float64))) == math.sqrt(2.0)
 
 
 def test_zero_gradient_keeps_the_anchor_to_the_bit() -> None:

@@ -48,7 +48,7 @@ def test_diloco_is_the_record_that_its_settings_say() -> None:
     strategy = build(inner_steps=30, outer_lr=0.8, outer_momentum=0.5, num_fragments=3, pattern="sequential")
     assert (strategy.name, strategy.contribution) == ("diloco", "displacement")
     assert strategy.inner_steps(0.0) == strategy.inner_steps(1.0) == 30
-    assert strategy.outer_at(0.3) == Nesterov(lr=0.8, momentum=0.5)
+    assert strategy.outer_at(0.3) == Nesterov(lr=0.8, momentum=0.5, backend=strategy.codec.backend)
     assert (strategy.num_states, strategy.num_fragments, strategy.pattern) == (1, 3, "sequential")
     assert (strategy.overlap_steps, strategy.merge_alpha, strategy.merge_kappa) == (0, 0.0, 1.0)
     assert strategy.codec.name == "int8"
