@@ -40,6 +40,8 @@ FP32 = 4
 # Payloads that a member holds at most: its contribution, the newest result and the one before it. With two states of
 # 4 bytes this is what `make bench` finds in memory beside a bare loop (benchmarks/results/memory.json, within 10 %).
 PAYLOADS_HELD = 3
+# What Ray, Arrow Flight and compiled kernels take in a process beside torch: 33, 38 and 121 MB, and some free heap.
+PROCESS_BYTES = 200_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,7 @@ class Traffic:
     overlap_steps   steps that an exchange may take before anybody waits for it; 0: it is waited for
     round_trips     of latency in each exchange
     peers           members that one of them exchanges bytes with
-    memory_bytes    at each member beside activations
+    memory_bytes    at each member beside torch itself and activations
     """
 
     exchanges: tuple[int, ...]
@@ -207,7 +209,10 @@ def overlap_of(config: RunConfig) -> int:
 
 
 def memory_bytes(case: Case, config: RunConfig, *, payloads: int) -> int:
-    """What one island holds without activations: parameters, gradients, moments, anchor, outer states, payloads."""
+    """What one island holds beside torch itself and activations.
+
+    Parameters, gradients, moments, anchor, outer states, payloads, and what else the process needs.
+    """
     moments = {"adamw": 2, "muon": 1}[config.train.optimizer]
     if config.strategy.name == "ddp":
         vectors = 2 + 1 + 2  # parameters and gradients; the anchor; the moments are outer states
@@ -216,7 +221,7 @@ def memory_bytes(case: Case, config: RunConfig, *, payloads: int) -> int:
         vectors += config.strategy.own_pace  # what came since the momentum was taken
         vectors += config.strategy.name in WHOLE_ROUND  # the contribution that is under way
     feedback = 2 if config.codec.error_feedback else 0  # the residual, and the one that the open exchange may make
-    return FP32 * case.num_params * (vectors + feedback) + payloads
+    return FP32 * case.num_params * (vectors + feedback) + payloads + PROCESS_BYTES
 
 
 def codecs_of(config: CodecConfig) -> tuple[Codec, Codec]:
