@@ -187,7 +187,8 @@ Command = Write | Order | Tell | Start | End | StepDone | Sealed | GoBack | Fini
 class Layout:
     """What the controller knows of the cut: no shapes, no torch.
 
-    `chunks`: unit -> number of its chunks; `stages_of`: unit -> the stages that contribute to it, owner first.
+    `chunks`: unit -> number of its chunks; `stages_of`: unit -> the stages that contribute to it, owner first;
+    `seconds`: of a microbatch in each stage, where they were measured.
     """
 
     num_stages: int
@@ -196,8 +197,14 @@ class Layout:
     params: tuple[int, ...]
     stage_bytes: tuple[int, ...]
     is_tied: bool
+    seconds: tuple[float, ...] = ()
 
     @property
     def num_params(self) -> int:
         """Of the whole model."""
         return sum(self.params)
+
+    @property
+    def work(self) -> tuple[float, ...]:
+        """What a microbatch costs in each stage: as measured, else by parameters."""
+        return self.seconds or tuple(map(float, self.params))

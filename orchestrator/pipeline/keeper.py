@@ -119,15 +119,15 @@ class StageKeeper:
     def _needs(self) -> list[StageNeed]:
         """What a microbatch costs: forward and backward, in the last stage a backward alone, which runs its forward."""
         calls = [FORWARD_SIZE + BACKWARD_SIZE] * (self.layout.num_stages - 1) + [BACKWARD_SIZE]
-        three = zip(self.layout.params, self.layout.stage_bytes, calls, strict=True)
-        return [StageNeed(work=params * size, bytes=num_bytes) for params, num_bytes, size in three]
+        three = zip(self.layout.work, self.layout.stage_bytes, calls, strict=True)
+        return [StageNeed(work=work * size, bytes=num_bytes) for work, num_bytes, size in three]
 
     def _powers(self) -> list[PeerPower]:
         """Peers with their speeds: measured where they served, else as configured."""
         known: dict[str, float] = {}
         for peer in self.roster.peers.values():
             if peer.throughput is not None and peer.stage is not None:
-                known[peer.process] = peer.throughput * self.layout.params[peer.stage]
+                known[peer.process] = peer.throughput * self.layout.work[peer.stage]
         usual = sorted(known.values())[len(known) // 2] if known else 1.0
         return [
             PeerPower(

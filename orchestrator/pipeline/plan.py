@@ -223,6 +223,7 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
             peer_bytes(stage, size, activation_bytes=widest, buddy_params=largest) for stage in spec.stages
         ),
         is_tied=spec.is_tied,
+        seconds=tuple(stage.seconds for stage in spec.stages) if config.pipeline.split == "time" else (),
     )
     return PipelinePlan(
         layout=layout,

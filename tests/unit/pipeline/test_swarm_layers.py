@@ -218,3 +218,12 @@ def test_the_decoder_is_measured_layer_by_layer(pack_dir: Path) -> None:
     table = layer_table(config, pack_dir)
     assert table is not None and table.is_decoder and len(table.rows) == 4
     assert all(row.seconds > 0 and row.saved_bytes > 0 for row in table.rows)
+
+
+def test_peers_are_placed_by_what_stages_cost_where_that_was_measured(pack_dir: Path, tmp_path: Path) -> None:
+    config = parse_config(TIMED, overrides=[f"data.path={pack_dir}"]).config
+    spec = pipeline_spec(config, run_id="run", run_dir=tmp_path, pack=pack_dir)
+    layout = pipeline_plan(config, spec, tmp_path).layout
+    assert layout.work == layout.seconds == tuple(stage.seconds for stage in spec.stages)
+    by_size = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"split": "params"})})
+    assert pipeline_plan(by_size, spec, tmp_path).layout.work == tuple(stage.num_params for stage in spec.stages)
