@@ -1,10 +1,11 @@
 """Whether an exchange of a pair takes longer the more members there are: `python -m benchmarks.gossip_sync`, a minute.
 
 Production pair machines, pair book and Arrow Flight transports on real sockets, one thread a member; every member's
-uplink carries 50 Mbit/s, and every fetch takes a round trip. Control messages go through one controller, which handles
-one after the other, as in a run. Payloads are 1 MB that stand for a model: training would compete for the cores of this
-one machine, as members on machines of their own do not, and so pairs begin a little after one another. Then the same in
-virtual time, up to 1,024 members; and what a member costs that dies after its send point.
+uplink carries 50 Mbit/s, and every fetch of a payload takes a round trip. Members of a pair talk to each other as in a
+run (`workers/pair_mail.py`); one controller gives out rosters and hears reports, one after the other. Payloads are
+1 MB that stand for a model: training would compete for the cores of this one machine, as members on machines of their
+own do not, and so pairs begin a little after one another. Then the same in virtual time, up to 1,024 members; and what
+a member costs that dies after its send point.
 
 Every size that is measured is kept in `results/gossip_sync.json` at once, and not measured again (`--fresh`).
 Goals: under 5 % from 4 members to 16, and to 1,024 simulated; a dead member costs its partner one pair timeout, and
@@ -36,6 +37,7 @@ from orchestrator.simulation.pairs import simulate_pairs
 from strategies.topology import random_groups
 from workers import pair as p
 from workers.digest import digest
+from workers.pair_mail import Heard, PairMail
 from workers.records import MemberId
 from workers.store import BlobStore
 from workers.transport.errors import TransportError
@@ -55,10 +57,15 @@ class Member:
         self.world = world
         self.me = MemberId(name=f"m{number:04d}", incarnation=1)
         self.machine = p.PairMachine(me=self.me)
-        self.events: queue.SimpleQueue[p.Event | None] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[p.Event | Heard | None] = queue.SimpleQueue()
         self.store = BlobStore()
         self.transport = FlightTransport(self.store, host="127.0.0.1", token=world.token, num_connections=1)
+        self.mail = PairMail(
+            store=self.store, transport=self.transport, do=self._beside,
+            retry_s=p.PAIR_TIMEOUT_S / p.RETRIES_PER_TIMEOUT, waits=True,
+        )  # fmt: skip
         self.linked: Any = None
+        self.address = ""
         self.timers: list[tuple[float, p.Event]] = []
         self.began_s = 0.0
         self.took: list[tuple[float, bool]] = []
@@ -76,7 +83,20 @@ class Member:
         """As a process that is gone: it says nothing more, and nobody can fetch from it."""
         self.events.put(None)
         self.thread.join()
+        self.mail.close()
         self.transport.stop()
+
+    def _beside(self, job: Callable[[], Heard | None]) -> None:
+        def done() -> None:
+            if (heard := job()) is not None:
+                self.events.put(heard)
+
+        self.world.pool.submit(done)
+
+    def _listen(self) -> None:
+        talks = self.machine.state in ("collecting", "ready") and self.machine.pair is not None
+        pairs = (self.machine.pair,) if talks else ()
+        self.mail.listen(self.me, pairs, lambda member: self.world.members[member.name].address)  # type: ignore[arg-type]
 
     def _live(self) -> None:
         while True:
@@ -88,13 +108,15 @@ class Member:
                 self.timers.remove((until, event))
             if event is None:
                 return
-            for command in self.machine.handle(event):
+            said = self.mail.hear(event) if isinstance(event, Heard) else event
+            for command in self.machine.handle(said) if said is not None else ():
                 self._obey(command)
+            self._listen()
 
     def _obey(self, command: p.Command) -> None:
         match command:
             case p.Say(to=to, message=message):
-                self.world.post(lambda: self.world.members[to.name].events.put(message))
+                self.mail.say(to, message)
             case p.Tell(message=message):
                 self.world.post(lambda: self.world.told(message))
             case p.FetchPayload(offer=offer):
@@ -108,7 +130,7 @@ class Member:
                 self.took.append((time.monotonic() - self.began_s, isinstance(command, p.Apply)))
 
     def _fetch(self, offer: p.Offer) -> None:
-        peer = self.world.members[offer.sender.name].transport.address
+        peer = self.world.members[offer.sender.name].address
         try:
             (blob,) = self.linked.fetch(
                 peer, [f"gossip/{offer.pair.round_}"], timeout_s=5.0, max_bytes=PAYLOAD_BYTES
@@ -127,11 +149,12 @@ class World:
         """Starts everything; `close` ends it."""
         self.token = secrets.token_hex(16)
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.pool = ThreadPoolExecutor(num)
+        self.pool = ThreadPoolExecutor(4 * num)  # for each member: what it listens to, and what it fetches
         self.book = pairing.PairBook(topology=lambda names, round_: random_groups(names, seed=1, round_=round_))
         self.members = {member.me.name: member for member in (Member(self, number) for number in range(num))}
         for member in self.members.values():
             member.transport.start()
+            member.address = member.transport.address
         links = {member.transport.address: Link(BYTES_PER_S) for member in self.members.values()}
         for member in self.members.values():
             member.linked = LinkedTransport(member.transport, links)

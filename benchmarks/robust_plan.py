@@ -19,6 +19,8 @@ GROSS = ("sign_flip", "scale", "noise", "nan", "lying_owner")
 STEALTHY = ("little_is_enough", "inner_product", "copy_cat", "label_flip")
 RULES = ("mean", "clip", "median", "trimmed", "krum", "centered_clip", "nnm")
 PRESET = "clip"  # of robust.toml
+WIDE: Settings = {"robust.clip_times": 2.0}
+"""For packs whose contributions are always longer than others'."""
 STEPS, INNER_STEPS, SEEDS = 720, 30, (1, 2, 3)
 OUTER: Settings = {"strategy.outer_lr": 0.9, "strategy.outer_momentum": 0.7}
 """What the sweep of `make bench-quality` found for rounds of so many steps."""
@@ -48,6 +50,7 @@ class Job:
     attack: str = ""
     verify: bool = False
     skewed: bool = False
+    wide: bool = False
     gossip: str = ""
     tuned: bool = False
 
@@ -61,6 +64,7 @@ class Job:
             "verify" * self.verify,
             self.attack or "clean",
             "skewed" * self.skewed,
+            "wide" * self.wide,
             "tuned" * self.tuned,
         )
         return "/".join(part for part in parts if part)
@@ -96,6 +100,7 @@ class Job:
             "robust.verify": self.verify,
             **(GOSSIP[self.gossip] if self.gossip else TUNED if self.tuned else OUTER),
             **merges,
+            **(WIDE if self.wide else {}),
         }
 
     @property
@@ -110,6 +115,7 @@ def all_jobs(steps: int, seeds: Sequence[int], rules: Sequence[str] = RULES) -> 
         yield from _of_goals(steps, seed)
         if seed == seeds[0]:
             yield Job(rule=PRESET, verify=True, seed=seed, steps=steps)
+            yield Job(rule=PRESET, verify=True, skewed=True, wide=True, seed=seed, steps=steps)
             yield Job(rule=PRESET, verify=True, attack="sign_flip", skewed=True, seed=seed, steps=steps)
     for rule in rules:
         for attack in ("", *STEALTHY):
@@ -190,7 +196,9 @@ def judge(records: Sequence[Mapping[str, Any]]) -> list[Goal]:
     for attack in STEALTHY:
         text = f"{attack}: no worse than plain averaging and 2 %"
         at_most(text, f"{PRESET}/{attack}", f"mean/{attack}", 1.02)
-    at_most("skewed packs: costs under 1 %", f"{PRESET}/verify/clean/skewed", "mean/clean/skewed", 1.01)
+    skewed = f"{PRESET}/verify/clean/skewed"
+    at_most("skewed packs: costs under 1 %", skewed, "mean/clean/skewed", 1.01)
+    at_most("... with robust.clip_times = 2", f"{skewed}/wide", "mean/clean/skewed", 1.01)
     wrong = [
         (record["job"], record["seed"], set(record["banned"]) - set(ATTACKERS if "clean" not in record["job"] else ()))
         for record in records

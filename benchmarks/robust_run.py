@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import environment
 from benchmarks.robust_plan import Job
 from faults import attacks
-from faults.attacker import Others, begin_attack
+from faults.attacker import Others, begin_attack, begin_label_flip
 from orchestrator.config import load_config
 from orchestrator.local import LocalIsland, LocalRun
 from workers.in_flight import displacement_of
@@ -59,17 +58,6 @@ def honest_others(run: LocalRun, attackers: tuple[str, ...]) -> Others:
     return others
 
 
-def flip_labels(island: LocalIsland) -> None:
-    """It trains, honestly, on wrong targets."""
-
-    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-        logits = model(batch[:, :-1])
-        targets = attacks.label_flip(batch[:, 1:], logits.shape[-1])
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    island.loop.inner._loss_fn = loss_fn
-
-
 def prepare(run: LocalRun, job: Job) -> None:
     """Make members what the job says they are."""
     for index, (_, island) in enumerate(sorted(run.islands.items())):
@@ -79,7 +67,7 @@ def prepare(run: LocalRun, job: Job) -> None:
             island.loop.island.__dict__["source"] = skewed
     for place, name in enumerate(job.attackers):
         if job.attack == "label_flip":
-            flip_labels(run.islands[name])
+            begin_label_flip(run.islands[name].loop.inner)
         elif job.attack:
             others = honest_others(run, job.attackers) if job.attack in attacks.STEALTHY else None
             kind = {"nan": "send_nan"}.get(job.attack, job.attack)

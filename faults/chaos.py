@@ -17,14 +17,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from faults.plan import ATTACKS, PlannedFault
+from faults.plan import ATTACKS, LABEL_FLIP, PlannedFault
 from faults.process import FullDisk, JumpClock, die, pause, run_out_of_memory
 from workers.context import IslandContext
-from workers.messages import Batch, Envelope, Offer, Peers
+from workers.messages import Announce, Batch, Envelope, Offer, Peers
 from workers.transport.base import Blob, Transport
 from workers.transport.errors import PeerUnreachable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from faults.eavesdrop import Eavesdropper
 
 log = logging.getLogger("atoll.chaos")
 
@@ -96,6 +101,7 @@ class Chaos:
         self.out: Line[Envelope] = Line(context.post, name="out")
         self.into: Line[Batch] = Line(self._deliver, name="in")
         self.context: IslandContext = _ChaosContext(self, context)
+        self._attack = Attack(self.name, self.context)
 
     # ------------------------------------------------------------ faults begin and end
 
@@ -152,7 +158,9 @@ class Chaos:
             case "delay":
                 self._delay_s = (fault.by_s or 0.0) if on else 0.0
             case attack if attack in ATTACKS:
-                _attack(self._inner, fault.kind if on else None)
+                self._attack.end()
+                if on:
+                    self._attack.begin(fault)
             case "disk_full":
                 self.disk.fill() if on else self.disk.free()
             case "cut" | "heal" if self.name not in fault.targets or peers:
@@ -173,8 +181,14 @@ class Chaos:
 
     def _deliver(self, batch: Batch) -> None:
         for body in batch.bodies:
-            if isinstance(body, Peers):
-                self._addresses.update({address: who.rpartition(".")[0] for who, address, _ in body.peers})
+            match body:
+                case Peers(peers=peers):
+                    self._addresses.update({address: who.rpartition(".")[0] for who, address, _ in peers})
+                    self._attack.num_others = len(peers) - 1
+                case Announce():
+                    self._attack.hear(body)
+                case _:
+                    pass
         if self._inner.deliver is not None:
             self._inner.deliver(batch)
 
@@ -229,16 +243,55 @@ def _lose_numbers(context: IslandContext) -> None:
         tensor.view(-1)[0] = float("nan")
 
 
-def _attack(context: IslandContext, kind: str | None) -> None:
-    """It sends wrong updates, or right ones again."""
-    from faults.attacker import begin_attack, end_attack
+class Attack:
+    """What an island does wrong on purpose; one thing at a time."""
 
-    replica = getattr(context.store, "replica", None)
-    assert replica is not None, "an island that takes part has a replica"
-    if kind is None:
-        end_attack(replica)
-    else:
-        begin_attack(replica, kind)
+    def __init__(self, name: str, context: IslandContext) -> None:
+        """`context`: what the island is given, so that a link that is cut carries nothing to an attacker either."""
+        self._name, self._context = name, context
+        self._ear: Eavesdropper | None = None
+        self._unflip: Callable[[], None] | None = None
+        self.num_others = 1
+
+    def hear(self, body: Announce) -> None:
+        """Somebody's offer was accepted, as everybody or every owner is told."""
+        if self._ear is not None:
+            self._ear.hear(body)
+
+    def begin(self, fault: PlannedFault) -> None:
+        """From now on. Raises ValueError for an attack that this island cannot make."""
+        from faults.attacker import WITH_OTHERS, begin_attack, begin_label_flip
+        from faults.eavesdrop import Eavesdropper
+
+        if fault.kind == LABEL_FLIP:
+            if self._context.inner is None:
+                raise ValueError(f"{fault}: this island has a loop of its own, whose targets nobody knows")
+            self._unflip = begin_label_flip(self._context.inner)
+            return
+        replica = getattr(self._context.store, "replica", None)
+        assert replica is not None, "an island that takes part has a replica"
+        ear = Eavesdropper(self._name, self._context.transport) if fault.kind in WITH_OTHERS else None
+        if ear is None:
+            begin_attack(replica, fault.kind)
+            return
+        self._ear = ear
+
+        def others(fragment: int, where: slice) -> Sequence[Tensor]:
+            least = 1 if fault.kind == "copy_cat" else max(self.num_others, 1)
+            return ear.others(replica, fragment, replica.parts[fragment].n, where, least=least)
+
+        begin_attack(replica, fault.kind, others=others, z=fault.factor)
+
+    def end(self) -> None:
+        """From now on it is honest."""
+        from faults.attacker import end_attack
+
+        if self._unflip is not None:
+            self._unflip()
+        replica = getattr(self._context.store, "replica", None)
+        if replica is not None:
+            end_attack(replica)
+        self._ear = self._unflip = None
 
 
 def _flip_a_byte(context: IslandContext, offer: Offer, envelope: Envelope) -> None:

@@ -34,6 +34,8 @@ from strategies.fragments import gather
 from workers.context import IslandContext
 from workers.jobs import MemberStore
 from workers.messages import Announce, Assign, Batch, Envelope, LeaseGrant, Offer, Reduced
+from workers.pair import Report
+from workers.pair_messages import PairTell
 from workers.records import CommitRecord
 from workers.transport.base import Blob, Transport
 
@@ -77,6 +79,17 @@ def read_anchors(run_dir: Path) -> dict[str, list[tuple[int, int, str]]]:
     }
 
 
+def read_met(run_dir: Path) -> dict[int, set[str]]:
+    """Round -> members that said so far that their pair of it is committed, heard or not."""
+    out: dict[int, set[str]] = {}
+    for path in sorted(faults_dir(run_dir).glob("*.met")):
+        for line in path.read_text().splitlines():
+            round_, committed = line.split()
+            if int(committed):
+                out.setdefault(int(round_), set()).add(path.stem.rpartition("-")[0])
+    return out
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Injection:
     """What is done to each island of a run; every step takes `pace_s` seconds longer until `hurry`."""
@@ -99,8 +112,9 @@ class Tap:
     """Watches what goes in and out of one island, and kills its process at the armed points.
 
     It also notes how far an incarnation's parameters are from the anchor when it is given its first samples, in the
-    mark `<member>-<incarnation>.start`: `displacement` (the largest absolute difference), `version`, and `pid`; and
-    with each offer the digest of the anchor that is in the island's memory then (`read_anchors`).
+    mark `<member>-<incarnation>.start`: `displacement` (the largest absolute difference), `version`, and `pid`; with
+    each offer the digest of the anchor that is in the island's memory then (`read_anchors`); and with each report of a
+    pair what became of it (`read_met`), whether the controller hears it or not.
     """
 
     def __init__(self, context: IslandContext) -> None:
@@ -119,6 +133,8 @@ class Tap:
                     self._at("before_offer")
                 case Reduced():
                     self._at("reducing")
+                case PairTell(message=Report() as report):
+                    self._note_met(report)
                 case _:
                     pass
 
@@ -178,6 +194,11 @@ class Tap:
         self._folder.mkdir(exist_ok=True)
         note = {"displacement": max(distances), "version": min(versions), "pid": os.getpid()}
         (self._folder / f"{self._name}-{self._incarnation}.start").write_text(json.dumps(note))
+
+    def _note_met(self, report: Report) -> None:
+        self._folder.mkdir(exist_ok=True)
+        with (self._folder / f"{self._name}-{self._incarnation}.met").open("a") as file:
+            file.write(f"{report.pair.round_} {int(report.committed)}\n")
 
     def _note_anchors(self) -> None:
         """Hash the anchors anew: not what the island remembers, but what lies in its memory."""

@@ -4,8 +4,9 @@
     hang:island-2@t=30s,for=6s              its training thread stands still for 6 s, 30 s into the run
     cut:island-0+island-1@round=5,for=10s   these two cannot fetch from each other
     disk_full@t=20s,for=5s                  the controller's disk
-    sign_flip:island-3@round=5,for=60s      it sends wrong updates (also scale, noise, send_nan, inner_product),
-                                            or reduces wrongly for others (lying_owner)
+    sign_flip:island-3@round=5,for=60s      it sends wrong updates (also scale, noise, send_nan, inner_product,
+                                            little_is_enough, copy_cat), trains on wrong targets (label_flip), or
+                                            reduces wrongly for others (lying_owner)
     storm@round=2,rate=240,seed=1           random faults, 240 an hour
 
 A file says the same in tables, `[[fault]]` with `kind`, `target`, `round` or `at_s`, `for_s`, and so on (`TABLE_KEYS`).
@@ -39,7 +40,10 @@ class Kind:
     ends: bool = False
 
 
-ATTACKS = ("sign_flip", "scale", "noise", "send_nan", "lying_owner", "inner_product")
+LABEL_FLIP = "label_flip"
+GROSS = ("sign_flip", "scale", "noise", "send_nan", "lying_owner")
+STEALTHY = ("inner_product", "little_is_enough", "copy_cat", LABEL_FLIP)
+ATTACKS = (*GROSS, *STEALTHY)
 """Wrong updates on purpose (`faults/attacker.py`)."""
 
 KINDS: dict[str, Kind] = {
@@ -54,6 +58,7 @@ KINDS: dict[str, Kind] = {
     "corrupt": Kind(targets="member", ends=True),
     "nan": Kind(targets="member", ends=True),
     **{attack: Kind(targets="member", options=("for_s",)) for attack in ATTACKS},
+    "little_is_enough": Kind(targets="member", options=("for_s", "factor")),
     "disk_full": Kind(targets="place", options=("for_s",), defaults=(("for_s", 5.0),)),
     "clock_jump": Kind(targets="place", options=("by_s",), defaults=(("by_s", 3600.0),)),
     "controller_kill": Kind(targets="nobody"),
@@ -82,7 +87,7 @@ class PlannedFault:
     """One fault: what, to whom, when (after a committed round, or seconds into the run; neither: at once), and how.
 
     Attributes:
-        for_s: how long; None: until it is healed, or for good. factor: how many times slower.
+        for_s: how long; None: until it is healed, or for good. factor: how many times slower, or how many deviations.
         by_s: seconds of delay, or by which a clock jumps. rate: of a storm, faults an hour. kinds: of a storm.
     """
 

@@ -32,6 +32,7 @@ from orchestrator.build import OWN_PACK_LABEL, run_plan
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.events import Event, FaultNoticed, LeaveRequested, ProcessDied, StopRequested
+from orchestrator.fault_plan import own_code_of
 from orchestrator.finish import build_summary
 from orchestrator.hands import WATCH_S, Hands, new_nonce, reason_of
 from orchestrator.host import Host
@@ -113,8 +114,9 @@ class ControllerActor(Hands, Keeper):
             spawn=self._spawn,
             end=self._end,
         )
+        site = IslandSite(self.host, own_code_of(self.config))
         self.injector = Injector(
-            faults, IslandSite(self.host), self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
+            faults, site, self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
         )
         self.telemetry = Telemetry(self.config, self.run_dir)
         self.began = self.lost_journal = False

@@ -186,6 +186,12 @@ def check_robust(config: RunConfig) -> Iterator[Problem]:
         message = f"robust.rule = {robust.rule!r}: with strategy.name = {config.strategy.name!r} each push is alone"
         yield Problem(key="robust.rule", message=message, remedy="'mean': there is nobody to compare a push with")
     yield from check_history(config)
+    if robust.clip_times > 1.0 and robust.rule == "mean":
+        message = f"robust.clip_times = {robust.clip_times:g}: robust.rule = 'mean' shortens nothing"
+        yield Problem(key="robust.clip_times", message=message, remedy="1, or another robust.rule")
+    if robust.clip_times > robust.refuse_times:
+        message = f"robust.clip_times = {robust.clip_times:g} is above robust.refuse_times = {robust.refuse_times:g}"
+        yield Problem(key="robust.clip_times", message=message, remedy=f"at most {robust.refuse_times:g}")
     if islands == "auto":
         return
     least = MIN_ISLANDS if robust.watches else 1

@@ -16,7 +16,7 @@ from orchestrator.desk import RunPlan
 from orchestrator.heartbeats import Heartbeats
 from orchestrator.membership import Process
 from workers import messages as msg
-from workers.pair_messages import PairSay, PairTell
+from workers.pair_messages import PairTell
 from workers.records import (
     CommitRecord,
     FenceRecord,
@@ -179,7 +179,7 @@ class Coordinator(Heartbeats):
                 self.exchanges
             ):
                 self._exchange_body(member, body)
-            case PairSay() | PairTell():
+            case PairTell():
                 self._pair_body(member, body)
             case msg.RevokeAnswer():
                 self.revocations.answer(member, body)

@@ -45,7 +45,9 @@ class OwnersWork:
         open_.base_shares = tuple(rules.coefficients(offers, fleet))
         open_.reduced = rules.parts_after_roster_change(open_.reduced)
         open_.answers, open_.measured = {}, {}
-        open_.recipe = to_measure(self.robust.rule, self._lengths(open_), history=self.robust.history)
+        open_.recipe = to_measure(
+            self.robust.rule, self._lengths(open_), history=self.robust.history, clip_times=self.robust.clip_times
+        )
         if open_.recipe is None:
             return self._decide(open_, fleet, now)
         open_.state = "measuring"
@@ -64,7 +66,7 @@ class OwnersWork:
         squares = whole_squares([open_.measured[c] for c in range(self.num_chunks)]) if open_.measured else None
         decision = decide(
             robust.rule, open_.base_shares, lengths, squares, num_wrong=robust.num_wrong, bucket=robust.bucket,
-            seed=str(open_.id), history=robust.history,
+            seed=str(open_.id), history=robust.history, clip_times=robust.clip_times,
         )  # fmt: skip
         open_.recipe, open_.state = decision.recipe, "reducing"
         open_.answers, open_.measured = {}, {}

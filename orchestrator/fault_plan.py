@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from faults.plan import PlannedFault, parse_fault, read_plan
+from faults.plan import LABEL_FLIP, PlannedFault, parse_fault, read_plan
 from orchestrator.build import island_name
 from orchestrator.errors import UserError
 
@@ -35,7 +35,10 @@ def read_faults(config: RunConfig, single: Sequence[str], members: Collection[st
         members = [island_name(i) for i in range(ELASTIC_ISLANDS)]
     planned = load_plan(Path(config.run.fault_plan), members) if config.run.fault_plan is not None else ()
     if config.pipeline.stages is None:
-        return (*planned, *(parse_fault(text, members) for text in single))
+        of_islands = (*planned, *(parse_fault(text, members) for text in single))
+        for fault in of_islands:
+            check_island_fault(fault, own_code_of(config))
+        return of_islands
     from orchestrator.pipeline.site import check_pipeline_fault
 
     for fault in planned:
@@ -44,6 +47,23 @@ def read_faults(config: RunConfig, single: Sequence[str], members: Collection[st
     for fault in found:
         check_pipeline_fault(fault, place=f"--fault {fault}")
     return (*planned, *found)
+
+
+def own_code_of(config: RunConfig) -> str:
+    """The setting that names code of the user's which islands train with; nothing where they train with ours."""
+    if config.train.loop is not None:
+        return "train.loop"
+    return "model.factory" if config.model.factory is not None else ""
+
+
+def check_island_fault(fault: PlannedFault, own_code: str) -> None:
+    """Raise UserError for what islands that train with `own_code` cannot be made to do."""
+    if fault.kind == LABEL_FLIP and own_code:
+        raise UserError(
+            f"{fault}: labels are flipped in the built-in loop with the built-in model, and {own_code} is set",
+            place=own_code,
+            remedy="another attack: docs/faults.md names them",
+        )
 
 
 def read_link_changes(config: RunConfig) -> tuple[LinkChange, ...]:

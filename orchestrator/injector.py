@@ -25,6 +25,7 @@ from faults.schedule import Past, Schedule
 from orchestrator.cluster.state import ClusterState, known_clusters
 from orchestrator.errors import UserError
 from orchestrator.events import FaultInjected, FaultNoticed
+from orchestrator.fault_plan import check_island_fault
 from workers.records import FaultRecord, Record
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Site(Protocol):
     """What an injector has to know of a run."""
 
     def check(self, fault: PlannedFault) -> None:
-        """Raise FaultPlanError for a fault that runs of this kind do not have."""
+        """Raise FaultPlanError or UserError for a fault that this run does not have."""
 
     def is_blocked(self) -> bool:
         """Whether the journal can take no row now."""
@@ -71,11 +72,13 @@ class Site(Protocol):
 class IslandSite:
     """A run of islands."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, host: Host, own_code: str = "") -> None:
+        """`own_code`: the setting that names what islands train with, if that is not ours."""
+        self._host, self._own_code = host, own_code
 
     def check(self, fault: PlannedFault) -> None:
-        """See `Site`: islands have all."""
+        """See `Site`: islands have all but what needs to know what they train with."""
+        check_island_fault(fault, self._own_code)
 
     def is_blocked(self) -> bool:
         """See `Site`."""

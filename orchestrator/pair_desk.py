@@ -1,7 +1,7 @@
 """The controller of a gossip run: rosters of pairs out, reports in, rows of the journal for both (`PairBook`).
 
-It decides nothing that members decide among themselves. What members of a group say to each other goes through it, as
-all control messages do; payloads do not. A full merge is an ordinary exchange.
+It decides nothing that members decide among themselves, and what they say to each other does not pass here
+(`workers/pair_mail.py`): a group that has its roster needs nobody else. A full merge is an ordinary exchange.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from orchestrator.pairing import LedgerContradiction, PairBook
 from strategies import topology as topo
 from strategies.config import StrategyConfig
 from workers import messages as msg
-from workers.pair import PairId
-from workers.pair_messages import PairHear, PairRoster, PairSay, PairTell
+from workers.pair import PairId, Report
+from workers.pair_messages import PairHear, PairRoster, PairTell
 from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.records import MemberId, Row, Term
 
@@ -133,24 +133,19 @@ class PairDesk(Operations):
 
     # ------------------------------------------------------------ messages and time
 
-    def _pair_body(self, member: MemberId, body: PairSay | PairTell) -> None:
-        if not self.gossips:
+    def _pair_body(self, member: MemberId, body: PairTell) -> None:
+        message = body.message
+        if not self.gossips or message.sender != member:  # nobody reports for another one
             self.stale_messages += 1
             return
-        match body:
-            case PairSay(to=to, message=message):
-                if to in self.roll.processes:
-                    self._tell(to, PairHear(message=message))
-            case PairTell(message=message):
-                for live in message.pair.members:  # merges move watermarks that the book does not see
-                    entry = self.state.members.get(live)
-                    if entry is not None and entry.watermarks:
-                        self.book.watermarks[live] = entry.watermarks[0]
-                try:
-                    report = hasattr(message, "committed")
-                    self._obey_book(self.book.report(message) if report else self.book.query(message))  # type: ignore[arg-type]
-                except LedgerContradiction as error:
-                    self._fence(member, f"its pair contradicts the journal: {error}", refused=False)
+        for live in message.pair.members:  # merges move watermarks that the book does not see
+            entry = self.state.members.get(live)
+            if entry is not None and entry.watermarks:
+                self.book.watermarks[live] = entry.watermarks[0]
+        try:
+            self._obey_book(self.book.report(message) if isinstance(message, Report) else self.book.query(message))
+        except LedgerContradiction as error:
+            self._fence(member, f"its pair contradicts the journal: {error}", refused=False)
 
     def _pair_tick(self) -> None:
         """The next round's roster, once all groups of this one have an outcome, or have had time enough."""

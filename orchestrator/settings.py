@@ -166,6 +166,13 @@ class RobustConfig(Section):
         description="centered_clip: begin from the mean of earlier results, which the outer momentum keeps, and not "
         "from the coordinate median: nobody moves it in this exchange, and it costs no sorting.",
     )
+    clip_times: float = Field(
+        1.0,
+        ge=1,
+        le=1000,
+        description="Before any rule but mean a contribution is shortened to so many times the median length. Above 1 "
+        "members whose data makes them longer count in full, and so does an attacker of that length.",
+    )
     refuse_times: float = Field(
         4.0, gt=1, le=1000, description="A contribution that is longer than so many times the median is refused."
     )

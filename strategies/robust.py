@@ -99,11 +99,11 @@ def bearable(rule: str, num: int, num_wrong: int) -> int:
 # ---------------------------------------------------------------- lengths
 
 
-def clip_factors(lengths: Sequence[float]) -> list[float]:
-    """By what each contribution is multiplied so that none is longer than the median of their norms."""
+def clip_factors(lengths: Sequence[float], times: float = 1.0) -> list[float]:
+    """By what each contribution is multiplied so that none is longer than `times` the median of their norms."""
     if not lengths:
         return []
-    limit = median(lengths)
+    limit = times * median(lengths)
     return [min(1.0, limit / (length + CLIP_EPS)) if length > limit else 1.0 for length in lengths]
 
 
@@ -206,11 +206,13 @@ def buckets(num: int, size: int, *, seed: str | int) -> list[list[int]]:
 # ---------------------------------------------------------------- from a rule to a recipe
 
 
-def to_measure(rule: Rule, lengths: Sequence[float], *, history: bool = False) -> Recipe | None:
+def to_measure(
+    rule: Rule, lengths: Sequence[float], *, history: bool = False, clip_times: float = 1.0
+) -> Recipe | None:
     """What owners measure before a rule can be decided; None: lengths are enough."""
     if rule not in BY_DISTANCES or len(lengths) < 3:
         return None
-    factors = clip_factors(lengths)
+    factors = clip_factors(lengths, clip_times)
     rows = tuple(_corner(i, len(factors), k) for i, k in enumerate(factors))
     return Recipe(rows=rows, finish="measure", center=float(rule == "centered_clip"), history=history)
 
@@ -225,22 +227,25 @@ def decide(
     bucket: int = 1,
     seed: str | int = 0,
     history: bool = False,
+    clip_times: float = 1.0,
 ) -> Decision:
     """What is done with contributions that have these coefficients and lengths.
 
     Args:
         lengths: not looked at for the mean.
-        squares: distances between the contributions, each clipped to the median length, where `to_measure` asked.
+        squares: distances between the contributions, each clipped as here, where `to_measure` asked.
         num_wrong: wrong ones that the rule is to bear; fewer where too few contributions are there, which `why` says.
         bucket: contributions that are averaged at random, by `seed`, before the rule sees them.
         history: what was measured from, where the rule has a centre, is what owners keep of earlier results.
+        clip_times: every contribution is shortened to at most so many times the median length before the rule.
     """
     num, total = len(coefficients), math.fsum(coefficients)
     if rule == "mean" or num < 3:
         return Decision(weights=tuple(coefficients), recipe=None, why="the sum")
-    factors = clip_factors(lengths)
+    factors = clip_factors(lengths, clip_times)
     num_clipped = sum(k < 1.0 for k in factors)
-    why = f"{num_clipped} of {num} clipped to the median length"
+    limit = "the median length" if clip_times == 1.0 else f"{clip_times:g} times the median length"
+    why = f"{num_clipped} of {num} clipped to {limit}"
     if rule == "clip":
         clipped = [c * k for c, k in zip(coefficients, factors, strict=True)]
         # What is taken off some is given back to all: else unequal data would make every outer step a shorter one.

@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from strategies.config import CodecConfig, StrategyConfig
 from workers.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
@@ -20,6 +21,9 @@ from workers.messages import Batch, Envelope
 from workers.records import Row, Term
 from workers.store import BlobStore
 from workers.transport.base import Transport
+
+if TYPE_CHECKING:
+    from workers.inner_loop import InnerLoop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +66,7 @@ class IslandContext:
     The island sets `deliver`, `attach` and `abort` when it begins, which may be called from any thread, and `ended`
     when the run is over for it: "done", "stopped" or "failed". `attach` hands in its copy of the journal and promises
     to obey the term; `abort` ends its loop with an error.
-    `sleep` is that of `clock`.
+    `sleep` is that of `clock`. `inner` is set by the built-in loop: what makes its steps.
     `num_sharing`: islands that share the memory of this machine, this one included. `region`: where its machine is, as
     a label of it says; nothing where none does.
     """
@@ -83,6 +87,7 @@ class IslandContext:
     sleep: Callable[[float], None] = time.sleep
     num_sharing: int = 1
     region: str = ""
+    inner: InnerLoop | None = None
 
 
 _CURRENT: ContextVar[IslandContext | None] = ContextVar("atoll_island", default=None)

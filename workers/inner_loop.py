@@ -50,6 +50,7 @@ class StepStats:
 class InnerLoop:
     """Steps of one model with one optimizer; the model is on `device` already.
 
+    `loss_fn` may be replaced between steps, which faults do.
     Raises ModelError where `train.precision` is not supported by the device or the batch cannot be cut.
     """
 
@@ -62,7 +63,7 @@ class InnerLoop:
                 f"train.accumulation = {train.accumulation} is larger than train.batch_size = {train.batch_size}: "
                 "a micro-batch needs at least one sample"
             )
-        self._model, self._loss_fn = bundle.model, bundle.loss_fn
+        self._model, self.loss_fn = bundle.model, bundle.loss_fn
         self._optimizer, self._train, self._device = optimizer, train, device
         self._parameters = [parameter for parameter in bundle.model.parameters() if parameter.requires_grad]
         assert all(parameter.device == device for parameter in self._parameters), f"the model is not on {device}"
@@ -93,7 +94,7 @@ class InnerLoop:
         total: Tensor | None = None
         for piece in pieces:
             with autocast(self._train.precision, self._device):
-                loss = _scalar(self._loss_fn(self._model, piece))
+                loss = _scalar(self.loss_fn(self._model, piece))
             if len(pieces) > 1:
                 loss = loss * (len(piece) / len(tokens_BS))
             loss.backward()

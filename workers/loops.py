@@ -44,7 +44,7 @@ class BuiltinLoop:
         if spec.train.fit_batch:
             spec = context.spec = _with_fitting_batch(context, self.bundle, device, index.seq_len)
         optimizer = build_optimizer(self.bundle.model, spec.train)
-        self.inner = InnerLoop(self.bundle, optimizer, spec.train, device)
+        self.inner = context.inner = InnerLoop(self.bundle, optimizer, spec.train, device)
         self.island = Island(
             self.bundle.model,
             optimizer,

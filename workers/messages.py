@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from strategies.robust import Recipe
 from workers.copies import Copy
-from workers.pair_messages import PairHear, PairRoster, PairSay, PairTell
+from workers.pair_messages import PairHear, PairRoster, PairTell
 from workers.ranges import Range
 from workers.records import MemberId, OfferId, RosterEntry, Row, Term, canonical, chain_hash
 
@@ -261,7 +261,7 @@ class Inherited:
 
 MemberBody = (
     Join | GenesisMade | Hello | Offer | Missing | Refused | Reduced | Measured | Have | RevokeAnswer | Evaluated
-    | DropRequest | Saved | Observed | FaultSeen | Inherited | PairSay | PairTell
+    | DropRequest | Saved | Observed | FaultSeen | Inherited | PairTell
 )  # fmt: skip
 
 

@@ -1,22 +1,13 @@
-"""How the messages of pairs travel: to the controller and through it, between bodies of the ordinary ones.
+"""What members of a gossip run and its controller say to each other, between the bodies of ordinary messages.
 
-Payloads do not: members fetch them from each other.
+What members of a group say to each other does not travel so: see `workers/pair_mail.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.pair import Asked, Gone, PairId, Peer, Query, Recorded, Report
-from workers.records import MemberId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairSay:
-    """A member says something to another one of its group; the controller hands it on."""
-
-    to: MemberId
-    message: Peer
+from workers.pair import Asked, Gone, PairId, Query, Recorded, Report
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +19,9 @@ class PairTell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairHear:
-    """A member hears another one of its group, or the controller."""
+    """The controller says something to a member about an exchange of its group."""
 
-    message: Peer | Recorded | Asked | Gone
+    message: Recorded | Asked | Gone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,11 @@
 """A member of a gossip run: the shell of every island, with a `PairMachine` beside its own machine.
 
     training thread --boundary()--> at its send point: publish anchor and displacement; `Begin`
-    controller --> PairRoster, PairHear --> PairMachine --> PairSay, PairTell, fetches from partners
+    controller --> PairRoster, PairHear --> PairMachine --> PairTell --> controller
+    partners --> PairMail --> PairMachine --> PairMail, fetches of payloads --> partners
     PairMachine --> Apply --> training thread, at its next boundary: `GossipReplica.apply`
 
+From the roster to `Apply` a group needs nobody but itself.
 Full merges are ordinary exchanges, and wait for the pair that is going on; while one is under way no pair begins. The
 machine's timers are looked at with every event and heartbeat.
 """
@@ -20,7 +22,8 @@ from workers import pair as p
 from workers.actions import Action
 from workers.digest import digest
 from workers.gossip_replica import Averaging, GossipReplica, GossipStep, PayloadDamaged, Shared
-from workers.pair_messages import PairHear, PairRoster, PairSay, PairTell
+from workers.pair_mail import Heard, PairMail
+from workers.pair_messages import PairHear, PairRoster, PairTell
 from workers.records import MemberId
 from workers.sync import IslandSync
 from workers.transport.errors import TransportError
@@ -61,6 +64,20 @@ class PairSync(IslandSync):
         self.shared: dict[MemberId, Shared] = {}
         self.timers: list[tuple[float, p.Event]] = []
         self.pairs = GossipReplica(spec=self.replica.specs[0], tensors=self.replica.tensors, step=step_of(config))
+        self.mail = PairMail(
+            store=self.store,
+            transport=self.transport,
+            do=lambda job: self.threads.do(job, waits=True),  # type: ignore[arg-type]  # `Heard` is told to `_handle`
+            retry_s=config.pair_timeout_s / p.RETRIES_PER_TIMEOUT,
+            waits=self.executor is not None,
+        )
+
+    def close(self) -> None:
+        """End what listens to partners as well."""
+        with self.changed:
+            self.stopped = True
+            self.mail.close()
+        super().close()
 
     # ------------------------------------------------------------ events
 
@@ -70,11 +87,39 @@ class PairSync(IslandSync):
                 self._fetched(event)
             elif isinstance(event, p.FetchFailed):
                 self._pair(event)
+            elif isinstance(event, Heard):
+                if (said := self.mail.hear(event)) is not None:
+                    self._pair(said)
             else:
                 super()._handle(event)
                 if isinstance(event, ev.Delivered) and event.batch.nonce == self.machine.nonce:
                     self._heard(event.batch)
             self._look_at_timers()
+            if self.executor is not None:
+                self._listen()
+
+    def pump(self) -> bool:
+        """Inline nobody waits for what partners say: have a look."""
+        with self.changed:
+            self._listen()
+        return super().pump()
+
+    def _listen(self) -> None:
+        """To the others of the exchange that is going on, and of the next one: they may begin it before."""
+        machine = self._machine()
+        if machine is None or self.stopped:
+            return
+        pairs: list[p.PairId] = []
+        if machine.pair is not None and machine.state in ("collecting", "ready"):
+            pairs.append(machine.pair)
+        ahead = self.roster.pair if self.roster is not None else None
+        if ahead is not None and ahead.round_ > machine.last_round and machine.me in ahead.members:
+            pairs.append(ahead)
+        self.mail.listen(machine.me, pairs, self._address_of)
+
+    def _address_of(self, member: MemberId) -> str | None:
+        known = dict(self.roster.addresses).get(str(member)) if self.roster is not None else None
+        return known or self.machine.peers.get(str(member), (None, ()))[0]
 
     def _heard(self, batch: msg.Batch) -> None:
         for body in batch.bodies:
@@ -103,7 +148,7 @@ class PairSync(IslandSync):
         for command in machine.handle(event):
             match command:
                 case p.Say(to=to, message=message):
-                    self.bodies.append(PairSay(to=to, message=message))
+                    self.mail.say(to, message)
                 case p.Tell(message=message):
                     self.bodies.append(PairTell(message=message))
                 case p.FetchPayload(offer=offer):
@@ -124,6 +169,7 @@ class PairSync(IslandSync):
             return None
         if self.pair_machine is None or self.pair_machine.me != self.machine.id:
             self.pair_machine = p.PairMachine(me=self.machine.id)
+            self.mail.close()
             self.timers, self.shared, self.outcome = [], {}, None
         return self.pair_machine
 
@@ -136,7 +182,7 @@ class PairSync(IslandSync):
     def _fetch(self, offer: p.Offer) -> ev.Event:
         failed: ev.Event = p.FetchFailed(pair=offer.pair, member=offer.sender)  # type: ignore[assignment]
         assert self.pairs is not None
-        address = dict(self.roster.addresses).get(str(offer.sender)) if self.roster is not None else None
+        address = self._address_of(offer.sender)
         if address is None:
             return failed
         try:

@@ -22,9 +22,9 @@ def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_j
     """Make something go wrong in a run that goes on, at once.
 
     kill:island-1, oom:, stop:, hang:, slow:, cut: (also island-0+island-1), heal:, delay:, corrupt:, nan:, disk_full,
-    clock_jump:, controller_kill, head_kill, storm; wrong updates: sign_flip:, scale:, noise:, send_nan:,
-    inner_product:, lying_owner:; with options: hang:island-1,for=6s slow:island-0,factor=4. All are
-    checked before the first is caused, and each is in the journal.
+    clock_jump:, controller_kill, head_kill, storm; wrong updates, gross: sign_flip:, scale:, noise:, send_nan:,
+    lying_owner:, and stealthy: little_is_enough:, inner_product:, copy_cat:, label_flip:; with options:
+    hang:island-1,for=6s slow:island-0,factor=4. All are checked before the first is caused, and each is in the journal.
     """
     from orchestrator.errors import ClusterUnreachable, UserError
     from orchestrator.rundir import open_run_dir

@@ -24,6 +24,6 @@ def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_cluster(pack_dir: Path) -> Iterator[None]:
     """Room for several small runs; runs that are started meanwhile use it."""
     os.environ["RAY_ADDRESS"] = "127.0.0.1:1"  # another Ray on this machine, as far as Ray can tell: not for us
-    with RaySession(small_config(pack_dir, "run.islands=7")):
+    with RaySession(small_config(pack_dir, "run.islands=8")):
         del os.environ["RAY_ADDRESS"]
         yield

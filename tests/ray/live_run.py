@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,6 +154,21 @@ class LiveRun:
                 lambda: any(entry.offer.member == successor for commit in self.commits() for entry in commit.roster),
                 f"{successor} to contribute",
             )
+
+    @contextmanager
+    def stopped_controller(self) -> Iterator[None]:
+        """SIGSTOP to the controller's process, from before the first statement to after the last one."""
+        log = (self.run_dir / "logs" / "controller.log").read_text()
+        pid = int(re.findall(r"is process (\d+) on", log)[-1])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + WAIT_S
+            while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for process {pid} to stand still"
+                time.sleep(POLL_S)
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def lives(self) -> int:
         """Controller lives so far."""

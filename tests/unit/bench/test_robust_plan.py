@@ -20,7 +20,7 @@ def found(records: list[dict[str, Any]], text: str) -> tuple[str, bool | None]:
 
 def test_every_run_is_there_once_and_its_settings_are_those_of_a_run() -> None:
     jobs = list(all_jobs(STEPS, SEEDS))
-    assert len({(job.name, job.seed) for job in jobs}) == len(jobs) < 100
+    assert len({(job.name, job.seed) for job in jobs}) == len(jobs) <= 100
     for job in jobs:
         config = load_config(job.preset, overrides=job.overrides).config
         assert config.run.islands == 8 and config.train.seed == job.seed
@@ -45,5 +45,7 @@ def test_goals_are_judged_by_what_is_there() -> None:
     assert found(runs, "noise: within 3 %") == ("diverged, 1 seed", False)
     assert found(runs, "noise: plain averaging") == ("diverged", True)
     assert found(runs, "noise: both attackers named") == ("yes", True)
+    runs += [record("mean/clean/skewed", 2.0), record(f"{PRESET}/verify/clean/skewed/wide", 2.01)]
+    assert found(runs, "with robust.clip_times = 2") == ("+0.50 %, 1 seed", True)
     runs.append(record("clip/clean/skewed", 2.0, banned=["island-0"]))
     assert found(runs, "no honest member is banned")[1] is False

@@ -214,6 +214,8 @@ def test_several_wrong_values_are_all_named() -> None:
         (["run.redundancy=buddy", "run.islands=1"], "has nobody who could keep a copy"),
         (["exchange.chunk_values=100"], "is no multiple of codec.block = 4096"),
         (["robust.history=true"], "robust.rule = 'mean' does not begin from anything"),
+        (["robust.clip_times=2"], "robust.rule = 'mean' shortens nothing"),
+        (["robust.rule=clip", "robust.clip_times=5"], "is above robust.refuse_times = 4"),
         (
             ["robust.rule=centered_clip", "robust.history=true", "strategy.outer=average"],
             "which strategy.outer = 'average' has none of",

@@ -26,7 +26,7 @@ NAMES = ("island-0", "island-1", "island-2")
 class Controller:
     """What an injector sees of its host and of the islands' actors, and what happened, in order."""
 
-    def __init__(self, *plan: str | LinkChange) -> None:
+    def __init__(self, *plan: str | LinkChange, own_code: str = "") -> None:
         self.story: list[Any] = []
         self.version, self.now_s = 0, 0.0
         self.records: list[FaultRecord] = []
@@ -51,7 +51,8 @@ class Controller:
         )
         self.host = host
         faults = [parse_fault(one, NAMES) if isinstance(one, str) else one for one in plan]
-        self.injector = Injector(faults, IslandSite(cast(Any, host)), self.clock, self._actors, lambda: "10.0.0.1:1")
+        site = IslandSite(cast(Any, host), own_code)
+        self.injector = Injector(faults, site, self.clock, self._actors, lambda: "10.0.0.1:1")
 
     def _actors(self) -> dict[str, Any]:
         def afflict(name: str) -> Any:
@@ -257,6 +258,14 @@ def test_a_full_journal_holds_up_links_too(wires: list[str]) -> None:
     controller = Controller(CUT)
     controller.host.blocked.append("rows")
     assert controller.tick(0, 5.0) == [] and wires == []
+
+
+def test_labels_are_not_flipped_in_code_of_the_users() -> None:
+    controller = Controller(own_code="model.factory")
+    with pytest.raises(UserError, match=r"model\.factory is set"):
+        controller.injector.now(["copy_cat:island-0", "label_flip:island-1"])
+    assert controller.story == [], "all are checked before the first is caused"
+    assert Controller().injector.now(["label_flip:island-1"]) == ["label_flip:island-1"]
 
 
 def test_a_link_that_cannot_be_changed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from orchestrator.errors import UserError
 from orchestrator.ledger import recompute
-from orchestrator.local import LocalRun
+from orchestrator.local import TURN_S, LocalRun
 from orchestrator.rollback import find_target
 from orchestrator.segments import read_run
 from tests.small_run import make_pack, small_config
@@ -116,6 +116,48 @@ def test_a_controller_that_restarts_goes_on_with_the_pairs_of_its_journal(tmp_pa
         run.restart_controller()
     rounds = [record.round_ for record in pairs_of(finish(run))]
     assert rounds == sorted(rounds) and 0 < met[0] < met[1] < len(rounds), "every controller's members meet"
+
+
+def turns_without_controller(run: LocalRun, num: int) -> None:
+    """It neither hears nor says anything, and no time passes for it."""
+    syncs = [sync_of(run, name) for name in run.islands]
+    for _ in range(num):
+        run.now += TURN_S
+        for island in run.islands.values():
+            island.loop.advance(blocking=False)
+            while any([sync.pump() for sync in syncs]):  # all of them, and not until one did something
+                pass
+        for sync in syncs:
+            sync.tick()
+
+
+def test_pairs_that_have_their_roster_meet_without_the_controller(tmp_path: Path) -> None:
+    """Once: the next exchange waits until this one is on the record, and training for samples that are leased."""
+    run = start(tmp_path)
+    state = run.host.coordinator.state
+    run.run(max_turns=20_000, until=lambda: sum(isinstance(r, PairCommitRecord) for r in state.pair_rows) == 2)
+    known, before = len(state.pair_rows), {name: sync_of(run, name).total_steps for name in run.islands}
+    marks = {name: state.members[member].watermarks[0] for name, member in state.current.items()}
+    turns_without_controller(run, 80)
+    steps = {name: sync_of(run, name).total_steps for name in run.islands}
+    turns_without_controller(run, 10)
+    assert len(state.pair_rows) == known and run.posted, "the controller heard something"
+    rounds = set()
+    for name in run.islands:
+        sync = sync_of(run, name)
+        machine = sync.pair_machine
+        assert machine is not None and machine.pair is not None and machine.state == "unrecorded"
+        report = machine.outcomes[machine.pair]
+        assert report.committed, report
+        rounds.add(machine.pair.round_)
+        assert sync.machine.fragments[0].watermark > marks[name], "it was applied"
+        assert before[name] + 16 < sync.total_steps == steps[name] < before[name] + 80, "it trains on, to an end"
+        assert sync.machine.waiting in ("leases", "bound"), sync.machine.waiting
+    assert len(rounds) == 1, "and in one round alone"
+    run.settle()
+    met = [r for r in state.pair_rows[known:] if isinstance(r, PairCommitRecord)]
+    assert {r.round_ for r in met} == rounds and len(met) == 2, "reported as soon as somebody listens"
+    finish(run)
 
 
 def test_a_run_that_is_stopped_goes_on_with_every_sample(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from control import Control
 from workers import messages as msg
 from workers.pair import Offer, PairId, Report
 from workers.pair_messages import PairRoster, PairTell
-from workers.pair_records import PairRosterRecord
+from workers.pair_records import PairCommitRecord, PairRosterRecord
 
 
 @dataclass
@@ -37,13 +37,16 @@ class Gossip(Control):
     def meet(self) -> None:
         """All groups of the newest roster commit a step of each member."""
         for pair in {p for name in self.state.current if (p := self.newest(name)) is not None}:
-            offers = []
-            for member in pair.members:
-                since = self.entry(member.name).watermarks[0]
-                self.consumed[member.name] = since + 2
-                offers.append(Offer(pair=pair, sender=member, since=since, upto=since + 2, digest="x"))
-            report = Report(pair=pair, sender=pair.leader, committed=True, offers=tuple(offers))
-            self.say(pair.leader.name, PairTell(message=report))
+            self.say(pair.leader.name, PairTell(message=self.report(pair)))
+
+    def report(self, pair: PairId) -> Report:
+        """The leader's, that its group has committed a step of each member."""
+        offers = []
+        for member in pair.members:
+            since = self.entry(member.name).watermarks[0]
+            self.consumed[member.name] = since + 2
+            offers.append(Offer(pair=pair, sender=member, since=since, upto=since + 2, digest="x"))
+        return Report(pair=pair, sender=pair.leader, committed=True, offers=tuple(offers))
 
 
 def started(topology: str, **settings: object) -> Gossip:
@@ -83,6 +86,16 @@ def test_a_new_controller_goes_on_with_the_turn_of_its_journal() -> None:
     assert control.groups() == ODD, "nobody has met by it"
     control.meet()
     assert control.groups() == EVEN
+
+
+def test_nobody_reports_for_another_one() -> None:
+    control = started("ring")
+    pair = control.newest("island-0")
+    assert pair is not None and pair.leader.name != "island-3"
+    control.say("island-3", PairTell(message=control.report(pair)))
+    assert control.records(PairCommitRecord) == [], "the leader has not said so"
+    control.say(pair.leader.name, PairTell(message=control.report(pair)))
+    assert len(control.records(PairCommitRecord)) == 1
 
 
 def test_near_members_meet_and_in_some_rounds_everybody_may() -> None:

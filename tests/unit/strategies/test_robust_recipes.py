@@ -25,14 +25,15 @@ def vectors(seed: int = 0, num: int = NUM) -> list[torch.Tensor]:
     return [common + 0.5 * torch.randn(VALUES, generator=generator) for _ in range(num)]
 
 
-def run(rule: robust.Rule, updates: list[torch.Tensor], **settings: int) -> torch.Tensor:
+def run(rule: robust.Rule, updates: list[torch.Tensor], clip_times: float = 1.0, **settings: int) -> torch.Tensor:
     """As an exchange does it: lengths, distances part by part, one decision, results part by part."""
     lengths, coefficients = agg.norms(updates), [1.0 / len(updates)] * len(updates)
-    wanted = robust.to_measure(rule, lengths)
+    wanted = robust.to_measure(rule, lengths, clip_times=clip_times)
     squares = None
     if wanted is not None:
         squares = robust.whole_squares([measure_pieces([u[p] for u in updates], wanted) for p in PARTS])
-    decision = robust.decide(rule, coefficients, lengths, squares, **{"num_wrong": 2, **settings})
+    settings = {"num_wrong": 2, **settings}
+    decision = robust.decide(rule, coefficients, lengths, squares, clip_times=clip_times, **settings)
     parts = []
     for part in PARTS:
         pieces = [u[part] for u in updates]
@@ -69,6 +70,19 @@ def test_parts_give_what_the_whole_gives(rule: robust.Rule, seed: int) -> None:
     updates = vectors(seed)
     updates[seed] = updates[seed] * 3.0
     torch.testing.assert_close(run(rule, updates), reference(rule, updates), rtol=1e-4, atol=1e-5)
+
+
+def test_with_a_wider_limit_who_is_below_it_counts_in_full() -> None:
+    updates = vectors(4)
+    updates[2] = updates[2] * 2.0
+    torch.testing.assert_close(run("clip", updates, clip_times=3.0), agg.weighted_sum(updates, EQUAL))
+    torch.testing.assert_close(run("median", updates, clip_times=3.0), agg.coordinate_median(updates))
+    torch.testing.assert_close(run("krum", updates, clip_times=3.0), agg.multi_krum(updates, 2))
+    assert not torch.allclose(run("clip", updates), run("clip", updates, clip_times=3.0), rtol=1e-3)
+    far = [*updates[:-1], updates[-1] * 30.0]
+    limit = 3.0 * sorted(agg.norms(far))[len(far) // 2]
+    length, loose = float(run("clip", far, clip_times=3.0).norm()), float(run("mean", far).norm())
+    assert length < limit < loose, "far above it nobody is"
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed", "krum", "nnm", "centered_clip"])

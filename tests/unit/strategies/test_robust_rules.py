@@ -175,6 +175,8 @@ def test_clipping_leaves_half_alone_and_shortens_the_rest() -> None:
     limit = sorted(agg.norms(updates))[2]
     assert max(agg.norms(clipped)) <= limit * (1 + 1e-6)
     assert sum(a is b for a, b in zip(updates, clipped, strict=True)) == 3
+    assert agg.clip_factors([1.0, 1.0, 1.9, 4.0], 2.0)[:3] == [1.0] * 3, "nobody below the limit is touched"
+    assert agg.clip_factors([1.0, 1.0, 1.0, 4.0], 2.0)[3] == pytest.approx(0.5)
     assert agg.clip_factors([]) == [] and agg.clip_factors([0.0, 0.0]) == [1.0, 1.0]
 
 
