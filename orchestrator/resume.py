@@ -75,6 +75,9 @@ def _check_snapshots(run_dir: RunDir, state: RunState, uri: str | None, *, elsew
         place = str(run_dir.snapshots) if uri is None else f"{uri} (run.snapshots)"
         raise UserError(message, place=place, remedy="start it again with another --run-dir")
     place, sealed = found
+    if len(sealed) != len(state.heads):
+        message = f"the snapshot {place} has {len(sealed)} fragments, and the run {len(state.heads)}"
+        raise UserError(message, remedy="remove its folder: the run then goes on from the snapshot before it")
     for fragment, (n, digest) in enumerate(sealed):
         if state.digests[fragment].get(n) != digest:
             message = f"the snapshot {place} is not what the journal sealed as version {n} of fragment {fragment}"
