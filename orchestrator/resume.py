@@ -23,6 +23,11 @@ def check_resumable(run_dir: RunDir, *, snapshots: str | None = None, elsewhere:
         ValueError: the run cannot go on: it is done, or what it would go on from is damaged or missing.
     """
     if not run_dir.journal.exists():
+        left = [path.name for path in (run_dir.snapshots, run_dir.metrics, run_dir.summary) if path.exists()]
+        if left:
+            message = f"the journal of the run in {run_dir.path} is gone: without it nobody knows what was committed"
+            remedy = "put journal.jsonl back from a backup, or begin another run with another --run-dir"
+            raise UserError(message, place=f"{run_dir.journal}, beside {', '.join(left)}", remedy=remedy)
         return ""  # stopped before its controller began: it starts now
     records = [row.record for row in read_run(run_dir.path).rows]
     if is_pipeline(records):

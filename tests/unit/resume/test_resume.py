@@ -230,6 +230,13 @@ def test_a_run_that_is_done_does_not_go_on(pack_dir: Path, tmp_path: Path) -> No
         check_resumable(RunDir(tmp_path / "run"))
 
 
+def test_a_run_without_its_journal_does_not_begin_anew(stopped_dir: RunDir) -> None:
+    stopped_dir.journal.unlink()
+    with pytest.raises(UserError, match="is gone: without it nobody knows what was committed") as caught:
+        check_resumable(stopped_dir)
+    assert caught.value.place is not None and "beside snapshots, metrics.jsonl" in caught.value.place
+
+
 def test_a_run_that_never_began_starts(tmp_path: Path) -> None:
     check_resumable(RunDir(tmp_path))
 
