@@ -154,7 +154,7 @@ def parse_fault(text: str, members: Collection[str], *, place: str | None = None
 
 
 def _when(word: str, value: str, place: str) -> dict[str, Any]:
-    if word == "round" and value.isdigit():
+    if word == "round" and value.isascii() and value.isdigit():
         return {"round": int(value)}
     if word == "t":
         return {"at_s": value}
@@ -194,7 +194,7 @@ def read_fault(values: Mapping[str, Any], members: Collection[str], *, place: st
 
 
 def _targets(kind: Kind, given: Any, members: Collection[str], *, place: str, name: str) -> tuple[str, ...]:
-    names = tuple(given.split("+")) if isinstance(given, str) else tuple(given or ())
+    names = _names("target", given, place)
     if kind.targets == "nobody" or (kind.targets == "place" and names in ((), (CONTROLLER,))):
         if names not in ((), (CONTROLLER,)):
             raise FaultPlanError(f"{place}: {name} has no target; {'+'.join(names)!r} is one too many")
@@ -209,6 +209,16 @@ def _targets(kind: Kind, given: Any, members: Collection[str], *, place: str, na
         if member not in members:
             raise FaultPlanError(f"{place}: there is no member {member!r}; this run has {_some(members)}")
     return names
+
+
+def _names(key: str, given: Any, place: str) -> tuple[str, ...]:
+    """Of a text with + between, or of a list in a file."""
+    if given is None:
+        return ()
+    names = given.split("+") if isinstance(given, str) else given
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise FaultPlanError(f'{place}: {key} = {given!r}; a name, or a list of names like ["island-0", "island-1"]')
+    return tuple(names)
 
 
 def _some(members: Collection[str], most: int = 12) -> str:
@@ -229,7 +239,7 @@ def _quantity(key: str, value: Any, place: str, *, least: float | None = None) -
 
 
 def _kinds(given: Any, place: str) -> tuple[str, ...]:
-    names = tuple(given.split("+")) if isinstance(given, str) else tuple(given or STORM_KINDS)
+    names = _names("kinds", given, place) or STORM_KINDS
     for name in names:
         if name not in IN_STORMS:
             raise FaultPlanError(f"{place}: a storm has no kind {name!r}; known: {', '.join(IN_STORMS)}")

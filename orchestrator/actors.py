@@ -39,7 +39,7 @@ from orchestrator.host import Host
 from orchestrator.injector import Injector, IslandSite
 from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.keeper import Keeper
-from orchestrator.lost_journal import JOURNAL_LOST, ask_copies
+from orchestrator.lost_journal import JOURNAL_DAMAGED, JOURNAL_LOST, ask_copies, set_aside_damaged
 from orchestrator.processes import (
     NAMESPACE,
     answering,
@@ -49,7 +49,7 @@ from orchestrator.processes import (
     worker_nodes,
 )
 from orchestrator.rundir import RunDir
-from orchestrator.segments import segment_paths
+from orchestrator.segments import JournalError, segment_paths
 from orchestrator.standby import StandbyPool, status_of
 from orchestrator.summary import save_summary
 from orchestrator.telemetry.telemetry import Telemetry
@@ -119,27 +119,32 @@ class ControllerActor(Hands, Keeper):
             faults, site, self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
         )
         self.telemetry = Telemetry(self.config, self.run_dir)
-        self.began = self.lost_journal = False
+        self.began = self.lost_journal = self.rebuilt = False
+        self.damaged, self.lost = False, ""
         self.own = ExitStack()
 
     async def begin(self) -> None:
         """Open the journal and start the islands; idempotent. A restarted controller finds them already there.
 
-        Raises what makes the journal unusable (`JournalError`); every later call then says that the run failed.
+        Raises what makes the journal unusable (`JournalError`); every later call then says that the run failed. After a
+        restart the members may have what it had: it is waited for `recover`.
         """
         if self.began:
             return
         self.began = True
         reborn = ray.get_runtime_context().was_current_actor_reconstructed
         if reborn and not segment_paths(self.run_dir):
-            self.lost_journal = True
-            log.error("the journal is gone: %s", JOURNAL_LOST.format(run_id=self.run_id))
+            self._lose_journal(JOURNAL_LOST.format(run_id=self.run_id))
             return
         outage_s = self._outage_s() if reborn else 0.0
         try:
             self._own_directory()
             self.host.open(outage_s=outage_s)
         except (ValueError, OSError) as error:
+            if reborn and isinstance(error, JournalError) and error.is_damage:
+                self.own.close()
+                self._lose_journal(JOURNAL_DAMAGED.format(why=error.what, run_id=self.run_id), damaged=True)
+                return
             log.error("the journal cannot be taken over: %s", error)
             self.failure = str(error)
             self.over.set()
@@ -155,6 +160,10 @@ class ControllerActor(Hands, Keeper):
                 for name in self.host.plan.islands:
                     self._spawn(name, "start")
         self._task(self._pulse())
+
+    def _lose_journal(self, story: str, *, damaged: bool = False) -> None:
+        self.lost_journal, self.damaged, self.lost = True, damaged, story
+        log.error("%s", story)
 
     def _outage_s(self) -> float:
         """Seconds for which there was no controller, by when the one before last wrote what islands had measured."""
@@ -278,13 +287,19 @@ class ControllerActor(Hands, Keeper):
             self._kill(name, nonce, self.handles[nonce])
 
     async def recover(self, force: bool) -> int:
-        """The journal is gone: rebuild it from the members' copies and go on; returns the rows that it has.
+        """The journal is gone, or damaged: rebuild it from the members' copies and go on; returns the rows that it has.
 
         Raises JournalError if too few of them agree; they train on then, up to their bound, and it can be tried again.
+        UserError: it is there, and nothing is to be rebuilt.
         """
         await self.begin()
         if not self.lost_journal:
+            if not self.rebuilt:
+                raise UserError("its journal is there, and nothing is to be rebuilt", remedy="atoll status")
             return len(self.host.journal.rows)
+        if self.damaged:
+            self.damaged = False
+            set_aside_damaged(self.run_dir)
         handles = {
             name: ray.get_actor(island_actor_name(self.run_id, name, nonce), namespace=NAMESPACE)
             for name, nonce in sorted(find_islands(self.run_id))  # of several processes of an island, the newest
@@ -295,7 +310,7 @@ class ControllerActor(Hands, Keeper):
             RunDir(self.run_dir).record(self.config.to_toml())
             self._own_directory()
             self.host.go_on(journal)
-            self.lost_journal = False
+            self.lost_journal, self.rebuilt = False, True
             log.warning("the journal was rebuilt from the members' copies: %d rows", len(journal.rows))
             self.injector.resume()
             self._find_islands()
@@ -318,7 +333,7 @@ class ControllerActor(Hands, Keeper):
             try:
                 return {"done": self.injector.now(faults), "error": None}
             except (FaultPlanError, UserError) as error:
-                return {"done": [], "error": str(error)}
+                return {"done": [], "error": getattr(error, "message", str(error)), "try": getattr(error, "remedy", "")}
 
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
@@ -334,7 +349,7 @@ class ControllerActor(Hands, Keeper):
         if self.failure:
             return {"over": True, "reason": "failed", "detail": self.failure}
         if self.lost_journal:
-            return {"over": False, "reason": None, "lost": JOURNAL_LOST.format(run_id=self.run_id)}
+            return {"over": False, "reason": None, "lost": self.lost}
         coordinator = self.host.coordinator
         finished = self.host.finished
         latest = coordinator.state.evaluations[-1].val_loss if coordinator.state.evaluations else None

@@ -151,7 +151,7 @@ def check_islands(config: RunConfig) -> Iterator[Problem]:
         if (wrong := label_problem(key, value)) is not None:
             yield Problem(key="run.labels", message=f"run.labels: {wrong}", remedy="as in atoll join --label KEY=VALUE")
     least = config.exchange.min_members
-    if islands != "auto" and least is not None and least > islands:
+    if islands != "auto" and not config.run.elastic and least is not None and least > islands:
         message = f"exchange.min_members = {config.exchange.min_members} is more than run.islands = {islands}"
         yield Problem(key="exchange.min_members", message=message, remedy=f"at most {islands}")
     if config.run.redundancy == "buddy" and islands == 1 and not config.run.elastic:

@@ -16,6 +16,7 @@ from orchestrator.desk import RunPlan
 from orchestrator.heartbeats import Heartbeats
 from orchestrator.membership import Process
 from workers import messages as msg
+from workers.apart import Reached
 from workers.pair_messages import PairTell
 from workers.records import (
     CommitRecord,
@@ -179,6 +180,9 @@ class Coordinator(Heartbeats):
                 self.exchanges
             ):
                 self._exchange_body(member, body)
+            case Reached(member=other):
+                for exchange in self.exchanges:
+                    exchange.on_reached(member, other)
             case PairTell():
                 self._pair_body(member, body)
             case msg.RevokeAnswer():

@@ -34,7 +34,7 @@ ANNOUNCED_TO_ALL = 2
 MEMBERS_AN_ANNOUNCEMENT = 64
 """Owners hear of so many times fewer offers at once than there are members; of what is left with the next tick."""
 PARTED_S = 30.0
-"""How long an owner is kept from parts after it could not reach a contributor; then it is tried again."""
+"""How long an owner is kept from parts after it could not reach a contributor, unless it says before that it can."""
 
 # ---------------------------------------------------------------- the machine
 
@@ -203,6 +203,10 @@ class FragmentExchange(OwnersWork):
             note = Note(text=f"{sender} cannot reach {lost} ({body.why}): its parts go to others")
             return [note, *self._remove_owner(open_, sender, fleet, now)]
         return self._shrink(open_, body.offer, f"no owner can get its pieces: {body.why}", fleet, now)
+
+    def on_reached(self, sender: MemberId, other: MemberId) -> None:
+        """Two that could not reach each other can again: both may own parts as before."""
+        self.parted.pop((sender, other), None)
 
     def on_refused(self, sender: MemberId, body: msg.Refused, fleet: Fleet, now: float) -> list[Effect]:
         """An owner found bad content: a roster without it for all parts, and the contributor is fenced (H4)."""

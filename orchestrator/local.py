@@ -17,6 +17,7 @@ from orchestrator.build import island_spec, num_islands, pack_path, resolve, run
 from orchestrator.config import RunConfig
 from orchestrator.events import Finish, ProcessDied, StopRequested
 from orchestrator.host import Handed, Host
+from orchestrator.lost_journal import set_aside_damaged
 from orchestrator.segments import segment_paths
 from workers.context import IslandContext
 from workers.jobs import MemberStore
@@ -122,16 +123,22 @@ class LocalRun:
         nonce = island.loop.island.sync.machine.nonce
         self.host.handle(ProcessDied(name=name, nonce=nonce, why="killed"))
 
-    def restart_controller(self, *, lost_journal: bool = False) -> None:
-        """The controller dies at once and a new one takes over; with `lost_journal` its disk is gone as well."""
+    def restart_controller(self, *, lost_journal: bool = False, damaged: bool = False) -> None:
+        """The controller dies at once and a new one takes over; with `lost_journal` its disk is gone as well.
+
+        `damaged`: what is on the disk cannot be read, and is set aside.
+        """
         self.host.metrics.close()
         self.host.journal.close(merge=False)
         self.posted.clear()
         self.controllers += 1
         self.host = self._new_host()
-        if lost_journal:
+        if damaged:
+            set_aside_damaged(self.run_dir)
+        elif lost_journal:
             for segment in segment_paths(self.run_dir):
                 segment.unlink()
+        if damaged or lost_journal:
             self.host.recover(self._ask_copies)
         else:
             self.host.open()

@@ -23,6 +23,11 @@ def check_resumable(run_dir: RunDir, *, snapshots: str | None = None, elsewhere:
         ValueError: the run cannot go on: it is done, or what it would go on from is damaged or missing.
     """
     if not run_dir.journal.exists():
+        left = [path.name for path in (run_dir.snapshots, run_dir.metrics, run_dir.summary) if path.exists()]
+        if left:
+            message = f"the journal of the run in {run_dir.path} is gone: without it nobody knows what was committed"
+            remedy = "put journal.jsonl back from a backup, or begin another run with another --run-dir"
+            raise UserError(message, place=f"{run_dir.journal}, beside {', '.join(left)}", remedy=remedy)
         return ""  # stopped before its controller began: it starts now
     records = [row.record for row in read_run(run_dir.path).rows]
     if is_pipeline(records):
@@ -75,6 +80,9 @@ def _check_snapshots(run_dir: RunDir, state: RunState, uri: str | None, *, elsew
         place = str(run_dir.snapshots) if uri is None else f"{uri} (run.snapshots)"
         raise UserError(message, place=place, remedy="start it again with another --run-dir")
     place, sealed = found
+    if len(sealed) != len(state.heads):
+        message = f"the snapshot {place} has {len(sealed)} fragments, and the run {len(state.heads)}"
+        raise UserError(message, remedy="remove its folder: the run then goes on from the snapshot before it")
     for fragment, (n, digest) in enumerate(sealed):
         if state.digests[fragment].get(n) != digest:
             message = f"the snapshot {place} is not what the journal sealed as version {n} of fragment {fragment}"

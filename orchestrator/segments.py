@@ -21,8 +21,8 @@ FIRST_SEGMENT = "journal.jsonl"
 FIRST_NUMBER = 1
 READ_ATTEMPTS = 5
 RESTORE = (
-    "put back the file from a backup, or let the members of the run hand in their copies of the journal"
-    " to a controller of a higher lineage"
+    "put back the file from a backup; while members of the run live in a cluster, atoll up --recover-from-members RUN"
+    " rebuilds it from their copies"
 )
 _NAME = re.compile(r"journal(?:\.(\d+))?\.jsonl")
 
@@ -48,6 +48,16 @@ class JournalError(ValueError):
         self.path = path
         self.line = line
         self.seq = seq
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether rows are missing or altered; else the directory cannot be had now."""
+        return self.line > 0 or self.seq is not None
+
+    @property
+    def what(self) -> str:
+        """What is wrong and where, without the remedy."""
+        return str(self).removesuffix(f"; {self.remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_error, (self.reason, self.path, self.line, self.seq, self.remedy))

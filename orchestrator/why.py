@@ -160,6 +160,9 @@ def why_exchange(rows: Sequence[Row], times: Mapping[tuple[int, int], float], fr
         since = []
         out += _commit_lines(row, record, lives, rows, times.get((fragment, n)))
     if not out:
+        made = next((len(row.record.digests) for row in rows if isinstance(row.record, GenesisRecord)), 0)
+        if fragment >= made > 0:
+            raise NothingKnown(f"there is no fragment {fragment}: the run has {made}, and the first is 0")
         raise NothingKnown(f"version {n} of fragment {fragment} was never committed; the newest is {newest}")
     return out
 

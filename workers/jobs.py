@@ -30,10 +30,12 @@ from workers.snapshot import SnapshotPlace, load_chunks, newest_on_path
 from workers.state_fetch import UnverifiedState, fetch_state
 from workers.store import BlobStore, StoredBlob
 from workers.transport.base import Blob, Transport
-from workers.transport.errors import TransportError
+from workers.transport.errors import BlobMissing, TransportError
 
 PIECES_AT_ONCE_BYTES = 16 << 20
 """Pieces are told of together: each time is a message inside the process, and one to the controller."""
+
+KNOCK_TIMEOUT_S = 2.0
 
 
 class MemberStore(BlobStore):
@@ -157,6 +159,8 @@ class Jobs:
         match command:
             case ev.FetchPieces():
                 return self.fetch_pieces(command)
+            case ev.Knock():
+                return self.knock(command)
             case ev.Reduce():
                 return self.reduce(command)
             case ev.FetchResults():
@@ -227,6 +231,16 @@ class Jobs:
             return ev.PieceRejected(fragment=c.fragment, offer=offer, why=why)
         rest = tuple(chunk for chunk in c.chunks if chunk not in here.told)
         return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=rest)
+
+    def knock(self, c: ev.Knock) -> ev.Event:
+        """Ask a member for what nobody has: that it says so is an answer."""
+        try:
+            self.transport.fetch(c.address, ["knock"], timeout_s=min(KNOCK_TIMEOUT_S, self.timeout_s), max_bytes=0)
+        except BlobMissing:
+            return ev.Knocked(member=c.member, reached=True)
+        except TransportError:
+            return ev.Knocked(member=c.member, reached=False)
+        raise AssertionError("somebody has what nobody makes")
 
     def _drop_untold(self, fragment: int, offer: OfferId, here: Pieces) -> None:
         """The machine forgets what it was told of; what it does not know of would stay for good."""

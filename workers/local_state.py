@@ -1,13 +1,12 @@
 """The whole local state of an island on disk, so that a stopped run goes on exactly where it was.
 
 One folder a member: `tensors.safetensors` (live parameters, anchors, outer states, residuals, optimizer) and
-`member.json` (identity, watermarks, positions, random state). The JSON is written last and names the tensors' digest:
-a folder without it, or with another digest, is not a state.
+`member.json` (identity, watermarks, positions, random state). The JSON is written last and names the tensors' digest
+and its own: a folder without it, or with another digest, is not a state.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from workers.open_steps import OpenSteps
 from workers.optim import InnerOptimizer, export_state, import_state
 from workers.records import OfferId
 from workers.replica import Replica
-from workers.saved import LOCAL_META, LOCAL_SCHEMA, LOCAL_TENSORS, local_tensors
+from workers.saved import LOCAL_META, LOCAL_SCHEMA, LOCAL_TENSORS, local_tensors, meta_text
 from workers.sync import IslandSync
 from workers.tensor_file import save_tensors
 
@@ -49,7 +48,7 @@ def save_local(folder: Path, sync: IslandSync, model: nn.Module, optimizer: Inne
     meta["tensors_digest"] = save_tensors(temporary, tensors)
     temporary.rename(folder / LOCAL_TENSORS)
     temporary = folder / (LOCAL_META + ".tmp")
-    temporary.write_text(json.dumps(meta))
+    temporary.write_text(meta_text(meta))
     _sync_file(temporary)
     temporary.rename(folder / LOCAL_META)
 

@@ -13,6 +13,7 @@ from workers import member_events as ev
 from workers import member_rules as rules
 from workers import messages as msg
 from workers import ranges, shares
+from workers.apart import Reached
 from workers.fragment_state import KEEP_RESULTS, FragmentState, Pending
 from workers.member_exchange import ExchangeSide
 from workers.messages import Offer, Version
@@ -65,6 +66,9 @@ class MemberMachine(ExchangeSide):
                 self._reduce(f)
             case ev.PiecesFailed():
                 self._pieces_failed(event)
+            case ev.Knocked(member=member, reached=reached):
+                if self.apart.answered(member, now, reached=reached):
+                    self._post(Reached(member=member))
             case ev.PieceRejected():
                 self._piece_rejected(event)
             case ev.ChunksMeasured():
@@ -454,6 +458,8 @@ class MemberMachine(ExchangeSide):
             self._advance(fragment)
         if self.drop_asked:
             self._post(msg.DropRequest(upto=self.consumed, why=self.drop_asked))
+        for member, address in self.apart.due(self.peers, self.now) if self.apart.missed_s else ():
+            self.out.append(ev.Knock(member=member, address=address))
         self._hello()
 
     def _join(self) -> None:

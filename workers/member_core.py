@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from workers import member_events as ev
 from workers import messages as msg
 from workers import ranges
+from workers.apart import Apart
 from workers.copies import Copy
 from workers.fragment_state import FragmentState
 from workers.pace import Pace
@@ -38,6 +39,7 @@ class MemberCore:
         self.told: dict[type, tuple[tuple[int, int], int]] = {}
         self.told_peers: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
         self._peers: dict[str, tuple[str, tuple[int, ...]]] | None = None
+        self.apart = Apart()
         self.reset_wanted = ""
         self.building = False
         self.built: msg.GenesisMade | None = None

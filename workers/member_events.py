@@ -50,6 +50,14 @@ class PiecesFailed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Knocked:
+    """Whether a member answered a knock."""
+
+    member: MemberId
+    reached: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PieceRejected:
     """A piece is not finite, malformed, or not what its offer announced."""
 
@@ -134,8 +142,8 @@ class StateFailed:
 
 
 Event = (
-    Delivered | Tick | GenesisBuilt | PiecesFetched | PiecesFailed | PieceRejected | ChunksReduced | ChunksMeasured
-    | ResultsFetched | ResultsFailed | NextComputed | AnchorVerified | StateStaged | StateFailed
+    Delivered | Tick | GenesisBuilt | PiecesFetched | PiecesFailed | Knocked | PieceRejected | ChunksReduced
+    | ChunksMeasured | ResultsFetched | ResultsFailed | NextComputed | AnchorVerified | StateStaged | StateFailed
 )  # fmt: skip
 
 # ---------------------------------------------------------------- commands
@@ -162,6 +170,14 @@ class FetchPieces:
     address: str
     offer: Offer
     chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knock:
+    """See whether a member answers again (`workers/apart.py`)."""
+
+    member: MemberId
+    address: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,6 +276,6 @@ class Apply:
 
 
 Command = (
-    Post | BuildGenesis | FetchPieces | Reduce | FetchResults | ComputeNext | VerifyAnchor | FetchState | LoadState
-    | Forget | Wake | Order | Copies
+    Post | BuildGenesis | FetchPieces | Knock | Reduce | FetchResults | ComputeNext | VerifyAnchor | FetchState
+    | LoadState | Forget | Wake | Order | Copies
 )  # fmt: skip

@@ -91,6 +91,7 @@ class ExchangeSide(MemberCore):
         if assign is None or not set(event.chunks) & set(self._own_chunks(state)):
             return
         if event.offer in {entry.offer for entry in assign.roster}:
+            self.apart.miss(event.offer.member, self.now)
             self._post(
                 msg.Missing(
                     fragment=event.fragment,

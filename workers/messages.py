@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from strategies.robust import Recipe
+from workers.apart import Reached
 from workers.copies import Copy
 from workers.pair_messages import PairHear, PairRoster, PairTell
 from workers.ranges import Range
@@ -260,8 +261,8 @@ class Inherited:
 
 
 MemberBody = (
-    Join | GenesisMade | Hello | Offer | Missing | Refused | Reduced | Measured | Have | RevokeAnswer | Evaluated
-    | DropRequest | Saved | Observed | FaultSeen | Inherited | PairTell
+    Join | GenesisMade | Hello | Offer | Missing | Reached | Refused | Reduced | Measured | Have | RevokeAnswer
+    | Evaluated | DropRequest | Saved | Observed | FaultSeen | Inherited | PairTell
 )  # fmt: skip
 
 

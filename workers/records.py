@@ -406,14 +406,14 @@ def _convert(name: str, hint: Any, value: Any, kind: str) -> Any:
         if not isinstance(value, dict):
             raise RecordError(f"record {kind!r}: field values is {value!r}, expected a table")
         return value
+    if hint == Scalar and (isinstance(value, bool) or not isinstance(value, int | float | str | None)):
+        raise RecordError(f"record {kind!r}: field {name} is {value!r}, expected a number, text or null")
     if isinstance(value, list):
         return tuple(value)
     if hint == float | None:
         if value is None:
             return None
         hint = float
-    if hint == Scalar and (isinstance(value, bool) or not isinstance(value, int | float | str)):
-        raise RecordError(f"record {kind!r}: field {name} is {value!r}, expected a number or text")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):

@@ -1,7 +1,8 @@
 """What a run leaves on disk, looked at without torch: saved local states, and snapshots of the anchor.
 
 `workers/local_state.py` and `workers/snapshot.py` write and load them. Both kinds are folders with a JSON that is
-written last and names the digests of the files beside it: a folder without it is nothing.
+written last and names the digests of the files beside it: a folder without it is nothing. That of a local state has a
+digest of its own as well, for nothing else seals what it says; that of a snapshot is compared with the journal.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from workers.digest import file_digest
+from workers.digest import digest, file_digest
 
 LOCAL_TENSORS, LOCAL_META = "tensors.safetensors", "member.json"
-LOCAL_SCHEMA = 2
+LOCAL_SCHEMA = 3
 MANIFEST = "manifest.json"
 SNAPSHOT_FILES = ("anchor.safetensors", "states.safetensors")
 
@@ -41,7 +42,19 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         raise _unusable(folder, f"{path}: not readable ({error})") from error
     if not isinstance(meta, dict) or meta.get("schema") != LOCAL_SCHEMA:
         raise _unusable(folder, f"{path}: not of schema {LOCAL_SCHEMA}, which this version reads")
+    if meta.get("digest") != _meta_digest(meta):
+        raise _unusable(folder, f"{path}: altered, it has another digest than it says")
     return meta
+
+
+def meta_text(meta: dict[str, Any]) -> str:
+    """What a saved state says of itself as JSON, with a digest of all of it."""
+    plain = json.loads(json.dumps(meta))
+    return json.dumps({**plain, "digest": _meta_digest(plain)})
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    return digest(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
 
 
 def check_local(folder: Path) -> bool:
@@ -81,9 +94,21 @@ def parse_manifest(text: bytes, place: str) -> dict[str, Any]:
         manifest = json.loads(text)
     except ValueError as error:
         raise SnapshotError(f"{place} cannot be read ({error}); remove its folder to use the one before it") from error
-    if not isinstance(manifest, dict) or not {"versions", "chains", "digests", "files"} <= set(manifest):
+    if not (isinstance(manifest, dict) and _is_manifest(manifest)):
         raise SnapshotError(f"{place} is no manifest; remove its folder to use the snapshot before it")
     return manifest
+
+
+def _is_manifest(given: dict[str, Any]) -> bool:
+    """Whether it says of each fragment a version, a chain and a digest, and of each file a digest."""
+    lists = [given.get(name) for name in ("versions", "chains", "digests")]
+    files = given.get("files")
+    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
+        return False
+    if not all(isinstance(values, list) and len(values) == len(lists[0] or ()) for values in lists):
+        return False
+    versions, *texts = [values or [] for values in lists]
+    return all(type(n) is int for n in versions) and all(isinstance(t, str) for values in texts for t in values)
 
 
 def numbered(names: Iterable[str]) -> list[str]:

@@ -199,7 +199,7 @@ class IslandSync:
                     if self.copies is not None:
                         self.copies.told(told)
                 case _:
-                    waits = isinstance(command, ev.FetchResults)
+                    waits = isinstance(command, ev.FetchResults | ev.Knock)
                     self.threads.do(lambda c=command: self.jobs.do(c), waits=waits)  # type: ignore[misc]
         self._flush()
 

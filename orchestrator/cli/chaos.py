@@ -59,7 +59,7 @@ def chaos(faults: Sequence[str], run_dir: Path | None, address: str | None, as_j
         raise UserError(
             answer["error"],
             place=str(directory.path),
-            remedy="atoll status names the members; atoll chaos --help the faults",
+            remedy=answer.get("try") or "atoll status names the members; atoll chaos --help the faults",
         )
     if as_json:
         from orchestrator.answers import Injected

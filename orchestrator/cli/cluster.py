@@ -142,11 +142,12 @@ def join(
     if background:
         return _start_in_background(lambda ready: _show_node(ready, as_json))
     from orchestrator.cluster.preflight import check_join
-    from orchestrator.cluster.ray_node import default_workers, parse_devices
+    from orchestrator.cluster.ray_node import check_devices, default_workers, parse_devices
     from orchestrator.cluster.supervisor import Plan
     from orchestrator.cluster.tokens import read_place
 
     usable, named = parse_devices(devices), dict(map(_label, labels))
+    check_devices(usable)
     door = read_place(place, token_file, os.environ)
     with waiting("asking the cluster"):
         admission = check_join(door, node_ip=node_ip, wan=wan)

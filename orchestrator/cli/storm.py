@@ -54,10 +54,13 @@ def storm(
         click.echo(json.dumps(StormFigures.model_json_schema(), indent=2))
         return 0
     from faults.plan import parse_fault
+    from orchestrator.errors import UserError
     from orchestrator.rundir import make_run_folder
     from orchestrator.storm.run import StormPlan, run_storm
     from orchestrator.waiting import waiting
 
+    if folder is not None and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty", place="--dir", remedy="a new folder: two runs are written there")
     storm_kinds = parse_fault(f"storm,kinds={kinds}", (), place="--kinds").kinds
     given = [*overrides, *([f"run.standby={standby}"] if standby is not None else [])]
     plan = StormPlan(

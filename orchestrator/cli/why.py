@@ -35,7 +35,8 @@ def why(words: Sequence[str], run_dir: Path | None, as_json: bool) -> int:
     if run_dir is None and named and Path(named[0]).is_dir():
         run_dir = Path(named.pop(0))
     if len(named) > 1:
-        raise click.UsageError(f"one member or exchange, not {len(named)}: {' '.join(named)}")
+        folder = "" if run_dir is not None else f" (no folder is called {named[0]})"
+        raise click.UsageError(f"one member or exchange, not {len(named)}: {' '.join(named)}{folder}")
     what = named[0] if named else None
     directory = open_run_dir(run_dir)
     with waiting("reading the journal"):

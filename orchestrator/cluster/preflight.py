@@ -34,8 +34,9 @@ def check_join(place: JoinString, *, node_ip: str | None, wan: bool) -> Admissio
 
     Raises:
         ClusterUnreachable: the door or Ray does not answer, or the way back is closed.
-        UserError: wrong token, other versions, another profile.
+        UserError: wrong token, other versions, another profile, or `node_ip` is no address of this machine.
     """
+    node_ip = None if node_ip is None else own_address(node_ip)
     info = visit(place)
     if different := disagreements(my_versions(), info.versions):
         raise UserError(
@@ -78,6 +79,24 @@ def check_way_back(place: JoinString, info: ClusterInfo) -> None:
         )
 
 
+def own_address(host: str, place: str = "--node-ip") -> str:
+    """The IP address of a name or address of this machine.
+
+    Raises:
+        UserError: it is none.
+    """
+    address = address_of(host, place)
+    try:
+        socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(
+            f"{host} is no address of this machine: {error.strerror}",
+            place=place,
+            remedy="one of those that hostname -I lists; without the option it is the one on the way to the cluster",
+        ) from error
+    return address
+
+
 def default_host() -> str:
     """The address of the interface with the default route.
 
@@ -96,7 +115,7 @@ def default_host() -> str:
         return str(probe.getsockname()[0])
 
 
-def address_of(host: str) -> str:
+def address_of(host: str, place: str = "--host") -> str:
     """The IP address of a name.
 
     Raises:
@@ -107,6 +126,6 @@ def address_of(host: str) -> str:
     except OSError as error:
         raise UserError(
             f"{host!r} is no address: {error.strerror}",
-            place="--host",
+            place=place,
             remedy="an address or a name of this machine that the others know (hostname -I lists its addresses)",
         ) from error

@@ -88,6 +88,25 @@ def parse_devices(text: str) -> Devices:
     return Devices(gpus=tuple(map(int, indices)))
 
 
+def check_devices(devices: Devices, dev: Path = Path("/dev")) -> None:
+    """See whether the GPUs that are named are there, as far as the system tells.
+
+    Raises:
+        UserError: one is not.
+    """
+    if (dev / "dxg").exists():  # all GPUs of a Windows host, without a file for each
+        return
+    here = sorted(path.name.removeprefix("nvidia") for path in dev.glob("nvidia[0-9]*"))
+    missing = [index for index in devices.gpus or () if str(index) not in here]
+    if missing:
+        found = ", ".join(f"cuda:{index}" for index in here) or "none"
+        raise UserError(
+            f"this machine has no GPU cuda:{missing[0]}",
+            place="--devices",
+            remedy=f"auto, cpu, or of those here: {found}",
+        )
+
+
 def default_workers(devices: Devices) -> int:
     """One island for each GPU, one where there is none."""
     return max(1, count_gpus() if devices.gpus is None else len(devices.gpus))

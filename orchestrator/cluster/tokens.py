@@ -27,7 +27,7 @@ def read_place(argument: str, token_file: Path | None, environ: Mapping[str, str
     Raises:
         UserError: the argument has another form, or there is no token.
     """
-    if argument.startswith(SCHEME):
+    if argument.startswith(SCHEME) or "@" in argument:  # no address has one: a join string without its beginning
         return parse(argument)
     host, port = parse_address(argument)
     if token_file is not None:

@@ -178,6 +178,8 @@ class Island:
                     self._work(jobs.build_genesis(self))
                 case ev.FetchPieces():
                     self._work(jobs.fetch_pieces(self, command))
+                case ev.Knock():
+                    self._work(jobs.knock(self, command))
                 case ev.Reduce():
                     self._work(jobs.reduce(self, command))
                 case ev.FetchResults():

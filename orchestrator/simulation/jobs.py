@@ -45,6 +45,19 @@ def fetch_pieces(island: Island, c: ev.FetchPieces) -> Job:
     return ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=c.chunks)
 
 
+def knock(island: Island, c: ev.Knock) -> Job:
+    """Whether a process answers."""
+
+    def look(server: Island) -> list[Payload]:
+        return []
+
+    try:
+        yield Fetch(c.address, look)
+    except FetchFailed:
+        return ev.Knocked(member=c.member, reached=False)
+    return ev.Knocked(member=c.member, reached=True)
+
+
 def reduce(island: Island, c: ev.Reduce) -> Job:
     """Reduce chunks under a roster, and publish."""
     yield busy(island)

@@ -52,7 +52,14 @@ def test_a_sound_cluster(place: JoinString) -> None:
     assert failed(place) == []
     admission = check_join(place, node_ip=None, wan=False)
     assert admission.node_ip == "127.0.0.2"
-    assert check_join(place, node_ip="10.0.0.7", wan=False).node_ip == "10.0.0.7"
+    assert check_join(place, node_ip="127.0.0.7", wan=False).node_ip == "127.0.0.7"
+    for other, error in (
+        ("192.0.2.7", "192.0.2.7 is no address of this machine"),
+        ("no-such.invalid", "is no address"),
+    ):
+        with pytest.raises(UserError, match=error) as caught:
+            check_join(place, node_ip=other, wan=False)
+        assert caught.value.place == "--node-ip"
 
 
 def test_the_form_of_the_codecs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,18 @@ def test_devices_have_one_form(text: str) -> None:
         parse_devices(text)
 
 
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    for text in ("auto", "cpu", "cuda:0", "cuda:1,cuda:0"):
+        ray_node.check_devices(parse_devices(text), tmp_path)
+    with pytest.raises(UserError, match="has no GPU cuda:9") as caught:
+        ray_node.check_devices(parse_devices("cuda:0,cuda:9"), tmp_path)
+    assert caught.value.remedy == "auto, cpu, or of those here: cuda:0, cuda:1"
+    (tmp_path / "dxg").touch()
+    ray_node.check_devices(parse_devices("cuda:9"), tmp_path)
+
+
 def test_one_island_for_each_gpu_and_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     assert count_gpus() == 3

@@ -60,3 +60,10 @@ def test_without_a_token_the_ways_to_give_one_are_named(tmp_path: Path) -> None:
 
 def test_tokens_differ() -> None:
     assert len({new_token() for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize("text", [f"{PLACE.token}@10.0.0.1:4321", f"http://{PLACE.token}@10.0.0.1:4321"])
+def test_a_join_string_without_its_beginning_is_told_and_its_token_is_not(text: str) -> None:
+    with pytest.raises(UserError, match="does not begin with atoll://") as caught:
+        read_place(text, None, {})
+    assert PLACE.token not in str(caught.value)

@@ -28,6 +28,11 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
     return said.err
 
 
+def test_a_storm_writes_into_no_run_of_another(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["storm", "--minutes", "0.2", "--dir", str(run_dir)]) == 2
+    assert f"{run_dir} is not empty" in one_error(capsys)
+
+
 def test_a_run_that_never_began(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chaos", "kill:island-1", "--run", str(run_dir)]) == 2
     assert "does not say where its run is" in one_error(capsys)

@@ -172,6 +172,8 @@ def test_a_member_that_never_was(who: str) -> None:
 
 
 def test_a_version_that_never_was() -> None:
+    with pytest.raises(NothingKnown, match="there is no fragment 7: the run has 1, and the first is 0"):
+        why_exchange(ROWS, TIMES, 7, 2)
     with pytest.raises(NothingKnown, match="version 9 of fragment 0 was never committed; the newest is 6"):
         why_exchange(ROWS, TIMES, 0, 9)
 

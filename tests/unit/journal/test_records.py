@@ -36,7 +36,9 @@ from workers.records import (
     RecordError,
     RefusalRecord,
     RosterEntry,
+    Scalar,
     ScopeRecord,
+    SettingRecord,
     StandingRecord,
     StopRecord,
     Term,
@@ -110,6 +112,12 @@ def test_any_text_and_number_survives_a_round_trip(record: FaultRecord) -> None:
     assert load_row(dump_row(row)) == row
 
 
+@pytest.mark.parametrize("value", [None, 2, 0.5, "int8"])
+def test_a_setting_that_is_set_or_unset_survives_a_round_trip(value: Scalar) -> None:
+    row = make_row(3, GENESIS_HASH, SettingRecord(key="exchange.min_members", value=value, since=(4, 5)))
+    assert load_row(dump_row(row)) == row
+
+
 def test_a_whole_number_in_a_float_field_reads_as_a_float() -> None:
     record = from_body({"kind": "fault", "fault": "x", "member": "m", "injected": True, "t_s": 2})
     assert isinstance(record, FaultRecord)
@@ -159,6 +167,8 @@ def test_what_is_no_row_is_refused(line: bytes) -> None:
         ("lease", {"ranges": None}, "lease"),
         ("fence", {"refused": 1}, "refused"),
         ("join", {"member": 3}, "member"),
+        ("setting", {"value": True}, "value is True"),
+        ("setting", {"value": [1]}, r"value is \[1\]"),
         ("term", {"kind": "terms"}, "terms"),
         ("term", {"kind": 5}, "kind 5"),
     ],

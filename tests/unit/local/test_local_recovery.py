@@ -9,7 +9,7 @@ import pytest
 from orchestrator.config import load_config
 from orchestrator.ledger import recompute
 from orchestrator.local import LocalRun
-from orchestrator.segments import read_run
+from orchestrator.segments import JournalError, read_run
 from workers.records import FenceRecord, TermRecord
 
 SMALL = (
@@ -45,12 +45,20 @@ def digests(run: LocalRun) -> set[str]:
     return {sync.replica.digest(0) for sync in syncs if sync is not None}
 
 
-@pytest.mark.parametrize("lost_journal", [False, True])
-def test_a_run_outlives_its_controller(tmp_path: Path, lost_journal: bool) -> None:
+@pytest.mark.parametrize("journal", ["there", "lost", "damaged"])
+def test_a_run_outlives_its_controller(tmp_path: Path, journal: str) -> None:
     run = small_run(tmp_path)
     run.run(until=lambda: rounds(run) >= 3, max_turns=2000)
     committed = run.host.coordinator.state.samples_committed()
-    run.restart_controller(lost_journal=lost_journal)
+    lost = journal != "there"
+    if journal == "damaged":
+        path = run.run_dir / "journal.jsonl"
+        path.write_text(path.read_text().replace('"upto":', '"upto":1', 1))
+        with pytest.raises(JournalError, match="was altered") as caught:
+            read_run(run.run_dir)
+        assert caught.value.is_damage and caught.value.what.endswith(caught.value.reason)
+    run.restart_controller(lost_journal=journal == "lost", damaged=journal == "damaged")
+    assert bool(list(run.run_dir.glob("*.damaged"))) == (journal == "damaged")
     assert run.host.coordinator.state.samples_committed() == committed, "a committed sample was forgotten"
     finish = run.run(max_turns=4000)
     assert finish is not None and finish.reason == "done"
@@ -58,9 +66,9 @@ def test_a_run_outlives_its_controller(tmp_path: Path, lost_journal: bool) -> No
     run.close()
     rows = read_run(run.run_dir).rows
     terms = [row.record for row in rows if isinstance(row.record, TermRecord)]
-    assert [term.lineage for term in terms] == ([0, 1] if lost_journal else [0, 0])
+    assert [term.lineage for term in terms] == ([0, 1] if lost else [0, 0])
     fenced = [row for row in rows if isinstance(row.record, FenceRecord)]
-    assert len(fenced) == (3 if lost_journal else 0), "members join anew only when the journal was rebuilt"
+    assert len(fenced) == (3 if lost else 0), "members join anew only when the journal was rebuilt"
     ledger = recompute(rows)
     assert ledger.ok, ledger.findings
 

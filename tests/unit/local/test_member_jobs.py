@@ -110,6 +110,20 @@ class InParts:
         return blobs
 
 
+def test_a_knock_is_answered_by_whoever_serves() -> None:
+    network = LoopbackNetwork()
+    here, there = (LoopbackTransport(network, name, MemberStore()) for name in ("island-0", "island-1"))
+    jobs = jobs_of(replica_of("fp32"), MemberStore())
+    jobs.transport = here
+    here.start()
+    knock = ev.Knock(member=MemberId(name="island-1", incarnation=1), address=there.address)
+    assert jobs.do(knock) == ev.Knocked(member=knock.member, reached=False)
+    there.start()
+    assert jobs.do(knock) == ev.Knocked(member=knock.member, reached=True)
+    for transport in (here, there):
+        transport.stop()
+
+
 @pytest.mark.parametrize("fail_after", [None, 2])
 def test_pieces_are_told_of_as_they_come(fail_after: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In groups, so that their reduction begins before the last one is here; each chunk exactly once."""

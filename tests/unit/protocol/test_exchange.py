@@ -7,6 +7,7 @@ from control import BATCH, Control
 
 from orchestrator.exchange import PARTED_S
 from workers import messages as msg
+from workers.apart import Reached
 from workers.records import CommitRecord, DropRecord, FenceRecord, RevokeRecord, SettleRecord
 
 
@@ -169,6 +170,29 @@ def test_two_that_cannot_reach_each_other_own_nothing_while_a_third_reaches_both
     for name in offers:
         control.offer(name)
     assert {owner.name for owner in control.open().owners} == set(offers), "in the end they are tried again"
+
+
+def test_two_that_reach_each_other_again_own_parts_at_once() -> None:
+    control = Control(chunks=6)
+    control.start()
+    offers = {name: control.offer(name) for name in ("island-0", "island-1", "island-2")}
+    control.missing("island-1", offers["island-2"])
+    control.missing("island-2", offers["island-1"])
+
+    def owners_of_the_next() -> set[str]:
+        control.reduce()
+        for name in ("island-0", "island-1"):
+            control.have(name)
+        for name in offers:
+            control.ready(name)
+        for name in offers:
+            control.offer(name)
+        return {owner.name for owner in control.open().owners}
+
+    control.say("island-1", Reached(member=control.id("island-2")))
+    assert owners_of_the_next() == {"island-0"}, "one of them cannot reach the other one yet"
+    control.say("island-2", Reached(member=control.id("island-1")))
+    assert owners_of_the_next() == set(offers)
 
 
 def test_who_is_late_for_a_roster_can_fetch_its_result_from_all_its_owners() -> None:

@@ -73,6 +73,12 @@ def test_only_marked_settings_change(tmp_path: Path) -> None:
         check_changes(config.with_values({"strategy.outer": "average"}), {}, {"strategy.outer_lr": 0.5})
 
 
+def test_a_run_that_machines_join_may_ask_for_more_members_than_it_began_with(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "run.elastic=true", "run.address=auto")
+    assert config.run.islands == 1
+    assert check_changes(config, {}, {"exchange.min_members": 3}) == (("exchange.min_members", 3),)
+
+
 def test_a_minimum_is_unset_again(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     assert check_changes(config, {"exchange.min_members": 2}, {"exchange.min_members": None}) == (

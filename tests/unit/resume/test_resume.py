@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -176,6 +177,15 @@ def test_a_damaged_local_state_is_one_clear_error(stopped_dir: RunDir) -> None:
     damage(folder / "tensors.safetensors")
     with pytest.raises(LocalStateError, match=r"tensors.safetensors: missing or altered; remove the folder .*island-1"):
         check_resumable(stopped_dir)
+    damage(folder / "tensors.safetensors")
+    check_resumable(stopped_dir)
+    meta = folder / "member.json"
+    whole = meta.read_text()
+    for altered in (whole.replace('"consumed": ', '"consumed": 1'), whole.replace('"digest"', '"digests"')):
+        assert altered != whole
+        meta.write_text(altered)
+        with pytest.raises(LocalStateError, match=r"member.json: altered, it has another digest than it says; remove"):
+            check_resumable(stopped_dir)
     (folder / "member.json").write_text("{")
     with pytest.raises(LocalStateError, match=r"member.json: not readable"):
         check_resumable(stopped_dir)
@@ -190,6 +200,13 @@ def test_a_damaged_snapshot_is_one_clear_error_where_it_is_needed(stopped_dir: R
     shutil.rmtree(stopped_dir.snapshots / "local")
     with pytest.raises(SnapshotError, match=r"anchor.safetensors is missing or altered; remove its folder"):
         check_resumable(stopped_dir)
+    damage(newest / "anchor.safetensors")
+    check_resumable(stopped_dir)
+    for text, error in ALTERED_MANIFESTS:
+        manifest = json.loads((newest / "manifest.json").read_text()) | json.loads(text)
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises((SnapshotError, UserError), match=error):
+            check_resumable(stopped_dir)
     shutil.rmtree(newest)
     check_resumable(stopped_dir)
     shutil.rmtree(stopped_dir.snapshots)
@@ -197,10 +214,27 @@ def test_a_damaged_snapshot_is_one_clear_error_where_it_is_needed(stopped_dir: R
         check_resumable(stopped_dir)
 
 
+ALTERED_MANIFESTS = [
+    ('{"digests": ["00000000000000000000000000000000"]}', "is not what the journal sealed as version"),
+    ('{"versions": [99, 99], "chains": ["", ""], "digests": ["", ""]}', "has 2 fragments, and the run 1"),
+    ('{"versions": [0]}', "is no manifest; remove its folder to use the snapshot before it"),
+    ('{"versions": 3}', "is no manifest"),
+    ('{"versions": [0], "chains": [""], "digests": [""], "files": "none"}', "is no manifest"),
+]
+"""Each is put over the one before it."""
+
+
 def test_a_run_that_is_done_does_not_go_on(pack_dir: Path, tmp_path: Path) -> None:
     finish(start(pack_dir, tmp_path / "run"))
     with pytest.raises(UserError, match="is done"):
         check_resumable(RunDir(tmp_path / "run"))
+
+
+def test_a_run_without_its_journal_does_not_begin_anew(stopped_dir: RunDir) -> None:
+    stopped_dir.journal.unlink()
+    with pytest.raises(UserError, match="is gone: without it nobody knows what was committed") as caught:
+        check_resumable(stopped_dir)
+    assert caught.value.place is not None and "beside snapshots, metrics.jsonl" in caught.value.place
 
 
 def test_a_run_that_never_began_starts(tmp_path: Path) -> None:
