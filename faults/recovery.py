@@ -16,6 +16,8 @@ Kind = Literal["crash", "died", "hung", "lost", "preempted"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # What tells of the member itself; an end before the first step by one of these counts for a loop.
 OWN_FAULTS: frozenset[Kind] = frozenset({"crash", "died", "hung"})
+GIVEN_UP = "given_up"
+"""The fault in the journal of a member that is not started again."""
 MEANING: Mapping[Kind, str] = {
     "crash": "raised an exception",
     "died": "died",

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from faults.recovery import GIVEN_UP, KINDS
 from orchestrator.settings import ExchangeConfig
 from strategies.config import Section
 from workers.records import EvaluationRecord, FaultRecord, Record, StopRecord
 
 Kind = Literal["member_dead", "below_quorum", "diverged", "loss_nan", "loss_spike", "finished"]
-DEAD = ("died", "crash", "lost")
+DEAD = (*KINDS, GIVEN_UP)
 DIVERGED = ("diverged", "corrupt_anchor", "digest_mismatch")
 SMOOTHING = 0.05
 WARM_ROWS = 10

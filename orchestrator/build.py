@@ -45,8 +45,7 @@ def resolve(config: RunConfig, *, num_gpus: int = 0) -> RunConfig:
     elif config.run.islands == "auto" and config.run.address is not None:
         values |= {"run.islands": 1, "run.elastic": True}
     elif config.run.islands == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        values["run.islands"] = num_gpus or max(cores // config.train.threads, 1)
+        values["run.islands"] = num_gpus or max(num_cores() // config.train.threads, 1)
     if config.data.corpus is not None and config.data.digest is None:
         from workers.data.corpus import corpus_digest
 
@@ -80,6 +79,11 @@ def pack_path(config: RunConfig) -> Path | None:
     from workers.data.fetch import local_pack
 
     return local_pack(config.data.path, digest=config.data.digest)
+
+
+def num_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_islands(config: RunConfig) -> int:

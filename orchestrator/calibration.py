@@ -30,14 +30,17 @@ OF_TRAIN = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FormerStep:
-    """Seconds of an inner step of the slowest island, and the run that measured them."""
+class StepTime:
+    """Seconds of an inner step of the slowest island, and the run that measured them.
+
+    Without a run they are about right at best: a few steps that were made before the islands (`time_here`).
+    """
 
     seconds: float
-    run: Path
+    run: Path | None
 
 
-def former_step(config: RunConfig, runs: Path) -> FormerStep | None:
+def former_step(config: RunConfig, runs: Path) -> StepTime | None:
     """Of the newest run below `runs` with the same model, batch, devices and number of islands; None without one."""
     wanted = _costs(config)
     for run in reversed(list_runs(runs)[-MOST_RUNS:]):
@@ -47,7 +50,7 @@ def former_step(config: RunConfig, runs: Path) -> FormerStep | None:
         except (UserError, OSError):  # of another version of Atoll; it has measured nothing, or is another user's
             continue
         if seconds is not None:
-            return FormerStep(seconds=seconds, run=run.path)
+            return StepTime(seconds=seconds, run=run.path)
     return None
 
 

@@ -89,6 +89,11 @@ def _reach(target: str | None, token_file: Path | None, held: ExitStack) -> Runs
     if target is None and directory is not None and directory.state() != "running":
         directory = None  # the newest one here is over: what goes on is elsewhere
     if directory is None:
+        if target is None and find_cluster(AUTO) is None:
+            raise ClusterUnreachable(
+                f"no run of {Path.cwd() / RUNS} goes on, and this machine is in no cluster",
+                remedy="call it where runs/ is, or name the run's directory, HOST:PORT of its Ray, or a join string",
+            )
         held.enter_context(_driver(target or AUTO, None, local=False))
         return RayRuns()
     where = read_json(directory.cluster_file)

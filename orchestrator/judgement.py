@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from faults.recovery import KINDS, GiveUp, Kind, RecoveryPolicy
+from faults.recovery import GIVEN_UP, KINDS, GiveUp, Kind, RecoveryPolicy
 from orchestrator import events as ev
 from orchestrator import leaving, quorum
 from orchestrator.desk import RunPlan
 from orchestrator.exchange_rules import Fleet
-from orchestrator.lifecycle import GIVEN_UP, Lifecycle
+from orchestrator.lifecycle import Lifecycle
 from orchestrator.membership import Process, Verdict
 from workers.records import HUNG, FaultRecord, MemberId, Row, StopRecord, Term
 

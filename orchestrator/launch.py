@@ -6,23 +6,21 @@ import os
 import secrets
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faults.plan import PlannedFault
 from orchestrator.attach import note_address
 from orchestrator.build import num_islands
-from orchestrator.calibration import former_step
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.lean_ray import lean_start
 from orchestrator.progress import Progress
 from orchestrator.resume import check_resumable
 from orchestrator.room import check_room, look, who_is_waited_for
 from orchestrator.rundir import RunDir
+from orchestrator.step_guess import StepGuess
 from orchestrator.summary import load_summary
 from orchestrator.waiting import waiting
 from orchestrator.watch import interrupts_afterwards, watch
@@ -86,28 +84,21 @@ def run_to_end(prepared: Prepared, run_dir: Path, *, resume: bool, quiet: bool) 
             found = check_resumable(RunDir(run_dir), snapshots=config.run.snapshots)
         _say(found)
     RunDir(run_dir).record(config.to_toml())
-    session = RaySession(config)
+    session, guess = RaySession(config), StepGuess(config, prepared.pack, run_dir.resolve().parent)
     with ExitStack() as stack:
         with waiting("starting Ray"), interrupts_afterwards():
             if not quiet:
-                warm_up()
+                guess.start()
             stack.enter_context(session)
         plan: tuple[PlannedFault | LinkChange, ...] = (*prepared.faults, *prepared.links)
-        summary = session.run(run_dir.resolve(), prepared.pack, plan, resume=resume, quiet=quiet)
+        known = None if quiet else guess
+        summary = session.run(run_dir.resolve(), prepared.pack, plan, resume=resume, guess=known)
     if summary.tokens_committed:
         from orchestrator.report.build import build_report
 
         with waiting("writing the report"):
             build_report(run_dir)
     return summary
-
-
-def warm_up() -> None:
-    """Import on a thread what the first line of the progress reckons with, torch among it, while Ray starts.
-
-    Afterwards the islands need the processors, which import it too.
-    """
-    threading.Thread(target=import_module, args=("strategies.registry",), name="warm-up", daemon=True).start()
 
 
 def _say(note: str) -> None:
@@ -319,14 +310,13 @@ class RaySession:
         faults: Sequence[PlannedFault | LinkChange],
         *,
         resume: bool,
-        quiet: bool,
+        guess: StepGuess | None,
     ) -> Summary:
-        """Start, watch, and return the summary."""
+        """Start, watch, and return the summary. `guess`: of a step's length, for who reads along; None: nobody does."""
         with waiting("starting the controller"), interrupts_afterwards():
             controller = self.start(run_dir, pack, faults, resume=resume)
-        own_pipeline = self.config.pipeline.stages is not None
-        former = None if quiet or own_pipeline else former_step(self.config, run_dir.parent)
-        with Progress(self.config, quiet=quiet, places=self.places, former=former) as progress:
+        step = None if guess is None else guess.result()
+        with Progress(self.config, quiet=guess is None, places=self.places, step=step) as progress:
             # A Ray of our own ends with the run, and a connection of somebody else's is not ours to give up.
             own = self.config.run.address is None or self.connected_before
             watch(controller, progress, None if own else self.find_again)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from faults.recovery import Kind
+from faults.recovery import GIVEN_UP, Kind
 from orchestrator import events as ev
 from orchestrator import exchange as ex
 from orchestrator import leaving
@@ -29,7 +29,6 @@ from workers.records import (
     Term,
 )
 
-GIVEN_UP = "given_up"
 LOST_AFTER_S = 2.0
 RESTORE_AGAIN_S = 5.0
 PEERS_AT_ONCE, PEERS_S_PER_MEMBER = 32, 1e-3

@@ -11,12 +11,13 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from orchestrator.dashboard.feed import FeedPart, part_to_json
 from orchestrator.errors import ClusterUnreachable, UserError
+from orchestrator.job_ends import FailedJob, look_for_failure
 from orchestrator.processes import CONTROLLER_PREFIX, NAMESPACE
 from orchestrator.room import look
 
@@ -50,22 +51,29 @@ def controllers() -> list[str]:
     return sorted(name.removeprefix(CONTROLLER_PREFIX) for name in names if name.startswith(CONTROLLER_PREFIX))
 
 
-def choose(known: list[str], wanted: str | None) -> str:
+def choose(
+    known: list[str], wanted: str | None, find_failure: Callable[[], FailedJob | None] = look_for_failure
+) -> str:
     """The run that is meant: by its name, or the only one.
 
     Raises:
-        UserError: there is none of that name, none at all, or several.
+        UserError: there is none of that name, none at all, or several. Who misses a run that was submitted is told why
+            its job has failed (`find_failure`).
     """
     names = ", ".join(known)
-    if wanted is not None:
-        if wanted not in known:
-            raise UserError(f"no run {wanted!r} goes on there", place="--run", remedy=names or "no run goes on there")
-        return wanted
-    if not known:
-        raise UserError("no run goes on there", remedy="atoll submit, or atoll train with run.address")
-    if len(known) > 1:
+    if wanted in known:
+        return str(wanted)
+    if wanted is None and len(known) == 1:
+        return known[0]
+    if wanted is None and known:
         raise UserError(f"several runs go on there: {names}", remedy="--run NAME with one of them")
-    return known[0]
+    which = f"no run {wanted!r} goes on there" if wanted is not None else "no run goes on there"
+    remedy = f"--run with one of these: {names}" if known else "atoll submit, or atoll train with run.address"
+    place = "--run" if wanted is not None else None
+    failure = find_failure()
+    if failure is None:
+        raise UserError(which, place=place, remedy=remedy)
+    raise UserError(f"{which}; {failure.sentence()}", place=place, remedy=failure.remedy or remedy)
 
 
 def answer(request: Mapping[str, Any]) -> Any:
@@ -80,10 +88,15 @@ def answer(request: Mapping[str, Any]) -> Any:
     what, wanted, args = request.get("do"), request.get("run"), request.get("args", {})
     if what == "runs":
         return [_standing(name) for name in controllers()]
+    if what == "failed_job":
+        failure = look_for_failure()
+        return None if failure is None else asdict(failure)
     if what == "room" and isinstance(args, dict):
         return asdict(look({str(key): str(value) for key, value in dict(args.get("labels", {})).items()}))
     if what not in METHODS or not isinstance(args, dict):
-        raise UserError(f"{str(what)[:40]!r} cannot be asked for", remedy=", ".join(["runs", "room", *METHODS]))
+        raise UserError(
+            f"{str(what)[:40]!r} cannot be asked for", remedy=", ".join(["runs", "room", "failed_job", *METHODS])
+        )
     name = choose(controllers(), wanted)
     try:
         controller = ray.get_actor(f"{CONTROLLER_PREFIX}{name}", namespace=NAMESPACE)

@@ -299,12 +299,14 @@ def round_bytes(config: RunConfig, *, num_islands: int, num_params: int | None =
     return cost_of(config.run.name, config, case).bytes_per_round or None
 
 
-def sentence(num_bytes: int, seconds: float) -> str:
-    """`synchronising 25.8 MB every 90 s: needs 2.3 Mbit/s`."""
-    return (
-        f"synchronising {show_bytes(num_bytes)} every {show_seconds(seconds)}: needs "
-        f"{show_rate(8 * num_bytes / seconds)} at each island"
-    )
+def sentence(num_bytes: int, seconds: float, *, about: bool = False) -> str:
+    """`synchronising 25.8 MB every 90 s: needs 2.3 Mbit/s`; `about`: the seconds are a guess, of two digits at most."""
+    if about:
+        seconds = float(f"{seconds:.2g}")
+    rate = 8 * num_bytes / seconds
+    needs = f"about {show_rate(float(f'{rate:.2g}'))}" if about else show_rate(rate)
+    every = f"about every {show_seconds(seconds)}" if about else f"every {show_seconds(seconds)}"
+    return f"synchronising {show_bytes(num_bytes)} {every}: needs {needs} at each island"
 
 
 def letters(names: Sequence[str]) -> dict[str, str]:

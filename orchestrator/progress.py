@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from orchestrator.calibration import FormerStep
+    from orchestrator.calibration import StepTime
     from orchestrator.config import RunConfig
 
 
@@ -18,13 +18,13 @@ class Progress:
     """A view of the controller's status; silent with `quiet`."""
 
     def __init__(
-        self, config: RunConfig, *, quiet: bool, places: int | None = None, former: FormerStep | None = None
+        self, config: RunConfig, *, quiet: bool, places: int | None = None, step: StepTime | None = None
     ) -> None:
         """Nothing is printed before it is entered.
 
-        `places`: of the cluster, all of which an elastic run takes. `former`: how long a step took in an earlier run.
+        `places`: of the cluster, all of which an elastic run takes. `step`: how long one takes, if that is known.
         """
-        self.config, self.quiet, self._former = config, quiet, former
+        self.config, self.quiet, self._step = config, quiet, step
         elastic = config.run.elastic and places is not None
         self._expected = max(places or 0, 1) if elastic else config.run.islands
         self._evaluations = -1
@@ -112,12 +112,15 @@ class Progress:
         steps = "step" if strategy.inner_steps == 1 else f"{strategy.inner_steps} steps"
         if num is None:
             return f"synchronising every {steps} as {codec}"
-        if self._former is None:
+        if self._step is None:
             later = "what link that needs is said once steps are timed"
             return f"synchronising {show_bytes(num)} every {steps} as {codec}; {later}"
-        step_s = self._former.seconds
-        how = f"every {steps} of {show_seconds(step_s)}, as in {self._former.run.name}; {codec}"
-        return f"{sentence(num, strategy.inner_steps_at(1.0) * step_s)} ({how})"
+        step_s, run = self._step.seconds, self._step.run
+        seconds = strategy.inner_steps_at(1.0) * step_s
+        if run is None:
+            how = f"every {steps} of about {show_seconds(float(f'{step_s:.2g}'))}, by a few made here; {codec}"
+            return f"{sentence(num, seconds, about=True)} ({how})"
+        return f"{sentence(num, seconds)} (every {steps} of {show_seconds(step_s)}, as in {run.name}; {codec})"
 
     def _say_pace(self, status: dict[str, Any]) -> None:
         """As soon as every island has timed its steps: what link the run needs, as the planner reckons it."""

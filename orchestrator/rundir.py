@@ -226,7 +226,8 @@ def open_run_dir(path: Path | None = None, *, base: Path = RUNS) -> RunDir:
         if (candidate / "config.toml").is_file() or (candidate / "journal.jsonl").is_file():
             return RunDir(candidate.resolve() if candidate.is_symlink() else candidate)
     known = [run.path for run in list_runs(base)]
-    remedy = f"{known[-1]} is the newest one; `atoll runs` lists them" if known else "atoll train, atoll demo"
+    none = f"there is no run in {Path.cwd() / base}: call it where runs/ is, or name a directory; atoll demo makes one"
+    remedy = f"{known[-1]} is the newest one; `atoll runs` lists them" if known else none
     raise UserError(f"{wanted} is not a run directory", remedy=remedy)
 
 

@@ -62,9 +62,12 @@ class Job:
             loop.close()
 
     def exit_code(self) -> int:
-        """0 if it succeeded, 1 if it failed, 3 if it was stopped."""
-        status = str(self.client.get_job_status(self.id).value)
-        return {"SUCCEEDED": 0, "STOPPED": STOPPED}.get(status, FAILED)
+        """That of `atoll train` there; 3 if the job was stopped, 1 if its driver died or never began."""
+        details = self.client.get_job_info(self.id)
+        if str(details.status.value) == "STOPPED":
+            return STOPPED
+        code = details.driver_exit_code
+        return FAILED if code is None or code < 0 else int(code)
 
 
 def submit_run(
@@ -82,8 +85,8 @@ def submit_run(
         run: a preset or a TOML file; what is submitted is the resolved configuration.
         address: the door of a cluster of `atoll up`, or `http://HOST:8265` of Ray's job server; None: what
             `RAY_ADDRESS` says.
-        run_dir: where the run's directory is made; default: a new one in `runs`, of the folder in which `atoll up` was
-            started, or of this one if an address of Ray was given.
+        run_dir: where the run's directory is made, as seen from the folder in which `atoll up` was started, or from
+            this one if an address of Ray was given; default: a new one in `runs` there.
         environment: further variables of the job's driver.
 
     Raises:
@@ -104,7 +107,8 @@ def submit_run(
     else:
         there = JobPlace(address=where, python=sys.executable, folder=str(Path.cwd()))
     client = _client(there.address)
-    directory = run_dir if run_dir is not None else _new_run_dir(Path(there.folder), config.run.name)
+    folder = Path(there.folder)
+    directory = folder / run_dir if run_dir is not None else _new_run_dir(folder, config.run.name)
     runtime_env: dict[str, Any] = {
         "env_vars": {"ATOLL_RUN_TOML": config.to_toml(), "ATOLL_RUN_DIR": str(directory), **(environment or {})}
     }

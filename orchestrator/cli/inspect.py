@@ -114,6 +114,8 @@ def _runs_at(target: str, token_file: Path | None, as_json: bool) -> int:
     hide_token(target)
     with waiting("asking"), connect(target, token_file) as there:
         found = there.ask("runs")
+        failure = there.ask("failed_job")
+    _say_failure(failure, any_run=bool(found))
     if as_json:
         from orchestrator.answers import RunsThere
 
@@ -121,10 +123,22 @@ def _runs_at(target: str, token_file: Path | None, as_json: bool) -> int:
         return 0
     for run in found:
         done = "" if run["progress"] is None else f"{100 * run['progress']:.1f} %"
-        click.echo(f"{run['run']}  {run['state']:<8}  {done:>7}  {len(run['members'])} islands  {run['run_dir']}")
-    if not found:
-        click.echo("no run goes on there", err=True)
+        click.echo(f"{run['run']}  {run['state']:<8}  {done:>7}  {len(run['members'])} members  {run['run_dir']}")
     return 0
+
+
+def _say_failure(failure: Mapping[str, Any] | None, *, any_run: bool) -> None:
+    """Why the newest job came to no run. Of one whose driver was killed nothing is said while runs go on: its may."""
+    from orchestrator.job_ends import FailedJob
+
+    if not any_run:
+        click.echo("no run goes on there", err=True)
+    if failure is None or (any_run and (failure["exit_code"] or -1) < 0):
+        return
+    failed = FailedJob(**failure)
+    click.echo(f"note: {failed.sentence()}", err=True)
+    if failed.remedy:
+        click.echo(f"  try:   {failed.remedy}", err=True)
 
 
 @click.command()

@@ -128,7 +128,8 @@ def set_(values: Sequence[str], target: str | None, token_file: Path | None, run
     """Change settings of a run that goes on: journalled, and for all islands from the same version on.
 
     These can change: strategy.inner_steps, strategy.outer_lr, codec.name, and, for the exchange that is open already,
-    exchange.quorum, exchange.min_members and exchange.grace_s. KEY= unsets one.
+    exchange.quorum, exchange.min_members and exchange.grace_s. KEY= unsets one. Of a pipeline: strategy.inner_steps of
+    diloco, pipeline.rebalance_s and pipeline.hysteresis.
     """
     from orchestrator.config import parse_value
 

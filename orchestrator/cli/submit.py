@@ -32,7 +32,7 @@ HTTP = ("http://", "https://")
 @click.option(
     "--run-dir", type=click.Path(path_type=Path), help="Directory of the run, on the machines of the cluster."
 )
-@click.option("--wait", is_flag=True, help="Stay, and show what the job prints, until it ends.")
+@click.option("--wait", is_flag=True, help="Stay, show what the job prints, and end with its exit code.")
 @json_option
 def submit(
     run: str,

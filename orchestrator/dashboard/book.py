@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from faults.recovery import GIVEN_UP, KINDS
 from orchestrator.dashboard.columns import Spans, Steps
 from orchestrator.metrics import (
     PHASES,
@@ -58,10 +59,11 @@ class Happening:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageStep:
-    """A pipeline's step: its moment, how many there are by then, and the table of its stages."""
+    """A pipeline's step: its moment, how many there are by then, what all peers had sent, the table of its stages."""
 
     t_s: float
     num_steps: int
+    bytes_sent: int
     table: list[dict[str, Any]]
 
 
@@ -95,6 +97,7 @@ class RunBook:
         self.silences: list[SilenceRow] = []
         self.links: dict[tuple[str, str], list[LinkRow]] = {}
         self.stages: list[StageStep] = []
+        self.noted_s: list[float] = []  # of each fault in the journal, which is where a pipeline has them
         self.state = RunState()
         self.happenings: list[Happening] = []
         self.totals: dict[tuple[int, int], Totals] = {}
@@ -107,6 +110,7 @@ class RunBook:
         self.end_s = 0.0
         self._place: dict[str, int] = {}
         self._last_step: dict[int, tuple[int, int]] = {}
+        self._injected: set[str] = set()
 
     # ------------------------------------------------------------ in
 
@@ -133,11 +137,12 @@ class RunBook:
                     int(row["step"]) + 1,
                     float(row["seconds"]),
                 )
+                sent = int(row.get("bytes_sent", 0))  # of an earlier version: not counted
                 table = [{key: stage[key] for key in STAGE_FIELDS} for stage in row["stages"]]
             except (ValueError, TypeError, KeyError):
                 self.num_bad += bool(line.strip())
                 continue
-            self.stages.append(StageStep(t_s=t_s, num_steps=num_steps, table=table))
+            self.stages.append(StageStep(t_s=t_s, num_steps=num_steps, bytes_sent=sent, table=table))
             self.steps.append(
                 t_s=t_s,
                 member=self.place(ALL_STAGES),
@@ -255,6 +260,8 @@ class RunBook:
             case CommitRecord():
                 self.totals[record.fragment, record.n] = self.totals_now()
             case FaultRecord():
+                self._until(record.t_s)  # where nothing is measured, it is news all the same
+                self._note(record)
                 tone = "bad" if record.fault in BAD_FAULTS else "warn"
                 self._happens(record.t_s, record.fault, record.member, record.detail, tone)
             case OperatorRecord():
@@ -262,6 +269,15 @@ class RunBook:
             case StopRecord():
                 tone = "bad" if record.reason == "failed" else "plain"
                 self._happens(None, record.reason, "", record.detail, tone)
+
+    def _note(self, record: FaultRecord) -> None:
+        """A process that was ended on purpose is in the journal twice: when it was, and when that was noticed."""
+        if record.injected or record.member not in self._injected:
+            self.noted_s.append(record.t_s)
+        if not record.injected:
+            self._injected.discard(record.member)
+        elif record.fault in ENDS_PROCESS:
+            self._injected.add(record.member)
 
     def _happens(self, t_s: float | None, kind: str, member: str, text: str, tone: str) -> None:
         self.happenings.append(Happening(t_s=t_s, kind=kind, member=member, text=text, tone=tone))
@@ -312,8 +328,10 @@ class RunBook:
 
 
 BAD_FAULTS = frozenset(
-    {"died", "crashed", "lost", "kill", "fenced", "non_finite", "diverged", "digest_mismatch", "revoked", "no_state"}
+    {*KINDS, GIVEN_UP, "kill", "fenced", "non_finite", "diverged", "digest_mismatch", "revoked", "no_state"}
 )
+# Faults on purpose after which the process is gone, which is a row of its own.
+ENDS_PROCESS = frozenset({"kill", "oom", "nan", "controller_kill"})
 
 
 def fault_moment(row: FaultEvent) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from faults.recovery import KINDS
 from orchestrator.dashboard.book import ALL_STAGES, RunBook, StageStep, Totals, fault_moment
 from orchestrator.metrics import PHASES, FaultEvent, LinkRow
 from orchestrator.summary import data_parallel_bytes
@@ -61,6 +62,7 @@ def _about(book: RunBook) -> dict[str, Any]:
         "inner_steps": setting("strategy", "inner_steps"),
         "tokens_target": setting("train", "tokens"),
         "params": book.state.num_params or None,
+        "pipeline": setting("pipeline", "stages") is not None,
     }
 
 
@@ -101,7 +103,7 @@ def _figures(
         "goodput": _goodput(book, moment_s, tokens, there_s),
         "num_live": sum(member["here"] for member in members),
         "num_members": len(members),
-        "num_faults": len(book.faults_until(moment_s)),
+        "num_faults": sum(t_s <= moment_s for t_s in book.noted_s) if steps else len(book.faults_until(moment_s)),
         **_bytes(book, moment_s, live=live),
     }
 
@@ -170,7 +172,8 @@ def _fault_window(row: FaultEvent) -> tuple[float, float]:
 
 def _bytes(book: RunBook, moment_s: float, *, live: bool) -> dict[str, Any]:
     """What was sent, and what data parallel would have sent for the same steps (fp32, ring all-reduce)."""
-    sent = sum(row.bytes for row in book.exchanges_until(moment_s))
+    steps = _stage_steps(book, moment_s)
+    sent = steps[-1].bytes_sent if steps else sum(row.bytes for row in book.exchanges_until(moment_s))
     if live and book.view is not None:
         sent += int(book.view.get("bytes_sent", 0))
     num_steps = round(book.steps.total("step_num", moment_s))
@@ -325,7 +328,7 @@ def _events(book: RunBook, moment_s: float) -> list[dict[str, Any]]:
     lost = {(fault.member, round(fault.detected_s or 0.0, 1)) for fault in book.faults.values()}
     for happening in book.happenings:
         t_s = book.end_s if happening.t_s is None else happening.t_s
-        told = (happening.member, round(t_s, 1)) in lost and happening.kind in ("died", "kill", "lost")
+        told = (happening.member, round(t_s, 1)) in lost and happening.kind in KINDS
         if t_s <= moment_s and not told and happening.kind != "kill":
             text = happening.text
             events.append(

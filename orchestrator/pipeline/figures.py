@@ -122,6 +122,7 @@ class Figures:
             "loss": done.loss if math.isfinite(done.loss) else None,
             "seconds": round(done.seconds, 4),
             "attempts": done.attempts,
+            "bytes_sent": self.bytes_sent,
             "stages": self.stages(brain),
             "val_loss": self._validated(brain),
             "no_move": brain.why_no_move,

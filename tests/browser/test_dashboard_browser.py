@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from orchestrator.dashboard.server import Dashboard
 from orchestrator.dashboard.sources import FileSource
 from tests.browser.chromium import NAMES, PAINTED, Chromium, Page, find_chromium
 from tests.browser.test_report_browser import POOR_CONTRAST
-from tests.unit.dashboard.synthetic_journal import write_run
+from tests.unit.dashboard.synthetic_journal import write_pipeline, write_run
 from tests.unit.report.synthetic_run import SyntheticRun
 
 BINARY = find_chromium()
@@ -274,6 +275,36 @@ def test_without_the_token_the_page_says_what_to_do(browser: Chromium, site: Sit
     page = browser.open(address)
     until(page, "document.getElementById('problem').textContent.includes('atoll dashboard')", "what to do")
     assert "island" not in page.evaluate("document.body.innerText")
+
+
+def test_a_pipeline_has_its_stages_and_nothing_that_only_islands_have(browser: Chromium, tmp_path: Path) -> None:
+    with on_thread(Dashboard(FileSource(write_pipeline(tmp_path / "swarm")))) as link:
+        page = Site(browser, link).open()
+        shown = "[...document.querySelectorAll('main .card')].filter((one) => one.offsetParent).map((one) => one.id)"
+        assert page.evaluate(shown) == ["c-loss", "c-rate", "members", "events", "ledger", "stages"]
+        rows = page.evaluate("[...document.querySelectorAll('#stages tbody tr')].map((row) => row.innerText)")
+        assert len(rows) == 2 and "peer-0.1 1.50, peer-2.1 not measured" in rows[0] and "peer-1" in rows[0]
+        tiles = page.evaluate("[...document.querySelectorAll('.tiles article')].map((tile) => tile.innerText)")
+        for tile, said in zip(
+            tiles, ("falling", "in the last steps", "5 ended", "2 faults", "1.5 MB sent"), strict=True
+        ):
+            assert said in " ".join(tile.split()), tile
+        keys = (
+            "[...document.querySelectorAll('#c-loss .keys button, #c-rate .keys button')].map((key) => key.textContent)"
+        )
+        said = [re.split(r"\d", key)[0] for key in page.evaluate(keys)]
+        assert said == ["all stages", "anchor (validation)", "inside steps"]
+        assert "step 30" in page.evaluate("document.getElementById('eta').textContent")
+        for width in (360, 1280):
+            page.resize(width, 900)
+            page.evaluate(PAINTED)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.keep("dashboard-of-a-pipeline")
+        page.evaluate("document.getElementById('slider').focus()")
+        page.press("Home")
+        until(page, "document.getElementById('state').textContent === 'replay'", "the replay")
+        assert page.evaluate(shown) == ["c-loss", "c-rate", "members", "events", "ledger"]
+        assert page.problems == []
 
 
 def test_two_hundred_members_and_a_hundred_thousand_points_are_fluid(crowd: Site) -> None:

@@ -69,13 +69,19 @@ class Head:
     state: Path
     pack: Path
 
-    def run(self, *command: str, code: int = 0) -> str:
+    def run(self, *command: str, code: int = 0, both: bool = False) -> str:
+        """What it prints; with `both`, and where it fails, with what it says beside."""
         # What a program of one's own needs to be let in: the file with the cluster's token.
         env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.state / "token")}
         env |= environment(self.folder / "state")
         done = subprocess.run([*command], capture_output=True, text=True, timeout=WAIT_S, env=env, cwd=self.folder)
         assert done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + (done.stderr if code else "")
+        return done.stdout + (done.stderr if code or both else "")
+
+    def ray_job(self, *arguments: str, code: int = 0) -> str:
+        ray = str(Path(sys.executable).with_name("ray"))
+        address = f"http://127.0.0.2:{self.jobs_port}"
+        return self.run(ray, "job", "submit", "--address", address, *arguments, code=code)
 
     def atoll(self, *arguments: str, code: int = 0) -> str:
         return self.run(*ATOLL, *arguments, code=code)
@@ -166,11 +172,9 @@ def kill_job_server(port: int) -> None:
 def job_run(head: Head) -> Path:
     """A run that plain `ray job submit` started, and whose driver was killed."""
     run_dir = head.folder / "by-ray"
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "submit", "--no-wait", "--address", f"http://127.0.0.2:{head.jobs_port}", "--"]
     train = [*ATOLL, "train", str(head.toml("by-ray", islands=2)), "--run-dir", str(run_dir)]
     train += ["--set", "run.labels.zone=b"]
-    head.run(*command, *train)
+    head.ray_job("--no-wait", "--", *train)
     until(lambda: commits(run_dir) > 2, "commits of the job's run")
     holder = RunDir(run_dir).holder()
     assert holder is not None
@@ -201,6 +205,19 @@ def test_islands_are_on_machines_with_the_labels_that_were_asked_for(head: Head,
     refused = head.atoll(*submit, code=2)  # before there is a job
     assert "has room for 2 islands" in refused and "on machines with the label zone=b, the run has 3" in refused
     assert not (head.folder / "runs").exists() or not list((head.folder / "runs").glob("nobody*"))
+
+
+def test_a_job_that_was_refused_says_why_to_who_asks_for_its_run(head: Head, job_run: Path) -> None:
+    """Plain `ray job submit` knows nothing of places: the driver finds that there are none, and its log says so."""
+    train = [*ATOLL, "train", str(head.toml("nowhere", islands=1)), "--set", "run.labels.zone=c"]
+    refused = "has room for 0 islands (resource atoll_worker) on machines with the label zone=c, the run has 1"
+    head.ray_job("--submission-id", "nowhere", "--", *train, code=1)
+    known = head.run(*ATOLL, "runs", "--at", head.place, both=True)
+    assert "by-ray  running" in known and "note: the newest job there, nowhere, failed at" in known
+    for place in (head.place, head.gcs):
+        said = head.atoll("status", place, "--run", "nowhere", code=2)
+        assert "no run 'nowhere' goes on there; the newest job there, nowhere, failed at" in said
+        assert "with exit code 2" in said and refused in said and "labels there are zone=a, zone=b" in said
 
 
 def test_settings_pauses_and_the_way_back(head: Head, job_run: Path) -> None:
@@ -282,7 +299,18 @@ def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) 
     kill_job_server(head.jobs_port)  # it is started again for who asks
     other = head.folder / "other"
     toml = head.toml("other", islands=1)
-    job = json.loads(head.atoll("submit", str(toml), "--address", head.place, "--run-dir", str(other), "--json"))
+    command = [*ATOLL, "submit", str(toml), "--address", head.place, "--run-dir", "other", "--json", "--wait"]
+    env = environment(head.folder / "state")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env, cwd=head.folder
+    ) as submitted:
+        _share(head, job_run, other, submitted)
+        assert submitted.wait(timeout=WAIT_S) == 3, "stopped, and resumable: as atoll train there"
+
+
+def _share(head: Head, job_run: Path, other: Path, submitted: subprocess.Popen[str]) -> None:
+    assert submitted.stdout is not None
+    job = json.loads(submitted.stdout.readline())
     assert job["run_dir"] == str(other) and job["address"] == job_place(parse(head.place)).address
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{job['address']}/api/jobs/", timeout=WAIT_S)
@@ -302,6 +330,8 @@ def test_two_runs_share_a_cluster_and_one_is_stopped(head: Head, job_run: Path) 
     assert RunDir(job_run).state() == "stopped"
     before = commits(other)
     until(lambda: commits(other) > before + 1, "commits of the second run without the first")
+    assert json.loads(head.atoll("save", head.place, "--run", "other", "--json"))["run"] == "other"
+    assert "island-0 is process" in head.atoll("logs", "island-0", "--at", head.place, "--run", "other")
     assert json.loads(head.atoll("stop", head.place, "--run", "other", "--json"))["over"]
     assert RunDir(other).state() == "stopped", (other / "logs" / "controller.log").read_text()[-2000:]
     log = json.loads(head.atoll("logs", "island-1", "--at", str(job_run), "--json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -89,6 +90,19 @@ def test_the_command_for_your_own_loop(here: Path, pack_dir: Path) -> None:
     summary = load_summary(open_run_dir().path)
     assert summary.exit_reason == "done" and summary.params == 257 * 8 + 8 * 257 + 257
     assert summary.final_val_loss is not None
+
+
+def test_the_first_start_guesses_what_link_is_needed_and_the_second_knows(
+    here: Path, pack_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(pack_dir, "run.islands=2", "train.tokens=1280")
+    said = []
+    for name in ("first", "second"):
+        assert atoll.train(config, here / "timed" / name).exit_reason == "done"
+        said.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("synchronising")))
+    guess = r"synchronising \S+ kB about every \S+ m?s: needs about \S+ .bit/s at each island \(every 8 steps of about "
+    assert re.match(guess, said[0]) and said[0].endswith("by a few made here; fp32)"), said
+    assert re.match(r"synchronising \S+ kB every \S+ m?s: needs ", said[1]) and "as in first; fp32" in said[1], said
 
 
 def test_a_loop_that_is_wrong_fails_the_run_at_once_with_its_reason(here: Path) -> None:

@@ -70,7 +70,9 @@ function show(run) {
   setText($("name"), run.run_id);
   document.title = `${run.run_id} · Atoll`;
   const about = run.about;
-  setText($("about"), [about.strategy, about.codec, about.inner_steps && `${about.inner_steps} steps a round`, about.params && `${count(about.params)} parameters`].filter(Boolean).join(" · "));
+  const kind = about.pipeline ? "pipeline" : "islands";
+  if (document.documentElement.dataset.kind !== kind) document.documentElement.dataset.kind = kind;
+  setText($("about"), [about.pipeline && "pipeline", about.strategy, about.codec, about.inner_steps && !about.pipeline && `${about.inner_steps} steps a round`, about.params && `${count(about.params)} parameters`].filter(Boolean).join(" · "));
   const tones = { running: "good pulse", done: "good", failed: "bad", stopped: "warn", interrupted: "warn", "no answer": "bad" };
   if (run.reading) state("reading the history", "pulse");
   else state(page.at === null ? run.state : "replay", page.at === null ? tones[run.state] ?? "" : "warn");
@@ -100,7 +102,7 @@ function scrubber(run) {
   $("live").setAttribute("aria-pressed", String(page.at === null));
   setText($("live"), run.state === "running" ? "live" : "end");
   const f = run.figures, left = f.eta_s == null ? "" : `, ${duration(f.eta_s)} left`;
-  setText($("eta"), f.progress == null ? "" : `${percent(f.progress)} of ${count(run.about.tokens_target)} tokens, round ${f.rounds}${left}`);
+  setText($("eta"), f.progress == null ? "" : `${percent(f.progress)} of ${count(run.about.tokens_target)} tokens, ${run.about.pipeline ? "step" : "round"} ${f.rounds}${left}`);
   setText($("fresh"), `Newest row at ${clock((page.newest ?? run).end_s)}.`);
   const faults = (page.newest ?? run).events.filter((event) => event.tone === "bad" && event.after), said = faults.map(({ t_s }) => t_s).join() + Math.round(end);
   if ($("marks").dataset.said !== said) {
@@ -155,7 +157,8 @@ async function curves(force = false) {
 }
 
 function draw(series, range) {
-  const { x, faults, band } = series, names = Object.keys(series.loss), many = "p90" in band;
+  const { x, faults, band } = series, pipeline = page.run.about.pipeline, many = "p90" in band;
+  const names = Object.keys(series.loss).filter((name) => !pipeline || series.loss[name].some((value) => value != null)); // of peers nobody knows a loss
   const lines = [{ key: "high", quiet: true }, { key: "low", quiet: true }], values = [bridge(band.high), bridge(band.low)], bands = [[0, 1, "band"]];
   if (many) {
     lines.push({ key: "p90", quiet: true }, { key: "p10", quiet: true }, { key: "p50", label: "median of the members", colour: "s0", width: 1.8 });
@@ -166,7 +169,7 @@ function draw(series, range) {
   lines.push({ key: "anchor", label: "anchor (validation)", colour: "ink", width: 2.4, points: series.anchor.length < 60 });
   values.push(onGrid(x, series.anchor));
   charts.loss.set({ x, lines, values, bands, faults, range });
-  charts.rate.set({ x, faults, range, lines: [{ key: "capacity", label: "inside steps", colour: "s6", width: 1, dash: [4, 4] }, { key: "rate", label: "committed", colour: "accent", width: 2, fill: "band" }], values: [bridge(series.capacity), bridge(series.rate)] });
+  charts.rate.set({ x, faults, range, lines: [{ key: "capacity", label: "inside steps", colour: "s6", width: 1, dash: [4, 4] }, ...(pipeline ? [] : [{ key: "rate", label: "committed", colour: "accent", width: 2, fill: "band" }])], values: [bridge(series.capacity), bridge(series.rate)].slice(0, pipeline ? 1 : 2) });
   charts.use.set({ x, faults, range, lines: [{ key: "use", label: "computing", colour: "accent", width: 2, fill: "band" }], values: [bridge(series.utilization)] });
   charts.bytes.set({ x, faults, range, lines: [{ key: "dp", label: "data parallel", colour: "soft", width: 1.6, dash: [6, 4] }, { key: "sent", label: "sent", colour: "accent", width: 2.2 }], values: [bridge(series.bytes.data_parallel), bridge(series.bytes.sent)] });
 }

@@ -3,7 +3,7 @@ import { bytes, clock, count, duration, el, loss, percent, plural, setText, time
 import { PHASE_OF } from "./map.js";
 
 const $ = (id) => document.getElementById(id);
-const FAULT_WORDS = { kill: "killed", hang: "hung", cut: "cut off", lost: "lost", died: "died", crashed: "crashed", suspect: "silent", fenced: "fenced", non_finite: "not finite", revoked: "revoked", operator: "operator" };
+const FAULT_WORDS = { kill: "killed", hang: "hung", crash: "crashed", preempted: "taken away", given_up: "given up", cut: "cut off", lost: "lost", died: "died", suspect: "silent", fenced: "fenced", non_finite: "not finite", revoked: "revoked", operator: "operator" };
 
 function tile(id, value, unit, note, tone) {
   const box = $(id), [shown, told] = [box.querySelector(".value"), box.querySelector(".note")];
@@ -15,11 +15,11 @@ function tile(id, value, unit, note, tone) {
   box.dataset.tone = tone;
 }
 
-export function tiles({ figures: f, members, events, state, at_s }) {
+export function tiles({ figures: f, members, events, state, at_s, about }) {
   const [value, note, tone] = learning(f);
   tile("t-learning", value, f.val_loss == null ? "" : "validation loss", note, tone);
   const use = f.utilization == null ? "" : `${percent(f.utilization)} computing, goodput ${percent(f.goodput)}`;
-  tile("t-fast", count(f.tokens_per_s), "tokens/s", use || "no two commits yet", f.utilization == null ? "plain" : f.utilization > 0.7 ? "good" : "warn");
+  tile("t-fast", count(f.tokens_per_s), "tokens/s", use || (f.tokens_per_s == null ? "no two commits yet" : "committed in the last steps"), f.utilization == null ? "plain" : f.utilization > 0.7 ? "good" : "warn");
   const doing = states(members), gone = members.filter((member) => !member.here && !["left", "ended"].includes(member.doing)).length;
   const over = members.length > 0 && members.every((member) => member.doing === "ended");
   tile("t-here", over ? String(members.length) : `${f.num_live}`, over ? "members took part" : `of ${plural(f.num_members, "member")}`, doing, over ? "plain" : gone ? "bad" : members.some((m) => m.doing === "cut off") ? "warn" : "good");
@@ -27,7 +27,7 @@ export function tiles({ figures: f, members, events, state, at_s }) {
   const told = last ? `${last.member || "the run"} ${FAULT_WORDS[last.kind] ?? last.kind} at ${clock(last.t_s)}${back(last, state)}` : "";
   tile("t-broke", f.num_faults ? String(f.num_faults) : "nothing", f.num_faults ? (f.num_faults === 1 ? "fault" : "faults") : "", told || `in ${duration(at_s)}`, !f.num_faults ? "good" : gone ? "bad" : "warn");
   const less = f.bytes_data_parallel && f.bytes_sent ? f.bytes_data_parallel / f.bytes_sent : null;
-  tile("t-cost", bytes(f.bytes_sent), "sent", less ? `${times(less)} less than data parallel (${bytes(f.bytes_data_parallel)})` : "data parallel: not known yet", less == null ? "plain" : less > 1 ? "good" : "warn");
+  tile("t-cost", bytes(f.bytes_sent), "sent", about.pipeline ? "by all peers: boundaries, sums and copies" : less ? `${times(less)} less than data parallel (${bytes(f.bytes_data_parallel)})` : "data parallel: not known yet", less == null ? "plain" : less > 1 ? "good" : "warn");
 }
 
 function learning(f) {

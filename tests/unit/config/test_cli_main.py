@@ -133,7 +133,7 @@ def test_every_command_exists_and_has_help(name: str, capsys: pytest.CaptureFixt
         (["train", "demo", "--set", "data.path=nowhere"], "error: there is no folder 'nowhere'\n  place: data.path\n"),
         (["config", "validate", "demo", "--set", "model.init_from=x"], "error: there is no folder 'x'"),
         (["train", "--resume", "nowhere"], "error: nowhere is not a run directory"),
-        (["status"], "error: runs/latest is not a run directory\n  try:   atoll train, atoll demo\n"),
+        (["status"], "error: runs/latest is not a run directory\n  try:   there is no run in "),
         (["export", "nowhere", "--out", "x"], "error: nowhere is not a run directory"),
         (["sample", "nowhere"], "error: Missing option '--prompt'"),
         (["sample", "nowhere", "--prompt", "a", "--temperature", "-1"], "error: Invalid value for '--temperature'"),
@@ -149,6 +149,18 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert captured.err.startswith(message)
     assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["pause"], ["stack", "island-0"], ["logs"]])
+def test_where_no_run_goes_on_a_command_says_where_to_look(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ATOLL_STATE_DIR", str(tmp_path / "state"))
+    assert main(arguments) == 4
+    said = capsys.readouterr().err
+    assert f"no run of {tmp_path / 'runs'} goes on, and this machine is in no cluster" in said
+    assert "call it where runs/ is" in said
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

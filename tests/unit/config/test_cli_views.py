@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.calibration import former_step
+from orchestrator.calibration import StepTime, former_step
 from orchestrator.cli.main import main
 from orchestrator.cli.options import shown
 from orchestrator.config import load_config
@@ -107,11 +107,21 @@ def test_the_first_line_says_what_link_is_needed_where_an_earlier_run_has_timed_
     former = former_step(config, tmp_path)
     assert former is not None and former.run == tmp_path / "same-2026-01-02-0000"
     assert former.seconds == pytest.approx(0.2), "the median of the slower island"
-    with Progress(config, quiet=False, former=former):
+    with Progress(config, quiet=False, step=former):
         first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("synchronising 35.2 kB every 2 s: needs 141 kbit/s at each island (every 10 steps of 0.2 s")
     assert "same-2026-01-02-0000" in first
     assert former_step(config.with_values({"train.threads": 7}), tmp_path) is None
+
+
+def test_a_guess_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("debug", overrides=["run.islands=2", "strategy.inner_steps=10"]).config
+    with Progress(config, quiet=False, step=StepTime(seconds=0.12345, run=None)):
+        first = capsys.readouterr().out.splitlines()[0]
+    assert first == (
+        "synchronising 35.2 kB about every 1.2 s: needs about 230 kbit/s at each island "
+        "(every 10 steps of about 0.12 s, by a few made here; int8)"
+    )
 
 
 def test_a_run_that_takes_every_place_counts_the_places(capsys: pytest.CaptureFixture[str]) -> None:

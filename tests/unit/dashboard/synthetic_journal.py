@@ -5,9 +5,12 @@ Not a test module: import it as `tests.unit.dashboard.synthetic_journal`.
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
+from orchestrator.config import load_config
 from orchestrator.metrics import ExchangeRow, LinkRow, MetricsWriter, SilenceRow
 from tests.unit.report.synthetic_run import BATCH_SIZE, SyntheticRun
 from workers.records import (
@@ -118,3 +121,51 @@ def write_run(
             SilenceRow(member=names[-1], incarnation=1, start_s=end_s * 0.3, end_s=end_s * 0.36),
         )
     return run_dir
+
+
+PIPELINE_STEPS = 30
+KILLED_S, NOTICED_S = 10.25, 10.375
+
+
+def write_pipeline(run_dir: Path) -> Path:
+    """The directory of a pipeline of two stages: a peer was killed on purpose, and a trainer died of its own accord."""
+    run_dir.mkdir(parents=True)
+    sizes = ["pipeline.microbatches=4", "pipeline.microbatch_size=2", "pipeline.in_flight=4", "train.tokens=65536"]
+    config = load_config("swarm", overrides=[*sizes, "data.path=", "data.corpus=stdlib"]).config
+    (run_dir / "config.toml").write_text(config.to_toml())
+    names = ("peer-0", "peer-1", "peer-2", "peer-3", "trainer-0")
+    rows = list[Row]()
+    for record in (
+        TermRecord(lineage=0, number=1, controller="c"),
+        *(JoinRecord(member=name, incarnation=1, nonce=name, node=f"{n % 2:04x}node") for n, name in enumerate(names)),
+        FaultRecord(fault="kill", member="peer-1", injected=True, t_s=KILLED_S, detail="kill:peer-1"),
+        FaultRecord(fault="died", member="peer-1", injected=False, t_s=NOTICED_S, detail="its process ended"),
+        FenceRecord(member="peer-1", incarnation=1, why="its process ended"),
+        JoinRecord(member="peer-1", incarnation=2, nonce="peer-1 again", node="0001node"),
+        FaultRecord(fault="died", member="trainer-0", injected=False, t_s=20.5, detail="its process ended"),
+        FenceRecord(member="trainer-0", incarnation=1, why="its process ended"),
+        JoinRecord(member="trainer-0", incarnation=2, nonce="trainer-0 again", node="0000node"),
+        StopRecord(reason="done"),
+    ):
+        rows.append(make_row(len(rows), rows[-1].hash if rows else GENESIS_HASH, record))
+    (run_dir / "journal.jsonl").write_bytes(b"".join(map(dump_row, rows)))
+    (run_dir / "summary.json").write_text(json.dumps({"exit_reason": "done"}))
+    lines = [json.dumps(_pipeline_step(step)) + "\n" for step in range(PIPELINE_STEPS)]
+    (run_dir / "pipeline.jsonl").write_text("".join(lines))
+    return run_dir
+
+
+def _pipeline_step(step: int) -> dict[str, Any]:
+    stages = [
+        {
+            "stage": stage,
+            "params": 1000 * (stage + 1),
+            "bytes": 16_000 * (stage + 1),
+            "peers": {f"peer-{stage}.1": 1.5, f"peer-{stage + 2}.1": None},
+            "buddies": [f"peer-{1 - stage}"],
+            "moving_here": [],
+        }
+        for stage in range(2)
+    ]
+    row = {"t_s": step + 1.0, "step": step, "loss": 5.0 - step / 10, "seconds": 1.0, "attempts": 1, "stages": stages}
+    return {**row, "bytes_sent": 50_000 * (step + 1), "val_loss": 5.0 - step // 10, "no_move": ""}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from faults.recovery import GIVEN_UP, KINDS
 from orchestrator.config import load_config
+from orchestrator.dashboard.book import RunBook
 from orchestrator.dashboard.columns import Window
 from orchestrator.dashboard.controller_source import ControllerSource
 from orchestrator.dashboard.controls import pipeline_part
@@ -22,9 +25,18 @@ from orchestrator.errors import UserError
 from orchestrator.metrics import EvalRow, ExchangeRow, FaultEvent
 from orchestrator.segments import read_run
 from orchestrator.summary import load_summary
-from tests.unit.dashboard.synthetic_journal import JournalOf, write_run
+from tests.unit.dashboard.synthetic_journal import KILLED_S, NOTICED_S, JournalOf, write_pipeline, write_run
 from tests.unit.report.synthetic_run import TOKENS_PER_STEP, SyntheticRun
-from workers.records import OperatorRecord, TermRecord, dump_row, make_row
+from workers.records import (
+    GENESIS_HASH,
+    FaultRecord,
+    JoinRecord,
+    OperatorRecord,
+    Row,
+    TermRecord,
+    dump_row,
+    make_row,
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +133,24 @@ def test_many_members_become_a_band_and_picked_ones_keep_their_curve(tmp_path: P
         assert low is None or low <= p10 <= p50 <= p90 <= high
     links = run_links(book, book.end_s)
     assert len(links["links"]) == 20 * 19 and max(a for a, *_ in links["links"]) < len(links["names"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_however_a_member_ends_it_is_told_once_and_as_bad(kind: str) -> None:
+    book = RunBook()
+    fault = FaultEvent(t_s=9.0, fault=kind, member="island-0", injected_s=8.9, detected_s=9.0, estimated=True)
+    book.add_metrics(json.dumps({"kind": fault.kind, **asdict(fault)}).encode() + b"\n")
+    rows = list[Row]()
+    for record in (
+        TermRecord(lineage=0, number=1, controller="c"),
+        JoinRecord(member="island-0", incarnation=1, nonce="n", node="node"),
+        FaultRecord(fault=kind, member="island-0", injected=False, t_s=9.0, detail="why"),
+        FaultRecord(fault=GIVEN_UP, member="island-0", injected=False, t_s=9.5, detail="too often"),
+    ):
+        rows.append(make_row(len(rows), rows[-1].hash if rows else GENESIS_HASH, record))
+    book.add_records(rows)
+    told = [(event["kind"], event["tone"]) for event in run_figures(book, None)["events"]]
+    assert told == [(GIVEN_UP, "bad"), (kind, "bad")]
 
 
 def test_a_growing_run_is_read_piece_by_piece(tmp_path: Path) -> None:
@@ -236,6 +266,22 @@ def test_a_pipeline_is_as_far_as_its_steps_and_its_controller_hands_them_over(tm
     over.set()
     source.refresh()
     assert source.book.about.state == "done"
+
+
+def test_a_pipeline_says_who_is_here_what_broke_and_what_was_sent(tmp_path: Path) -> None:
+    book = read(write_pipeline(tmp_path / "swarm")).book
+    told = run_figures(book, None)
+    assert told["problem"] == "" and told["about"]["pipeline"]
+    assert [(row["name"], row["incarnation"]) for row in told["members"]] == [
+        *((f"peer-{n}", 1 + (n == 1)) for n in range(4)),
+        ("trainer-0", 2),
+    ]
+    figures = told["figures"]
+    assert figures["num_faults"] == 2, "a kill and its notice are one"
+    assert figures["bytes_sent"] == 30 * 50_000 and figures["bytes_data_parallel"] is None
+    then = {moment: run_figures(book, moment)["figures"] for moment in (KILLED_S - 1, NOTICED_S, 15.0)}
+    assert [one["num_faults"] for one in then.values()] == [0, 1, 1]
+    assert [one["bytes_sent"] for one in then.values()] == [450_000, 500_000, 750_000]
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:

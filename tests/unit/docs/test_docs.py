@@ -24,7 +24,8 @@ from orchestrator.summary import Summary
 from strategies.config import CodecConfig, StrategyConfig
 
 ROOT = Path(__file__).resolve().parents[3]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+READMES = [ROOT / "README.md", ROOT / "cluster_configs" / "README.md"]
+DOCUMENTS = sorted([*READMES, *(ROOT / "docs").rglob("*.md")])
 PACKAGES = ("strategies", "faults", "workers", "orchestrator", "benchmarks", "tests")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Commands and settings of later issues that a document may name where it says that they are not there yet.

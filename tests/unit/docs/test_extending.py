@@ -83,7 +83,7 @@ def test_both_examples_train_as_the_page_says(tmp_path: Path) -> None:
     page = PAGE.read_text()
     source = tmp_path / "source"
     for name in ("faults", "orchestrator", "strategies", "workers"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name)  # what is compiled of it as well: it need not be again
     shutil.copytree(ROOT / "cluster_configs" / "runs", source / "cluster_configs" / "runs")
     blocks = re.findall(r"^```python\n# (strategies/[\w/]+\.py)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert [name for name, _ in blocks] == ["strategies/codecs/fp16.py", "strategies/annealed.py"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from faults.recovery import GIVEN_UP, KINDS
 from orchestrator.alarms import Alarm, Alarms, NotifyConfig
 from orchestrator.local import LocalRun
 from orchestrator.notify import MAX_WAITING, Notifier, notifying
@@ -41,6 +42,12 @@ def test_a_death_is_told_and_the_announcement_of_one_is_not() -> None:
     assert (alarm.kind, alarm.member, alarm.detail, alarm.t_s) == ("member_dead", "island-1", "died: why", 2.0)
     assert kinds(alarms.on_record(fault("suspect"), 2.0)) == []
     assert kinds(alarms.on_record(FenceRecord(member="island-1", incarnation=1, why="it left"), 3.0)) == []
+
+
+@pytest.mark.parametrize("name", [*KINDS, GIVEN_UP])
+def test_every_end_of_a_member_is_told(name: str) -> None:
+    [alarm] = Alarms(NotifyConfig(), num_islands=2).on_record(fault(name), 2.0)
+    assert (alarm.kind, alarm.member, alarm.detail) == ("member_dead", "island-1", f"{name}: why")
 
 
 def test_divergence_and_the_end() -> None:
