@@ -130,7 +130,7 @@ class PipelineBrain(Operations):
             # It was told to compute the step that is the last on the record, and nobody told it so.
             before = peer.versions.get(stage)
             if before is not None and before < self.version and self.digests and digest == self.digests[stage]:
-                order = Apply(step=before, stage=stage, digest=digest)
+                order = Apply(step=before, stage=stage, digest=digest, version=self.version)
                 peer.versions[stage] = self.version
                 self._order((peer.process, order, ("applied", stage, self.version)))
         self.rebalancer.changed()
@@ -223,6 +223,7 @@ class PipelineBrain(Operations):
                 version=self.version,
                 sync_steps=self.plan.sync_steps,
                 delayed=self.plan.delayed,
+                num_fragments=self.plan.num_fragments,
             )
         )
 
@@ -321,7 +322,8 @@ class PipelineBrain(Operations):
                 peer = self.roster.peers[process]
                 peer.versions[stage] = commit.step + 1
                 about = ("applied", stage, commit.step + 1)
-                self._order((process, Apply(step=commit.step, stage=stage, digest=digest), about))
+                order = Apply(step=commit.step, stage=stage, digest=digest, version=commit.step + 1)
+                self._order((process, order, about))
         self._closed(commit)
         self._step_done(commit)
         self._catch_up()
@@ -351,6 +353,10 @@ class PipelineBrain(Operations):
 
     def _between_steps(self) -> None:
         """Nothing is under way: who has pulled its new stage moves, a snapshot is taken, the next step begins."""
+        self._finish_move()
+        self._save_if_due()
+
+    def _finish_move(self) -> None:
         claim = self.rebalancer.open
         if claim is not None:
             peer = self.roster.peers[claim.move.peer]
@@ -361,6 +367,8 @@ class PipelineBrain(Operations):
                     peer.why = f"moved from stage {peer.stage}: {self.moves[-1]}"
                     peer.stage = None
                     peer.taking[target] = self.roster.next_name(peer.process)
+
+    def _save_if_due(self) -> None:
         due = self.plan.snapshot_every_s > 0 and self._now_s >= self._saved_s + self.plan.snapshot_every_s
         if due and self._saving is None and self.version < self.plan.total_steps:
             self._save()

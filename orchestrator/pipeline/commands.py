@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.events import (
     FaultInjected,
@@ -187,7 +187,8 @@ Command = Write | Order | Tell | Start | End | StepDone | Sealed | GoBack | Fini
 class Layout:
     """What the controller knows of the cut: no shapes, no torch.
 
-    `chunks`: unit -> number of its chunks; `stages_of`: unit -> the stages that contribute to it, owner first.
+    `chunks`: unit -> number of its chunks; `stages_of`: unit -> the stages that contribute to it, owner first;
+    `fragment_of`: unit -> the fragment that it is in, 0 where it is not named.
     """
 
     num_stages: int
@@ -196,6 +197,7 @@ class Layout:
     params: tuple[int, ...]
     stage_bytes: tuple[int, ...]
     is_tied: bool
+    fragment_of: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_params(self) -> int:

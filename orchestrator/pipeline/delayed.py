@@ -48,7 +48,7 @@ class DelayedCommit(StepCommit):
         if self.reduces:
             super()._try_reduce(name)
 
-    def _parts(self, number: int) -> tuple[Part, ...]:
+    def _parts(self, number: int, unit: str) -> tuple[Part, ...]:
         offers = self.stages[number].offers
         return tuple(
             Part(peer=name, address=self.places[name], numbers=microbatches)

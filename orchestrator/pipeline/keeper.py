@@ -74,6 +74,11 @@ class StageKeeper:
         """Whether a step or a synchronisation is under way."""
         return bool(self._open_commits())
 
+    @property
+    def at_anchor(self) -> bool:
+        """Whether what all holders of a stage have is as new as it can be after this step: a time to validate it."""
+        return self.version == self.held_version
+
     def _open_commits(self) -> list[StepCommit]:
         return [self.commit] if self.commit is not None else []
 

@@ -72,11 +72,13 @@ def why_step(rows: Sequence[Row], times: Mapping[int, float], step: int) -> list
     Raises NothingKnown for a step that was never opened.
     """
     out: list[Line] = []
-    newest = -1
+    newest, num_fragments = -1, 1
     for row in rows:
         record = row.record
         text: str | None = None
         match record:
+            case PipelineGenesisRecord():
+                num_fragments = record.num_fragments
             case StepRecord():
                 newest = max(newest, record.step)
                 if record.step == step:
@@ -92,7 +94,8 @@ def why_step(rows: Sequence[Row], times: Mapping[int, float], step: int) -> list
                     text += f"; {', '.join(record.holders)} held the next state"
             case StageSyncRecord() if record.base < step + 1 == record.version:
                 made = ", ".join(record.contributors) or "nobody"
-                text = f"stage {record.stage} moved from version {record.base} to {record.version} by {made}"
+                part = f" (fragments {', '.join(map(str, record.fragments))})" if num_fragments > 1 else ""
+                text = f"stage {record.stage}{part} moved from version {record.base} to {record.version} by {made}"
         if text is not None:
             out.append(Line(seq=row.seq, at_s=times.get(step), text=text))
     if not out:
