@@ -38,6 +38,7 @@ from workers.pipeline.messages import (
     Offered,
     OpenStep,
     Peers,
+    Probed,
     Reduced,
     StageReady,
     StepCommitted,
@@ -115,6 +116,7 @@ class PipelineBrain(Operations):
         self._write(JoinRecord(member=event.process, incarnation=incarnation, nonce=event.nonce, node=event.node))
         if event.process in self.plan.trainers:
             self.roster.trainers[event.process] = event.nonce
+            self.roster.addresses[event.process] = event.address
             return  # it takes part from the next step on
         peer = Peer(
             process=event.process,
@@ -378,6 +380,8 @@ class PipelineBrain(Operations):
     def _answered(self, peer: Peer, about: tuple[object, ...], answer: FromPeer) -> None:
         commit, reduced = self.commit, self.reduced
         match about, answer:
+            case ("probe",), Probed(seconds=seconds):
+                peer.link_s = seconds
             case ("take", int(stage), (str() | None) as name, int()), Holds():
                 self._took(peer, stage, name, answer)
             case ("offer", int(stage), str(name)), Offered(microbatches=ids) if commit is not None:

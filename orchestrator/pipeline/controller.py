@@ -63,7 +63,7 @@ from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, isl
 from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
 from workers.data.index import load_index
-from workers.pipeline.messages import FromTrainer, Reduce, Spread, TakeStage
+from workers.pipeline.messages import FromTrainer, Probe, Reduce, Spread, TakeStage
 from workers.records import FaultRecord, Record
 
 TICK_S = 0.1
@@ -387,7 +387,7 @@ class PipelineActor(PipelineControls):
         if not self._is(command.process, command.nonce):
             return
         handle, brain = self.handles[command.process][1], self.brain
-        call = handle.work if isinstance(command.order, TakeStage | Reduce | Spread) else handle.obey
+        call = handle.work if isinstance(command.order, Probe | TakeStage | Reduce | Spread) else handle.obey
         try:
             answer = await call.remote(command.order)
         except (RayActorError, RayTaskError) as error:

@@ -33,8 +33,8 @@ class PipelinePlan:
     version that was evaluated last. `sync_steps`: steps that peers make of their own before their stage synchronises,
     0: none; `num_fragments`: parts of each stage that are synchronised one after the other, each once in so many steps;
     `overlap_steps`: steps that are made while one is under way. `next_fragment`: whose turn it is, `outer_rounds`: how
-    often each was synchronised. `life`: how often a controller began before. `paused`: no step is opened before
-    somebody says so.
+    often each was synchronised. `probes`: peers measure their links before the first placement. `life`: how often a
+    controller began before. `paused`: no step is opened before somebody says so.
     """
 
     layout: Layout
@@ -58,6 +58,7 @@ class PipelinePlan:
     overlap_steps: int = 0
     next_fragment: int = 0
     outer_rounds: tuple[int, ...] = ()
+    probes: bool = False
     life: int = 0
     eval_every: float = 0.0
     evaluated: int | None = None
@@ -259,6 +260,7 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         sync_steps=config.strategy.inner_steps if spec.is_local else 0,
         num_fragments=spec.num_fragments,
         overlap_steps=config.strategy.overlap_steps,
+        probes=spec.num_stages > 1,
         eval_every=config.eval.every if spec.num_validation else 0.0,
     )
 

@@ -8,7 +8,6 @@ the pipeline is waited for, and synchronising unless updates are delayed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
@@ -24,6 +23,7 @@ from orchestrator.pipeline.plan import (
 from orchestrator.planner import ARITHMETIC_BYTES_PER_S, FP32, LINK_SHARE, ROUND_TRIPS, Case, codecs_of, payload_bytes
 from strategies.errors import SettingError
 from strategies.swarm import Stage, peer_bytes, trainer_bytes
+from workers.pipeline.costs import tensors_of
 from workers.pipeline.spec import CHUNK_VALUES
 
 if TYPE_CHECKING:
@@ -68,25 +68,6 @@ class PipelineRow(BaseModel):
     memory_bytes: int = Field(description="Memory of the largest peer.")
     trainer_memory_bytes: int = Field(description="Boundary tensors that a trainer keeps.")
     stages: list[StageCost]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Traffic:
-    """Boundary tensors of one microbatch that cross a peer's link."""
-
-    sent: int
-    received: int
-
-
-def tensors_of(stage: int, num_stages: int) -> _Traffic:
-    """What a peer of a stage sends and receives for a microbatch; tokens and targets are not worth counting."""
-    if num_stages == 1:
-        return _Traffic(sent=0, received=0)
-    if stage == 0:  # its output; the gradient of it
-        return _Traffic(sent=1, received=1)
-    if stage == num_stages - 1:  # its input, once: its backward is its forward; the gradient of it
-        return _Traffic(sent=1, received=1)
-    return _Traffic(sent=2, received=3)  # its input twice
 
 
 def pipeline_cost(preset: str, config: RunConfig, case: Case) -> PipelineRow:

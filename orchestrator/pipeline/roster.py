@@ -32,6 +32,8 @@ class Peer:
     serves: int | None = None
     """What it served before the controller came back."""
     throughput: float | None = None
+    link_s: float | None = None
+    """Seconds that a boundary tensor takes from a trainer to it."""
 
 
 class Roster:
@@ -40,6 +42,8 @@ class Roster:
     def __init__(self) -> None:
         self.peers: dict[str, Peer] = {}
         self.trainers: dict[str, str] = {}
+        self.addresses: dict[str, str] = {}
+        """Of trainers."""
         self.incarnations: dict[str, int] = {}
         self.announcement = 0
 

@@ -116,6 +116,7 @@ class BrainWorld:
                 sync_steps=2 * parts,
                 num_fragments=parts,
                 overlap_steps=self.random.choice((0, 1)),
+                probes=True,
             )
         self.fault_rate = self.random.choice((0.05, 0.1, 0.2))
         self.fault_until_s = self.random.uniform(20, 120)

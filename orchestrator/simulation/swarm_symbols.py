@@ -31,6 +31,8 @@ from workers.pipeline.messages import (
     OfferWork,
     OpenStep,
     PeerPlace,
+    Probe,
+    Probed,
     Reduce,
     Reduced,
     Spread,
@@ -162,6 +164,8 @@ class SymbolPeer:
     def do(self, order: ToPeer) -> FromPeer:
         """Obey; raises SymbolError."""
         match order:
+            case Probe():
+                return Probed(seconds=0.01 * len(self._address))
             case TakeStage():
                 return self._take(order)
             case Collect():

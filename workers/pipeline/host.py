@@ -38,6 +38,8 @@ from workers.pipeline.messages import (
     LocalStep,
     Offered,
     OfferWork,
+    Probe,
+    Probed,
     Reduce,
     Reduced,
     SaveStage,
@@ -195,6 +197,8 @@ class PeerHost:
     def do(self, order: ToPeer) -> FromPeer:
         """Obey an order; all may be repeated. Raises PeerError, or what the transport raises."""
         match order:
+            case Probe(addresses=addresses):
+                return Probed(seconds=self._pieces.probe(addresses, self._clock))
             case TakeStage():
                 return self._take(order)
             case Collect():

@@ -143,6 +143,20 @@ FromTrainer = FenceWanted | StageReady | GaveUp | Heartbeat | Evaluated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """How long does a boundary tensor take from these trainers' addresses to you?"""
+
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """Seconds, the mean over those that answered."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TakeStage:
     """Hold the state of a stage at `version`, and with `serve_as` serve it under that name.
 
@@ -318,5 +332,17 @@ class Done:
     """Nothing to say but that it was done."""
 
 
-ToPeer = TakeStage | Collect | LocalStep | OfferWork | Reduce | Spread | Apply | FenceStep | DropStage | SaveStage
-FromPeer = Holds | Offered | Reduced | Have | Applied | Done
+ToPeer = (
+    Probe
+    | TakeStage
+    | Collect
+    | LocalStep
+    | OfferWork
+    | Reduce
+    | Spread
+    | Apply
+    | FenceStep
+    | DropStage
+    | SaveStage
+)  # fmt: skip
+FromPeer = Probed | Holds | Offered | Reduced | Have | Applied | Done

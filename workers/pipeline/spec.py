@@ -82,6 +82,13 @@ class PipelineSpec:
         return self.table.shapes
 
     @property
+    def boundary_values(self) -> int:
+        """Values that cross the widest boundary for one sample."""
+        if self.table is None or self.table.is_decoder:
+            return self.shape.seq_len * self.shape.dim
+        return self.table.boundary_values
+
+    @property
     def is_tied(self) -> bool:
         """Whether two stages hold the embedding matrix."""
         return self.factory is None and self.shape.tie_embeddings and self.num_stages > 1
