@@ -23,7 +23,7 @@ from orchestrator.pipeline.commands import (
     Tick,
 )
 from orchestrator.pipeline.commit import Contradiction, StepCommit
-from orchestrator.pipeline.operations import Operations
+from orchestrator.pipeline.leaving import Leaving
 from orchestrator.pipeline.roster import Peer, deal
 from workers.pipeline.messages import (
     Applied,
@@ -51,7 +51,7 @@ SPREAD_GRACE_S = 5.0
 MAX_FAILURES = 3
 
 
-class PipelineBrain(Operations):
+class PipelineBrain(Leaving):
     """See the module."""
 
     step_kind: type[StepCommit] = StepCommit
@@ -106,7 +106,8 @@ class PipelineBrain(Operations):
     def begin(self, now_s: float) -> list[Command]:
         """Start all processes."""
         self._now_s = self._started_s = self._saved_s = now_s
-        return [Start(process=name, why="start") for name in (*self.plan.peers, *self.plan.trainers)]
+        names = (*self.plan.peers, *self.plan.trainers)
+        return [Start(process=name, why="start") for name in names if name not in self.left]
 
     # ------------------------------------------------------------ processes
 
@@ -151,6 +152,10 @@ class PipelineBrain(Operations):
         self._write(
             FenceRecord(member=event.process, incarnation=self.roster.incarnations.get(event.process, 0), why=event.why)
         )
+        if event.process in self.roster.leaving and self._can_do_without(event.process):
+            self._has_left(event.process, event.why)
+            return
+        self.roster.leaving.pop(event.process, None)  # its successor is another process, wherever that is
         self.num_restarts[event.process] = self.num_restarts.get(event.process, 0) + 1
         if self.num_restarts[event.process] > self.plan.max_restarts:
             self._finish("failed", f"{event.process} ended {self.num_restarts[event.process]} times: {event.why}")
@@ -231,7 +236,10 @@ class PipelineBrain(Operations):
 
     def _open_step(self, why: str) -> None:
         """The next step, or the same one anew; with nobody to serve a stage it waits."""
-        if self._validates() or self._is_over() or self.paused or not self.roster.trainers:
+        if self._validates() or self._is_over():
+            return
+        self._let_go()
+        if self.paused or not self.roster.trainers:
             return
         trainers = tuple(sorted(self.roster.trainers))
         dealt = deal(self.plan.pipeline.microbatches, trainers)
@@ -477,6 +485,7 @@ class PipelineBrain(Operations):
             what()
         self._look_for_silence()
         self._look_for_trainers()
+        self._look_for_leavers()
         if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()
         if self.reduced is not None and self._now_s >= self._asked_s + RETRY_S:

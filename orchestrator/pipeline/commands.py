@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from orchestrator.events import (
     FaultInjected,
     FaultNoticed,
+    LeaveRequested,
     Operated,
     PauseRequested,
     RollbackRequested,
@@ -96,6 +97,7 @@ Asked = (
     | RollbackRequested
     | FaultInjected
     | FaultNoticed
+    | LeaveRequested
     | Operated
 )  # fmt: skip
 Event = Joined | Died | Answered | Failed | Heard | Tick | Rebalance | Stop | Asked

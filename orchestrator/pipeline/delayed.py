@@ -121,6 +121,7 @@ class DelayedBrain(PipelineBrain):
             or self.paused
             or self._evaluating is not None
             or self._is_due()
+            or self._somebody_goes()
         )
 
     def _closed(self, commit: StepCommit) -> None:

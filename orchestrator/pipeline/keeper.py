@@ -158,12 +158,13 @@ class StageKeeper:
                 link_s=link_class(peer.link_s),
             )
             for peer in sorted(self.roster.peers.values(), key=lambda peer: peer.process)
+            if peer.process not in self.roster.leaving
         ]
 
     def _place_all(self) -> None:
         """The first placement, when everybody is there (or has had the time to come)."""
         late = self._started_s is not None and self._now_s > self._started_s + self.plan.start_timeout_s
-        everybody = len(self.roster.peers) == len(self.plan.peers) and len(self.roster.trainers) > 0
+        everybody = self.roster.peers.keys() >= set(self.plan.peers) - self.plan.left and len(self.roster.trainers) > 0
         if not everybody and not (late and self.roster.peers and self.roster.trainers):
             return
         known = {peer.process: peer.serves for peer in self.roster.peers.values() if peer.serves is not None}
@@ -298,6 +299,7 @@ class StageKeeper:
                 peer
                 for peer in self.roster.peers.values()
                 if peer.stage is not None and counts[peer.stage] > 1 and not any(peer.taking.values())
+                if peer.process not in self.roster.leaving
             ]
             needs = self._needs()
             spare = [peer for peer in spare if peer.memory_bytes >= needs[stage].bytes]

@@ -34,7 +34,7 @@ class PipelinePlan:
     0: none; `num_fragments`: parts of each stage that are synchronised one after the other, each once in so many steps;
     `overlap_steps`: steps that are made while one is under way. `next_fragment`: whose turn it is, `outer_rounds`: how
     often each was synchronised. `probes`: peers measure their links before the first placement. `life`: how often a
-    controller began before. `paused`: no step is opened before somebody says so.
+    controller began before. `paused`: no step is opened before somebody says so. `left`: not started.
     """
 
     layout: Layout
@@ -63,6 +63,7 @@ class PipelinePlan:
     eval_every: float = 0.0
     evaluated: int | None = None
     paused: bool = False
+    left: frozenset[str] = frozenset()
 
     @property
     def delayed(self) -> bool:

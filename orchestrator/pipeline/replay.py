@@ -12,6 +12,7 @@ from orchestrator.pipeline.commands import Sealed
 from orchestrator.pipeline.work import Work
 from orchestrator.rundir import write_atomically
 from workers.pipeline.records import (
+    LeftRecord,
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
@@ -80,6 +81,7 @@ class PipelineHistory:
     findings: list[str] = field(default_factory=list)
     stopped: StopRecord | None = None
     members: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     sync_steps: int = 0
     num_lives: int = 0
@@ -158,6 +160,7 @@ class PipelineHistory:
             case JoinRecord(member=member, incarnation=incarnation):
                 self.incarnations[member] = max(self.incarnations.get(member, 0), incarnation)
                 self.members.add(member)
+                self.left.discard(member)
             case ServeRecord(process=process, peer=peer, stage=stage, why=why):
                 self.incarnations[process] = max(self.incarnations.get(process, 0), int(peer.rpartition(".")[2]))
                 self.serving[process] = (peer, stage)
@@ -166,6 +169,8 @@ class PipelineHistory:
             case FenceRecord(member=member):
                 self.serving.pop(member, None)
                 self.members.discard(member)
+            case LeftRecord(process=process):
+                self.left.add(process)
             case StepRecord():
                 self._open(record)
             case StepFenceRecord(step=step, round=round_, peer=peer):

@@ -132,16 +132,24 @@ class RoundBrain(PipelineBrain):
     def _fragments_due(self) -> tuple[int, ...]:
         """What is to be synchronised now: a fragment after each part of a round, and all before something ends.
 
-        Before a peer moves, too: it would take along what some fragments lack.
+        Before a peer moves or leaves, too: it would take along what some fragments lack.
         """
         every = tuple(range(self.plan.num_fragments))
         if self._stops():
             return every if self.version > min(self._offered) else ()
+        if self._somebody_goes() and self.work and self.version > self.synced:
+            return every
         if self.version - self._sent < max(self.plan.sync_steps // self.plan.num_fragments, 1):
             return ()
         return every if self._somebody_moves() else (self.next_fragment,)
 
+    def _uncommitted(self, peer: Peer) -> int:
+        own = self.work.get(peer.name)
+        return 0 if own is None else own.num_microbatches
+
     def _somebody_moves(self) -> bool:
+        if self._somebody_goes():
+            return True
         claim = self.rebalancer.open
         peer = None if claim is None else self.roster.peers.get(claim.move.peer)
         return claim is not None and peer is not None and peer.versions.get(claim.move.target) == self.held_version
@@ -303,6 +311,7 @@ def resumed_brain(plan: PipelinePlan, history: PipelineHistory, *, reborn: bool)
         life=history.num_lives,
         evaluated=history.evaluated,
         paused=history.paused,
+        left=frozenset(history.left) if reborn else frozenset(),
         next_fragment=history.next_fragment,
         outer_rounds=history.outer_rounds,
     )

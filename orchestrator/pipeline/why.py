@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.why import Line, NothingKnown, decision, seconds_of
 from workers.pipeline.records import (
+    LeftRecord,
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
@@ -110,6 +111,8 @@ def _concerns(record: Record) -> tuple[str, ...]:
             return (record.process, record.peer)
         case StepFenceRecord() | WorkLostRecord():
             return (record.peer,)
+        case LeftRecord():
+            return (record.process,)
         case _:
             return tuple(str(getattr(record, "member", "")).split("+"))
 
@@ -127,6 +130,8 @@ def _decision(record: Record) -> str | None:
             return f"nothing that {record.peer} counted in step {record.step} is in its commit: {record.why}"
         case WorkLostRecord():
             return f"what {record.peer} had made in stage {record.stage} went with it: {record.why}"
+        case LeftRecord():
+            return f"{record.process} has handed over and is not started again: {record.why}"
         case JoinRecord():
             return f"{record.member} joined on node {record.node[:8]}"
         case FenceRecord():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
-from orchestrator.events import PauseRequested
+from orchestrator.events import LeaveRequested, PauseRequested
 from orchestrator.pipeline.commands import (
     Answered,
     Command,
@@ -46,7 +46,7 @@ from orchestrator.simulation.swarm_symbols import Content, SymbolError, SymbolPe
 from workers.pipeline.calls import Call
 from workers.pipeline.config import PipelineConfig
 from workers.pipeline.messages import FromTrainer, PeerPlace
-from workers.pipeline.records import ServeRecord
+from workers.pipeline.records import LeftRecord, ServeRecord
 from workers.records import Record
 
 NUM_MICROBATCHES, CALL_S = 4, 0.2
@@ -71,7 +71,7 @@ class _Process:
 class BrainWorld:
     """One seed. `rounds`: peers step on their own; `streaming`: and synchronise one fragment after the other.
 
-    `delayed`: updates are. With the latter two the run is paused now and then.
+    `delayed`: updates are. With the latter two the run is paused now and then, and of a streaming one processes leave.
     """
 
     def __init__(self, seed: int, *, rounds: bool, delayed: bool = False, streaming: bool = False) -> None:
@@ -296,8 +296,10 @@ class BrainWorld:
         live = sorted(name for name, process in self.processes.items() if process.alive)
         if len(live) < 4:
             return
-        kinds = ("kill", "kill", "kill", "stop", "stop", "slow", "controller", "kill two", "look")
-        kind = self.random.choice((*kinds, "pause") if self.plan.delayed or self.streaming else kinds)
+        kinds: tuple[str, ...] = ("kill", "kill", "kill", "stop", "stop", "slow", "controller", "kill two", "look")
+        if self.plan.delayed or self.streaming:
+            kinds = (*kinds, "pause", "leave") if self.streaming else (*kinds, "pause")
+        kind = self.random.choice(kinds)
         self.counts[f"fault {kind}"] += 1
         victim = self.processes[self.random.choice(live)]
         match kind:
@@ -311,6 +313,8 @@ class BrainWorld:
                 self.at(victim.stopped_until_s - self.now_s, lambda: self._go_on(victim))
             case "slow":
                 victim.speed *= 0.3
+            case "leave":
+                self._tell_brain(LeaveRequested(name=victim.name, why="asked to"))
             case "controller":
                 self._restart_controller()
             case "pause":
@@ -346,6 +350,11 @@ class BrainWorld:
 
     def _look_at(self, records: tuple[Record, ...]) -> None:
         for record in records:
+            if isinstance(record, LeftRecord) and self.processes[record.process].alive:
+                self.counts["left"] += 1
+                stays = [p.alive for name, p in self.processes.items() if name not in self.brain.left]
+                if all(stays) and 0 in self.brain.roster.counts(self.plan.layout.num_stages):
+                    raise Broken(f"never empty: {record.process} left a stage with nobody")
             if isinstance(record, ServeRecord) and record.why.startswith("moved") and "has nobody" not in record.why:
                 self.counts["moves"] += 1
                 left = record.why.removeprefix("moved from stage ").partition(":")[0]

@@ -105,6 +105,15 @@ class StageSyncRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LeftRecord(Record):
+    """A process was asked to go and has handed over: it is not started again in this life of the run."""
+
+    kind: ClassVar[str] = "left"
+    process: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkLostRecord(Record):
     """What a peer had made of its own and not every fragment has committed is void: these steps are partial here."""
 
