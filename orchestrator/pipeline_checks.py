@@ -92,12 +92,14 @@ def _others(config: RunConfig) -> Iterator[Problem]:
 
 
 def _synchronisation(config: RunConfig) -> Iterator[Problem]:
-    """Peers of a stage add gradients after every step (ddp), or what steps of their own moved (diloco)."""
+    """Peers of a stage add gradients after every step (ddp), or what steps of their own moved (diloco, streaming)."""
     strategy = config.strategy
     where = f"a pipeline (pipeline.stages = {config.pipeline.stages})"
-    if strategy.name not in ("ddp", "diloco"):
-        message = f"strategy.name = {strategy.name!r}, and {where} synchronises its stages by ddp or diloco"
-        yield Problem(key="strategy.name", message=message, remedy="strategy.name = 'ddp' or 'diloco'")
+    if strategy.name not in ("ddp", "diloco", "streaming"):
+        message = f"strategy.name = {strategy.name!r}, and {where} synchronises its stages by ddp, diloco or streaming"
+        yield Problem(key="strategy.name", message=message, remedy="strategy.name = 'ddp', 'diloco' or 'streaming'")
+    if strategy.name == "streaming":
+        yield from _streaming(config)
     if strategy.name == "ddp" and config.codec.error_feedback:
         message = f"codec.error_feedback = True, and {where} with strategy.name = 'ddp' does without it"
         remedy = "codec.error_feedback = False: microbatches go to other peers in every step, so residuals have no home"
@@ -109,9 +111,27 @@ def _synchronisation(config: RunConfig) -> Iterator[Problem]:
     plain = {
         "strategy.warmup_sync": (strategy.warmup_sync, 0.0),
         "strategy.qsr_alpha": (strategy.qsr_alpha, 0.0),
-        "strategy.num_fragments": (strategy.total_fragments, 1),
+        "strategy.num_fragments": (1 if strategy.name == "streaming" else strategy.num_fragments, 1),
+        "strategy.fragments": (strategy.fragments, []),
     }
     for key, (value, wanted) in plain.items():
         if value != wanted:
             message = f"{key} = {value!r}, and {where} does without it"
             yield Problem(key=key, message=message, remedy=f"{key} = {wanted!r}")
+
+
+def _streaming(config: RunConfig) -> Iterator[Problem]:
+    """Fragments of a stage are exchanged one after the other: one of them has come back when the next one leaves."""
+    strategy = config.strategy
+    parts, steps = strategy.num_fragments, strategy.inner_steps
+    if steps < parts:
+        message = f"strategy.inner_steps = {steps} is less than strategy.num_fragments = {parts}, which take turns"
+        yield Problem(key="strategy.inner_steps", message=message, remedy=f"{parts} or a multiple of it")
+    last = max(steps // parts - 1, 0)
+    if strategy.overlap_steps > last:
+        message = (
+            f"strategy.overlap_steps = {strategy.overlap_steps}: in a pipeline the next fragment of a stage is sent "
+            f"strategy.inner_steps / strategy.num_fragments = {max(steps // parts, 1)} steps after this one, whose "
+            "result must be there by then"
+        )
+        yield Problem(key="strategy.overlap_steps", message=message, remedy=f"{last} or less")

@@ -117,14 +117,14 @@ def _check_pipeline(config: RunConfig, pack: Path) -> None:
     """Whether every stage fits somebody; raises SettingError with the numbers."""
     if config.pipeline.stages is None:
         return
-    from orchestrator.pipeline.plan import check_memory, outer_states
+    from orchestrator.pipeline.plan import check_fragments, check_memory, outer_states
     from workers.data.index import load_index
     from workers.model.shape import resolve_shape
     from workers.pipeline.memory import machine_bytes
 
     index = load_index(pack)
     shape = resolve_shape(config.model, vocab_size=index.vocab_size, seq_len=index.seq_len)
-    check_memory(
+    stages = check_memory(
         shape,
         config.pipeline,
         machine_bytes=machine_bytes(),
@@ -132,6 +132,7 @@ def _check_pipeline(config: RunConfig, pack: Path) -> None:
         table=layer_table(config, pack),
         outer_states=outer_states(config),
     )
+    check_fragments(stages, config.strategy.num_fragments)
 
 
 def layer_table(config: RunConfig, pack: Path) -> LayerTable | None:

@@ -22,19 +22,27 @@ MAX_FOR_ALL = 20_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageNeed:
-    """`work`: what a microbatch costs in the stage, in any unit (seconds on a reference, or parameters)."""
+    """`work`: what a microbatch costs in the stage, in any unit (seconds on a reference, or parameters).
+
+    `tensors`: boundary tensors of a microbatch that cross the link of its peer, in the busier direction.
+    """
 
     work: float
     bytes: int
+    tensors: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerPower:
-    """`speed`: work a second, in the unit of `StageNeed.work`; `memory_bytes`: what a stage may take of it."""
+    """`speed`: work a second, in the unit of `StageNeed.work`; `memory_bytes`: what a stage may take of it.
+
+    `link_s`: seconds that a boundary tensor takes from a trainer to it, by whom all tensors go; None: not known.
+    """
 
     name: str
     speed: float
     memory_bytes: int
+    link_s: float | None = None
 
 
 Assignment = Mapping[str, int]
@@ -189,7 +197,8 @@ def place(stages: Sequence[StageNeed], peers: Sequence[PeerPower], *, minimum: i
 
     First `minimum` peers for each stage, by augmenting paths (so that a peer that fits anywhere does not take the place
     of one that fits nowhere else), then the rest, then exchanges with the slowest stage while they help; with few peers
-    every assignment is looked at. Raises UserError with numbers.
+    every assignment is looked at. Of placements that are equally quick, the one whose tensors cross the quicker links:
+    a stage in the middle sends and receives more of them than the ends do. Raises UserError with numbers.
     """
     slots = [stage for stage in range(len(stages)) for _ in range(minimum)]
     ranked = sorted(peers, key=lambda peer: (-peer.speed, peer.name))
@@ -250,18 +259,50 @@ def _improve(
     while True:
         found = min(_neighbours(stages, power, assignment, minimum), key=score, default=assignment)
         if not score(found) < score(assignment):
-            return assignment
+            return _by_links(stages, peers, assignment)
         assignment = found
+
+
+def link_cost(stages: Sequence[StageNeed], peers: Sequence[PeerPower], assignment: Assignment) -> float:
+    """Seconds that a microbatch's tensors take on the links of all peers; an unknown link is as quick as the mean."""
+    known = [peer.link_s for peer in peers if peer.link_s is not None]
+    usual = math.fsum(known) / len(known) if known else 0.0
+    return math.fsum(
+        stages[assignment[peer.name]].tensors * (usual if peer.link_s is None else peer.link_s)
+        for peer in sorted(peers, key=lambda peer: peer.name)
+        if peer.name in assignment
+    )
+
+
+def _by_links(stages: Sequence[StageNeed], peers: Sequence[PeerPower], assignment: dict[str, int]) -> dict[str, int]:
+    """Let peers of equal speed change places while their links gain by it."""
+    fits = {peer.name: [stage.bytes <= peer.memory_bytes for stage in stages] for peer in peers}
+    pairs = [(a, b) for a, b in combinations(sorted(peers, key=lambda peer: peer.name), 2) if a.speed == b.speed]
+    pairs = [(a, b) for a, b in pairs if a.name in assignment and b.name in assignment]
+    gained = True
+    while gained:
+        gained = False
+        for a, b in pairs:
+            here, there = assignment[a.name], assignment[b.name]
+            if here == there or not (fits[a.name][there] and fits[b.name][here]):
+                continue
+            changed = {**assignment, a.name: there, b.name: here}
+            if link_cost(stages, peers, changed) < link_cost(stages, peers, assignment):
+                assignment, gained = changed, True
+    return assignment
 
 
 def _best(
     stages: Sequence[StageNeed], power: Mapping[str, PeerPower], assignment: dict[str, int], minimum: int
 ) -> dict[str, int]:
-    """The best of all assignments; of equals the one that comes first."""
+    """The best of all assignments; of equals the one with the quicker links, and of those the one that comes first."""
     names = sorted(assignment)
     choices = [[s for s, stage in enumerate(stages) if stage.bytes <= power[name].memory_bytes] for name in names]
     speeds = [power[name].speed for name in names]
-    best: tuple[list[float], tuple[int, ...]] | None = None
+    known = [peer.link_s for peer in power.values() if peer.link_s is not None]
+    usual = math.fsum(known) / len(known) if known else 0.0
+    links = [usual if (link_s := power[name].link_s) is None else link_s for name in names]
+    best: tuple[list[float], float, tuple[int, ...]] | None = None
     for option in product(*choices):
         totals, counts = [0.0] * len(stages), [0] * len(stages)
         for s, speed in zip(option, speeds, strict=True):
@@ -270,9 +311,12 @@ def _best(
         if min(counts) < minimum or min(totals) <= 0:
             continue
         loads = sorted((stage.work / total for stage, total in zip(stages, totals, strict=True)), reverse=True)
-        if best is None or (loads, option) < best:
-            best = (loads, option)
-    return dict(zip(names, best[1], strict=True)) if best is not None else assignment
+        if best is not None and loads > best[0]:
+            continue
+        crossing = math.fsum(stages[s].tensors * link_s for s, link_s in zip(option, links, strict=True))
+        if best is None or (loads, crossing, option) < best:
+            best = (loads, crossing, option)
+    return dict(zip(names, best[2], strict=True)) if best is not None else assignment
 
 
 def _neighbours(

@@ -194,11 +194,15 @@ def _fragment_of_each(names: Sequence[str], num_fragments: int, pattern: Pattern
     for key in keys:
         if key:
             seen_layer = True
-            number = layers[key]
-            fragments.append(number % num_fragments if pattern == "strided" else number * num_fragments // len(layers))
+            fragments.append(fragment_of_layer(layers[key], len(layers), num_fragments=num_fragments, pattern=pattern))
         else:
             fragments.append(num_fragments - 1 if seen_layer else 0)
     return fragments
+
+
+def fragment_of_layer(layer: int, num_layers: int, *, num_fragments: int, pattern: Pattern) -> int:
+    """The fragment of layer number `layer` of `num_layers`: strided or in contiguous blocks."""
+    return layer % num_fragments if pattern == "strided" else layer * num_fragments // num_layers
 
 
 def _layer_key(name: str) -> str:

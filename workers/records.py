@@ -20,6 +20,7 @@ from workers.identities import RosterEntry as RosterEntry
 from workers.identities import Term as Term
 from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.pipeline.records import (
+    LeftRecord,
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
@@ -313,7 +314,7 @@ KINDS: dict[str, type[Record]] = {
         DropRecord,
         RevokeRecord, FaultRecord, EvaluationRecord, SnapshotRecord, SettingRecord, PauseRecord, RollbackRecord,
         SharesRecord, StopRecord, OperatorRecord, PipelineGenesisRecord, ServeRecord, StepRecord, StepFenceRecord,
-        StageCommitRecord, StageCountRecord, StageSyncRecord, WorkLostRecord, RefusalRecord, StandingRecord,
+        StageCommitRecord, StageCountRecord, StageSyncRecord, WorkLostRecord, LeftRecord, RefusalRecord, StandingRecord,
         PairRosterRecord, PairCommitRecord,
     )
 }  # fmt: skip

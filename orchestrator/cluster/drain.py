@@ -15,8 +15,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.processes import CONTROLLER_PREFIX, NAMESPACE
@@ -58,26 +57,15 @@ def drain(
     return LATE if waiting else DONE
 
 
-def can_be_asked(controller: object) -> bool:
-    """Whether a run's members hand over before they leave. Those of a pipeline do not: their work goes elsewhere."""
-    return hasattr(controller, "leave")
-
-
-def what_ends(actors: Iterable[Mapping[str, Any]], node: str, pipelines: Collection[str]) -> list[str]:
+def what_ends(actors: Iterable[Mapping[str, Any]], node: str) -> list[str]:
     """Of the actors that Ray knows, what ends with a machine without handing over, in sentences.
 
     Args:
         actors: Name, State and node (Address.NodeID) of each.
-        pipelines: names of runs that are pipelines.
+        node: of the machine.
     """
     here = [a["Name"] for a in actors if a["State"] == "ALIVE" and a["Address"]["NodeID"] == node and a["Name"]]
     said = []
-    for run in sorted(pipelines):
-        ours = sorted(name.split("/")[2] for name in here if name.startswith(f"island/{run}/"))
-        if ours:
-            said.append(
-                f"{run} is a pipeline: {', '.join(ours)} end with this machine, the others take their work over"
-            )
     for name in sorted(name for name in here if name.startswith(CONTROLLER_PREFIX)):
         run = name.removeprefix(CONTROLLER_PREFIX)
         said.append(
@@ -113,8 +101,6 @@ def main() -> int:
     def leave(name: str) -> Mapping[str, Sequence[str]] | None:
         try:
             controller = ray.get_actor(name, namespace=NAMESPACE)
-            if not can_be_asked(controller):
-                return None
             answer: Any = ray.get(controller.leave.remote(options.member, options.node, options.now), timeout=CALL_S)
         except (ValueError, RayActorError):
             return None  # its run is over
@@ -126,24 +112,18 @@ def main() -> int:
         actors = ray.util.list_named_actors(all_namespaces=True)
         names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
         controllers = [name for name in names if name.startswith(CONTROLLER_PREFIX)]
-        if options.node is not None and (ends := what_ends(*_on_cluster(controllers, options.node))):
+        if options.node is not None and (ends := what_ends(_all_actors(), options.node)):
             _say({"leaving": [], "ends": ends})
         return drain(controllers, leave, _say, timeout_s=options.timeout)
     finally:
         ray.shutdown()
 
 
-def _on_cluster(controllers: Iterable[str], node: str) -> tuple[list[Mapping[str, Any]], str, set[str]]:
+def _all_actors() -> list[Mapping[str, Any]]:
     """What `what_ends` is given, from the Ray that this process is connected to."""
-    import ray
     from ray._private.state import actors
 
-    pipelines = set()
-    for name in controllers:
-        with suppress(ValueError):  # its run is over
-            if not can_be_asked(ray.get_actor(name, namespace=NAMESPACE)):
-                pipelines.add(name.removeprefix(CONTROLLER_PREFIX))
-    return list(actors().values()), node, pipelines
+    return list(actors().values())
 
 
 def _say(values: dict[str, object]) -> None:

@@ -68,9 +68,7 @@ class FileSource:
     def able(self) -> tuple[str, ...]:
         """What its controller can be asked for, while there is one."""
         about = self.book.about
-        # Whoever leaves a pipeline hands nothing over.
-        without = {"drain"} if about.setting("pipeline", "stages") is not None else set()
-        return tuple(name for name in self.deputy.able() if name not in without) if about.state == "running" else ()
+        return self.deputy.able() if about.state == "running" else ()
 
     def act(self, action: str, member: str, by: str) -> str:
         """See `Source`."""

@@ -23,7 +23,7 @@ from orchestrator.pipeline.commands import (
     Tick,
 )
 from orchestrator.pipeline.commit import Contradiction, StepCommit
-from orchestrator.pipeline.operations import Operations
+from orchestrator.pipeline.leaving import Leaving
 from orchestrator.pipeline.roster import Peer, deal
 from workers.pipeline.messages import (
     Applied,
@@ -38,6 +38,7 @@ from workers.pipeline.messages import (
     Offered,
     OpenStep,
     Peers,
+    Probed,
     Reduced,
     StageReady,
     StepCommitted,
@@ -50,7 +51,7 @@ SPREAD_GRACE_S = 5.0
 MAX_FAILURES = 3
 
 
-class PipelineBrain(Operations):
+class PipelineBrain(Leaving):
     """See the module."""
 
     step_kind: type[StepCommit] = StepCommit
@@ -105,7 +106,8 @@ class PipelineBrain(Operations):
     def begin(self, now_s: float) -> list[Command]:
         """Start all processes."""
         self._now_s = self._started_s = self._saved_s = now_s
-        return [Start(process=name, why="start") for name in (*self.plan.peers, *self.plan.trainers)]
+        names = (*self.plan.peers, *self.plan.trainers)
+        return [Start(process=name, why="start") for name in names if name not in self.left]
 
     # ------------------------------------------------------------ processes
 
@@ -115,6 +117,7 @@ class PipelineBrain(Operations):
         self._write(JoinRecord(member=event.process, incarnation=incarnation, nonce=event.nonce, node=event.node))
         if event.process in self.plan.trainers:
             self.roster.trainers[event.process] = event.nonce
+            self.roster.addresses[event.process] = event.address
             return  # it takes part from the next step on
         peer = Peer(
             process=event.process,
@@ -130,7 +133,7 @@ class PipelineBrain(Operations):
             # It was told to compute the step that is the last on the record, and nobody told it so.
             before = peer.versions.get(stage)
             if before is not None and before < self.version and self.digests and digest == self.digests[stage]:
-                order = Apply(step=before, stage=stage, digest=digest)
+                order = Apply(step=before, stage=stage, digest=digest, version=self.version)
                 peer.versions[stage] = self.version
                 self._order((peer.process, order, ("applied", stage, self.version)))
         self.rebalancer.changed()
@@ -149,6 +152,10 @@ class PipelineBrain(Operations):
         self._write(
             FenceRecord(member=event.process, incarnation=self.roster.incarnations.get(event.process, 0), why=event.why)
         )
+        if event.process in self.roster.leaving and self._can_do_without(event.process):
+            self._has_left(event.process, event.why)
+            return
+        self.roster.leaving.pop(event.process, None)  # its successor is another process, wherever that is
         self.num_restarts[event.process] = self.num_restarts.get(event.process, 0) + 1
         if self.num_restarts[event.process] > self.plan.max_restarts:
             self._finish("failed", f"{event.process} ended {self.num_restarts[event.process]} times: {event.why}")
@@ -223,12 +230,16 @@ class PipelineBrain(Operations):
                 version=self.version,
                 sync_steps=self.plan.sync_steps,
                 delayed=self.plan.delayed,
+                num_fragments=self.plan.num_fragments,
             )
         )
 
     def _open_step(self, why: str) -> None:
         """The next step, or the same one anew; with nobody to serve a stage it waits."""
-        if self._validates() or self._is_over() or self.paused or not self.roster.trainers:
+        if self._validates() or self._is_over():
+            return
+        self._let_go()
+        if self.paused or not self.roster.trainers:
             return
         trainers = tuple(sorted(self.roster.trainers))
         dealt = deal(self.plan.pipeline.microbatches, trainers)
@@ -321,7 +332,8 @@ class PipelineBrain(Operations):
                 peer = self.roster.peers[process]
                 peer.versions[stage] = commit.step + 1
                 about = ("applied", stage, commit.step + 1)
-                self._order((process, Apply(step=commit.step, stage=stage, digest=digest), about))
+                order = Apply(step=commit.step, stage=stage, digest=digest, version=commit.step + 1)
+                self._order((process, order, about))
         self._closed(commit)
         self._step_done(commit)
         self._catch_up()
@@ -351,6 +363,10 @@ class PipelineBrain(Operations):
 
     def _between_steps(self) -> None:
         """Nothing is under way: who has pulled its new stage moves, a snapshot is taken, the next step begins."""
+        self._finish_move()
+        self._save_if_due()
+
+    def _finish_move(self) -> None:
         claim = self.rebalancer.open
         if claim is not None:
             peer = self.roster.peers[claim.move.peer]
@@ -361,6 +377,8 @@ class PipelineBrain(Operations):
                     peer.why = f"moved from stage {peer.stage}: {self.moves[-1]}"
                     peer.stage = None
                     peer.taking[target] = self.roster.next_name(peer.process)
+
+    def _save_if_due(self) -> None:
         due = self.plan.snapshot_every_s > 0 and self._now_s >= self._saved_s + self.plan.snapshot_every_s
         if due and self._saving is None and self.version < self.plan.total_steps:
             self._save()
@@ -370,6 +388,8 @@ class PipelineBrain(Operations):
     def _answered(self, peer: Peer, about: tuple[object, ...], answer: FromPeer) -> None:
         commit, reduced = self.commit, self.reduced
         match about, answer:
+            case ("probe",), Probed(seconds=seconds):
+                peer.link_s = seconds
             case ("take", int(stage), (str() | None) as name, int()), Holds():
                 self._took(peer, stage, name, answer)
             case ("offer", int(stage), str(name)), Offered(microbatches=ids) if commit is not None:
@@ -465,6 +485,7 @@ class PipelineBrain(Operations):
             what()
         self._look_for_silence()
         self._look_for_trainers()
+        self._look_for_leavers()
         if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()
         if self.reduced is not None and self._now_s >= self._asked_s + RETRY_S:

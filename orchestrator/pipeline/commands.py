@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.events import (
     FaultInjected,
     FaultNoticed,
+    LeaveRequested,
     Operated,
     PauseRequested,
     RollbackRequested,
@@ -96,6 +97,7 @@ Asked = (
     | RollbackRequested
     | FaultInjected
     | FaultNoticed
+    | LeaveRequested
     | Operated
 )  # fmt: skip
 Event = Joined | Died | Answered | Failed | Heard | Tick | Rebalance | Stop | Asked
@@ -188,6 +190,7 @@ class Layout:
     """What the controller knows of the cut: no shapes, no torch.
 
     `chunks`: unit -> number of its chunks; `stages_of`: unit -> the stages that contribute to it, owner first;
+    `fragment_of`: unit -> the fragment that it is in, 0 where it is not named;
     `seconds`: of a microbatch in each stage, where they were measured.
     """
 
@@ -198,6 +201,7 @@ class Layout:
     stage_bytes: tuple[int, ...]
     is_tied: bool
     seconds: tuple[float, ...] = ()
+    fragment_of: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_params(self) -> int:

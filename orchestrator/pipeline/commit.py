@@ -87,6 +87,8 @@ class StepCommit:
         self.haves: dict[int, dict[str, str]] = {}
         self.waiting: set[tuple[int, str]] = set()
         self.next_version: int | None = None
+        self.applies_at: int | None = None
+        self.outer_rounds: dict[str, int] = {}
         self._lr, self._grad_clip, self._copies = lr, grad_clip, copies
 
     def number_from(self, attempt: int) -> None:
@@ -162,7 +164,7 @@ class StepCommit:
         chunks = range(self.layout.chunks[name])
         # Another owner first with each attempt: one that cannot fetch what it needs is not asked for ever.
         unit.owners = {chunk: owners[(chunk + self.attempt) % len(owners)].process for chunk in chunks}
-        groups = tuple(parts for stage in stages if (parts := self._parts(stage)))
+        groups = tuple(parts for stage in stages if (parts := self._parts(stage, name)))
         for process in dict.fromkeys(unit.owners.values()):
             mine = tuple(chunk for chunk, owner in unit.owners.items() if owner == process)
             order = Reduce(
@@ -170,7 +172,7 @@ class StepCommit:
             )
             self.wanted.append((process, order, ("sums", name, unit.attempt)))
 
-    def _parts(self, number: int) -> tuple[Part, ...]:
+    def _parts(self, number: int, unit: str) -> tuple[Part, ...]:
         places = {peer.name: peer.address for peer in self.roster.serving(number)}
         offers = self.stages[number].offers
         return tuple(
@@ -228,9 +230,8 @@ class StepCommit:
         if not self.spreading:
             return
         owners = []
-        for name, stages in self.layout.stages_of.items():
-            if stage in stages:
-                unit = self.units[name]
+        for name, unit in self.units.items():
+            if stage in self.layout.stages_of[name]:
                 owners += [
                     (name, chunk, unit.attempt, self.roster.peers[process].address)
                     for chunk, process in sorted(unit.owners.items())
@@ -243,6 +244,8 @@ class StepCommit:
             scale=self.scale(),
             lr=self._lr,
             next_version=self.next_version,
+            applies_at=self.applies_at,
+            outer_rounds=tuple(sorted(self.outer_rounds.items())),
         )
         self.waiting.add((stage, peer.process))
         self.wanted.append((peer.process, order, ("have", stage, self.spreading)))
@@ -318,9 +321,13 @@ class StepCommit:
             for trainer, report in stage.reports.items()
             if name not in {peer for _, peer in report.counted}
         }
-        for unit, stages in self.layout.stages_of.items():
-            if number in stages:
-                self.units[unit].forget()
+        self._forget_units(number)
+
+    def _forget_units(self, stage: int) -> None:
+        """What was added of a stage is not its sum any more."""
+        for name, unit in self.units.items():
+            if stage in self.layout.stages_of[name]:
+                unit.forget()
         self.stop_spreading()
 
     def lost_owner(self, process: str) -> None:

@@ -24,7 +24,7 @@ from orchestrator.actor_tools import must_not_fail, through_cuts
 from orchestrator.alarms import Alarm, Alarms
 from orchestrator.config import RunConfig
 from orchestrator.ending import make_sure
-from orchestrator.events import FaultNoticed
+from orchestrator.events import FaultNoticed, LeaveRequested
 from orchestrator.hands import new_nonce, reason_of
 from orchestrator.injector import Injector
 from orchestrator.island_actor import log_to
@@ -63,7 +63,7 @@ from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, isl
 from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
 from workers.data.index import load_index
-from workers.pipeline.messages import FromTrainer, Reduce, Spread, TakeStage
+from workers.pipeline.messages import FromTrainer, Probe, Reduce, Spread, TakeStage
 from workers.records import FaultRecord, Record
 
 TICK_S = 0.1
@@ -226,6 +226,42 @@ class PipelineActor(PipelineControls):
         if self.brain.stopping is None or not save:
             self._do(Stop(save=save))
 
+    async def leave(
+        self, members: list[str] | str, node: str | None = None, at_once: bool = False
+    ) -> dict[str, list[str]]:
+        """Let processes go: `members` by name, and all of a node. Call until `leaving` is empty.
+
+        They finish the step and hand over; `at_once`: they are killed, and others take their work over. Returns
+        `leaving`, those that are still there, and `unknown`, names that this run does not have.
+        """
+        await self.begin()
+        members = [members] if isinstance(members, str) else members
+        plan = self.brain.plan
+        known = {*plan.peers, *plan.trainers}
+        names = [name for name in members if name in known]
+        if node is not None and self._can_do_without(node):
+            names += [name for name, at in self.nodes.items() if at == node and name not in names]
+        for name in names:
+            if name in self.handles:
+                self._do(LeaveRequested(name=name, why="asked to" if name in members else "its machine leaves"))
+                if at_once and name in self.handles:
+                    ray.kill(self.handles[name][1])
+        if waiting := {name: why for name, why in self.brain.waiting.items() if name in names}:
+            log.info("still to leave: %s", waiting)
+        return {
+            "leaving": sorted(name for name in names if name in self.handles and self.finished is None),
+            "unknown": [name for name in members if name not in known],
+        }
+
+    def _can_do_without(self, node: str) -> bool:
+        """Whether processes elsewhere could serve every stage; else what is on a machine ends with it, unasked."""
+        rest = [name for name in self.handles if self.nodes.get(name) != node]
+        peers = [name for name in rest if name in self.brain.plan.peers]
+        if can := len(peers) >= self.brain.layout.num_stages and len(rest) > len(peers):
+            return can
+        log.warning("nobody elsewhere could take over what is on node %s: it ends with it", node)
+        return False
+
     async def rebalance(self) -> dict[str, Any]:
         """Look at the loads now; returns the newest reason, and the move if one is under way."""
         await self.begin()
@@ -387,7 +423,7 @@ class PipelineActor(PipelineControls):
         if not self._is(command.process, command.nonce):
             return
         handle, brain = self.handles[command.process][1], self.brain
-        call = handle.work if isinstance(command.order, TakeStage | Reduce | Spread) else handle.obey
+        call = handle.work if isinstance(command.order, Probe | TakeStage | Reduce | Spread) else handle.obey
         try:
             answer = await call.remote(command.order)
         except (RayActorError, RayTaskError) as error:

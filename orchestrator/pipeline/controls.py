@@ -176,7 +176,7 @@ def check_pipeline_changes(
                 place=key,
                 remedy=f"{near}? " if near else f"these can: {', '.join(LIVE)}",
             )
-    if "strategy.inner_steps" in wanted and config.strategy.name != "diloco":
+    if "strategy.inner_steps" in wanted and config.strategy.name == "ddp":
         place = f"strategy.name = {config.strategy.name!r}"
         raise UserError("strategy.inner_steps has no effect in this run", place=place, remedy="leave it out")
     changed = config.with_values({**already, **wanted})

@@ -48,7 +48,7 @@ class DelayedCommit(StepCommit):
         if self.reduces:
             super()._try_reduce(name)
 
-    def _parts(self, number: int) -> tuple[Part, ...]:
+    def _parts(self, number: int, unit: str) -> tuple[Part, ...]:
         offers = self.stages[number].offers
         return tuple(
             Part(peer=name, address=self.places[name], numbers=microbatches)
@@ -121,6 +121,7 @@ class DelayedBrain(PipelineBrain):
             or self.paused
             or self._evaluating is not None
             or self._is_due()
+            or self._somebody_goes()
         )
 
     def _closed(self, commit: StepCommit) -> None:

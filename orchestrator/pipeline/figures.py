@@ -175,7 +175,7 @@ class Figures:
             return 0.0
         step_tokens = self._spec.pipeline.samples_per_step * self._seq_len
         possible = (end_s - self._joined_s) / statistics.median(self._steps_s) * step_tokens
-        counted, lost = sum(history.committed.values()), sum(history.lost.values())
+        counted, lost = sum(history.committed.values()), sum((*history.lost.values(), *history.partial.values()))
         share = counted / (counted + lost) if counted else 1.0
         return min(tokens * share / possible, 1.0)
 
@@ -191,7 +191,7 @@ class Figures:
         last_hash: str,
     ) -> Summary:
         """What the run came to."""
-        tokens = brain.version * brain.plan.pipeline.samples_per_step * self._seq_len
+        tokens = brain.held_version * brain.plan.pipeline.samples_per_step * self._seq_len
         made = len(self._losses) * brain.plan.pipeline.samples_per_step * self._seq_len
         training_s = self._seconds - self._first_s if self._first_s is not None else 0.0
         peers = len(brain.plan.peers)

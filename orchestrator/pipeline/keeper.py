@@ -5,6 +5,7 @@ The lower half of `PipelineBrain`: orders go out by `_order`, and what comes of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.roster import Peer, Roster
 from orchestrator.rebalance import PeerPower, Rebalancer, StageNeed, decide, place, stage_loads
 from workers.pipeline.calls import BACKWARD_SIZE, FORWARD_SIZE
+from workers.pipeline.costs import tensors_of
 from workers.pipeline.messages import (
     DropStage,
     FenceStep,
@@ -21,11 +23,20 @@ from workers.pipeline.messages import (
     OpenStep,
     PeerFenced,
     Peers,
+    Probe,
     StepCommitted,
     TakeStage,
 )
 from workers.pipeline.records import ServeRecord, StepFenceRecord
 from workers.records import Record, StopRecord
+
+PROBE_WAIT_S = 15.0
+SAME_LINK_S = 0.005
+
+
+def link_class(seconds: float | None) -> float | None:
+    """To the next power of two: links that differ by less are alike, and so are all that take a few milliseconds."""
+    return None if seconds is None else 2.0 ** round(math.log2(max(seconds, SAME_LINK_S)))
 
 
 class StageKeeper:
@@ -58,6 +69,7 @@ class StageKeeper:
         self._failures = 0
         self._saving: tuple[str, int, set[int]] | None = None
         self._started_s: float | None = None
+        self._probed_s: float | None = None
 
     @property
     def held_version(self) -> int:
@@ -73,6 +85,11 @@ class StageKeeper:
     def is_busy(self) -> bool:
         """Whether a step or a synchronisation is under way."""
         return bool(self._open_commits())
+
+    @property
+    def at_anchor(self) -> bool:
+        """Whether what all holders of a stage have is as new as it can be after this step: a time to validate it."""
+        return self.version == self.held_version
 
     def _open_commits(self) -> list[StepCommit]:
         return [self.commit] if self.commit is not None else []
@@ -119,8 +136,12 @@ class StageKeeper:
     def _needs(self) -> list[StageNeed]:
         """What a microbatch costs: forward and backward, in the last stage a backward alone, which runs its forward."""
         calls = [FORWARD_SIZE + BACKWARD_SIZE] * (self.layout.num_stages - 1) + [BACKWARD_SIZE]
-        three = zip(self.layout.work, self.layout.stage_bytes, calls, strict=True)
-        return [StageNeed(work=work * size, bytes=num_bytes) for work, num_bytes, size in three]
+        crossing = [tensors_of(stage, self.layout.num_stages) for stage in range(self.layout.num_stages)]
+        four = zip(self.layout.work, self.layout.stage_bytes, calls, crossing, strict=True)
+        return [
+            StageNeed(work=work * size, bytes=num_bytes, tensors=max(traffic.sent, traffic.received))
+            for work, num_bytes, size, traffic in four
+        ]
 
     def _powers(self) -> list[PeerPower]:
         """Peers with their speeds: measured where they served, else as configured."""
@@ -134,18 +155,22 @@ class StageKeeper:
                 name=peer.process,
                 speed=known.get(peer.process, usual * self.plan.relative_speed(peer.process)),
                 memory_bytes=peer.memory_bytes,
+                link_s=link_class(peer.link_s),
             )
             for peer in sorted(self.roster.peers.values(), key=lambda peer: peer.process)
+            if peer.process not in self.roster.leaving
         ]
 
     def _place_all(self) -> None:
         """The first placement, when everybody is there (or has had the time to come)."""
         late = self._started_s is not None and self._now_s > self._started_s + self.plan.start_timeout_s
-        everybody = len(self.roster.peers) == len(self.plan.peers) and len(self.roster.trainers) > 0
+        everybody = self.roster.peers.keys() >= set(self.plan.peers) - self.plan.left and len(self.roster.trainers) > 0
         if not everybody and not (late and self.roster.peers and self.roster.trainers):
             return
-        self.placed = True
         known = {peer.process: peer.serves for peer in self.roster.peers.values() if peer.serves is not None}
+        if not known and self._probes():
+            return
+        self.placed = True
         for process, stage in sorted(known.items()):
             self.roster.peers[process].taking[stage] = self.roster.next_name(process)
         if known:
@@ -156,6 +181,18 @@ class StageKeeper:
             for process, stage in sorted(assignment.items()):
                 self.roster.peers[process].taking[stage] = self.roster.next_name(process)
         self._take_what_can()
+
+    def _probes(self) -> bool:
+        """Whether peers still measure how far they are from the trainers; for some seconds that is waited for."""
+        if not self.plan.probes:
+            return False
+        if self._probed_s is None:
+            self._probed_s = self._now_s
+            addresses = tuple(self.roster.addresses[name] for name in sorted(self.roster.trainers))
+            for process in sorted(self.roster.peers):
+                self._order((process, Probe(addresses=addresses), ("probe",)))
+        waiting = any(about == ("probe",) for _, about in self._open.values())
+        return waiting and self._now_s < self._probed_s + PROBE_WAIT_S
 
     def _place_newcomer(self, peer: Peer) -> None:
         """A process in the place of a dead one: to the stage that has fewest, or is slowest."""
@@ -262,6 +299,7 @@ class StageKeeper:
                 peer
                 for peer in self.roster.peers.values()
                 if peer.stage is not None and counts[peer.stage] > 1 and not any(peer.taking.values())
+                if peer.process not in self.roster.leaving
             ]
             needs = self._needs()
             spare = [peer for peer in spare if peer.memory_bytes >= needs[stage].bytes]

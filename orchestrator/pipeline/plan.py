@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.pipeline.commands import Layout
+from strategies.errors import SettingError
 from strategies.swarm import WORKING_COPIES, PipelineSize, Stage, check_pipeline, peer_bytes, split_layers
 from workers.config import TrainConfig
 from workers.data.index import load_index
@@ -30,7 +31,10 @@ class PipelinePlan:
 
     `eval_every`: share of the run between two evaluations, 0: there is nothing to evaluate with; `evaluated`: the
     version that was evaluated last. `sync_steps`: steps that peers make of their own before their stage synchronises,
-    0: none; `life`: how often a controller began before. `paused`: no step is opened before somebody says so.
+    0: none; `num_fragments`: parts of each stage that are synchronised one after the other, each once in so many steps;
+    `overlap_steps`: steps that are made while one is under way. `next_fragment`: whose turn it is, `outer_rounds`: how
+    often each was synchronised. `probes`: peers measure their links before the first placement. `life`: how often a
+    controller began before. `paused`: no step is opened before somebody says so. `left`: not started.
     """
 
     layout: Layout
@@ -50,10 +54,16 @@ class PipelinePlan:
     digests: tuple[str, ...] = ()
     from_folder: str | None = None
     sync_steps: int = 0
+    num_fragments: int = 1
+    overlap_steps: int = 0
+    next_fragment: int = 0
+    outer_rounds: tuple[int, ...] = ()
+    probes: bool = False
     life: int = 0
     eval_every: float = 0.0
     evaluated: int | None = None
     paused: bool = False
+    left: frozenset[str] = frozenset()
 
     @property
     def delayed(self) -> bool:
@@ -169,6 +179,16 @@ def check_memory(
     return stages
 
 
+def check_fragments(stages: tuple[Stage, ...], num_fragments: int) -> None:
+    """Raise SettingError for fragments that no stage has a layer for; one with fewer layers goes without some."""
+    most = max(len(stage.names) for stage in stages)
+    if num_fragments > most:
+        raise SettingError(
+            f"strategy.num_fragments = {num_fragments}: a fragment is of whole layers of a stage, and the longest of "
+            f"{len(stages)} stages has {most}; set it to {most} or less, or take fewer stages"
+        )
+
+
 def pipeline_spec(config: RunConfig, *, run_id: str, run_dir: Path, pack: Path) -> PipelineSpec:
     """What every process of the run is told."""
     index = load_index(pack)
@@ -224,6 +244,7 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         ),
         is_tied=spec.is_tied,
         seconds=tuple(stage.seconds for stage in spec.stages) if config.pipeline.split == "time" else (),
+        fragment_of={unit: spec.fragment_of(unit) for unit in spec.units},
     )
     return PipelinePlan(
         layout=layout,
@@ -239,6 +260,9 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         snapshot_every_s=config.run.snapshot_every_s,
         max_restarts=config.run.max_restarts,
         sync_steps=config.strategy.inner_steps if spec.is_local else 0,
+        num_fragments=spec.num_fragments,
+        overlap_steps=config.strategy.overlap_steps,
+        probes=spec.num_stages > 1,
         eval_every=config.eval.every if spec.num_validation else 0.0,
     )
 

@@ -8,7 +8,6 @@ the pipeline is waited for, and synchronising unless updates are delayed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
@@ -24,6 +23,7 @@ from orchestrator.pipeline.plan import (
 from orchestrator.planner import ARITHMETIC_BYTES_PER_S, FP32, LINK_SHARE, ROUND_TRIPS, Case, codecs_of, payload_bytes
 from strategies.errors import SettingError
 from strategies.swarm import Stage, peer_bytes, trainer_bytes
+from workers.pipeline.costs import tensors_of
 from workers.pipeline.spec import CHUNK_VALUES
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class PipelineRow(BaseModel):
     trainers: int
     inner_steps: int = Field(description="Steps between two synchronisations.")
     step_s: float = Field(description="Seconds of a step, its share of a synchronisation included.")
-    sync_s: float = Field(description="Seconds of a synchronisation.")
+    sync_s: float = Field(description="Seconds of a synchronisation, of one fragment where there are several.")
     utilisation: float = Field(description="Expected share of the time in which peers compute, 0 to 1.")
     peer_bytes_per_step: int = Field(
         description="What the busiest peer sends or receives in a step, whichever is more."
@@ -68,25 +68,6 @@ class PipelineRow(BaseModel):
     memory_bytes: int = Field(description="Memory of the largest peer.")
     trainer_memory_bytes: int = Field(description="Boundary tensors that a trainer keeps.")
     stages: list[StageCost]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Traffic:
-    """Boundary tensors of one microbatch that cross a peer's link."""
-
-    sent: int
-    received: int
-
-
-def tensors_of(stage: int, num_stages: int) -> _Traffic:
-    """What a peer of a stage sends and receives for a microbatch; tokens and targets are not worth counting."""
-    if num_stages == 1:
-        return _Traffic(sent=0, received=0)
-    if stage == 0:  # its output; the gradient of it
-        return _Traffic(sent=1, received=1)
-    if stage == num_stages - 1:  # its input, once: its backward is its forward; the gradient of it
-        return _Traffic(sent=1, received=1)
-    return _Traffic(sent=2, received=3)  # its input twice
 
 
 def pipeline_cost(preset: str, config: RunConfig, case: Case) -> PipelineRow:
@@ -108,6 +89,7 @@ def pipeline_cost(preset: str, config: RunConfig, case: Case) -> PipelineRow:
     total = sum(stage.num_params for stage in stages)
     rows, slowest_s, latency_s, computed_s, sync_s, most = list[StageCost](), 0.0, 0.0, 0.0, 0.0, 0.0
     steps = 1 if config.strategy.name == "ddp" else config.strategy.inner_steps
+    parts, overlap = config.strategy.num_fragments, config.strategy.overlap_steps
     for stage in stages:
         calls = BACKWARD + (FORWARD if stage.index < num_stages - 1 else 0)
         compute_s = calls * pass_s * stage.num_params / total
@@ -115,7 +97,7 @@ def pipeline_cost(preset: str, config: RunConfig, case: Case) -> PipelineRow:
         link_s = 8 * max(crossing.sent, crossing.received) * tensor_bytes / rate
         gradient = gradient_bytes(config, stage, ordered=size.ordered)
         added = stage.num_params * (pipeline.microbatches if size.ordered else mates) / mates
-        seconds = ROUND_TRIPS * case.rtt_s + 8 * gradient / rate + FP32 * added / ARITHMETIC_BYTES_PER_S
+        seconds = ROUND_TRIPS * case.rtt_s + (8 * gradient / rate + FP32 * added / ARITHMETIC_BYTES_PER_S) / parts
         slowest_s = max(slowest_s, per_peer * max(compute_s, link_s))
         latency_s += compute_s + CALL_ROUND_TRIPS * (2 if stage.index < num_stages - 1 else 1) * case.rtt_s + link_s
         computed_s += pipeline.microbatches * compute_s
@@ -136,7 +118,8 @@ def pipeline_cost(preset: str, config: RunConfig, case: Case) -> PipelineRow:
     trainer = through * tensor_bytes * pipeline.microbatches // pipeline.trainers
     in_turns = -(-pipeline.microbatches // (pipeline.in_flight * pipeline.trainers))
     through_s = max(slowest_s + latency_s, in_turns * latency_s, 8 * trainer / rate)
-    step_s = max(through_s, sync_s) if pipeline.delayed else through_s + sync_s / steps
+    waits_s = max(sync_s - overlap * through_s, 0.0) * parts / steps  # for each fragment, once in a round
+    step_s = max(through_s, sync_s) if pipeline.delayed else through_s + waits_s
     return PipelineRow(
         preset=preset,
         strategy=config.strategy.name,

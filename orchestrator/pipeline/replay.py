@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.pipeline.commands import Sealed
+from orchestrator.pipeline.work import Work
 from orchestrator.rundir import write_atomically
 from workers.pipeline.records import (
+    LeftRecord,
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
@@ -36,16 +38,31 @@ MANIFEST = "pipeline.json"
 TAKEN_BACK = "pipeline.taken-back.json"
 """Manifest of a snapshot that a rollback has overtaken."""
 
-Accounts = tuple[dict[int, int], dict[int, int], dict[str, tuple[int, int]]]
-"""Microbatches that are committed and lost by stage, and what each peer has made of its own."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Accounts:
+    """How things stood at a synchronisation."""
+
+    committed: dict[int, int]
+    partial: dict[int, int]
+    lost: dict[int, int]
+    own: dict[str, Work]
+    next_fragment: int
+    outer_rounds: tuple[int, ...]
+
+
+def turn_after(fragments: Sequence[int], num_fragments: int) -> int:
+    """Whose turn it is after these were synchronised: the next one's; the first one's after all at once."""
+    return 0 if len(fragments) == num_fragments else (fragments[-1] + 1) % num_fragments
 
 
 @dataclass(kw_only=True)
 class PipelineHistory:
     """The journal's replay; `findings` are violations of "once per step, microbatch and stage".
 
-    Where peers make steps of their own: `own` is what each has made in its stage and nobody has committed, `lost` how
-    many microbatches went with their peers, by stage; the other ones are committed there.
+    Where peers make steps of their own: `own` is what each has made in its stage and not every fragment has committed.
+    By stage, in microbatches: `committed`, by all fragments; `lost`, went with its peer, and no fragment has it;
+    `partial`, the same of what some fragments have.
     """
 
     num_stages: int = 0
@@ -64,22 +81,27 @@ class PipelineHistory:
     findings: list[str] = field(default_factory=list)
     stopped: StopRecord | None = None
     members: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     sync_steps: int = 0
     num_lives: int = 0
     counts: dict[int, dict[int, StageCountRecord]] = field(default_factory=dict)  # step -> stage -> who counted it
     synced: int = 0
     syncs: dict[int, StageSyncRecord] = field(default_factory=dict)  # stage -> its newest
-    own: dict[str, tuple[int, int]] = field(default_factory=dict)  # peer -> stage, microbatches
-    committed: dict[int, int] = field(default_factory=dict)  # stage -> microbatches, where peers step on their own
+    own: dict[str, Work] = field(default_factory=dict)
+    committed: dict[int, int] = field(default_factory=dict)
+    partial: dict[int, int] = field(default_factory=dict)
     lost: dict[int, int] = field(default_factory=dict)
     num_syncs: int = 0
+    num_fragments: int = 1
+    next_fragment: int = 0
+    outer_rounds: tuple[int, ...] = ()
     delayed: bool = False
     paused: bool = False
     settings: dict[str, Scalar] = field(default_factory=dict)
     goes_back_to: str | None = None
     rollbacks: list[RollbackRecord] = field(default_factory=list)
-    _accounts: dict[int, Accounts] = field(default_factory=dict)  # as they were at each synchronisation
+    _accounts: dict[int, _Accounts] = field(default_factory=dict)  # version -> how things stood there
 
     @property
     def version(self) -> int:
@@ -138,6 +160,7 @@ class PipelineHistory:
             case JoinRecord(member=member, incarnation=incarnation):
                 self.incarnations[member] = max(self.incarnations.get(member, 0), incarnation)
                 self.members.add(member)
+                self.left.discard(member)
             case ServeRecord(process=process, peer=peer, stage=stage, why=why):
                 self.incarnations[process] = max(self.incarnations.get(process, 0), int(peer.rpartition(".")[2]))
                 self.serving[process] = (peer, stage)
@@ -146,6 +169,8 @@ class PipelineHistory:
             case FenceRecord(member=member):
                 self.serving.pop(member, None)
                 self.members.discard(member)
+            case LeftRecord(process=process):
+                self.left.add(process)
             case StepRecord():
                 self._open(record)
             case StepFenceRecord(step=step, round=round_, peer=peer):
@@ -180,7 +205,7 @@ class PipelineHistory:
             self.findings.append(f"version {record.version} is gone on from, and {self.version} is the last committed")
         self.stopped = self.goes_back_to = None
         self.sync_steps, self.num_lives = record.sync_steps, self.num_lives + 1
-        self.delayed = record.delayed
+        self.delayed, self.num_fragments = record.delayed, record.num_fragments
         self._go_back(record.version)
 
     def _go_back(self, version: int) -> None:
@@ -239,18 +264,34 @@ class PipelineHistory:
 
     # ------------------------------------------------------------ peers that step on their own
 
+    def turn_at(self, version: int) -> tuple[int, tuple[int, ...]]:
+        """Whose turn it was at a version, and how many outer steps each fragment had made."""
+        if (known := self._accounts.get(version)) is None:
+            return 0, (0,) * self.num_fragments
+        return known.next_fragment, known.outer_rounds
+
     def _take_back(self, version: int) -> None:
         for step in [step for step in self.counts if step >= version]:
             del self.counts[step]
             self.opened.pop(step, None)
             self.num_taken_back += 1
         # The accounts of then; what somebody carried along at that time is nobody's now.
-        committed, lost, carried = self._accounts.get(version, ({}, {}, {}))
-        self.committed, self.lost, self.own = dict(committed), dict(lost), {}
-        for stage, number in carried.values():
-            self.lost[stage] = self.lost.get(stage, 0) + number
+        nothing = _Accounts(committed={}, partial={}, lost={}, own={}, next_fragment=0, outer_rounds=())
+        then = self._accounts.get(version, nothing)
+        self.committed, self.partial, self.lost = dict(then.committed), dict(then.partial), dict(then.lost)
+        self.own = {}
+        for work in then.own.values():
+            self._add_lost(work.without(version))
+        self.next_fragment, self.outer_rounds = self.turn_at(version)
         self.num_taken_back += max(self.synced - version, 0)
         self.synced, self.syncs = version, {}
+
+    def _add_lost(self, work: Work) -> None:
+        lost, partial = work.lose()
+        if lost:
+            self.lost[work.stage] = self.lost.get(work.stage, 0) + lost
+        if partial:
+            self.partial[work.stage] = self.partial.get(work.stage, 0) + partial
 
     def _count(self, record: StageCountRecord) -> None:
         where = f"step {record.step}, stage {record.stage}"
@@ -262,43 +303,60 @@ class PipelineHistory:
             self.findings.append(f"{where}: counted twice")
         stages[record.stage] = record
         for peer, number in self._cover(record, where).items():
-            stage, before = self.own.get(peer, (record.stage, 0))
-            if stage != record.stage:
-                self.findings.append(f"{where}: {peer} serves stage {stage}")
-            self.own[peer] = (stage, before + number)
+            own = self.own.setdefault(peer, Work.begin(record.stage, record.step, self.num_fragments))
+            if own.stage != record.stage:
+                self.findings.append(f"{where}: {peer} serves stage {own.stage}")
+            own.count(record.step, number)
 
     def _sync(self, record: StageSyncRecord) -> None:
         where = f"version {record.version}, stage {record.stage}"
         known = self.syncs.get(record.stage)
-        if record.stage == 0 and (record.base != self.version or record.version != self.next_step):
+        if record.stage == 0 and not (record.base == self.version < record.version <= self.next_step):
             self.findings.append(f"{where}: from {record.base}, at {self.version} with {self.next_step} steps counted")
         if known is not None and known.version == record.version and known.base == record.base:
             self.findings.append(f"{where}: committed twice")
         for peer in record.contributors:
-            stage, number = self.own.pop(peer, (-1, 0))
-            if stage != record.stage:
+            own = self.own.get(peer)
+            if own is None or own.stage != record.stage:
                 self.findings.append(f"{where}: {peer} is in the commit, and has counted nothing there")
-            self.committed[record.stage] = self.committed.get(record.stage, 0) + number
+                continue
+            done = own.commit(record.fragments, record.version)
+            self.committed[record.stage] = self.committed.get(record.stage, 0) + done
+            if not own.counted:
+                del self.own[peer]
         self.syncs[record.stage] = record
         self.num_syncs += 1
         if len(self.syncs) == self.num_stages and all(one.version == record.version for one in self.syncs.values()):
-            self.synced = record.version
-            self._accounts[self.synced] = (dict(self.committed), dict(self.lost), dict(self.own))
-            self.counts = {step: stages for step, stages in self.counts.items() if step >= self.synced}
+            self._synced(record)
+
+    def _synced(self, record: StageSyncRecord) -> None:
+        """All stages are at this version."""
+        self.synced = record.version
+        before = self.outer_rounds or (0,) * self.num_fragments
+        self.outer_rounds = tuple(num + (at in record.fragments) for at, num in enumerate(before))
+        self.next_fragment = turn_after(record.fragments, self.num_fragments)
+        self._accounts[self.synced] = _Accounts(
+            committed=dict(self.committed),
+            partial=dict(self.partial),
+            lost=dict(self.lost),
+            own={peer: work.copy() for peer, work in self.own.items()},
+            next_fragment=self.next_fragment,
+            outer_rounds=self.outer_rounds,
+        )
+        self.counts = {step: stages for step, stages in self.counts.items() if step >= self.synced}
 
     def _lose(self, peer: str) -> None:
         if peer not in self.own:
             self.findings.append(f"{peer} lost work that it did not have")
             return
-        stage, number = self.own.pop(peer)
-        self.lost[stage] = self.lost.get(stage, 0) + number
+        self._add_lost(self.own.pop(peer))
 
     @property
     def own_by_stage(self) -> dict[int, int]:
-        """Microbatches that peers have stepped on and nobody has committed yet."""
+        """Microbatches that peers have stepped on and not every fragment has committed yet."""
         found: dict[int, int] = {}
-        for stage, number in self.own.values():
-            found[stage] = found.get(stage, 0) + number
+        for work in self.own.values():
+            found[work.stage] = found.get(work.stage, 0) + work.num_microbatches
         return found
 
 

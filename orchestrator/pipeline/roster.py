@@ -32,6 +32,8 @@ class Peer:
     serves: int | None = None
     """What it served before the controller came back."""
     throughput: float | None = None
+    link_s: float | None = None
+    """Seconds that a boundary tensor takes from a trainer to it."""
 
 
 class Roster:
@@ -40,7 +42,11 @@ class Roster:
     def __init__(self) -> None:
         self.peers: dict[str, Peer] = {}
         self.trainers: dict[str, str] = {}
+        self.addresses: dict[str, str] = {}
+        """Of trainers."""
         self.incarnations: dict[str, int] = {}
+        self.leaving: dict[str, str] = {}
+        """Processes that are to go -> why."""
         self.announcement = 0
 
     def next_name(self, process: str) -> str:
@@ -72,8 +78,12 @@ class Roster:
         ]
 
     def assignment(self) -> dict[str, int]:
-        """Process -> stage that it serves."""
-        return {peer.process: peer.stage for peer in self.peers.values() if peer.stage is not None}
+        """Process -> stage that it serves, of those that stay."""
+        return {
+            peer.process: peer.stage
+            for peer in self.peers.values()
+            if peer.stage is not None and peer.process not in self.leaving
+        }
 
     def places(self) -> tuple[PeerPlace, ...]:
         """Everybody who serves, announced anew."""
@@ -95,13 +105,13 @@ class Roster:
         """Who should keep a copy of a stage: of another stage, on another machine if possible, with fewest copies."""
         nodes = {peer.node for peer in self.serving(stage)}
         others = [peer for peer in self.peers.values() if peer.stage is not None and peer.stage != stage]
-        others = [peer for peer in others if stage not in peer.taking]
+        others = [peer for peer in others if stage not in peer.taking and peer.process not in self.leaving]
         return min(others, key=lambda peer: (peer.node in nodes, len(peer.versions), peer.process), default=None)
 
     def buddies(self, stage: int) -> list[Peer]:
         """Processes of other stages that hold, or take, a copy of this one."""
         found = [p for p in self.peers.values() if p.stage != stage and (stage in p.versions or stage in p.taking)]
-        return [p for p in found if p.stage is not None]
+        return [p for p in found if p.stage is not None and p.process not in self.leaving]
 
 
 def deal(microbatches: int, trainers: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -42,7 +42,7 @@ class Validation(Watch):
         return self._evaluating is not None
 
     def _is_due(self) -> bool:
-        if not self.plan.eval_every or self.stopping is not None or self.version != self.held_version:
+        if not self.plan.eval_every or self.stopping is not None or not self.at_anchor:
             return False
         if self._evaluated is None or (self.version >= self.plan.total_steps and self.version != self._evaluated):
             return True

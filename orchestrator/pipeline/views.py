@@ -87,8 +87,11 @@ class PipelineLedger(BaseModel):
     lost_by_stage: list[int] = Field(
         description="Microbatches of each stage that were lost with peers that make steps of their own (DiLoCo)."
     )
+    partial_by_stage: list[int] = Field(
+        description="Of what was lost the same way with fragments: microbatches that some of them have committed."
+    )
     open_by_stage: list[int] = Field(
-        description="Microbatches of each stage that peers have stepped on and no synchronisation has committed yet."
+        description="Microbatches of each stage that peers have stepped on and not every fragment has committed yet."
     )
     peers_fenced_for_a_step: int = Field(description="How often a peer was left out of a step.")
     findings: list[str] = Field(description="What does not add up; empty if every microbatch counts once.")
@@ -183,6 +186,7 @@ def pipeline_ledger(run_dir: Path, as_json: bool) -> int:
             steps_taken_back=history.num_taken_back,
             committed_by_stage=[_committed(history, stage) for stage in range(history.num_stages)],
             lost_by_stage=[history.lost.get(stage, 0) for stage in range(history.num_stages)],
+            partial_by_stage=[history.partial.get(stage, 0) for stage in range(history.num_stages)],
             open_by_stage=[history.own_by_stage.get(stage, 0) for stage in range(history.num_stages)],
             peers_fenced_for_a_step=len(history.fenced),
             findings=findings,
@@ -194,12 +198,15 @@ def pipeline_ledger(run_dir: Path, as_json: bool) -> int:
     print(f"{counted:,} times a microbatch was counted in a stage; {history.num_samples:,} samples")
     print(f"{history.num_begun_again} steps were begun anew, {history.num_taken_back} were taken back by a snapshot")
     print(f"{len(history.fenced)} times a peer was left out of a step")
-    for stage in sorted(history.lost.keys() | history.own_by_stage.keys()):
+    for stage in sorted(history.lost.keys() | history.partial.keys() | history.own_by_stage.keys()):
         open_, lost = history.own_by_stage.get(stage, 0), history.lost.get(stage, 0)
-        print(f"stage {stage}: {lost} microbatches went with peers that died, {open_} are not committed yet")
+        partial = f" and {part} are in some fragments alone" if (part := history.partial.get(stage, 0)) else ""
+        print(f"stage {stage}: {lost} microbatches went with peers that died{partial}, {open_} are not committed yet")
     for finding in findings:
         print(f"wrong: {finding}")
-    exact = "every microbatch counts once in every stage" + (", or is lost there" if history.lost else "")
+    exact = "every microbatch counts once in every stage" + (
+        ", or is lost there" if history.lost or history.partial else ""
+    )
     print(exact if not findings else "the journal does not add up")
     return EXIT_WRONG if findings else 0
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.why import Line, NothingKnown, decision, seconds_of
 from workers.pipeline.records import (
+    LeftRecord,
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
@@ -72,11 +73,13 @@ def why_step(rows: Sequence[Row], times: Mapping[int, float], step: int) -> list
     Raises NothingKnown for a step that was never opened.
     """
     out: list[Line] = []
-    newest = -1
+    newest, num_fragments = -1, 1
     for row in rows:
         record = row.record
         text: str | None = None
         match record:
+            case PipelineGenesisRecord():
+                num_fragments = record.num_fragments
             case StepRecord():
                 newest = max(newest, record.step)
                 if record.step == step:
@@ -92,7 +95,8 @@ def why_step(rows: Sequence[Row], times: Mapping[int, float], step: int) -> list
                     text += f"; {', '.join(record.holders)} held the next state"
             case StageSyncRecord() if record.base < step + 1 == record.version:
                 made = ", ".join(record.contributors) or "nobody"
-                text = f"stage {record.stage} moved from version {record.base} to {record.version} by {made}"
+                part = f" (fragments {', '.join(map(str, record.fragments))})" if num_fragments > 1 else ""
+                text = f"stage {record.stage}{part} moved from version {record.base} to {record.version} by {made}"
         if text is not None:
             out.append(Line(seq=row.seq, at_s=times.get(step), text=text))
     if not out:
@@ -107,6 +111,8 @@ def _concerns(record: Record) -> tuple[str, ...]:
             return (record.process, record.peer)
         case StepFenceRecord() | WorkLostRecord():
             return (record.peer,)
+        case LeftRecord():
+            return (record.process,)
         case _:
             return tuple(str(getattr(record, "member", "")).split("+"))
 
@@ -124,6 +130,8 @@ def _decision(record: Record) -> str | None:
             return f"nothing that {record.peer} counted in step {record.step} is in its commit: {record.why}"
         case WorkLostRecord():
             return f"what {record.peer} had made in stage {record.stage} went with it: {record.why}"
+        case LeftRecord():
+            return f"{record.process} has handed over and is not started again: {record.why}"
         case JoinRecord():
             return f"{record.member} joined on node {record.node[:8]}"
         case FenceRecord():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
-from orchestrator.events import PauseRequested
+from orchestrator.events import LeaveRequested, PauseRequested
 from orchestrator.pipeline.commands import (
     Answered,
     Command,
@@ -39,14 +39,14 @@ from orchestrator.pipeline.commands import (
     Write,
 )
 from orchestrator.pipeline.plan import PipelinePlan
-from orchestrator.pipeline.replay import replay
+from orchestrator.pipeline.replay import PipelineHistory, replay
 from orchestrator.pipeline.rounds import make_brain, resumed_brain
 from orchestrator.simulation.swarm import Broken, SwarmResult
 from orchestrator.simulation.swarm_symbols import Content, SymbolError, SymbolPeer, SymbolTrainer
 from workers.pipeline.calls import Call
 from workers.pipeline.config import PipelineConfig
 from workers.pipeline.messages import FromTrainer, PeerPlace
-from workers.pipeline.records import ServeRecord
+from workers.pipeline.records import LeftRecord, ServeRecord
 from workers.records import Record
 
 NUM_MICROBATCHES, CALL_S = 4, 0.2
@@ -69,9 +69,12 @@ class _Process:
 
 
 class BrainWorld:
-    """One seed. `rounds`: peers step on their own; `delayed`: updates are, and the run is paused now and then."""
+    """One seed. `rounds`: peers step on their own; `streaming`: and synchronise one fragment after the other.
 
-    def __init__(self, seed: int, *, rounds: bool, delayed: bool = False) -> None:
+    `delayed`: updates are. With the latter two the run is paused now and then, and of a streaming one processes leave.
+    """
+
+    def __init__(self, seed: int, *, rounds: bool, delayed: bool = False, streaming: bool = False) -> None:
         self.random = Random(seed)
         stages = self.random.choice((2, 3))
         peers = tuple(f"peer-{i}" for i in range(stages * 2))
@@ -104,6 +107,17 @@ class BrainWorld:
             sync_steps=3 if rounds else 0,
             eval_every=self.random.choice((0.0, 0.5)),
         )
+        self.streaming = streaming
+        if streaming:
+            parts = self.random.choice((2, 3))
+            self.plan = replace(
+                self.plan,
+                layout=_layout(stages, tied=self.plan.layout.is_tied, parts=parts),
+                sync_steps=2 * parts,
+                num_fragments=parts,
+                overlap_steps=self.random.choice((0, 1)),
+                probes=True,
+            )
         self.fault_rate = self.random.choice((0.05, 0.1, 0.2))
         self.fault_until_s = self.random.uniform(20, 120)
         self.now_s, self.num_events, self.serial, self.life = 0.0, 0, 0, 0
@@ -282,8 +296,10 @@ class BrainWorld:
         live = sorted(name for name, process in self.processes.items() if process.alive)
         if len(live) < 4:
             return
-        kinds = ("kill", "kill", "kill", "stop", "stop", "slow", "controller", "kill two", "look")
-        kind = self.random.choice((*kinds, "pause") if self.plan.delayed else kinds)
+        kinds: tuple[str, ...] = ("kill", "kill", "kill", "stop", "stop", "slow", "controller", "kill two", "look")
+        if self.plan.delayed or self.streaming:
+            kinds = (*kinds, "pause", "leave") if self.streaming else (*kinds, "pause")
+        kind = self.random.choice(kinds)
         self.counts[f"fault {kind}"] += 1
         victim = self.processes[self.random.choice(live)]
         match kind:
@@ -297,6 +313,8 @@ class BrainWorld:
                 self.at(victim.stopped_until_s - self.now_s, lambda: self._go_on(victim))
             case "slow":
                 victim.speed *= 0.3
+            case "leave":
+                self._tell_brain(LeaveRequested(name=victim.name, why="asked to"))
             case "controller":
                 self._restart_controller()
             case "pause":
@@ -332,6 +350,11 @@ class BrainWorld:
 
     def _look_at(self, records: tuple[Record, ...]) -> None:
         for record in records:
+            if isinstance(record, LeftRecord) and self.processes[record.process].alive:
+                self.counts["left"] += 1
+                stays = [p.alive for name, p in self.processes.items() if name not in self.brain.left]
+                if all(stays) and 0 in self.brain.roster.counts(self.plan.layout.num_stages):
+                    raise Broken(f"never empty: {record.process} left a stage with nobody")
             if isinstance(record, ServeRecord) and record.why.startswith("moved") and "has nobody" not in record.why:
                 self.counts["moves"] += 1
                 left = record.why.removeprefix("moved from stage ").partition(":")[0]
@@ -358,42 +381,61 @@ class BrainWorld:
         if gone := [name for name in history.own if self.brain.roster.by_name(name) is None]:
             raise Broken(f"once per stage: {gone} serve no more, and what they made is not on the record as lost")
         self.counts["microbatches lost"] += sum(history.lost.values())
+        self.counts["microbatches partial"] += sum(history.partial.values())
         self.counts["begun again"] += history.num_begun_again
         self.counts["taken back"] += history.num_taken_back
         for stage in range(self.plan.layout.num_stages):
-            self._look_at_stage(stage, history.lost.get(stage, 0), history.own_by_stage.get(stage, 0))
+            self._look_at_stage(stage, history)
 
-    def _look_at_stage(self, stage: int, lost: int, own: int) -> None:
+    def _look_at_stage(self, stage: int, history: PipelineHistory) -> None:
         total = self.plan.total_steps * NUM_MICROBATCHES
         bodies = [p.body for p in self.processes.values() if p.alive and isinstance(p.body, SymbolPeer)]
         held = [body.held[stage] for body in bodies if stage in body.held]
         newest = [state for state in held if state.version == self.plan.total_steps]
         if not newest:
             raise Broken(f"nobody holds stage {stage} at the end")
+        lost, partial = history.lost.get(stage, 0), history.partial.get(stage, 0)
+        own = history.own_by_stage.get(stage, 0)
+        there = [f for unit, f in self.plan.layout.fragment_of.items() if unit.startswith(f"stage-{stage}.")] or [0]
         for state in newest:
-            if any(times != 1 for times in state.content.values()):
-                raise Broken(f"once per stage: stage {stage} holds {_odd(state.content)}")
-            if len(state.content) + lost + own != total:
-                raise Broken(f"once per stage: stage {stage}: {len(state.content)} + {lost} lost + {own} of {total}")
+            for content in state.contents:
+                if any(times != 1 for times in content.values()):
+                    raise Broken(f"once per stage: stage {stage} holds {_odd(content)}")
+            whole = set.intersection(*(set(state.contents[fragment]) for fragment in there))
+            if self.plan.sync_steps and len(whole) != history.committed.get(stage, 0):
+                raise Broken(f"once per stage: stage {stage} holds {len(whole)}, committed are {history.committed}")
+            if len(whole) + lost + partial + own != total:
+                found = f"{len(whole)} + {lost} lost + {partial} partial + {own}"
+                raise Broken(f"once per stage: stage {stage}: {found} of {total}")
 
 
 def _odd(content: Content) -> dict[tuple[int, int], int]:
     return {one: times for one, times in content.items() if times != 1}
 
 
-def _layout(stages: int, *, tied: bool) -> Layout:
-    units = {f"stage-{stage}": 2 for stage in range(stages)} | ({"tied": 1} if tied else {})
-    of: dict[str, tuple[int, ...]] = {f"stage-{stage}": (stage,) for stage in range(stages)}
+def _layout(stages: int, *, tied: bool, parts: int = 1) -> Layout:
+    """`parts`: fragments of each stage."""
+    names = [
+        (f"stage-{stage}" + f".{part}" * (parts > 1), stage, part) for stage in range(stages) for part in range(parts)
+    ]
+    of: dict[str, tuple[int, ...]] = {name: (stage,) for name, stage, _ in names}
+    fragments = {name: part for name, _, part in names}
     if tied:
-        of["tied"] = (stages - 1, 0)
+        of["tied"], fragments["tied"] = (stages - 1, 0), parts - 1
     return Layout(
-        num_stages=stages, chunks=units, stages_of=of, params=(10,) * stages, stage_bytes=(1,) * stages, is_tied=tied
+        num_stages=stages,
+        chunks={name: 1 if name == "tied" else 2 for name in of},
+        stages_of=of,
+        params=(10,) * stages,
+        stage_bytes=(1,) * stages,
+        is_tied=tied,
+        fragment_of=fragments,
     )
 
 
-def simulate_brain(seed: int, *, rounds: bool, delayed: bool = False) -> SwarmResult:
+def simulate_brain(seed: int, *, rounds: bool, delayed: bool = False, streaming: bool = False) -> SwarmResult:
     """Run one seed to its end."""
-    world = BrainWorld(seed, rounds=rounds, delayed=delayed)
+    world = BrainWorld(seed, rounds=rounds, delayed=delayed, streaming=streaming)
     problem = ""
     try:
         world.run()

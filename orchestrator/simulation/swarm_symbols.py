@@ -31,6 +31,8 @@ from workers.pipeline.messages import (
     OfferWork,
     OpenStep,
     PeerPlace,
+    Probe,
+    Probed,
     Reduce,
     Reduced,
     Spread,
@@ -70,16 +72,16 @@ class World(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One stage at a version."""
+    """One stage at a version: what is in each of its fragments."""
 
     stage: int
     version: int
-    content: Content
+    contents: tuple[Content, ...]
 
     @property
     def digest(self) -> str:
         """Names it."""
-        text = f"{self.stage}/{self.version}/{sorted(self.content.items())}"
+        text = f"{self.stage}/{self.version}/{[sorted(content.items()) for content in self.contents]}"
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -89,9 +91,9 @@ class _Serving:
     stage: int
     book: Accumulator
     sums: dict[int, dict[int, int]] = field(default_factory=dict)  # step -> microbatch -> version it was made with
-    own: Content = field(default_factory=Counter)  # steps of its own since the anchor
-    offered: tuple[int, Content] | None = None
-    synchronises: bool = False
+    own: list[Content]  # by fragment, steps of its own since the anchor
+    offered: dict[int, Content] = field(default_factory=dict)
+    applies_at: int | None = None
 
 
 class SymbolPeer:
@@ -104,7 +106,7 @@ class SymbolPeer:
         self._next: dict[int, State] = {}
         self.serving: _Serving | None = None
         self._rounds: dict[int, int] = {}
-        self._pieces: dict[Piece, Content] = {}
+        self._pieces: dict[Piece, dict[int, Content]] = {}  # fragment -> what is in it
         self._made_with: dict[Piece, int] = {}
         self._results: dict[tuple[int, int, int, str, int], tuple[Content, ...]] = {}
 
@@ -119,7 +121,9 @@ class SymbolPeer:
     def call(self, call: Call, round_: int, behind: int = 0) -> Begin:
         """See `PeerHost.call`."""
         serving = self.serving
-        if serving is None or serving.name != call.peer or serving.synchronises:
+        if serving is None or serving.name != call.peer:
+            return Begin.OTHER_VERSION
+        if serving.applies_at is not None and call.version >= serving.applies_at:
             return Begin.OTHER_VERSION
         if not self._is_current(call.step, round_):
             return Begin.OTHER_VERSION
@@ -160,6 +164,8 @@ class SymbolPeer:
     def do(self, order: ToPeer) -> FromPeer:
         """Obey; raises SymbolError."""
         match order:
+            case Probe():
+                return Probed(seconds=0.01 * len(self._address))
             case TakeStage():
                 return self._take(order)
             case Collect():
@@ -194,7 +200,8 @@ class SymbolPeer:
         step = order.step if order.step is not None else state.version
         known = self.serving
         if name is not None and (known is None or known.name != name or known.book.version != step):
-            self.serving = _Serving(name=name, stage=order.stage, book=self._new_book(step))
+            own: list[Content] = [Counter() for _ in range(self._plan.num_fragments)]
+            self.serving = _Serving(name=name, stage=order.stage, book=self._new_book(step), own=own)
             if self._is_local:
                 self._rounds.clear()
         return Holds(stage=order.stage, version=state.version, digest=state.digest)
@@ -212,7 +219,7 @@ class SymbolPeer:
                 return held
         if order.sources or order.version != 0:
             raise SymbolError(f"stage {order.stage} at version {order.version} cannot be pulled from {order.sources}")
-        return State(order.stage, 0, Counter())
+        return State(order.stage, 0, tuple(Counter() for _ in range(self._plan.num_fragments)))
 
     def _collect(self, order: Collect) -> Offered:
         serving = self.serving
@@ -225,11 +232,12 @@ class SymbolPeer:
         assert set(offer) == made.keys(), f"{order.peer}: {offer}, {serving.sums}"
         for microbatch in offer:
             key = (order.step, order.round_, order.peer, microbatch)
-            self._pieces[key], self._made_with[key] = Counter([(order.step, microbatch)]), made[microbatch]
+            self._pieces[key], self._made_with[key] = {0: Counter([(order.step, microbatch)])}, made[microbatch]
         return Offered(microbatches=offer)
 
     def _reduce(self, order: Reduce) -> Reduced:
         groups = []
+        fragment = self._plan.layout.fragment_of.get(order.unit, 0)
         for group in order.groups:
             total: Content = Counter()
             versions: set[int] = set()
@@ -239,7 +247,7 @@ class SymbolPeer:
                     piece = peer._pieces.get((order.step, order.round_, part.peer, number))
                     if piece is None:
                         raise SymbolError(f"{part.address} has no piece of {part.peer}")
-                    total.update(piece)
+                    total.update(piece[fragment])
                     if not self._is_local:
                         versions.add(peer._made_with[order.step, order.round_, part.peer, number])
             assert len(versions) <= 1, f"step {order.step} was made with different parameters: {versions}"
@@ -259,31 +267,31 @@ class SymbolPeer:
             if found is None:
                 raise SymbolError(f"{address} has no result of {unit}")
             added.setdefault(unit, []).append(found)
-        content = Counter(state.content)
+        contents = tuple(map(Counter, state.contents))
         for unit, results in added.items():
             assert all(one == results[0] for one in results), f"chunks of {unit} differ: {results}"
-            if unit == f"stage-{order.stage}":
-                content.update(results[0][0])
+            if unit.partition(".")[0] == f"stage-{order.stage}":
+                contents[self._plan.layout.fragment_of.get(unit, 0)].update(results[0][0])
         version = order.step + 1 if order.next_version is None else order.next_version
-        self._next[order.stage] = State(order.stage, version, content)
+        self._next[order.stage] = State(order.stage, version, contents)
         if self._is_local and self.serving is not None and self.serving.stage == order.stage:
-            self.serving.synchronises = True
+            self.serving.applies_at = order.applies_at
         return Have(digest=self._next[order.stage].digest)
 
     def _apply(self, order: Apply) -> Applied:
         state, following = self.held.get(order.stage), self._next.get(order.stage)
         if state is not None and state.version > order.step:
             return Applied(done=True)
-        if state is None or following is None or following.digest != order.digest:
+        if state is None or following is None or (following.digest, following.version) != (order.digest, order.version):
             return Applied(done=False)
         self.held[order.stage] = self._next.pop(order.stage)
         serving = self.serving
         if serving is not None and serving.stage == order.stage:
             if self._is_local:
-                if order.included:
-                    assert serving.offered is not None, "what was not offered is not included"
-                    serving.own = serving.own - serving.offered[1]
-                serving.offered, serving.synchronises = None, False
+                for fragment in order.included:
+                    assert fragment in serving.offered, "what was not offered is not included"
+                    serving.own[fragment] = serving.own[fragment] - serving.offered[fragment]
+                serving.offered, serving.applies_at = {}, None
             else:
                 serving.book.commit(order.step)
                 serving.sums.pop(order.step, None)
@@ -309,7 +317,8 @@ class SymbolPeer:
             return
         if order.counted and book.offer(order.step) != order.counted:
             raise SymbolError(f"{order.peer} counted {book.offer(order.step)}, not {order.counted}")
-        serving.own.update((order.step, microbatch) for microbatch in order.counted)
+        for own in serving.own:
+            own.update((order.step, microbatch) for microbatch in order.counted)
         book.commit(order.step)
         serving.sums.pop(order.step, None)
 
@@ -318,8 +327,10 @@ class SymbolPeer:
         state = self.held.get(serving.stage)
         if state is None or state.version != order.version:
             raise SymbolError(f"stage {serving.stage} is not held at {order.version}")
-        serving.offered = (order.version, Counter(serving.own))
-        self._pieces[order.version, order.round_, order.peer, 0] = Counter(serving.own)
+        if serving.book.version != order.step:
+            raise SymbolError(f"{order.peer} has made {serving.book.version} steps, not {order.step}")
+        serving.offered = {fragment: Counter(serving.own[fragment]) for fragment in order.fragments}
+        self._pieces[order.version, order.round_, order.peer, 0] = dict(serving.offered)
         return Offered(microbatches=())
 
 

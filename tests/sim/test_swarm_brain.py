@@ -8,17 +8,24 @@ from unittest import mock
 
 import pytest
 
+from orchestrator.pipeline.work import Work
 from orchestrator.simulation.swarm import SwarmResult
 from orchestrator.simulation.swarm_brain import simulate_brain
 
 NUM_SEEDS = 50  # of each kind
-KINDS = {"every step": {}, "after some steps": {"rounds": True}, "delayed": {"delayed": True}}
+KINDS = {
+    "every step": {},
+    "after some steps": {"rounds": True},
+    "delayed": {"delayed": True},
+    "fragments": {"rounds": True, "streaming": True},
+}
 FLAWS = [
     (347, "every step"), (136, "every step"), (38, "after some steps"), (130, "after some steps"), (139, "delayed"),
     (212, "delayed"), (256, "delayed"),
 ]  # fmt: skip
 """Seeds that stood still once, beyond the first ones or of the kind that rarely does."""
 MUTANT_SEEDS = range(120)
+COMMIT = Work.commit
 
 MUTANTS: dict[str, tuple[str, Any, str]] = {
     "what a dead peer had counted is not counted again": (
@@ -41,6 +48,11 @@ MUTANTS: dict[str, tuple[str, Any, str]] = {
         lambda brain: None,
         "after some steps",
     ),
+    "a fragment's commit counts for all of them": (
+        "orchestrator.pipeline.work.Work.commit",
+        lambda work, fragments, before: COMMIT(work, range(len(work.since)), before),
+        "fragments",
+    ),
     "what was counted with parameters that are no more is counted again": (
         "orchestrator.pipeline.delayed.DelayedCommit.lacks",
         lambda commit: False,
@@ -61,7 +73,7 @@ def run(seed: int, kind: str) -> SwarmResult:
 @pytest.mark.parametrize("kind", KINDS)
 def test_once_per_stage_never_empty_and_progress_resumes(kind: str) -> None:
     results = [run(seed, kind) for seed in range(NUM_SEEDS)]
-    rounds = kind == "after some steps"
+    rounds = kind in ("after some steps", "fragments")
     assert [f"seed {result.seed}: {result.problem}" for result in results if not result.ok] == []
     counts: Counter[str] = Counter()
     for result in results:
@@ -70,6 +82,7 @@ def test_once_per_stage_never_empty_and_progress_resumes(kind: str) -> None:
     assert all(counts[f"fault {kind}"] > 8 for kind in faults), counts
     assert counts["moves"] > 8 and counts["begun again"] > 25 and counts["ended"] > 3, counts
     assert (counts["microbatches lost"] > 40) == rounds == (counts["taken back"] > 8), counts
+    assert (counts["microbatches partial"] > 40) == (kind == "fragments"), counts
     assert (counts["calls ahead"] > 1000) == (kind == "delayed")
     # A stage is lost where its peers and its buddy die within seconds of each other: rare, and said.
     assert counts["stages lost"] <= NUM_SEEDS // 10

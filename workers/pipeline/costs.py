@@ -1,8 +1,9 @@
-"""The layers of the built-in decoder with their costs (no torch: the controller cuts models, too)."""
+"""The decoder's layers with their costs, and what a stage sends (no torch: the controller cuts models, too)."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from strategies.swarm import LayerCost
 from workers.model.shape import DecoderShape, parameter_shapes
@@ -23,3 +24,22 @@ def decoder_costs(shape: DecoderShape) -> list[LayerCost]:
         *layers,
         LayerCost(name=HEAD, num_params=matrix + sizes["model.norm.weight"]),
     ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """Boundary tensors of one microbatch that cross a peer's link."""
+
+    sent: int
+    received: int
+
+
+def tensors_of(stage: int, num_stages: int) -> Traffic:
+    """What a peer of a stage sends and receives for a microbatch; tokens and targets are not worth counting."""
+    if num_stages == 1:
+        return Traffic(sent=0, received=0)
+    if stage == 0:  # its output; the gradient of it
+        return Traffic(sent=1, received=1)
+    if stage == num_stages - 1:  # its input, once: its backward is its forward; the gradient of it
+        return Traffic(sent=1, received=1)
+    return Traffic(sent=2, received=3)  # its input twice

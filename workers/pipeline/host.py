@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from workers.pipeline.messages import (
     LocalStep,
     Offered,
     OfferWork,
+    Probe,
+    Probed,
     Reduce,
     Reduced,
     SaveStage,
@@ -46,7 +49,7 @@ from workers.pipeline.messages import (
 )
 from workers.pipeline.peer import NotFinite, Reply, Request, StagePeer
 from workers.pipeline.pieces import Pieces
-from workers.pipeline.spec import TIED, PipelineSpec, unit_of
+from workers.pipeline.spec import TIED, PipelineSpec
 from workers.pipeline.state import Flats, StageState, flatten
 from workers.pipeline.user_layers import build_stage, loss_of
 from workers.store import BlobStore
@@ -118,7 +121,8 @@ class PeerHost:
                 return Reply(begin=Begin.OTHER_VERSION)
             began_s = self._clock()
             try:
-                reply = peer.run(request, fetched)
+                with self._computes_with(request):
+                    reply = peer.run(request, fetched)
             except NotFinite as error:
                 self._must_be_sound(peer, error)
                 raise
@@ -128,6 +132,10 @@ class PeerHost:
             self.busy_s += seconds
         # The next call's tensors come while this one computes: the longer of the two is what a call takes.
         return replace(reply, seconds=max(seconds, fetch_s))
+
+    def _computes_with(self, request: Request) -> AbstractContextManager[None]:
+        """The parameters for a call: those that the peer has."""
+        return nullcontext()
 
     def _must_be_sound(self, peer: StagePeer, error: NotFinite) -> None:
         """What is committed is finite, and a step that is not is never made: if these values are not, they are broken.
@@ -160,13 +168,13 @@ class PeerHost:
                 peer = self.serving
                 if peer is None or peer.name != request.call.peer:
                     return None
-                if peer.accumulator.version >= request.version and not self._waits():
+                if peer.accumulator.version >= request.version and not self._waits(request.version):
                     return peer
                 if not self._moved.wait(deadline_s - time.monotonic()):
                     return None
 
-    def _waits(self) -> bool:
-        """Whether the parameters for the next step are not here yet, although those of this one are done with."""
+    def _waits(self, version: int) -> bool:
+        """Whether the parameters for a step are not here yet, although the step before it is done with."""
         return False
 
     def _keep_pace(self, call: Call, began_s: float) -> None:
@@ -189,6 +197,8 @@ class PeerHost:
     def do(self, order: ToPeer) -> FromPeer:
         """Obey an order; all may be repeated. Raises PeerError, or what the transport raises."""
         match order:
+            case Probe(addresses=addresses):
+                return Probed(seconds=self._pieces.probe(addresses, self._clock))
             case TakeStage():
                 return self._take(order)
             case Collect():
@@ -293,7 +303,13 @@ class PeerHost:
         with self._orders:
             if state.version != order.step:
                 raise PeerError(f"{self.process} moved on to version {state.version} of stage {order.stage}")
-            following = state.compute_next(gradients, lr=order.lr, scale=order.scale, version=order.next_version)
+            following = state.compute_next(
+                gradients,
+                lr=order.lr,
+                scale=order.scale,
+                version=order.next_version,
+                rounds=dict(order.outer_rounds),
+            )
             for (unit, field), flat in following.flats.items():
                 # The norm of the sums is finite, or nobody would have been asked.
                 if not is_finite(flat):
@@ -312,7 +328,7 @@ class PeerHost:
     def _apply(self, order: Apply) -> Applied:
         with self._orders, self._compute:
             state = self.held.get(order.stage)
-            if state is None or (state.version <= order.step and not state.apply(order.digest)):
+            if state is None or (state.version <= order.step and not state.apply(order.digest, order.version)):
                 return Applied(done=False)
             if (peer := self.serving) is not None and peer.stage == order.stage:
                 peer.committed(order.step)
@@ -351,5 +367,5 @@ class PeerHost:
         wanted = {unit: self.spec.num_values(unit) for unit in self.spec.units_of(stage)}
         found = {unit: flat.numel() for (unit, _), flat in flats.items()}
         if found != wanted:
-            raise PeerError(f"{path} holds {found}, stage {stage} of this run has {wanted} values ({unit_of(stage)})")
+            raise PeerError(f"{path} holds {found}, stage {stage} of this run has {wanted} values")
         return StageState(self.spec, stage, flats, version=version)

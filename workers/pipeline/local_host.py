@@ -1,15 +1,17 @@
-"""A stage peer that makes steps of its own: DiLoCo (arXiv 2311.08105) inside a stage.
+"""A stage peer that makes steps of its own: DiLoCo (arXiv 2311.08105) and Streaming DiLoCo (2501.18512) in a stage.
 
 Between two synchronisations every peer of a stage has parameters of its own, with an AdamW of its own. Numbered calls
 of a round, beside those of `PeerHost`: `Collect` and `LocalStep` for each step (what was counted; step with it), then
-`OfferWork` (how far from the anchor; can be fetched), `Reduce`, `Spread` and `Apply` of the anchor. What the codec lost
-of an offer is added to the next one if the offer was in the commit (exchange protocol, section 1.5).
+`OfferWork` (how far from the anchor; can be fetched), `Reduce`, `Spread` and `Apply` of the anchor. With fragments a
+synchronisation is of one of them, and steps may go on until it is applied. What the codec lost of an offer is added to
+the next one if the offer was in the commit (exchange protocol, section 1.5).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.codecs.base import is_finite
+from strategies.merge import advance_included, rebase
 from workers.optim import build_optimizer
 from workers.pipeline.host import Damaged, PeerError, PeerHost
 from workers.pipeline.layers import StageModel
@@ -32,20 +35,26 @@ from workers.pipeline.messages import (
     Spread,
     ToPeer,
 )
-from workers.pipeline.peer import StagePeer
+from workers.pipeline.peer import Request, StagePeer
 from workers.pipeline.spec import PipelineSpec
-from workers.pipeline.state import PARAMS, Flats, StageState, flatten, spread_out
+from workers.pipeline.state import PARAMS, Flats, StageState, flatten, parts_of, spread_out
 from workers.store import BlobStore
 from workers.transport.base import Transport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Offer:
-    """What was offered to the synchronisation that starts from an anchor, and the residual if it is included."""
+    """What was offered to the synchronisation that starts from an anchor, and the residuals if it is included.
+
+    `moved`: the displacements themselves, by unit, where steps go on meanwhile; `num_steps`: that were made before it.
+    """
 
     version: int
     round_: int
+    fragments: tuple[int, ...]
     residuals: dict[str, Tensor]
+    moved: dict[str, Tensor]
+    num_steps: int
 
 
 class LocalWork:
@@ -55,14 +64,12 @@ class LocalWork:
         self._spec, self._model, self._stage = spec, model, anchor.stage
         self._parameters = nn.ParameterDict({name.replace(".", "/"): p for name, p in model.names.items()})
         self._optimizer = build_optimizer(self._parameters, spec.train)
+        self._num_steps = 0
         self.residuals: dict[str, Tensor] = {}
         self.offer: _Offer | None = None
-        self._take(anchor.flats)
-
-    @torch.no_grad()
-    def _take(self, flats: Flats) -> None:
-        for name, value in spread_out(self._spec, self._stage, flats).items():
-            self._model.names[name].copy_(value)
+        with torch.no_grad():
+            for name, value in spread_out(spec, anchor.stage, anchor.flats).items():
+                model.names[name].copy_(value)
 
     def step(self, gradients: Mapping[str, Tensor], *, scale: float, lr: float) -> None:
         """One step of AdamW. `scale` makes a mean of the sum; the norm that is clipped is of this stage alone."""
@@ -74,24 +81,72 @@ class LocalWork:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._num_steps += 1
 
-    def displacement(self, anchor: Flats) -> dict[str, Tensor]:
-        """Anchor less parameters, by unit."""
-        own = flatten(self._spec, self._stage, self._model.names)
+    def displacement(self, anchor: Flats, fragments: Collection[int] | None = None) -> dict[str, Tensor]:
+        """Anchor less parameters, by unit; of some fragments, or of all."""
+        own = flatten(self._spec, self._stage, self._model.names, fragments=fragments)
         return {unit: torch.sub(anchor[unit, PARAMS], flat) for unit, flat in own.items()}
 
+    def offered(self, order: OfferWork, moved: dict[str, Tensor], residuals: dict[str, Tensor]) -> None:
+        """This can be fetched now."""
+        self.offer = _Offer(
+            version=order.version,
+            round_=order.round_,
+            fragments=order.fragments,
+            residuals=residuals,
+            moved=moved if self._spec.strategy.overlap_steps else {},
+            num_steps=self._num_steps,
+        )
+
+    def has_offered(self, order: OfferWork) -> bool:
+        """Whether the order was obeyed before."""
+        known = self.offer
+        wanted = (order.version, order.round_, order.fragments)
+        return known is not None and (known.version, known.round_, known.fragments) == wanted
+
     @torch.no_grad()
-    def moved(self, before: Flats, after: Flats, *, included: bool) -> None:
-        """The anchor moved: begin at it, or with an offer that is not in it be translated along, and offer it again."""
-        if included:
-            assert self.offer is not None, "what was not offered is not included"
-            self.residuals = self.offer.residuals
-            self._take(after)
-        else:
-            old, new = (spread_out(self._spec, self._stage, flats) for flats in (before, after))
-            for name, parameter in self._model.names.items():
-                parameter.add_(new[name] - old[name])
+    def moved(self, before: Flats, after: Flats, *, included: Collection[int]) -> None:
+        """The anchor moved: go on from it by the rule of `strategies/merge.py`.
+
+        With an offer that is not in it, or without one, be translated along, and offer that the next time.
+        """
+        offer, strategy = self.offer, self._spec.strategy
+        for unit in self._spec.units_of(self._stage):
+            old, new = before[unit, PARAMS], after[unit, PARAMS]
+            is_in = self._spec.fragment_of(unit) in included
+            if old is new and not is_in:
+                continue
+            progressed: Tensor | None = None
+            if is_in:
+                assert offer is not None, "what was not offered is not included"
+                self.residuals |= {unit: offer.residuals[unit]} if unit in offer.residuals else {}
+                if offer.num_steps != self._num_steps:
+                    progressed = offer.moved[unit]
+            offered = {} if progressed is None else parts_of(self._spec, unit, progressed)
+            olds, news = parts_of(self._spec, unit, old), parts_of(self._spec, unit, new)
+            for name in olds:
+                parameter = self._model.names[name]
+                theta, a, b = parameter.detach().reshape(-1).clone(), olds[name].reshape(-1), news[name].reshape(-1)
+                if is_in:
+                    d = offered[name].reshape(-1) if name in offered else None
+                    advance_included(theta, a, b, d, alpha=strategy.merge_alpha, kappa=strategy.merge_kappa)
+                else:
+                    rebase(theta, a, b)
+                parameter.copy_(theta.view_as(parameter))
         self.offer = None
+
+    @contextmanager
+    def at(self, anchor: StageState) -> Iterator[None]:
+        """What is computed meanwhile is computed with the anchor: what a validation is of."""
+        own = {name: parameter.data for name, parameter in self._model.names.items()}
+        for name, value in spread_out(self._spec, self._stage, anchor.flats).items():
+            self._model.names[name].data = value
+        try:
+            yield
+        finally:
+            for name, parameter in self._model.names.items():
+                parameter.data = own[name]
 
 
 class LocalHost(PeerHost):
@@ -102,7 +157,7 @@ class LocalHost(PeerHost):
     ) -> None:
         super().__init__(spec, process, store, transport, **clocks)
         self.work: LocalWork | None = None
-        self._synchronises = False
+        self._applies_at: int | None = None
 
     def do(self, order: ToPeer) -> FromPeer:
         """See `PeerHost.do`."""
@@ -114,12 +169,18 @@ class LocalHost(PeerHost):
         return super().do(order)
 
     def _bind(self, state: StageState, peer: StagePeer) -> None:
-        self.work, self._synchronises = LocalWork(self.spec, peer.model, state), False
+        self.work, self._applies_at = LocalWork(self.spec, peer.model, state), None
         self._rounds.clear()  # of another name's calls
 
-    def _waits(self) -> bool:
-        # From the first sight of the next anchor on: a call of the next step must not run before it is applied.
-        return self._synchronises
+    def _waits(self, version: int) -> bool:
+        # From the first sight of the next anchor on: a call of that step must not run before it is applied.
+        return self._applies_at is not None and version >= self._applies_at
+
+    def _computes_with(self, request: Request) -> AbstractContextManager[None]:
+        """An evaluation is of the anchor, which all peers of the stage have; their own parameters differ."""
+        if request.call.step >= 0 or self.work is None or self.serving is None:
+            return nullcontext()
+        return self.work.at(self.held[self.serving.stage])
 
     def _mine(self, name: str) -> tuple[StagePeer, LocalWork]:
         if self.serving is None or self.serving.name != name or self.work is None:
@@ -152,26 +213,28 @@ class LocalHost(PeerHost):
     def _offer(self, order: OfferWork) -> Offered:
         with self._orders, self._compute:
             peer, work = self._mine(order.peer)
+            if work.has_offered(order):
+                return Offered(microbatches=())
             state = self._state_at(peer.stage, order.version)
-            known = work.offer
-            if known is None or (known.version, known.round_) != (order.version, order.round_):
-                moved = work.displacement(state.flats)
-                if not all(map(is_finite, moved.values())):
-                    raise Damaged(f"{order.peer} has parameters that are not finite, and offers nothing")
-                residuals = self._pieces.publish_work(
-                    f"piece/{order.version}/{order.round_}/{order.peer}/0",
-                    moved,
-                    work.residuals,
-                    counters=(order.version, zlib.crc32(order.peer.encode())),
-                )
-                work.offer = _Offer(version=order.version, round_=order.round_, residuals=residuals)
+            if peer.accumulator.version != order.step:
+                raise PeerError(f"{order.peer} has made {peer.accumulator.version} steps, not {order.step}")
+            moved = work.displacement(state.flats, order.fragments)
+            if not all(map(is_finite, moved.values())):
+                raise Damaged(f"{order.peer} has parameters that are not finite, and offers nothing")
+            residuals = self._pieces.publish_work(
+                f"piece/{order.version}/{order.round_}/{order.peer}/0",
+                moved,
+                work.residuals,
+                counters=(order.version, zlib.crc32(order.peer.encode())),
+            )
+            work.offered(order, moved, residuals)
         return Offered(microbatches=())
 
     def _spread(self, order: Spread) -> Have:
         have = super()._spread(order)
         with self._orders:
             if self.serving is not None and self.serving.stage == order.stage:
-                self._synchronises = True
+                self._applies_at = order.applies_at
         return have
 
     def _apply(self, order: Apply) -> Applied:
@@ -180,14 +243,14 @@ class LocalHost(PeerHost):
             if state is None or state.version > order.step:
                 return Applied(done=state is not None)
             before = state.flats
-            if not state.apply(order.digest):
+            if not state.apply(order.digest, order.version):
                 return Applied(done=False)
             if self.serving is not None and self.serving.stage == order.stage and self.work is not None:
                 self.work.moved(before, state.flats, included=order.included)
         self._pieces.publish_state(state)
         self._pieces.forget(order.step)
         with self._moved:
-            self._synchronises = False
+            self._applies_at = None
             self._moved.notify_all()
         return Applied(done=True)
 

@@ -143,6 +143,20 @@ FromTrainer = FenceWanted | StageReady | GaveUp | Heartbeat | Evaluated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """How long does a boundary tensor take from these trainers' addresses to you?"""
+
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """Seconds, the mean over those that answered."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TakeStage:
     """Hold the state of a stage at `version`, and with `serve_as` serve it under that name.
 
@@ -196,11 +210,16 @@ class LocalStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfferWork:
-    """How far have your own steps taken you from `version`? That can be fetched from now on. Answer: `Offered`."""
+    """How far have your own steps taken you from `version`? That can be fetched from now on. Answer: `Offered`.
+
+    `step`: so many steps are in it. `fragments`: of the stage, those that are asked for.
+    """
 
     version: int
     round_: int
     peer: str
+    step: int
+    fragments: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +258,9 @@ class Reduced:
 class Spread:
     """Fetch the reduced chunks of a stage and compute the next state, without moving to it.
 
-    `next_version`: None for the next step. A unit without owners stays as it is: nobody moved it.
+    `next_version`: None for the next step. A unit without owners stays as it is: nobody moved it, or it is not asked
+    for. Where peers make steps of their own: no call of step `applies_at` runs before it is applied; `outer_rounds`
+    says how many outer steps each unit has made.
     """
 
     step: int
@@ -249,6 +270,8 @@ class Spread:
     scale: float
     lr: float
     next_version: int | None = None
+    applies_at: int | None = None
+    outer_rounds: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,15 +283,17 @@ class Have:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Apply:
-    """The step is on the record: move to the next state, which has this digest.
+    """The step is on the record: move to the next state, `version`, which has this digest.
 
-    `included`: what the peer offered is in it (of peers that make steps of their own); if not, it is carried on.
+    `included`: the fragments of which what the peer offered is in it (of peers that make steps of their own); what is
+    in none is carried on.
     """
 
     step: int
     stage: int
     digest: str
-    included: bool = False
+    version: int
+    included: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,5 +332,17 @@ class Done:
     """Nothing to say but that it was done."""
 
 
-ToPeer = TakeStage | Collect | LocalStep | OfferWork | Reduce | Spread | Apply | FenceStep | DropStage | SaveStage
-FromPeer = Holds | Offered | Reduced | Have | Applied | Done
+ToPeer = (
+    Probe
+    | TakeStage
+    | Collect
+    | LocalStep
+    | OfferWork
+    | Reduce
+    | Spread
+    | Apply
+    | FenceStep
+    | DropStage
+    | SaveStage
+)  # fmt: skip
+FromPeer = Probed | Holds | Offered | Reduced | Have | Applied | Done

@@ -7,7 +7,7 @@ are encoded by the run's codec, a sum once by its owner, so that all decode the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,6 +28,9 @@ from workers.transport.base import MAX_KEYS, Transport
 from workers.transport.errors import BlobMissing, TransportError
 
 FETCH_TIMEOUT_S = 30.0
+PROBE = "probe"
+"""Of a trainer: as many bytes as a boundary tensor has."""
+PROBE_TIMEOUT_S, MAX_PROBE_BYTES = 5.0, 4 << 20
 
 
 def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -171,6 +174,27 @@ class Pieces:
             blobs = self._transport.fetch(address, keys[some], timeout_s=FETCH_TIMEOUT_S, max_bytes=limit)
             out += [blob.data for blob in blobs]
         return out
+
+    # ------------------------------------------------------------ links
+
+    def probe(self, addresses: Sequence[str], clock: Callable[[], float]) -> float:
+        """Mean seconds of a boundary tensor from these trainers, without those that do not answer.
+
+        Raises TransportError where none does.
+        """
+        found, failure = [], None
+        for address in addresses:
+            try:
+                for _ in range(2):  # the first one opens the connection
+                    began_s = clock()
+                    self._transport.fetch(address, (PROBE,), timeout_s=PROBE_TIMEOUT_S, max_bytes=MAX_PROBE_BYTES)
+                    took_s = clock() - began_s
+                found.append(took_s)
+            except TransportError as error:
+                failure = error
+        if failure is not None and not found:
+            raise failure
+        return sum(found) / len(found) if found else 0.0
 
     # ------------------------------------------------------------ states
 

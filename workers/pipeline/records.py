@@ -13,8 +13,9 @@ from workers.record_base import Record
 class PipelineGenesisRecord(Record):
     """Version 0 of every stage of a pipeline, or with `version` above 0 the snapshot that it goes on from.
 
-    `sync_steps`: steps that peers make of their own before their stage synchronises; 0: none. `delayed`: a step may be
-    opened while the one before it is not committed yet.
+    `sync_steps`: steps that peers make of their own before their stage synchronises; 0: none. `num_fragments`: parts of
+    each stage that are synchronised one after the other. `delayed`: a step may be opened while the one before it is
+    not committed yet.
     """
 
     kind: ClassVar[str] = "pipeline_genesis"
@@ -25,6 +26,7 @@ class PipelineGenesisRecord(Record):
     version: int = 0
     sync_steps: int = 0
     delayed: bool = False
+    num_fragments: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +89,10 @@ class StageCountRecord(Record):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSyncRecord(Record):
-    """A stage's anchor moved from `base` to `version`, by what these peers had made of their own since they were in."""
+    """A stage's anchor moved from `base` to `version`, by what these peers had made of their own since they were in.
+
+    `fragments` of it moved; they hold the steps before `version` now, the others fewer.
+    """
 
     kind: ClassVar[str] = "stage_sync"
     base: int
@@ -96,11 +101,21 @@ class StageSyncRecord(Record):
     digest: str
     contributors: tuple[str, ...]
     holders: tuple[str, ...]
+    fragments: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftRecord(Record):
+    """A process was asked to go and has handed over: it is not started again in this life of the run."""
+
+    kind: ClassVar[str] = "left"
+    process: str
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkLostRecord(Record):
-    """What a peer had made of its own and nobody has committed is void: in this stage these steps are partial."""
+    """What a peer had made of its own and not every fragment has committed is void: these steps are partial here."""
 
     kind: ClassVar[str] = "work_lost"
     peer: str

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.config import CodecConfig, StrategyConfig
+from strategies.fragments import fragment_of_layer
 from strategies.swarm import Stage
 from workers.config import DataConfig, EvalConfig, TrainConfig
 from workers.model.shape import DecoderShape, parameter_shapes
@@ -58,6 +59,21 @@ class PipelineSpec:
         return self.strategy.name != "ddp"
 
     @property
+    def num_fragments(self) -> int:
+        """Parts of each stage that its peers exchange one after the other (Streaming DiLoCo)."""
+        return self.strategy.num_fragments
+
+    def fragment_of(self, unit: str) -> int:
+        """The fragment that a unit is in; of the tied matrix, that of the head, whose stage owns it."""
+        if unit == TIED:
+            return self._layer_fragment(len(self.stages[-1].names) - 1, self.num_stages - 1)
+        return int(unit.partition(".")[2] or 0)
+
+    def _layer_fragment(self, layer: int, stage: int) -> int:
+        of, pattern = self.num_fragments, self.strategy.pattern
+        return fragment_of_layer(layer, len(self.stages[stage].names), num_fragments=of, pattern=pattern)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter of the whole model -> shape."""
         if self.factory is None:
@@ -66,13 +82,24 @@ class PipelineSpec:
         return self.table.shapes
 
     @property
+    def boundary_values(self) -> int:
+        """Values that cross the widest boundary for one sample."""
+        if self.table is None or self.table.is_decoder:
+            return self.shape.seq_len * self.shape.dim
+        return self.table.boundary_values
+
+    @property
     def is_tied(self) -> bool:
         """Whether two stages hold the embedding matrix."""
         return self.factory is None and self.shape.tie_embeddings and self.num_stages > 1
 
     def units_of(self, stage: int) -> tuple[str, ...]:
-        """The vectors that the stage's state consists of: its own, and the tied matrix in the first and last stage."""
-        own = (unit_of(stage),) if self.slots(unit_of(stage)) else ()
+        """The vectors that the stage's state consists of: its own, and the tied matrix in the first and last stage.
+
+        Its own are one for each fragment that some of its layers are in.
+        """
+        units = (unit_of(stage, fragment, self.num_fragments) for fragment in range(self.num_fragments))
+        own = tuple(unit for unit in units if self.slots(unit))
         return (*own, TIED) if self.is_tied and stage in (0, self.num_stages - 1) else own
 
     @property
@@ -82,15 +109,16 @@ class PipelineSpec:
 
     def stages_of(self, unit: str) -> tuple[int, ...]:
         """The stages that contribute to a unit; the owner of the tied matrix first."""
-        return (self.num_stages - 1, 0) if unit == TIED else (int(unit.removeprefix("stage-")),)
+        return (self.num_stages - 1, 0) if unit == TIED else (_stage_of(unit),)
 
     def slots(self, unit: str) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, in the order of the flat vector."""
         shapes = self.shapes
         if unit == TIED:
             return {EMBEDDING_WEIGHT: shapes[EMBEDDING_WEIGHT]}
-        stage = self.stages[int(unit.removeprefix("stage-"))]
-        names = [name for name in shapes if _is_in(name, stage.names, self.shape.tie_embeddings)]
+        stage, fragment = _stage_of(unit), self.fragment_of(unit)
+        layers = [one for at, one in enumerate(self.stages[stage].names) if self._layer_fragment(at, stage) == fragment]
+        names = [name for name in shapes if _is_in(name, layers)]
         return {name: shapes[name] for name in names if not (self.is_tied and name == EMBEDDING_WEIGHT)}
 
     def num_values(self, unit: str) -> int:
@@ -109,14 +137,18 @@ class PipelineSpec:
         return [slice(start, min(start + self.chunk_values, num)) for start in range(0, num, self.chunk_values)]
 
 
-def unit_of(stage: int) -> str:
-    """Name of the vector of a stage's own parameters."""
-    return f"stage-{stage}"
+def unit_of(stage: int, fragment: int = 0, num_fragments: int = 1) -> str:
+    """Name of the vector of a stage's own parameters, or of those in one of its fragments."""
+    return f"stage-{stage}" if num_fragments == 1 else f"stage-{stage}.{fragment}"
 
 
-def _is_in(name: str, layers: Sequence[str], tied: bool) -> bool:
+def _stage_of(unit: str) -> int:
+    return int(unit.removeprefix("stage-").partition(".")[0])
+
+
+def _is_in(name: str, layers: Sequence[str]) -> bool:
     if name == EMBEDDING_WEIGHT:
-        return EMBEDDING in layers or (tied and HEAD in layers)
+        return EMBEDDING in layers
     if name in ("lm_head.weight", "model.norm.weight"):
         return HEAD in layers
     return any(name.startswith(f"{layer}.") for layer in layers)

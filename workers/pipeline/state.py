@@ -11,7 +11,7 @@ the same bits from the same gradients. AdamW: https://arxiv.org/abs/1711.05101, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,15 +85,22 @@ class StageState:
         self._model = None
 
     def compute_next(
-        self, gradients: Mapping[str, Tensor], *, lr: float, scale: float, version: int | None = None
+        self,
+        gradients: Mapping[str, Tensor],
+        *,
+        lr: float,
+        scale: float,
+        version: int | None = None,
+        rounds: Mapping[str, int] | None = None,
     ) -> Next:
         """The state after a step with these gradients (unit -> flat sum), times `scale`; see `OuterAdam`.
 
-        Of an anchor: after an outer step with these displacements, to `version`.
+        Of an anchor: after an outer step with these displacements, to `version`; units without one stay. `rounds`: how
+        many outer steps each unit has made.
         """
         if self.spec.is_local:
             assert version is not None, "an anchor moves to the version that its stage has reached"
-            flats = self._outer_step(gradients)
+            flats = self._outer_step(gradients, rounds or {})
             self.next = Next(version=version, flats=flats, digest=_digest(flats))
             return self.next
         flats = {}
@@ -108,24 +115,23 @@ class StageState:
         self.next = Next(version=self.version + 1, flats=flats, digest=_digest(flats))
         return self.next
 
-    def _outer_step(self, displacements: Mapping[str, Tensor]) -> Flats:
+    def _outer_step(self, displacements: Mapping[str, Tensor], rounds: Mapping[str, int]) -> Flats:
         outer, fields = build_outer(self.spec.strategy), fields_of(self.spec)
-        rounds = -(-self.version // self.spec.strategy.inner_steps)
         flats: Flats = {}
         for unit in self.spec.units_of(self.stage):
             held = [self.flats[unit, field] for field in fields]
             if unit in displacements:
                 g = displacements[unit]
                 params, states = outer.step(
-                    held[0], tuple(held[1:]), g, scale=outer.prepare([g]), version=rounds, progress=0.0
+                    held[0], tuple(held[1:]), g, scale=outer.prepare([g]), version=rounds[unit], progress=0.0
                 )
                 held = [params, *states]
             flats |= {(unit, field): value for field, value in zip(fields, held, strict=True)}
         return flats
 
-    def apply(self, digest_hex: str) -> bool:
-        """Move to the next state if it is the one with this digest; False if it is not here."""
-        if self.next is None or self.next.digest != digest_hex:
+    def apply(self, digest_hex: str, version: int) -> bool:
+        """Move to the next state if it is this version with this digest; False if it is not here."""
+        if self.next is None or (self.next.digest, self.next.version) != (digest_hex, version):
             return False
         self.flats, self.version, self.next = self.next.flats, self.next.version, None
         self._point()
@@ -150,11 +156,14 @@ class StageState:
             self._model.names[name].data = value
 
 
-def flatten(spec: PipelineSpec, stage: int, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by parameter name -> one flat vector for each unit of the stage."""
+def flatten(
+    spec: PipelineSpec, stage: int, named: Mapping[str, Tensor], *, fragments: Collection[int] | None = None
+) -> dict[str, Tensor]:
+    """Tensors by parameter name -> one flat vector for each unit of the stage, or for those of some fragments."""
     return {
         unit: torch.cat([named[name].detach().reshape(-1) for name in spec.slots(unit)])
         for unit in spec.units_of(stage)
+        if fragments is None or spec.fragment_of(unit) in fragments
     }
 
 
@@ -162,11 +171,18 @@ def spread_out(spec: PipelineSpec, stage: int, flats: Flats) -> dict[str, Tensor
     """The parameters of flat vectors by name: views."""
     found: dict[str, Tensor] = {}
     for unit in spec.units_of(stage):
-        start = 0
-        for name, shape in spec.slots(unit).items():
-            size = math.prod(shape)
-            found[name] = flats[unit, PARAMS][start : start + size].view(shape)
-            start += size
+        found |= parts_of(spec, unit, flats[unit, PARAMS])
+    return found
+
+
+def parts_of(spec: PipelineSpec, unit: str, flat: Tensor) -> dict[str, Tensor]:
+    """A unit's flat vector by parameter name: views."""
+    found: dict[str, Tensor] = {}
+    start = 0
+    for name, shape in spec.slots(unit).items():
+        size = math.prod(shape)
+        found[name] = flat[start : start + size].view(shape)
+        start += size
     return found
 
 

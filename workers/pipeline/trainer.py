@@ -23,6 +23,7 @@ from workers.pipeline.calls import Call
 from workers.pipeline.messages import Evaluate, FromTrainer, GaveUp, OpenStep, PeerPlace
 from workers.pipeline.microbatches import Refused
 from workers.pipeline.peer import FETCH_TIMEOUT_S, Reply, Request
+from workers.pipeline.pieces import MAX_PROBE_BYTES, PROBE
 from workers.pipeline.spec import PipelineSpec
 from workers.pipeline.trainer_desk import TrainerDesk
 from workers.samples import cut, evenly_spread
@@ -70,6 +71,10 @@ class TrainerHost(TrainerDesk):
         self._losses: dict[int, float] = {}
         self._sizes: list[int] = []
         self._num_errors = 0
+        # By which peers learn how far they are, before the first placement.
+        values = spec.pipeline.microbatch_size * spec.boundary_values
+        size = min(self._boundary.num_bytes(values), MAX_PROBE_BYTES)
+        store.put(PROBE, np.zeros(size, dtype=np.uint8))
 
     # ------------------------------------------------------------ what the desk asks for
 

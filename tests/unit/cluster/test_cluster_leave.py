@@ -6,13 +6,12 @@ import stat
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from faults.lab.processes import myself
 from orchestrator.cluster.control import Control, ask
-from orchestrator.cluster.drain import DONE, LATE, can_be_asked, drain, what_ends
+from orchestrator.cluster.drain import DONE, LATE, drain, what_ends
 from orchestrator.cluster.leave import choose
 from orchestrator.cluster.state import ClusterState
 from orchestrator.errors import ClusterUnreachable, UserError
@@ -130,11 +129,6 @@ def test_without_runs_nothing_has_to_leave() -> None:
     assert run_drain({}) == (DONE, [{"done": True, "controllers": 0, "leaving": [], "unknown": []}])
 
 
-def test_a_pipeline_is_not_asked_and_holds_nobody_up() -> None:
-    assert can_be_asked(SimpleNamespace(leave=None))
-    assert not can_be_asked(SimpleNamespace(stop=None))
-
-
 def actor(name: str, node: str = "here", state: str = "ALIVE") -> dict[str, object]:
     return {"Name": name, "State": state, "Address": {"NodeID": node}}
 
@@ -150,10 +144,9 @@ def test_what_hands_nothing_over_is_said_before() -> None:
         actor("controller/run-1"),
         actor(""),
     ]
-    pipeline, controller = what_ends(actors, "here", {"pipe"})
-    assert pipeline.startswith("pipe is a pipeline: peer-1, trainer-0 end with this machine")
+    [controller] = what_ends(actors, "here")
     assert controller.startswith("the controller of run-1 is on this machine") and "--run run-1" in controller
-    assert what_ends(actors, "elsewhere", {"pipe"}) == []
+    assert what_ends(actors, "elsewhere") == []
 
 
 def test_all_runs_are_waited_for_and_each_change_is_said_once() -> None:

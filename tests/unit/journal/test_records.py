@@ -12,6 +12,7 @@ from journal_histories import Story, chain_rows
 
 from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.pipeline.records import (
+    LeftRecord,
     PipelineGenesisRecord,
     ServeRecord,
     StageCommitRecord,
@@ -63,6 +64,7 @@ PIPELINE = [
     StageCountRecord(step=1, round=1, stage=0, counted=("peer-0.3:0,3",)),
     StageSyncRecord(base=0, version=1, stage=0, digest="d", contributors=("peer-0.3",), holders=("peer-0.3",)),
     WorkLostRecord(peer="peer-2.1", stage=0, why="it died"),
+    LeftRecord(process="peer-2", why="left: asked to"),
 ]
 ROWS = [
     *chain_rows(

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,9 +122,9 @@ def test_losses_and_gradients_are_those_of_the_unsplit_model(
     seen: dict[tuple[int, str], torch.Tensor] = {}
     compute_next = StageState.compute_next
 
-    def record(state: StageState, gradients: Named, *, lr: float, scale: float, version: int | None) -> Next:
+    def record(state: StageState, gradients: Named, *, lr: float, scale: float, **others: Any) -> Next:
         seen.update({(state.version, unit): flat * scale for unit, flat in gradients.items()})
-        return compute_next(state, gradients, lr=lr, scale=scale, version=version)
+        return compute_next(state, gradients, lr=lr, scale=scale, **others)
 
     monkeypatch.setattr(StageState, "compute_next", record)
     finish(swarm)

@@ -43,7 +43,7 @@ def complaint(*overrides: str) -> str:
         ("pipeline.min_peers=3", "pipeline.min_peers = 3 is more than pipeline.peers = 2"),
         ("pipeline.backward_timeout_s=5", "pipeline.backward_timeout_s = 5 is shorter than"),
         ("pipeline.pace_of.peer-6=1.0", "'peer-6'"),
-        ("strategy.name=streaming", "strategy.name = 'streaming', and a pipeline"),
+        ("strategy.name=decoupled", "strategy.name = 'decoupled', and a pipeline"),
         ("run.elastic=true", "run.elastic = True, and a pipeline"),
         ("train.device=auto", "train.device = 'auto', and a pipeline"),
         ("codec.error_feedback=true", "codec.error_feedback = True, and a pipeline"),

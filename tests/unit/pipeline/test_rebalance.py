@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UserError
+from orchestrator.pipeline.keeper import link_class
 from orchestrator.rebalance import (
     Decision,
     Move,
@@ -16,6 +17,7 @@ from orchestrator.rebalance import (
     Rebalancer,
     StageNeed,
     decide,
+    link_cost,
     measured,
     place,
     stage_loads,
@@ -127,3 +129,52 @@ def test_a_measured_speed_is_in_units_of_work() -> None:
     stages = [StageNeed(work=3.0, bytes=1), StageNeed(work=1.0, bytes=1)]
     found = measured([power("a", 1.0), power("b", 1.0)], {"a": 2.0}, stages, {"a": 0, "b": 1})
     assert [peer.speed for peer in found] == [6.0, 1.0]
+
+
+# ---------------------------------------------------------------- links
+
+
+def linked(name: str, link_s: float | None, speed: float = 1.0, memory: int = 1) -> PeerPower:
+    return PeerPower(name=name, speed=speed, memory_bytes=memory, link_s=link_s)
+
+
+CROSSING = [StageNeed(work=1.0, bytes=1, tensors=tensors) for tensors in (1, 3, 3, 1)]
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])  # with three a stage not every placement is looked at
+def test_of_equal_peers_those_with_slow_links_serve_the_ends(num: int) -> None:
+    peers = [linked(f"p{i:02}", 0.5 if i < 2 * num else 0.01) for i in range(4 * num)]
+    placed = place(CROSSING, peers)
+    assert [sorted(placed.values()).count(stage) for stage in range(4)] == [num] * 4
+    assert {placed[peer.name] for peer in peers if peer.link_s == 0.5} == {0, 3}
+    assert link_cost(CROSSING, peers, placed) == pytest.approx(num * (2 * 0.5 + 6 * 0.01))
+
+
+def test_speed_and_memory_come_first() -> None:
+    stages = [StageNeed(work=1.0, bytes=1, tensors=1), StageNeed(work=4.0, bytes=5, tensors=3)]
+    quick_but_far = [linked("quick", 2.0, speed=4.0, memory=9), linked("slow", 0.01, speed=1.0, memory=9)]
+    assert place(stages, quick_but_far) == {"quick": 1, "slow": 0}
+    large_but_far = [linked("large", 2.0, memory=9), linked("small", 0.01, memory=2)]
+    assert place(stages, large_but_far) == {"large": 1, "small": 0}
+
+
+@given(st.lists(st.sampled_from([None, 0.01, 0.1, 1.0]), min_size=4, max_size=9), st.data())
+def test_links_never_make_the_slowest_stage_slower(links: list[float | None], data: st.DataObject) -> None:
+    speeds = data.draw(st.lists(st.sampled_from([1.0, 2.0]), min_size=len(links), max_size=len(links)))
+    pairs = zip(links, speeds, strict=True)
+    peers = [linked(f"p{i}", link_s, speed) for i, (link_s, speed) in enumerate(pairs)]
+    blind = [PeerPower(name=peer.name, speed=peer.speed, memory_bytes=1) for peer in peers]
+    before, after = place(CROSSING, blind), place(CROSSING, peers)
+    assert sorted(stage_loads(CROSSING, peers, before)) == sorted(stage_loads(CROSSING, peers, after))
+    assert link_cost(CROSSING, peers, after) <= link_cost(CROSSING, peers, before) + 1e-9
+
+
+def test_unknown_links_change_nothing() -> None:
+    peers = [linked(name, None) for name in "abcdefgh"]
+    assert place(CROSSING, peers) == place([StageNeed(work=1.0, bytes=1)] * 4, peers)
+
+
+def test_links_that_differ_little_are_alike() -> None:
+    assert link_class(None) is None
+    assert link_class(0.0) == link_class(0.0002) == link_class(0.005) == 2.0**-8
+    assert link_class(0.09) == link_class(0.16) and link_class(0.1) != link_class(0.4)

@@ -9,23 +9,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from orchestrator.config import parse_config
 from orchestrator.pipeline.commands import Order, Stop
 from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
-from orchestrator.pipeline.replay import PipelineHistory, replay
+from orchestrator.pipeline.replay import replay
 from tests.small_run import PIPELINE_TOML, make_pack
-from workers.data.permutation import sample_ids
-from workers.data.reader import PackReader
-from workers.model.factory import next_token_loss
-from workers.model.llama import Llama
+from tests.stage_runs import Unsplit, anchors, finish
 from workers.pipeline.calls import Call
 from workers.pipeline.local_host import LocalHost
 from workers.pipeline.messages import Apply, LocalStep, OfferWork, Reduce, Spread
-from workers.pipeline.records import StageCountRecord, StageSyncRecord, WorkLostRecord
-from workers.pipeline.state import PARAMS, spread_out
+from workers.pipeline.records import StageSyncRecord, WorkLostRecord
+from workers.pipeline.state import PARAMS
 
 H, NUM_STEPS = 3, 6
 DILOCO = [
@@ -54,135 +50,16 @@ def make(pack_dir: Path, tmp_path: Path) -> Make:
     return build
 
 
-def finish(swarm: LocalSwarm) -> PipelineHistory:
-    """Run to the end; the journal must add up, in every stage: committed, lost with a peer, or still somebody's."""
-    swarm.run()
-    assert swarm.finished is not None and swarm.finished.reason == "done", swarm.finished
-    history = replay(swarm.records)
-    assert history.findings == [] and history.version == swarm.spec.total_steps
-    size = swarm.spec.pipeline.microbatches
-    for stage in range(history.num_stages):
-        parts = (history.committed.get(stage, 0), history.lost.get(stage, 0), history.own_by_stage.get(stage, 0))
-        assert sum(parts) == history.version * size, (stage, parts)
-    return history
-
-
-def anchors(swarm: LocalSwarm) -> dict[str, Tensor]:
-    """Parameters of the whole model, out of the anchors; all holders of a stage have the same."""
-    found: dict[str, Tensor] = {}
-    for process in swarm.processes.values():
-        if process.alive and isinstance(process.host, LocalHost):
-            for stage, state in process.host.held.items():
-                if state.version != swarm.brain.held_version:
-                    continue
-                for name, value in spread_out(swarm.spec, stage, state.flats).items():
-                    assert name not in found or torch.equal(found[name], value), name
-                    found[name] = value
-    return found
-
-
-class Unsplit:
-    """DiLoCo with torch's own optimizers on the whole model: a worker for each peer of a stage.
-
-    A microbatch is computed with the parameters of the peers that counted it, stage by stage.
-    """
-
-    def __init__(self, swarm: LocalSwarm) -> None:
-        self.swarm, self.spec = swarm, swarm.spec
-        self.model = Llama(self.spec.shape, seed=self.spec.train.seed)
-        self.anchor = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.momentum = {name: torch.zeros_like(p) for name, p in self.anchor.items()}
-        self.names = [[n for u in self.spec.units_of(s) for n in self.spec.slots(u)] for s in range(3)]
-        self.workers: dict[str, tuple[dict[str, Tensor], torch.optim.Optimizer]] = {}
-        self.rates: dict[str, list[int]] = {}
-        self.losses: list[float] = []
-
-    def worker(self, peer: str, stage: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-        if peer not in self.workers:
-            train = self.spec.train
-            params = {name: self.anchor[name].clone().requires_grad_() for name in self.names[stage]}
-            groups = [
-                {"params": [p for p in params.values() if p.ndim >= 2], "weight_decay": train.weight_decay},
-                {"params": [p for p in params.values() if p.ndim < 2], "weight_decay": 0.0},
-            ]
-            groups = [group for group in groups if group["params"]]
-            optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), eps=train.eps)
-            self.workers[peer] = (params, optimizer)
-        return self.workers[peer]
-
-    def step(self, step: int, counted: list[dict[int, str]]) -> None:
-        """`counted`: for each stage, who computed each microbatch."""
-        reader, pipeline, train = PackReader(self.spec.pack), self.spec.pipeline, self.spec.train
-        size = pipeline.microbatch_size
-        loss_sum = 0.0
-        for microbatch in range(pipeline.microbatches):
-            start = step * pipeline.samples_per_step + microbatch * size
-            ids = sample_ids(
-                np.arange(start, start + size, dtype=np.int64), size=reader.num_samples("train"), seed=train.seed
-            )
-            tokens = torch.from_numpy(reader.batch(ids))
-            routed: dict[str, Tensor] = {}
-            for stage, by in enumerate(counted):
-                routed |= self.worker(by[microbatch], stage)[0]
-            loss = next_token_loss(_with(self.model, routed), tokens)
-            loss.backward()
-            loss_sum += float(loss.detach()) / pipeline.microbatches
-        self.losses.append(loss_sum)
-        for by in counted:
-            for peer in sorted(set(by.values())):
-                params, optimizer = self.workers[peer]
-                mine = sum(one == peer for one in by.values())
-                for parameter in params.values():
-                    assert parameter.grad is not None
-                    parameter.grad /= mine
-                torch.nn.utils.clip_grad_norm_(list(params.values()), train.grad_clip)
-                for group in optimizer.param_groups:
-                    group["lr"] = self.swarm.plan.rate(step)
-                optimizer.step()
-                optimizer.zero_grad()
-                self.rates.setdefault(peer, []).append(mine)
-
-    def synchronise(self, contributors: list[tuple[str, ...]]) -> None:
-        settings = self.spec.strategy
-        for stage, peers in enumerate(contributors):
-            rates = {peer: sum(self.rates[peer]) / len(self.rates[peer]) for peer in peers}
-            for name in self.names[stage]:
-                moved = [rates[p] / sum(rates.values()) * (self.anchor[name] - self.workers[p][0][name]) for p in peers]
-                g = torch.stack([one.detach() for one in moved]).sum(0)
-                self.momentum[name] = settings.outer_momentum * self.momentum[name] + g
-                after = self.anchor[name] - settings.outer_lr * (g + settings.outer_momentum * self.momentum[name])
-                self.anchor[name] = after
-                for peer in peers:
-                    self.workers[peer][0][name].data.copy_(after)
-        self.rates.clear()
-
-
-def _with(model: Llama, params: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: functional_call(model, params, (tokens,))
-
-
-def by_microbatch(row: StageCountRecord) -> dict[int, str]:
-    pairs = (entry.partition(":") for entry in row.counted)
-    return {int(number): peer for peer, _, ids in pairs for number in ids.split(",")}
-
-
 @pytest.mark.parametrize("peers", [1, 2])
 def test_it_is_diloco_of_the_model_that_is_not_split(make: Make, peers: int) -> None:
     # Untied: unsplit, the two uses of a tied matrix share one AdamW.
     swarm = make("model.tie_embeddings=false", f"pipeline.peers={peers}")
     swarm.speeds = {"peer-3": 2.0}
     history = finish(swarm)
-    reference = Unsplit(swarm)
-    rows: dict[int, list[StageCountRecord]] = {}
-    for record in swarm.records:
-        if isinstance(record, StageCountRecord):
-            rows.setdefault(record.step, []).append(record)
-            if record.stage == 2:
-                reference.step(record.step, [by_microbatch(row) for row in rows[record.step]])
-        elif isinstance(record, StageSyncRecord) and record.stage == 2:
-            synced = [r for r in swarm.records if isinstance(r, StageSyncRecord) and r.version == record.version]
-            assert sum(len(one.contributors) for one in synced) == 3 * peers
-            reference.synchronise([one.contributors for one in synced])
+    reference = Unsplit(swarm).follow()
+    syncs = [record for record in swarm.records if isinstance(record, StageSyncRecord)]
+    for version in {sync.version for sync in syncs}:
+        assert sum(len(sync.contributors) for sync in syncs if sync.version == version) == 3 * peers
     assert history.num_syncs == 3 * NUM_STEPS // H and history.lost == {}
     assert [step.loss for step in swarm.steps] == pytest.approx(reference.losses, rel=1e-4)
     held = anchors(swarm)
