@@ -27,6 +27,7 @@ from orchestrator.pipeline.replay import PipelineHistory, replay
 from orchestrator.pipeline.views import PipelineStatus
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
+from tests.ray.prometheus import Prometheus, expressions
 from workers.data.index import load_index
 from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, StepRecord, WorkLostRecord
 from workers.records import FenceRecord, Record, TermRecord
@@ -36,6 +37,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 T = TypeVar("T")
 
 WAIT_S = 90.0
+AGAIN_S = 5.0
 MOST_STEPS = 100_000
 TOML = """
 [run]
@@ -283,9 +285,11 @@ def test_diloco_inside_stages_is_operated_like_any_run(
     notify.write_text(f"#!/bin/sh\ncat >> {told}\n")
     notify.chmod(0o755)
     watched = ["metrics.port=0", "metrics.tensorboard=true", f"notify.command={notify}", "model.options.width=32"]
-    run = LiveSwarm(pack_dir, tmp_path / "run", *DILOCO, *own, *watched)
-    run.start()
+    (tmp_path / "runs").mkdir()
+    run = LiveSwarm(pack_dir, tmp_path / "runs" / "run", *DILOCO, *own, *watched)
+    prometheus = Prometheus(tmp_path)
     try:
+        run.start()
         run.until_complete()
         run.steps_more(3)
         assert PipelineStatus.model_validate(ask(run, "status")).stages[2].serving
@@ -297,6 +301,7 @@ def test_diloco_inside_stages_is_operated_like_any_run(
         _strike(run, victim := run.serving(1)[0])
         run.steps_more(4)
         _look(run, victim)
+        _count(run, prometheus)
         _rest(run)
         before = dict(run.status()["pids"])
         back = ask(run, "rollback", version=int(saved.removeprefix("v")))
@@ -307,6 +312,7 @@ def test_diloco_inside_stages_is_operated_like_any_run(
         assert ask(run, "act", action="stop", member="", by="a test") == "asked"
         run.until(lambda status: status["over"], "the end")
     finally:
+        prometheus.stop()
         run.stop()
     history = replay(run.records())
     assert history.findings == [] and len(history.rollbacks) == 1
@@ -325,12 +331,24 @@ def test_diloco_inside_stages_is_operated_like_any_run(
 
 
 def _strike(run: LiveSwarm, victim: str) -> None:
-    """A peer loses a number, which is what it dies of, and nobody else."""
-    caused = ray.get(run.controller.chaos.remote([f"nan:{victim}"]), timeout=WAIT_S)
-    assert caused == {"done": [f"nan:{victim}"], "error": None}
+    """A peer loses a number, which is what it dies of, and nobody else.
+
+    One that is lost behind the offer of a synchronisation is whole again with its result: it loses another one then.
+    """
+    struck_s = 0.0
+
+    def dies(_: dict[str, Any]) -> list[Record]:
+        nonlocal struck_s
+        ended = [r for r in run.records() if isinstance(r, FenceRecord)]
+        if not ended and time.monotonic() - struck_s > AGAIN_S:
+            caused = ray.get(run.controller.chaos.remote([f"nan:{victim}"]), timeout=WAIT_S)
+            assert caused == {"done": [f"nan:{victim}"], "error": None}
+            struck_s = time.monotonic()
+        return ended
+
     refused = ray.get(run.controller.chaos.remote([f"cut:{victim}"]), timeout=WAIT_S)
     assert "no fault of a pipeline" in refused["error"]
-    run.until(lambda _: [r for r in run.records() if isinstance(r, FenceRecord)], f"the end of {victim}")
+    run.until(dies, f"the end of {victim}")
     [gone] = [r for r in run.records() if isinstance(r, FenceRecord)]
     assert gone.member == victim and "not finite" in gone.why
     run.until_complete()
@@ -348,6 +366,15 @@ def _look(run: LiveSwarm, victim: str) -> None:
     assert 'atoll_faults_total{run="run",fault="non_finite"} 1' in text and "atoll_peer_busy_seconds_total" in text
     part = ask(run, "feed", metrics_at=0, journal_at=0)
     assert part["pipeline"] and set(part["able"]) == {"pause", "resume", "save", "stop", "kill"}
+
+
+def _count(run: LiveSwarm, prometheus: Prometheus) -> None:
+    """Whatever Grafana's dashboard asks of a pipeline has data."""
+    prometheus.wait_ready()
+    prometheus.until_answered(expressions(pipeline=True), lambda: bool(run.status()["over"]))
+    peers = {peer for stage in run.status()["stages"] for peer in stage["peers"]}
+    told = prometheus.ask("query", query="atoll_peer_queue")["result"]
+    assert {entry["metric"]["peer"] for entry in told} >= peers
 
 
 def _rest(run: LiveSwarm) -> None:

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +28,10 @@ from orchestrator.dashboard.server import Dashboard
 from orchestrator.dashboard.sources import FileSource
 from orchestrator.ledger import ledger_command
 from orchestrator.summary import Summary, load_summary
-from orchestrator.telemetry.catalogue import BY_NAME
 from orchestrator.telemetry.telemetry import target_file
 from tests.browser.chromium import NAMES, Chromium, Page, find_chromium
 from tests.ray.live_run import LiveRun
+from tests.ray.prometheus import WAIT_S, Prometheus, expressions, until
 from tests.small_run import small_config
 from workers.records import LEFT, FaultRecord, FenceRecord, OperatorRecord, Record
 
@@ -44,11 +39,7 @@ BINARY = find_chromium()
 needs_browser = pytest.mark.skipif(BINARY is None, reason=f"no browser: none of {', '.join(NAMES)} is installed")
 pytestmark = [pytest.mark.ray, pytest.mark.browser, pytest.mark.timeout(200)]
 
-ROOT = Path(__file__).resolve().parents[2]
-MONITORING = ROOT / "cluster_configs" / "monitoring"
-POLL_S = 0.2
 DEAD_WITHIN_S = 3.0
-WAIT_S = 60.0
 # Notes when each state of each member is first shown after the click that asks for the kill, on the clock of the
 # machine, as several pages look at it.
 NOTE = """
@@ -76,63 +67,6 @@ LAST_T = """
 DISABLED = """
 Object.fromEntries([...document.querySelectorAll("#acts button")].map((one) => [one.textContent, one.disabled]))
 """
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + WAIT_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for {what}"
-        time.sleep(POLL_S)
-    return found
-
-
-class Prometheus:
-    """Debian's Prometheus with our configuration, looking more often than there so that the test is short."""
-
-    def __init__(self, folder: Path) -> None:
-        program = shutil.which("prometheus")
-        assert program is not None, "no prometheus: apt-get install prometheus (.ci/run does it)"
-        text = (MONITORING / "prometheus.yml").read_text()
-        text, hurried = re.subn(r"scrape_interval: 2s", "scrape_interval: 250ms", text)
-        text, found = re.subn(r"refresh_interval: 5s", "refresh_interval: 250ms", text)
-        assert hurried == found == 1
-        (folder / "prometheus.yml").write_text(text)
-        self.log = folder / "prometheus.log"
-        # It can be told any free port (0), and does not tell which one it took.
-        with closing(socket.create_server(("127.0.0.1", 0))) as free:
-            self.address = "{}:{}".format(*free.getsockname())
-        arguments = ["--config.file=prometheus.yml", "--storage.tsdb.path=data"]
-        arguments += [f"--web.listen-address={self.address}"]
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen([program, *arguments], cwd=folder, stdout=out, stderr=subprocess.STDOUT)
-
-    def wait_ready(self) -> None:
-        def ready() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            return "Server is ready" in self.log.read_text()
-
-        until(ready, "Prometheus to be ready")
-
-    def ask(self, path: str, **query: str) -> Any:
-        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
-        try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                return json.load(answer)["data"]
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code == 503:  # it replays its log
-                    return {}
-                raise AssertionError(f"{query}: {error.read().decode()}") from error
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=20)
-
-
-def dashboard_expressions() -> list[str]:
-    board = json.loads((MONITORING / "grafana-dashboard.json").read_text())
-    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    return [expr.replace("$run", ".*").replace("$__rate_interval", "15s") for expr in found]
 
 
 def wait_for(page: Page, condition: str, what: str, keep_going: Callable[[], object]) -> Any:
@@ -333,20 +267,9 @@ def test_a_dashboard_of_the_files_asks_the_controller_too(watched: Watched, ther
 
 def test_every_expression_of_the_dashboard_returns_data(watched: Watched, there: set[str]) -> None:
     run, prometheus = watched.run, watched.prometheus
-    expressions = dashboard_expressions()
-    assert len(expressions) >= 14
-    silent = set(expressions)
-
-    def all_answered() -> bool:
-        assert not run.status()["over"], f"the run ended while these had no data: {silent}"
-        for expression in list(silent):
-            if prometheus.ask("query", query=expression).get("result"):
-                silent.discard(expression)
-        return not silent
-
-    until(all_answered, f"data of {silent}")
-    names = {name for expression in expressions for name in re.findall(r"atoll_\w+", expression)}
-    assert names <= BY_NAME.keys()
+    asked = expressions(pipeline=False)
+    assert len(asked) >= 14
+    prometheus.until_answered(asked, lambda: bool(run.status()["over"]))
 
     def workers() -> set[str]:
         return {entry["metric"]["worker"] for entry in prometheus.ask("query", query="atoll_island_up")["result"]}

@@ -24,10 +24,11 @@ from orchestrator.local import LocalRun
 from orchestrator.metrics import EvalRow, StepRow
 from orchestrator.settings import MetricsConfig
 from orchestrator.telemetry import trackers
-from orchestrator.telemetry.catalogue import ALL, BY_NAME, COMMON, ISLANDS, Sample, sample
+from orchestrator.telemetry.catalogue import ALL, BY_NAME, COMMON, ISLANDS, PIPELINES, Sample, sample
 from orchestrator.telemetry.exposition import CONTENT_TYPE, render
 from orchestrator.telemetry.server import MetricsServer, may_ask
 from orchestrator.telemetry.telemetry import Telemetry, target_file
+from tests.ray.prometheus import DASHBOARD, metrics_of
 from tests.small_run import make_pack, small_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,6 +96,26 @@ def test_the_reference_has_every_metric_with_its_labels_and_meaning() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `atoll_")]
     wanted = [f"| `{m.name}` | {m.kind} | {', '.join(f'`{name}`' for name in m.labels)} | {m.help} |" for m in ALL]
     assert rows == wanted
+
+
+def test_grafana_has_a_row_for_each_kind_of_run_and_a_place_for_every_panel() -> None:
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    shown: dict[str, set[str]] = {}
+    taken: set[tuple[int, int]] = set()
+    row = ""
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & taken and at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
+        row = panel["title"] if panel["type"] == "row" else row
+        names = shown.setdefault(row, set())
+        names |= {name for target in panel.get("targets", ()) for name in metrics_of(target["expr"])}
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
+    common, islands, pipelines = ({metric.name for metric in kind} for kind in (COMMON, ISLANDS, PIPELINES))
+    assert shown["Runs"] <= common | {"atoll_suspect_members"}
+    assert shown["Islands"] <= islands | {"atoll_version"}
+    assert shown["Pipelines"] == pipelines, "all of them: nothing else shows a pipeline over weeks"
 
 
 def test_text_of_what_is_unusual() -> None:
