@@ -23,13 +23,21 @@ from orchestrator.build import resolve
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.launch import RaySession
 from orchestrator.operate import answer
+from orchestrator.pipeline.local import LocalSwarm
+from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import PipelineHistory, replay
 from orchestrator.pipeline.views import PipelineStatus
 from orchestrator.segments import read_run
 from orchestrator.summary import Summary, load_summary
 from tests.ray.prometheus import Prometheus, expressions
 from workers.data.index import load_index
-from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord, StepRecord, WorkLostRecord
+from workers.pipeline.records import (
+    StageCommitRecord,
+    StageSyncRecord,
+    StepFenceRecord,
+    StepRecord,
+    WorkLostRecord,
+)
 from workers.records import FenceRecord, Record, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
@@ -365,7 +373,7 @@ def _look(run: LiveSwarm, victim: str) -> None:
         text = page.read().decode()
     assert 'atoll_faults_total{run="run",fault="non_finite"} 1' in text and "atoll_peer_busy_seconds_total" in text
     part = ask(run, "feed", metrics_at=0, journal_at=0)
-    assert part["pipeline"] and set(part["able"]) == {"pause", "resume", "save", "stop", "kill"}
+    assert part["pipeline"] and set(part["able"]) == {"drain", "pause", "resume", "save", "stop", "kill"}
 
 
 def _count(run: LiveSwarm, prometheus: Prometheus) -> None:
@@ -387,3 +395,78 @@ def _rest(run: LiveSwarm) -> None:
     assert run.status()["version"] == resting
     ask(run, "resume")
     run.steps_more(1)
+
+
+def digests_in_one_thread(run: LiveSwarm, folder: Path, num_steps: int) -> dict[tuple[int, int], str]:
+    """(version, stage) -> digest of a run of the same settings without processes."""
+    spec = pipeline_spec(run.config, run_id=run.run_dir.name, run_dir=folder, pack=run.pack)
+    local = LocalSwarm(spec=spec, plan=pipeline_plan(run.config, spec, folder))
+    local.run(lambda: local.brain.version >= num_steps)
+    local.close()
+    rows = [r for r in local.records if isinstance(r, StageSyncRecord | StageCommitRecord)]
+    return {_version(r): r.digest for r in rows}
+
+
+def _version(row: StageSyncRecord | StageCommitRecord) -> tuple[int, int]:
+    return (row.version if isinstance(row, StageSyncRecord) else row.step + 1, row.stage)
+
+
+# One peer a stage: who computes what, and so every bit, is the same in each run.
+ALONE = ("pipeline.trainers=1", "pipeline.peers=1", "eval.windows=2", "model.layers=3")
+STREAMING = (
+    "run.name=streaming",
+    "strategy.name=streaming",
+    "strategy.inner_steps=4",
+    "strategy.num_fragments=2",
+    "strategy.overlap_steps=1",
+    "strategy.merge_alpha=0.5",
+    "codec.name=int8",
+    "codec.error_feedback=true",
+)
+
+
+def test_plain_and_streaming_pipelines_lose_a_peer(ray_cluster_of_eight: None, pack_dir: Path, tmp_path: Path) -> None:
+    """Both at the same time, on the eight places. Before the death they have the bits of a run in one thread."""
+    runs = {
+        "plain": LiveSwarm(pack_dir, tmp_path / "plain", *ALONE, "run.name=plain"),
+        "streaming": LiveSwarm(pack_dir, tmp_path / "streaming", *ALONE, *STREAMING),
+    }
+    victims: dict[str, str] = {}
+    try:
+        for run in runs.values():
+            run.start()
+        for name, run in runs.items():
+            run.until_complete()
+            run.until(lambda status: status["version"] >= 7, "the seventh step")
+            victims[name] = run.serving(1)[0]
+            run.kill(victims[name])
+        for run in runs.values():
+            run.until_complete()
+            run.steps_more(5)
+            ray.get(run.controller.stop.remote(), timeout=WAIT_S)
+            run.until(lambda status: status["over"], "the end")
+    finally:
+        for run in runs.values():
+            run.stop()
+    for name, run in runs.items():
+        records = run.records()
+        history = replay(records)
+        assert history.findings == [] and load_summary(run.run_dir).exit_reason == "stopped"
+        assert [r.member for r in records if isinstance(r, FenceRecord)] == [victims[name]]
+        wanted = digests_in_one_thread(run, tmp_path / f"{name}-local", 6)
+        before = records[: next(i for i, r in enumerate(records) if isinstance(r, FenceRecord))]
+        found = {_version(r): r.digest for r in before if isinstance(r, StageSyncRecord | StageCommitRecord)}
+        assert len(wanted.keys() & found.keys()) >= 6
+        assert all(found[where] == digest for where, digest in wanted.items() if where in found)
+    _adds_up(replay(runs["streaming"].records()), victims["streaming"], runs["streaming"].records())
+
+
+def _adds_up(history: PipelineHistory, victim: str, records: list[Record]) -> None:
+    """Committed, partial and lost are all that was counted, in every stage; only the victim lost something."""
+    turns = [r.fragments for r in records if isinstance(r, StageSyncRecord) and r.stage == 0]
+    assert turns[:3] == [(0,), (1,), (0,)] and turns[-1] == (0, 1)
+    lost = [r for r in records if isinstance(r, WorkLostRecord)]
+    assert {r.peer.partition(".")[0] for r in lost} <= {victim} and history.own == {}
+    for stage in range(3):
+        of = (history.committed, history.partial, history.lost)
+        assert sum(one.get(stage, 0) for one in of) == history.version * 6, (stage, of)
