@@ -316,6 +316,11 @@ class StageKeeper:
     def _leave_stage(self, peer: Peer, why: str) -> None:
         """In the middle of a step: what it counted is counted again by its mates, which have its state."""
         name, peer.stage = peer.name, None
+        claim = self.rebalancer.open
+        if claim is not None and claim.move.peer == peer.process:
+            # It was claimed as a peer of the stage that it leaves now: the one that it goes to may have no other.
+            self.rebalancer.give_up(claim.number, why)
+            self._stay(peer, claim.move.target)
         self._fence_for_step(name, peer.process, why)
         self._tell_all(Peers(peers=self.roster.places()))
 

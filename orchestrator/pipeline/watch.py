@@ -13,7 +13,7 @@ from orchestrator.pipeline.plan import PipelinePlan
 from orchestrator.pipeline.roster import Peer
 from workers.pipeline.messages import Heartbeat
 
-WATCHED = ("offer", "sums", "have", "take", "local", "work")
+WATCHED = ("offer", "sums", "have", "take", "local", "work", "saved")
 MAX_STRIKES, TAKE_FACTOR = 2, 10
 AWAY_S = 2.0
 """Between two looks: so long the controller itself did not hear, and nobody else is to blame."""
@@ -55,8 +55,8 @@ class Watch(StageKeeper):
         limit_s = self.plan.pipeline.forward_timeout_s
         for ticket, at_s in sorted(self._ordered_s.items()):
             process, about = self._open.get(ticket, ("", ("",)))
-            # A state takes as long as it takes, within reason.
-            most_s = limit_s * (TAKE_FACTOR if about[0] == "take" else 1)
+            # A state takes as long as it takes, and a file as well, within reason.
+            most_s = limit_s * (TAKE_FACTOR if about[0] in ("take", "saved") else 1)
             if about[0] in WATCHED and self._now_s > at_s + most_s:
                 del self._open[ticket]
                 if (peer := self.roster.peers.get(process)) is not None:
