@@ -50,7 +50,7 @@ from orchestrator.processes import (
 )
 from orchestrator.rundir import RunDir
 from orchestrator.segments import JournalError, segment_paths
-from orchestrator.standby import StandbyPool, status_of
+from orchestrator.standby import StandbyPool, is_standby, status_of
 from orchestrator.summary import save_summary
 from orchestrator.telemetry.telemetry import Telemetry
 from workers.messages import Batch, Envelope, News
@@ -422,9 +422,14 @@ class ControllerActor(Hands, Keeper):
         self.watches[nonce] = self._task(self._watch(name, nonce, handle))
 
     async def _watch(self, name: str, nonce: str, handle: ActorHandle) -> None:
-        """Learn of a process's death within milliseconds: its pending call fails."""
+        """Learn of a process's death within milliseconds: its pending call fails.
+
+        A process that waited runs already: one that does not say so in time is stopped, or cut off.
+        """
+        waited = nonce in self.pids and is_standby(self.started_as.get(nonce, ""))
+        limbo_s = self.config.exchange.limbo_s if waited else None
         try:
-            node = await through_cuts(handle.begin.remote, None, name)
+            node = await asyncio.wait_for(through_cuts(handle.begin.remote, None, name), limbo_s)
             self.begun.add(nonce)
             await self._look_after(name, nonce, handle, node)
             if self.nonce_of.get(name) == nonce:
@@ -435,9 +440,14 @@ class ControllerActor(Hands, Keeper):
                 why = await through_cuts(lambda: handle.wait.remote(WATCH_S), node, name)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
             why, raised, taken = reason_of(error), isinstance(error, RayTaskError), self._taken(name, error)
+        except TimeoutError:
+            why, raised, taken = f"it did not take its place within {limbo_s:g} s, limbo is over", False, "lost"
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
-        ray.kill(handle)  # where training failed, the process is still there
+        if nonce in self.begun:
+            ray.kill(handle)  # where training failed, the process is still there
+        else:
+            self._kill(name, nonce, handle)
         self.nonce_of.pop(name, None)
         self.handles.pop(nonce, None)
         self.pids.pop(nonce, None)

@@ -36,6 +36,7 @@ from workers.records import HUNG, FenceRecord, JoinRecord
 WATCH_S = 60.0
 STACK_TIMEOUT_S = 12.0
 STANDBY_AGAIN_S = 5.0
+STANDBY_LOOK_S = 10.0
 GONE_S = 5.0  # at the end of a run, for those that did not end by themselves
 DRAIN_LOOK_S = 1.0
 
@@ -218,18 +219,23 @@ class Hands:
             self._start_standbys(node)
 
     async def _watch_standby(self, name: str, nonce: str, handle: ActorHandle) -> None:
-        """One that waits has died, or failed: another one is started in its stead, not at once."""
+        """One that waits has died, failed, or stands still: another one is started in its stead, not at once."""
+        limbo_s = self.config.exchange.limbo_s
         try:
-            self.pool.here(name, await handle.stand_by.remote())
+            node = await handle.stand_by.remote()
+            self.pool.here(name, node)
+            self.pids[nonce] = await handle.pid.remote(), node
             why = None
             while why is None and name in self.pool.nonces:
-                why = await handle.wait.remote(WATCH_S)
+                why = await asyncio.wait_for(handle.wait.remote(STANDBY_LOOK_S), STANDBY_LOOK_S + limbo_s)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
             why = reason_of(error)
+        except TimeoutError:
+            why = f"silent for {limbo_s:g} s, limbo is over"
         if name not in self.pool.nonces or self.host.finished is not None:
             return
         log.warning("%s is gone: %s", name, why)
-        ray.kill(handle)
+        self._kill(name, nonce, handle)
         self.handles.pop(nonce, None)
         await asyncio.sleep(STANDBY_AGAIN_S)
         self.pool.gone(name)

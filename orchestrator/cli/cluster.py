@@ -146,9 +146,9 @@ def join(
     from orchestrator.cluster.supervisor import Plan
     from orchestrator.cluster.tokens import read_place
 
+    door = read_place(place, token_file, os.environ)  # first: it removes the file that the token was hidden in
     usable, named = parse_devices(devices), dict(map(_label, labels))
     check_devices(usable)
-    door = read_place(place, token_file, os.environ)
     with waiting("asking the cluster"):
         admission = check_join(door, node_ip=node_ip, wan=wan)
     plan = Plan(

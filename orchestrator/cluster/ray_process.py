@@ -1,6 +1,6 @@
 """`ray start`, in a process that does not outlive its supervisor: `python -m orchestrator.cluster.ray_process PID ...`.
 
-Ray's own processes end with theirs already; this closes the gap above them.
+Ray's own processes end with theirs already; this closes the gap above them. A node that starts slowly is waited for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import ctypes
 import os
 import signal
 import sys
+
+from orchestrator.node_wait import node_starts, patient
 
 PR_SET_PDEATHSIG = 1
 
@@ -24,8 +26,10 @@ def main() -> None:
     """Tie this process to the supervisor, then become `ray`."""
     end_with(int(sys.argv[1]))
     sys.argv = ["ray", *sys.argv[2:]]
+    from ray._private import services
     from ray.scripts.scripts import main as ray_main
 
+    services.get_node = patient(services.get_node, node_starts)
     ray_main()  # type: ignore[no-untyped-call]
 
 

@@ -7,6 +7,7 @@ Both cores have other work all the time.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Story:
     statuses: list[MemberRow]
     hang_began_s: float
     hang_ended_s: float
+    frozen_standby: int
     summary: Summary
     calm_dir: Path
     calm: list[Record]
@@ -78,7 +80,11 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
             run.until(lambda: len(run.faults()) == 2, "the hang to be noticed")
             hang_ended_s = time.monotonic()
             run.until(lambda: all(f.contributed_s is not None for f in run.faults()), "both successors to contribute")
+            frozen = freeze_standby(run)
             freeze(run, "island-0")
+            run.until(
+                lambda: not Path(f"/proc/{frozen}").exists(), f"process {frozen}, which waits and is stopped, to go"
+            )
             stop(run)
             calm.until(lambda: time.monotonic() - began > CALM_S, "a minute")
             stop(calm)
@@ -94,6 +100,7 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
         statuses=[row for row in rows if isinstance(row, MemberRow)],
         hang_began_s=hang_began_s,
         hang_ended_s=hang_ended_s,
+        frozen_standby=frozen,
         summary=load_summary(run.run_dir),
         calm_dir=calm.run_dir,
         calm=calm.records(),
@@ -123,6 +130,20 @@ def freeze(run: LiveRun, name: str) -> None:
     os.kill(pid, signal.SIGSTOP)
     run.until(lambda: name in {r.member for r in run.records() if isinstance(r, FenceRecord)}, f"{member} to be fenced")
     run.until(lambda: not Path(f"/proc/{pid}").exists(), f"process {pid} of {member}, which is stopped, to be gone")
+
+
+def freeze_standby(run: LiveRun) -> int:
+    """SIGSTOP to a process that waits: it can take no place, and cannot obey Ray; returns its id."""
+    waiting = re.compile(r"(standby-\d+) is process (\d+), and waits")
+
+    def found() -> int:
+        names = [name for name, state in run.status()["standbys"].items() if state == "ready"]
+        said = [waiting.search(path.read_text()) for path in (run.run_dir / "logs").glob("standby-*.log")]
+        return next((int(match[2]) for match in said if match is not None and match[1] in names), 0)
+
+    pid = run.until(found, "another process to wait")
+    os.kill(pid, signal.SIGSTOP)
+    return pid
 
 
 def stop(run: LiveRun) -> None:
@@ -164,6 +185,13 @@ def test_who_is_stopped_is_fenced_when_limbo_is_over_and_its_process_ends(story:
     frozen = next(r for r in story.records if isinstance(r, FenceRecord) and r.member == "island-0")
     assert frozen.why.startswith("silent for") and frozen.why.endswith("limbo is over")
     assert "of island-0 did not end by itself" in (story.run_dir / "logs" / "controller.log").read_text()
+
+
+def test_a_standby_that_is_stopped_is_given_up_when_limbo_is_over_and_its_process_ends(story: Story) -> None:
+    log = (story.run_dir / "logs" / "controller.log").read_text()
+    assert re.search(rf"process {story.frozen_standby} of \S+ did not end by itself", log)
+    # It was stopped for as long as the island whose place it was to take: whichever was noticed first.
+    assert re.search(r"standby-\d+ is gone: silent for|it did not take its place within", log)
 
 
 def test_what_the_hung_thread_was_in_is_kept(story: Story) -> None:

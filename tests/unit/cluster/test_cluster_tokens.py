@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.main import main
 from orchestrator.cluster.join_string import JoinString
-from orchestrator.cluster.tokens import hide_token, new_token, read_place, read_token_file, write_token
+from orchestrator.cluster.tokens import HANDED_OVER, hide_token, new_token, read_place, read_token_file, write_token
 from orchestrator.errors import UserError
 
 PLACE = JoinString(host="10.0.0.1", port=4321, token=new_token())
@@ -25,6 +26,14 @@ def test_the_token_leaves_the_command_line_and_is_found_again(tmp_path: Path) ->
     assert read_place(hidden[4], file, {}) == PLACE
     assert not file.exists()
     assert not file.parent.exists()
+
+
+def test_a_mistake_in_another_option_leaves_no_token_behind(tmp_path: Path) -> None:
+    path = tmp_path / HANDED_OVER / "1"
+    path.parent.mkdir()
+    write_token(path, PLACE.token)
+    assert main(["join", PLACE.door, "--token-file", str(path), "--devices", "tpu"]) == 2
+    assert not path.parent.exists()
 
 
 def test_the_token_leaves_an_option_of_the_command_line(tmp_path: Path) -> None:
