@@ -14,7 +14,7 @@ import platform
 import time
 import uuid
 from collections.abc import Coroutine
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,15 +119,14 @@ class ControllerActor(Hands, Keeper):
             faults, site, self.clock, self._actors, lambda: str(ray.get_runtime_context().gcs_address)
         )
         self.telemetry = Telemetry(self.config, self.run_dir)
-        self.began = self.lost_journal = self.rebuilt = False
-        self.damaged, self.lost = False, ""
+        self.began = self.lost_journal = self.rebuilt = self.damaged = False
+        self.lost = ""
         self.own = ExitStack()
 
     async def begin(self) -> None:
         """Open the journal and start the islands; idempotent. A restarted controller finds them already there.
 
-        Raises what makes the journal unusable (`JournalError`); every later call then says that the run failed. After a
-        restart the members may have what it had: it is waited for `recover`.
+        Raises what makes the journal unusable (`JournalError`): the run failed; after a restart `recover` may mend it.
         """
         if self.began:
             return
@@ -338,10 +337,8 @@ class ControllerActor(Hands, Keeper):
     async def wait(self, timeout_s: float) -> dict[str, Any]:
         """Status, as soon as the run is over or after `timeout_s`."""
         await self.begin()
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self.over.wait(), timeout_s)
-        except TimeoutError:
-            pass
         return self.status()
 
     def status(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from strategies.eager import Correction, correct
 from strategies.fragments import FragmentSpec, gather, scatter
 from strategies.outer import OuterStep
+from strategies.strategy import Strategy
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +45,17 @@ def displacement_of(part: Part, spec: FragmentSpec, tensors: Mapping[str, Tensor
     """Everything that local training moved in a chunk and that no commit has."""
     moved_C = own_anchor(part, part.anchor[where], where) - gather(spec, tensors, values=where)
     return moved_C if part.aside is None else moved_C.add_(part.aside[where])
+
+
+def lands_on_anchor(part: Part, strategy: Strategy, *, included: bool) -> bool:
+    """Whether live parameters become the next anchor, whatever they are now: then nobody needs the last one.
+
+    So it is with gradients, and where nobody has trained on since the contribution was cut (`advance_included`).
+    """
+    if strategy.contribution == "gradient":
+        return True
+    waited = part.displacement is None and part.due is None
+    return included and waited and strategy.in_flight == "keep" and strategy.merge_alpha == 0.0
 
 
 def set_aside(

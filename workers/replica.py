@@ -33,7 +33,7 @@ from strategies.registry import decode_payload, decoder_of
 from strategies.robust import Recipe
 from strategies.strategy import Strategy
 from workers.digest import combine, digest
-from workers.in_flight import Part, displacement_of, own_anchor, set_aside
+from workers.in_flight import Part, displacement_of, lands_on_anchor, own_anchor, set_aside
 from workers.member_rules import aside_after, residual_after
 from workers.memory import ALIGNED_BYTES, Room
 from workers.robust import measure_pieces, mix_pieces
@@ -359,7 +359,7 @@ class Replica:
         """
         spec, part = self.specs[fragment], self.parts[fragment]
         digests: list[str] = []
-        lands = self._lands_on_anchor(part, included=included)
+        lands = lands_on_anchor(part, self.strategy, included=included)
         with self.lock:
             scale = self._scale(fragment, payloads, part.n, base_samples)
             for chunk, payload in enumerate(payloads):
@@ -378,16 +378,6 @@ class Replica:
         self._conclude(part, included=included)
         if combine(digests) != sealed:
             raise StateTorn(f"fragment {fragment} version {n}: applied state differs from the sealed digest")
-
-    def _lands_on_anchor(self, part: Part, *, included: bool) -> bool:
-        """Whether live parameters become the next anchor, whatever they are now: then nobody needs the last one.
-
-        So it is with gradients, and where nobody has trained on since the contribution was cut (`advance_included`).
-        """
-        if self.strategy.contribution == "gradient":
-            return True
-        waited = part.displacement is None and part.due is None
-        return included and waited and self.strategy.in_flight == "keep" and self.strategy.merge_alpha == 0.0
 
     def _move(self, part: Part, spec: FragmentSpec, where: slice, new_C: Tensor, *, included: bool) -> None:
         theta_C = gather(spec, self.tensors, values=where)

@@ -366,18 +366,6 @@ class PipelineBrain(Leaving):
         self._finish_move()
         self._save_if_due()
 
-    def _finish_move(self) -> None:
-        claim = self.rebalancer.open
-        if claim is not None:
-            peer = self.roster.peers[claim.move.peer]
-            target = claim.move.target
-            if peer.versions.get(target) == self.version:
-                peer.moving_to = None
-                if self.rebalancer.join(claim.number, self.roster.assignment()):
-                    peer.why = f"moved from stage {peer.stage}: {self.moves[-1]}"
-                    peer.stage = None
-                    peer.taking[target] = self.roster.next_name(peer.process)
-
     def _save_if_due(self) -> None:
         due = self.plan.snapshot_every_s > 0 and self._now_s >= self._saved_s + self.plan.snapshot_every_s
         if due and self._saving is None and self.version < self.plan.total_steps:

@@ -356,6 +356,19 @@ class StageKeeper:
         if peer.versions.get(claim.move.target) != self.held_version:
             peer.taking[claim.move.target] = None
 
+    def _finish_move(self) -> None:
+        """Who has pulled its new stage goes there, if its old one can do without it."""
+        claim = self.rebalancer.open
+        if claim is not None:
+            peer = self.roster.peers[claim.move.peer]
+            target = claim.move.target
+            if peer.versions.get(target) == self.version:
+                peer.moving_to = None
+                if self.rebalancer.join(claim.number, self.roster.assignment()):
+                    peer.why = f"moved from stage {peer.stage}: {self.moves[-1]}"
+                    peer.stage = None
+                    peer.taking[target] = self.roster.next_name(peer.process)
+
     def _stay(self, peer: Peer, target: int) -> None:
         peer.moving_to = None
         if peer.stage != target:
