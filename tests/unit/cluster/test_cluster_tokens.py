@@ -71,7 +71,9 @@ def test_tokens_differ() -> None:
     assert len({new_token() for _ in range(100)}) == 100
 
 
-@pytest.mark.parametrize("text", [f"{PLACE.token}@10.0.0.1:4321", f"http://{PLACE.token}@10.0.0.1:4321"])
+@pytest.mark.parametrize(
+    "text", [f"{PLACE.token}@10.0.0.1:4321", f"http://{PLACE.token}@10.0.0.1:4321"], ids=["bare", "http"]
+)
 def test_a_join_string_without_its_beginning_is_told_and_its_token_is_not(text: str) -> None:
     with pytest.raises(UserError, match="does not begin with atoll://") as caught:
         read_place(text, None, {})

@@ -48,6 +48,7 @@ OF_PIPELINES = {
     "stage_count",
     "stage_sync",
     "work_lost",
+    "left",
 }
 
 
