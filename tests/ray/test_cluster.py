@@ -67,12 +67,12 @@ class Controller:
 on_head = {"node:__internal_head__": 0.001}
 controller = Controller.options(name="controller/run-1", lifetime="detached", resources=on_head).remote()
 @ray.remote(num_cpus=0)
-class Pipeline:
-    def stop(self):
-        pass
+class Elsewhere:
+    def leave(self, members, node, at_once):
+        return {"leaving": [], "unknown": list(members)}
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 there = NodeAffinitySchedulingStrategy("NODE", soft=False)
-pipeline = Pipeline.options(name="controller/pipe-1", lifetime="detached", scheduling_strategy=there).remote()
+other = Elsewhere.options(name="controller/pipe-1", lifetime="detached", scheduling_strategy=there).remote()
 print(json.dumps(ray.get(controller.heard.remote())))
 """
 WHAT_IT_HEARD = """
