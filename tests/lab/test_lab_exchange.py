@@ -21,8 +21,8 @@ from tests.lab.support import first_good, python
 ROOT = Path(__file__).resolve().parents[2]
 NUM_BYTES = 6 << 20
 CONNECTIONS = 4
-PARAMS, ROUNDS = 1_500_000, 3
-BARS = {"two-regions": (5, 0.4), "slow-pair": (0, 0.4)}
+PARAMS, ROUNDS = 3_000_000, 3
+BARS = {"two-regions": (5, 0.7), "slow-pair": (0, 0.7)}
 """Of each topology: one-way delays that belong to the optimum, and the share of the optimum that is asked for."""
 SERVE = """
 import sys
@@ -78,12 +78,12 @@ def test_a_blob_crosses_a_slow_link_at_its_speed_and_unharmed(lab_root: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_an_exchange_on_two_regions_and_on_slow_pair_takes_hardly_longer_than_its_bytes(lab_root: Path) -> None:
-    """A production controller, two members, 6 MB each way, from the first offer to the last application.
+    """A production controller, two members, 12 MB each way, from the first offer to the last application.
 
     Against plain Flight with as many connections and bytes, both ways at once, and where distance counts the five
     messages that an exchange needs. Of so few bytes the messages, and TCP that begins slowly, take most of the time:
-    the bars are for this size. `make bench` measures 200 MB, where they are 0.90 and 0.93. Both topologies at once, as
-    their links take most of the time, and starting processes the rest.
+    the bars are for this size (it reaches 0.81 to 0.88). `make bench` measures 200 MB, where they are 0.90 and 0.93.
+    Both topologies at once, as their links take most of the time, and starting processes the rest.
     """
 
     def all_good(found: dict[str, float]) -> bool:
