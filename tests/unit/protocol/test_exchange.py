@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 from control import BATCH, Control
 
-from orchestrator.exchange import PARTED_S
 from workers import messages as msg
-from workers.apart import Reached
 from workers.records import CommitRecord, DropRecord, FenceRecord, RevokeRecord, SettleRecord
 
 
@@ -141,76 +139,6 @@ def test_who_is_heard_after_a_cut_and_does_not_hear_yet_stops_nobody() -> None:
     control.offer("island-1")
     assert control.open().state == "reducing", "it cannot offer before it has caught up, and is not waited for"
     assert {owner.name for owner in control.open().owners} == {"island-0", "island-1"}
-
-
-def test_two_that_cannot_reach_each_other_own_nothing_while_a_third_reaches_both() -> None:
-    """A cut between two members only: the first exchange finds out, the next ones need not."""
-    control = Control(chunks=6)
-    control.start()
-    offers = {name: control.offer(name) for name in ("island-0", "island-1", "island-2")}
-    control.missing("island-1", offers["island-2"])
-    control.missing("island-2", offers["island-1"])
-    assert {owner.name for owner in control.open().owners} == {"island-0"}
-    assert names(control) == {"island-0", "island-1", "island-2"}, "both keep contributing"
-    control.reduce()
-    for name in ("island-0", "island-1"):
-        control.have(name)
-    for name in offers:
-        control.ready(name)
-    for name in offers:
-        control.offer(name)
-    assert {owner.name for owner in control.open().owners} == {"island-0"}
-    assert control.open().attempt == 1
-    control.reduce()
-    for name in ("island-0", "island-1"):
-        control.have(name)
-    control.tick(PARTED_S + 1)
-    for name in offers:
-        control.ready(name)
-    for name in offers:
-        control.offer(name)
-    assert {owner.name for owner in control.open().owners} == set(offers), "in the end they are tried again"
-
-
-def test_two_that_reach_each_other_again_own_parts_at_once() -> None:
-    control = Control(chunks=6)
-    control.start()
-    offers = {name: control.offer(name) for name in ("island-0", "island-1", "island-2")}
-    control.missing("island-1", offers["island-2"])
-    control.missing("island-2", offers["island-1"])
-
-    def owners_of_the_next() -> set[str]:
-        control.reduce()
-        for name in ("island-0", "island-1"):
-            control.have(name)
-        for name in offers:
-            control.ready(name)
-        for name in offers:
-            control.offer(name)
-        return {owner.name for owner in control.open().owners}
-
-    control.say("island-1", Reached(member=control.id("island-2")))
-    assert owners_of_the_next() == {"island-0"}, "one of them cannot reach the other one yet"
-    control.say("island-2", Reached(member=control.id("island-1")))
-    assert owners_of_the_next() == set(offers)
-
-
-def test_who_is_late_for_a_roster_can_fetch_its_result_from_all_its_owners() -> None:
-    """Two that cannot reach each other, and one of them late: the other one would be an owner it asks in vain."""
-    control = Control(chunks=6)
-    control.start()
-    offers = {name: control.offer(name) for name in ("island-0", "island-1", "island-2")}
-    control.missing("island-2", offers["island-1"])
-    control.reduce()
-    for name in ("island-0", "island-1"):
-        control.have(name)
-    for name in offers:
-        control.ready(name)
-    for name in ("island-0", "island-2"):
-        control.offer(name)
-    control.tick(2.5)
-    assert control.open().state == "reducing" and names(control) == {"island-0", "island-2"}
-    assert {owner.name for owner in control.open().owners} == {"island-0"}
 
 
 def test_member_blocked_by_another_fragment_is_not_waited_for() -> None:

@@ -9,7 +9,6 @@ from mate import Mate, entry, member_id, offer_id
 from strategies.robust import Recipe
 from workers import member_events as ev
 from workers import messages as msg
-from workers.apart import Reached
 from workers.record_log import GENESIS_CHAIN
 from workers.records import DropRecord, FenceRecord, GenesisRecord, JoinRecord, RevokeRecord, RollbackRecord, Term
 
@@ -175,25 +174,6 @@ def test_older_attempt_is_ignored() -> None:
     mate.tell(mate.assign(*roster, owners=("island-2", "island-2"), attempt=2))
     mate.tell(mate.assign(*roster, owners=("island-0", "island-0"), attempt=1))
     assert not mate.found(ev.FetchPieces)
-
-
-def test_who_could_not_be_reached_is_knocked_at_until_it_answers() -> None:
-    mate = Mate().start()
-    mate.tell(mate.assign(entry("island-1", 0, 4), owners=("island-0", "island-2")))
-    mate.tick(5.0)
-    assert mate.found(ev.Knock) == []
-    mate.happen(ev.PiecesFailed(fragment=0, offer=offer_id("island-1"), chunks=(0,), why="no answer"))
-    mate.tick(0.5)
-    assert mate.found(ev.Knock) == [ev.Knock(member=member_id("island-1"), address="at-1")]
-    mate.tick(5.0)
-    assert len(mate.found(ev.Knock)) == 1, "one at a time"
-    mate.happen(ev.Knocked(member=member_id("island-1"), reached=False))
-    mate.tick(0.5)
-    assert len(mate.found(ev.Knock)) == 2 and mate.found(Reached) == []
-    mate.happen(ev.Knocked(member=member_id("island-1"), reached=True))
-    assert mate.found(Reached) == [Reached(member=member_id("island-1"))]
-    mate.tick(5.0)
-    assert len(mate.found(ev.Knock)) == 2
 
 
 def test_failed_pull_is_missing_only_for_the_present_roster() -> None:
