@@ -8,6 +8,7 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
+import test_apart
 import test_closing
 import test_coordinator
 import test_exchange
@@ -73,6 +74,7 @@ ELSEWHERE = {"workers.member_rules.residual_after", "workers.member_rules.aside_
 def traces() -> Iterator[Callable[[], None]]:
     for module in (
         test_closing,
+        test_apart,
         test_exchange,
         test_coordinator,
         test_joining,
