@@ -182,6 +182,7 @@ class Jobs:
         max_bytes: int,
         *,
         give_up: Callable[[], bool] | None = None,
+        urgent: bool = False,
         on_blob: Callable[[Blob], None] | None = None,
     ) -> list[Blob]:
         """Blobs, checked against the digests that come with them.
@@ -190,7 +191,7 @@ class Jobs:
         wait_s = self.timeout_s if give_up is not None and self.threaded else 0.0
         blobs = self.transport.fetch(
             address, keys, timeout_s=self.timeout_s + wait_s, wait_s=wait_s, give_up=give_up, max_bytes=max_bytes,
-            on_blob=on_blob,
+            urgent=urgent, on_blob=on_blob,
         )  # fmt: skip
         return blobs
 
@@ -220,7 +221,7 @@ class Jobs:
                 self.post(ev.PiecesFetched(fragment=c.fragment, offer=offer, chunks=several))
 
         try:
-            self._fetch(c.address, list(keys), self._chunk_bytes(c.fragment, len(keys)), on_blob=arrived)
+            self._fetch(c.address, list(keys), self._chunk_bytes(c.fragment, len(keys)), urgent=True, on_blob=arrived)
         except TransportError as error:
             self._drop_untold(c.fragment, offer, here)
             rest = tuple(chunk for chunk in c.chunks if chunk not in here.told)

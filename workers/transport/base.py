@@ -195,6 +195,7 @@ class Transport(Protocol):
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
+        urgent: bool = False,
         on_blob: Callable[[Blob], None] | None = None,
     ) -> list[Blob]:
         """Fetch the blobs under ``keys`` from the peer at ``address``, in that order, all or nothing.
@@ -205,6 +206,7 @@ class Transport(Protocol):
         beyond it is received or allocated.
         ``background`` above 0: no exchange waits for this, and so many such fetches run at once: together they use a
         share of the link only (`workers.transport.pacing`).
+        ``urgent``: others cannot begin without this, so it goes before what else comes from this peer.
         ``on_blob`` is called with each blob once it is whole and checked, in any order and thread, also where a later
         one fails; it must not raise, and the stream that brought the blob waits for it.
         Every blob is checked against the digest sent with it; whether that is the digest the caller expects is for the

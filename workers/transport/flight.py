@@ -147,6 +147,7 @@ class FlightTransport:
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
+        urgent: bool = False,
         on_blob: Callable[[Blob], None] | None = None,
     ) -> list[Blob]:
         """See `workers.transport.base.Transport.fetch`."""
@@ -172,6 +173,7 @@ class FlightTransport:
                         num_streams=num_streams,
                         wait_s=wait_s,
                         background=background > 0,
+                        urgent=urgent,
                         limit_bytes_per_s=limit,
                         seen_bytes_per_s=seen if stream == 0 else 0,
                     ),

@@ -22,6 +22,7 @@ import pyarrow.flight as fl
 from workers.store import BlobSource, StoredBlob
 from workers.transport.base import MAX_WAIT_S
 from workers.transport.pacing import LinkShare, Pacer, batch_bytes_at
+from workers.transport.precedence import Precedence
 from workers.transport.wire import (
     BATCH_BYTES,
     Missing,
@@ -94,18 +95,20 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
         self._batch_bytes = batch_bytes
         self._on_sent = on_sent
         self._ending = threading.Event()
+        self._precedence = Precedence()
         self._waiting_slots = threading.BoundedSemaphore(MAX_WAITING)
         super().__init__(location, middleware={"token": TokenGate(token)}, **_tls_options(tls))
 
     def do_get(self, context: Any, ticket: fl.Ticket) -> fl.FlightDataStream:
         """Answer one stream of a fetch; see `workers.transport.wire` for what is in it."""
-        del context
         try:
             wanted = decode_ticket(ticket.ticket)
         except WireError as error:
             raise pa.ArrowInvalid(f"not understood: {error}") from None
         self._uplink.meter.heard(wanted.seen_bytes_per_s)
-        return fl.GeneratorStream(SCHEMA, self._answer(wanted))
+        connection = str(context.peer())
+        answer = self._urgently(wanted, connection) if wanted.urgent else self._in_turn(wanted, connection)
+        return fl.GeneratorStream(SCHEMA, answer)
 
     def do_action(self, context: Any, action: Any) -> list[fl.Result]:
         """Answer the call by which a peer opens its connections ahead of time; there is nothing to do."""
@@ -120,10 +123,22 @@ class BlobServer(fl.FlightServerBase):  # type: ignore[misc]
         """
         self._ending.set()
         self._store.interrupt()
+        self._precedence.interrupt()
         ending = threading.Thread(target=self.shutdown, name="atoll-flight-shutdown", daemon=True)
         ending.start()
         ending.join(timeout_s)
         return not ending.is_alive()
+
+    def _urgently(self, ticket: Ticket, connection: str) -> Iterator[Message]:
+        with self._precedence.urgent(connection) as moves:
+            for message in self._answer(ticket):
+                moves()
+                yield message
+
+    def _in_turn(self, ticket: Ticket, connection: str) -> Iterator[Message]:
+        for message in self._answer(ticket):
+            self._precedence.give_way(connection, stop=self._ending.is_set)
+            yield message
 
     def _answer(self, ticket: Ticket) -> Iterator[Message]:
         """Send what is there, then each blob as it appears; the order of the keys gives way to availability."""

@@ -100,10 +100,11 @@ class LoopbackTransport:
         max_bytes: int,
         cancel: CancelToken | None = None,
         background: int = 0,
+        urgent: bool = False,
         on_blob: Callable[[Blob], None] | None = None,
     ) -> list[Blob]:
         """See `workers.transport.base.Transport.fetch`; there is no link here that could be filled."""
-        del background
+        del background, urgent
         check_fetch(keys, timeout_s=timeout_s, wait_s=wait_s, max_bytes=max_bytes)
         started = time.monotonic()
         with self._calls.call(address, cancel) as call:

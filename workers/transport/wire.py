@@ -48,6 +48,7 @@ class Ticket:
     """What one stream of a fetch asks for; ``wait_s`` is how long the server may wait for keys not there yet.
 
     ``background`` streams are paced: to ``limit_bytes_per_s``, if that is above 0, and to the server's own share.
+    ``urgent`` streams go before the others of their connection (`workers.transport.precedence`).
     ``seen_bytes_per_s`` tells the server how quickly it served this reader before; 0 = not measured.
     """
 
@@ -56,6 +57,7 @@ class Ticket:
     num_streams: int
     wait_s: float
     background: bool = False
+    urgent: bool = False
     limit_bytes_per_s: float = 0.0
     seen_bytes_per_s: float = 0.0
 
@@ -131,6 +133,7 @@ def encode_ticket(ticket: Ticket) -> bytes:
             "num_streams": ticket.num_streams,
             "wait_s": ticket.wait_s,
             "background": ticket.background,
+            "urgent": ticket.urgent,
             "limit_bytes_per_s": ticket.limit_bytes_per_s,
             "seen_bytes_per_s": ticket.seen_bytes_per_s,
         }
@@ -149,15 +152,13 @@ def decode_ticket(raw: bytes) -> Ticket:
     if not all(isinstance(key, str) and is_key(key) for key in keys):
         raise WireError(f"ticket with a key that is not 1 to {MAX_KEY_CHARS} printable ASCII characters")
     num_streams = _int(fields, "num_streams", 1, MAX_STREAMS)
-    background = fields.get("background", False)
-    if not isinstance(background, bool):
-        raise WireError(f"ticket with background={str(background)[:40]}")
     return Ticket(
         keys=tuple(keys),
         stream=_int(fields, "stream", 0, num_streams - 1),
         num_streams=num_streams,
         wait_s=_number(fields, "wait_s", None),
-        background=background,
+        background=_flag(fields, "background"),
+        urgent=_flag(fields, "urgent"),
         limit_bytes_per_s=_number(fields, "limit_bytes_per_s", 0.0),
         seen_bytes_per_s=_number(fields, "seen_bytes_per_s", 0.0),
     )
@@ -218,6 +219,13 @@ def _object(raw: bytes, *, limit_bytes: int, what: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise WireError(f"{what} that is no JSON object")
     return fields
+
+
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise WireError(f"ticket with {name}={str(value)[:40]}")
+    return value
 
 
 def _number(fields: dict[str, Any], name: str, default: float | None) -> float:

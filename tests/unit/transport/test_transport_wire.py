@@ -64,6 +64,8 @@ def test_the_largest_allowed_ticket_fits() -> None:
         {"wait_s": -1},
         {"wait_s": float("nan")},
         {"wait_s": "1"},
+        {"background": 1},
+        {"urgent": "yes"},
     ],
 )
 def test_wrong_tickets_are_refused(change: dict[str, object]) -> None:
