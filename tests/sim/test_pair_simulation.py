@@ -43,8 +43,10 @@ def run(scenarios: Sequence[PairScenario]) -> tuple[Counter[str], list[PairResul
 def test_all_or_none_and_an_exact_ledger_under_every_fault(size: int) -> None:
     counts, results = run([hard(seed, size=size) for seed in range(500)])
     assert [(r.seed, r.invariant, r.problem) for r in results if not r.ok] == []
-    for kind in ("kill", "cut", "cut_pair", "cut_head", "crash", "crash_at_row", "commits", "skipped"):
+    for kind in ("kill", "cut", "cut_pair", "cut_head", "crash", "crash_at_row", "away", "commits", "skipped"):
         assert counts[kind] > 30, f"{kind} hardly happened: {counts}"
+    assert counts["commits without a controller"] > 30, counts
+    assert max(r.counts["most unrecorded"] for r in results) == p.MOST_UNRECORDED
     assert counts["doubts"] > 15 and counts["committed after a doubt"] > 1, counts
 
 
@@ -88,13 +90,25 @@ class GivesUpAfterTheCommit(p.PairMachine):
         self.out.append(p.Say(to=message.sender, message=p.Abort(pair=message.pair, sender=self.me, why="over")))
 
 
-class BeginsUnrecorded(p.PairMachine):
-    """It does not wait for the record of its last commit."""
+class ForgetsWhatItRestsOn(p.PairMachine):
+    """Its offers and reports do not name the commits before them."""
 
-    def _begin(self, event: p.Begin) -> None:
-        if self.state == "unrecorded" and event.pair.round_ > self.last_round:
-            self.state, self.pair = "idle", None
-        p.PairMachine._begin(self, event)
+    def _known(self) -> tuple[p.Commitment, ...]:
+        return ()
+
+
+class KeepsWhatItHeardToItself(p.PairMachine):
+    """It reports its own commits alone, and not those that its partners' rest on."""
+
+    def _known(self) -> tuple[p.Commitment, ...]:
+        return tuple(one for one in p.PairMachine._known(self) if self.me in one.pair.members)
+
+
+class BeginsWhatItSaidItWouldNot(p.PairMachine):
+    """An exchange ahead of which it has said that it will never be."""
+
+    def _is_ahead(self, pair: p.PairId) -> bool:
+        return pair.round_ > self.last_round and self.me in pair.members
 
 
 class SettlesAtOnce(PairBook):
@@ -121,6 +135,29 @@ class ClosesBeforeEverybodyAsked(PairBook):
             self._close(pair, False)
 
 
+class ClosesWhatIsCarried(PairBook):
+    """Nobody of the exchange is left to tell of it: that is enough, whomever they met since."""
+
+    def _may_be_carried(self, pair: p.PairId) -> bool:
+        return False
+
+
+class RecordsWithoutWhatItRestsOn(PairBook):
+    """It takes a report as if there was nothing before it."""
+
+    def report(self, report: p.Report) -> list[BookCommand]:
+        return PairBook.report(self, replace(report, rests_on=()))
+
+
+class ForgetsUnheardOutcomes(PairBook):
+    """Outcomes are forgotten when everybody has spoken of a later exchange, heard or not."""
+
+    def _forget(self) -> None:
+        for pair in list(self.outcomes):
+            if all(m in self.fenced or self.newest.get(m, -1) > pair.round_ for m in pair.members):
+                del self.outcomes[pair]
+
+
 class TellsBeforeItWrites(PairBook):
     """Answers leave before the row is written."""
 
@@ -128,8 +165,16 @@ class TellsBeforeItWrites(PairBook):
         return sorted(PairBook._done(self), key=lambda c: type(c).__name__ == "Write")
 
 
-MACHINES = [GuessesWhenInDoubt, LeadsWithoutVotes, GivesUpAfterTheCommit, BeginsUnrecorded]
-BOOKS = [SettlesAtOnce, ClosesBeforeEverybodyAsked, TellsBeforeItWrites]
+MACHINES = [
+    GuessesWhenInDoubt,
+    LeadsWithoutVotes,
+    GivesUpAfterTheCommit,
+    ForgetsWhatItRestsOn,
+    KeepsWhatItHeardToItself,
+]
+BOOKS = [
+    SettlesAtOnce, ClosesBeforeEverybodyAsked, TellsBeforeItWrites, ClosesWhatIsCarried, RecordsWithoutWhatItRestsOn,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda c: c.__name__)
@@ -170,7 +215,12 @@ def doubt(
     (query,) = follower.handle(p.TimedOut(pair=pair))
     assert isinstance(query, p.Tell) and isinstance(query.message, p.Query)
     told = [*head.query(query.message), *head.fence(a)]
-    answer = next(c.message for c in told if isinstance(c, Send) and isinstance(c.message, p.Recorded))
+    for gone in [c.message for c in told if isinstance(c, Send) and isinstance(c.message, p.Gone)]:
+        if gone.pair != pair:  # of a round to come, in which the leader could hand its commit on
+            said = [c.message for c in follower.handle(gone) if isinstance(c, p.Tell)]
+            told += [command for one in said if isinstance(one, p.Report) for command in head.report(one)]
+    answers = [c.message for c in told if isinstance(c, Send) and isinstance(c.message, p.Recorded)]
+    answer = next(message for message in answers if message.pair == pair)
     assert isinstance(commit, p.Commit) and isinstance(report, p.Report) and not answer.committed
     return head, follower, commit, report, answer
 
@@ -218,11 +268,11 @@ class WaitsForTheController(p.PairMachine):
 
     def handle(self, event: p.Event) -> list[p.Command]:
         out = p.PairMachine.handle(self, event)
-        held = [c for c in out if isinstance(c, p.Apply)] if self.state == "unrecorded" else []
+        held = [c for c in out if isinstance(c, p.Apply)] if not isinstance(event, p.Recorded) else []
         if held:
             self.fetching.add(self.me)
             return [c for c in out if c not in held]
-        if isinstance(event, p.Recorded) and self.me in self.fetching and self.state == "idle":
+        if isinstance(event, p.Recorded) and self.me in self.fetching:
             self.fetching.discard(self.me)
             report = self.outcomes[event.pair]
             return [*out, p.Apply(pair=event.pair, offers=report.offers)]
