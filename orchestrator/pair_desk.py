@@ -125,6 +125,8 @@ class PairDesk(Operations):
         super()._log_fence(member, why, refused=refused)
         if self.gossips:
             self._obey_book(self.book.fence(member))
+            if self.stopping is None and not self.ended:
+                self._obey_book(self.book.plan_anew())
 
     def _round_is_open(self) -> bool:
         """Whether a group of the present round has no outcome yet; those of older ones may stay open for long."""

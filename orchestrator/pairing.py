@@ -167,18 +167,31 @@ class PairBook:
         anew. A round of which nobody has said a word is not over: its rosters are told again.
         """
         self._close_what_was_left()
-        members = tuple(sorted(member for member in self.live.values() if member not in self.suspect))
         present = next(iter(self.plan), None)
-        if members != self.planned_for or present is None:
+        if self._able() != self.planned_for or present is None:
             self.plan = {}
         elif present in self.met or not all(pair in self.open for pair in self.plan[present]):
             self._drop_what_is_over(present)
-        self.planned_for = members
+        self._plan_ahead()
+        return self.remind()
+
+    def plan_anew(self) -> list[Command]:
+        """Somebody is gone: the present round goes on, those ahead are fixed anew: nobody is to wait for it there."""
+        present = next(iter(self.plan), None)
+        if present is not None and self._able() != self.planned_for:
+            self.plan = {present: self.plan[present]}
+            self._plan_ahead()
+        return self._done()
+
+    def _able(self) -> tuple[MemberId, ...]:
+        return tuple(sorted(member for member in self.live.values() if member not in self.suspect))
+
+    def _plan_ahead(self) -> None:
+        self.planned_for = self._able()
         while len(self.plan) < ROUNDS_AHEAD:
-            self._fix_roster([member.name for member in members])
+            self._fix_roster([member.name for member in self.planned_for])
         self.met &= self.plan.keys()
         self.out.append(Publish(rounds=tuple(self.plan.items())))
-        return self.remind()
 
     def _drop_what_is_over(self, present: int) -> None:
         if present not in self.met:  # schedules go by rounds in which somebody met

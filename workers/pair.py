@@ -172,7 +172,12 @@ class PairMachine:
     def invited(self) -> PairId | None:
         """The newest exchange that it has not begun and another one has: who waits there waits one timeout long."""
         ahead = [pair for pair, said in self.early.items() if any(isinstance(one, Offer) for one in said)]
-        return max((pair for pair in ahead if self.may_begin(pair)), key=lambda pair: pair.round_, default=None)
+        open_ = [pair for pair in ahead if self.may_begin(pair) and not self.is_void(pair)]
+        return max(open_, key=lambda pair: pair.round_, default=None)
+
+    def is_void(self, pair: PairId) -> bool:
+        """Whether another one has given up an exchange that it has not begun."""
+        return any(isinstance(one, Abort) for one in self.early.get(pair, ()))
 
     def validate(self) -> None:
         """Our invariants, for tests."""

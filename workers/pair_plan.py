@@ -27,14 +27,15 @@ class PairPlan:
     def next(self, machine: PairMachine) -> tuple[int, PairId | None] | None:
         """At a send point: the round and whom to meet in it (None: nobody, it is sat out); None: no roster is left.
 
-        Where another member waits already it is that exchange, also of a later round: who fell behind the others
-        would come too late to all of them.
+        Where another member waits already it is that exchange, also of a later round, and one that another has given up
+        is passed over: who fell behind the others would come too late to all of them.
         """
         invited = machine.invited()
         if invited is not None:
             return invited.round_, invited
         for round_, pair in sorted(self.rounds.items()):
-            if round_ > max(machine.last_round, self.sat_out):
+            over = pair is not None and machine.is_void(pair)
+            if round_ > max(machine.last_round, self.sat_out) and not over:
                 meets = pair is not None and machine.me in pair.members and pair not in machine.never
                 return round_, pair if meets else None
         return None

@@ -257,8 +257,13 @@ class PairWorld:
             self.time.after(1.0 + 2.0 * self.rng.random(), self.spawn, name)
 
     def _told_of_death(self, member: MemberId) -> None:
+        self._fence(member)
+
+    def _fence(self, member: MemberId) -> None:
         if self.book is not None:
             self.obey(self.book.fence(member))
+        if self.book is not None:  # which may have crashed at a row
+            self.obey(self.book.plan_anew())
 
     def _send_point(self, name: str) -> None:
         self.workers[name].send_point()
@@ -340,7 +345,7 @@ class PairWorld:
             silence_s = self.time.now - self.heard_s[name]
             book.suspected(member, silence_s > SUSPECT_S)
             if silence_s > LIMBO_S and book is self.book:
-                self.obey(book.fence(member))
+                self._fence(member)
         self.time.after(HEARTBEAT_S, self.watch, book)
 
     def next_round(self) -> None:
@@ -380,8 +385,7 @@ class PairWorld:
                         self.network.send(HEAD, name, self._rosters, name, mine)
                 case FenceWanted(member=member):
                     self.counts["fenced for a doubt"] += 1
-                    assert book is not None
-                    self.obey(book.fence(member))
+                    self._fence(member)
 
     def _rosters(self, name: str, rounds: tuple[tuple[int, p.PairId | None], ...]) -> None:
         self.workers[name].plan.learn(rounds)

