@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 from control import Control
 
+from orchestrator.pair_desk import groups_of
 from orchestrator.pairing import ROUNDS_AHEAD
+from strategies.config import StrategyConfig
+from strategies.topology import check_converges, group_matrix
 from workers import messages as msg
 from workers.pair import Offer, PairId, Report
 from workers.pair_messages import PairRosters, PairTell
@@ -141,3 +144,14 @@ def test_rosters_are_given_out_ahead_and_fixed_anew_when_somebody_comes_or_goes(
     assert not fresh.keys() & after.keys() and len(fresh) == ROUNDS_AHEAD
     names = {member.name for pairs in fresh.values() for pair in pairs for member in pair.members}
     assert names == {"island-0", "island-1", "island-2"}
+
+
+@pytest.mark.parametrize("topology", ["random", "exponential", "ring", "near"])
+def test_every_schedule_that_a_run_can_have_converges(topology: str) -> None:
+    """Runs have no matrices to check: their groups are drawn. A schedule that falls apart would not be refused."""
+    strategy = StrategyConfig.model_validate({"name": "gossip", "topology": topology})
+    for num in (2, 3, 5, 8, 13):
+        names = [f"island-{i}" for i in range(num)]
+        regions = {name: "east" if i % 3 else "west" for i, name in enumerate(names)}
+        rounds = [groups_of(strategy, names, r, turn=r, seed=1, regions=regions) for r in range(60)]
+        assert check_converges([group_matrix(names, groups) for groups in rounds]) > 0.01, (topology, num)
