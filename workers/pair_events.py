@@ -134,7 +134,7 @@ class Gone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Begin:
-    """The worker is at its send point, and this is the newest roster it knows."""
+    """The worker is at its send point, and this exchange comes next (`PairPlan.next`)."""
 
     pair: PairId
     since: int
