@@ -65,6 +65,7 @@ bench-quality: $(DEV_STAMP)
 
 bench-robust: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks.gossip_sync
+	$(BIN)/python -m benchmarks.rule_time
 	$(BIN)/python -m benchmarks.robust $(ARGS)
 
 bench-lab: $(DEV_STAMP)

@@ -61,7 +61,7 @@ def controller(options: argparse.Namespace) -> dict[str, Any]:
         host = Host(
             plan=plan, run_dir=Path(folder) / "run", controller="benchmark", clock=time.monotonic,
             deliver=deliver, spawn=lambda name, why: None,
-            end=lambda name, nonce: None,
+            end=lambda name, nonce, save_stack: None,
         )  # fmt: skip
         (Path(folder) / "run").mkdir()
         host.open()

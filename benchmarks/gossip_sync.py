@@ -124,7 +124,7 @@ class Member:
             case p.KeepTime(pair=pair):
                 now, part_s = time.monotonic(), p.PAIR_TIMEOUT_S / p.RETRIES_PER_TIMEOUT
                 self.timers = [(now + p.PAIR_TIMEOUT_S, p.TimedOut(pair=pair))]
-                self.timers += [(now + i * part_s, p.RetryDue(pair=pair)) for i in range(1, p.RETRIES_PER_TIMEOUT)]
+                self.timers += [(now + i * part_s, p.RetryDue()) for i in range(1, p.RETRIES_PER_TIMEOUT)]
             case p.Apply() | p.Skip():
                 self.timers.clear()
                 self.took.append((time.monotonic() - self.began_s, isinstance(command, p.Apply)))
@@ -183,11 +183,13 @@ class World:
             if isinstance(command, pairing.Send):
                 self.members[command.to.name].events.put(command.message)
             elif isinstance(command, pairing.Publish):
-                pairs += command.pairs
+                pairs += command.rounds[0][1]
         return pairs
 
     def round(self, *, dies: bool = False) -> list[Member]:
         """Everybody meets its partner once; returns who did. `dies`: one does right after its send point."""
+        while any(member.machine.is_waiting for member in self.members.values()):  # for the record of the last one
+            time.sleep(0.005)
         published: queue.SimpleQueue[list[p.PairId]] = queue.SimpleQueue()
         self.post(lambda: published.put(self.carry_out(self.book.next_round())))
         pairs = published.get(timeout=30.0)

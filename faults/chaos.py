@@ -168,10 +168,17 @@ class Chaos:
             case _:
                 self._cut_off = on
                 if fault.kind == "heal":
-                    self._cut_peers.clear()
+                    self._recover()
         for line in (self.out, self.into):
             line.set(cut=self._cut_off, delay_s=self._delay_s)
         self._changed.notify_all()
+
+    def _recover(self) -> None:
+        """Whatever lasts here is over, also what began without an end."""
+        self._cut_peers.clear()
+        self._hung, self._factor, self._delay_s = False, 1.0, 0.0
+        self._attack.end()
+        self.disk.free()
 
     # ------------------------------------------------------------ what passes
 

@@ -161,12 +161,12 @@ class Tap:
         point = points.get(keys[0].partition("/")[0])
         if point is not None and self._armed(point).exists():
             threading.Thread(target=fetch, daemon=True).start()
-            self._at(point)
+            self._at(point, about=keys[0])
 
     def _armed(self, point: Point | PairPoint) -> Path:
         return self._folder / f"{self._name}-{point}.armed"
 
-    def _at(self, point: Point | PairPoint) -> None:
+    def _at(self, point: Point | PairPoint, *, about: str = "") -> None:
         armed = self._armed(point)
         if not armed.exists():
             return
@@ -175,6 +175,7 @@ class Tap:
             "incarnation": self._incarnation,
             "version": self._version,
             "at_s": time.monotonic(),
+            "about": about,
         }
         armed.write_text(json.dumps(mark))
         armed.rename(armed.with_suffix(".fired"))

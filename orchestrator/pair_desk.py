@@ -1,7 +1,8 @@
 """The controller of a gossip run: rosters of pairs out, reports in, rows of the journal for both (`PairBook`).
 
 It decides nothing that members decide among themselves, and what they say to each other does not pass here
-(`workers/pair_mail.py`): a group that has its roster needs nobody else. A full merge is an ordinary exchange.
+(`workers/pair_mail.py`): a group that has its roster needs nobody else, and rosters are given out ahead. A full merge
+is an ordinary exchange.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from strategies import topology as topo
 from strategies.config import StrategyConfig
 from workers import messages as msg
 from workers.pair import PairId, Report
-from workers.pair_messages import PairHear, PairRoster, PairTell
+from workers.pair_messages import PairHear, PairRosters, PairTell
 from workers.pair_records import PairCommitRecord, PairRosterRecord
 from workers.records import MemberId, Row, Term
 
 STALLED_TIMEOUTS = 4.0
-"""After so many pair timeouts the next round's roster is published, whatever this one's groups do."""
+"""After so many pair timeouts the present round is over, whatever its groups do."""
 
 
 def groups_of(
@@ -77,7 +78,8 @@ class PairDesk(Operations):
         # Whoever has not said yet where it is has a region of its own, and meets others that are left over.
         regions = {name: (one.info.region or one.info.node) if one is not None else name for name, one in infos.items()}
         seed = crc32(self.plan.run_id.encode())
-        return groups_of(self.plan.strategy, names, round_, turn=self.turns, seed=seed, regions=regions)
+        turn = self.turns + sum(before > self.last_met for before in self.book.plan)
+        return groups_of(self.plan.strategy, names, round_, turn=turn, seed=seed, regions=regions)
 
     def _count_turn(self, round_: int) -> None:
         if round_ > self.last_met:
@@ -123,10 +125,13 @@ class PairDesk(Operations):
         super()._log_fence(member, why, refused=refused)
         if self.gossips:
             self._obey_book(self.book.fence(member))
+            if self.stopping is None and not self.ended:
+                self._obey_book(self.book.plan_anew())
 
     def _round_is_open(self) -> bool:
-        """Whether a group of the newest roster has no outcome yet; those of older ones may stay open for long."""
-        return any(pair.round_ == self.book.round_ for pair in self.book.open)
+        """Whether a group of the present round has no outcome yet; those of older ones may stay open for long."""
+        present = next(iter(self.book.plan), None)
+        return present is not None and self.book.is_open(present)
 
     def _in_open_pair(self, member: MemberId) -> bool:
         return self.gossips and any(member in pair.members for pair in self.book.open)
@@ -138,7 +143,9 @@ class PairDesk(Operations):
         if not self.gossips or message.sender != member:  # nobody reports for another one
             self.stale_messages += 1
             return
-        for live in message.pair.members:  # merges move watermarks that the book does not see
+        before = message.rests_on if isinstance(message, Report) else ()
+        # Merges move watermarks that the book does not see.
+        for live in {member for pair in (message.pair, *(one.pair for one in before)) for member in pair.members}:
             entry = self.state.members.get(live)
             if entry is not None and entry.watermarks:
                 self.book.watermarks[live] = entry.watermarks[0]
@@ -153,10 +160,13 @@ class PairDesk(Operations):
             return
         for member, process in self.roll.processes.items():
             self.book.suspected(member, process.is_suspect() or not process.ready())
+        stalled = self.now - self.roster_s > STALLED_TIMEOUTS * self.plan.strategy.pair_timeout_s
+        if stalled:
+            self.roster_s = self.now
+            self._obey_book(self.book.remind())
         if len(self.book.live.keys()) - len(self.book.suspect) < 2:
             return  # nobody could meet anybody
-        waited_s = self.now - self.roster_s
-        if not self._round_is_open() or waited_s > STALLED_TIMEOUTS * self.plan.strategy.pair_timeout_s:
+        if stalled or not self._round_is_open():
             self._obey_book(self.book.next_round())
 
     def _obey_book(self, commands: Sequence[pairing.Command]) -> None:
@@ -168,9 +178,9 @@ class PairDesk(Operations):
                     self._log_pair(row)
                 case pairing.Send(to=to, message=message):
                     self._tell(to, PairHear(message=message))
-                case pairing.Publish(round_=round_, pairs=pairs):
+                case pairing.Publish(rounds=rounds):
                     self.roster_s = self.now
-                    self._publish(round_, pairs)
+                    self._publish(rounds)
                 case pairing.FenceWanted(member=member, why=why):
                     self._fence(member, why, refused=False)
         if self.state.unsettled:
@@ -191,13 +201,14 @@ class PairDesk(Operations):
         )
         self._grant()
 
-    def _publish(self, round_: int, pairs: Sequence[PairId]) -> None:
-        for member, process in sorted(self.roll.processes.items()):
-            mine = next((pair for pair in pairs if member in pair.members), None)
+    def _publish(self, rounds: Sequence[tuple[int, tuple[PairId, ...]]]) -> None:
+        groups = [(round_, {member: pair for pair in pairs for member in pair.members}) for round_, pairs in rounds]
+        for member in sorted(self.roll.processes):
+            mine = tuple((round_, of.get(member)) for round_, of in groups)
+            others = {other for _, pair in mine if pair is not None for other in pair.members}
             addresses = tuple(
                 (str(other), self.roll.processes[other].info.address)
-                for other in (mine.members if mine is not None else ())
+                for other in sorted(others)
                 if other in self.roll.processes
             )
-            assert process is not None
-            self._tell(member, PairRoster(round_=round_, pair=mine, addresses=addresses))
+            self._tell(member, PairRosters(rounds=mine, addresses=addresses))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from strategies.robust import Recipe
 from workers.apart import Reached
 from workers.copies import Copy
-from workers.pair_messages import PairHear, PairRoster, PairTell
+from workers.pair_messages import PairHear, PairRosters, PairTell
 from workers.ranges import Range
 from workers.records import MemberId, OfferId, RosterEntry, Row, Term, canonical, chain_hash
 
@@ -468,7 +468,7 @@ class Stop:
 ControllerBody = (
     Welcome | Rejoin | Fenced | MakeGenesis | LeaseGrant | Peers | Keeping | Inherit | Announce | Assign | Spread
     | Verify | Discarded | RevokeQuery | RevokeCancel | Restore | Evaluate | Save | Tail | Leave | Stop
-    | PairHear | PairRoster
+    | PairHear | PairRosters
 )  # fmt: skip
 
 

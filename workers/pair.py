@@ -8,8 +8,10 @@ The first member of a group leads. Numbered calls of one exchange:
    tells it what became of the exchange.
 4. The leader decides: with all payloads and everybody's `Ready` it applies, says `Commit`, and reports. Until then it
    may give up, and so may a follower that has not said `Ready`: with `Abort`.
-5. Whoever applied reports to the controller until that says `Recorded`; only then may it begin another exchange, so
-   that no commit rests on one that the ledger does not have.
+5. Whoever applied, or made sure that nobody will, reports to the controller until that says `Recorded`. Meanwhile it
+   may begin further exchanges, up to `MOST_UNRECORDED` commits. Each offer and each report names the commits that it
+   rests on and that may not be on the record: so whoever lives reports all that it holds, also of members that died
+   before they could, and no commit comes on the record before those that it rests on.
 
 No message is needed but the ones that are repeated: loss costs time, at most the one timeout that the worker's timer
 keeps. Without `Ready` said, a timeout ends the exchange. With it the follower is in doubt: it asks the controller and
@@ -19,206 +21,83 @@ listens to nobody else any more, which is its promise; the controller gets the l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from workers.pair_events import (
+    Abort,
+    Apply,
+    Asked,
+    Begin,
+    Command,
+    Commit,
+    Commitment,
+    Event,
+    Fetched,
+    FetchFailed,
+    FetchPayload,
+    Gone,
+    KeepTime,
+    Offer,
+    PairId,
+    Peer,
+    Query,
+    Ready,
+    Recorded,
+    Report,
+    RetryDue,
+    Say,
+    Skip,
+    Tell,
+    TimedOut,
+)
 from workers.records import MemberId
+
+__all__ = [
+    "KEPT_EARLY",
+    "KEPT_OUTCOMES",
+    "MOST_UNRECORDED",
+    "PAIR_TIMEOUT_S",
+    "RETRIES_PER_TIMEOUT",
+    "Abort",
+    "Apply",
+    "Asked",
+    "Begin",
+    "Command",
+    "Commit",
+    "Commitment",
+    "Event",
+    "FetchFailed",
+    "FetchPayload",
+    "Fetched",
+    "Gone",
+    "KeepTime",
+    "Offer",
+    "PairContradiction",
+    "PairId",
+    "PairMachine",
+    "Peer",
+    "Query",
+    "Ready",
+    "Recorded",
+    "Report",
+    "RetryDue",
+    "Say",
+    "Skip",
+    "State",
+    "Tell",
+    "TimedOut",
+]  # fmt: skip
 
 PAIR_TIMEOUT_S = 3.0
 RETRIES_PER_TIMEOUT = 6
 KEPT_OUTCOMES = 8
-
-State = Literal["idle", "collecting", "ready", "doubt", "unrecorded"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairId:
-    """An exchange of a group in a round; the first member leads. A new incarnation is in no old one."""
-
-    round_: int
-    members: tuple[MemberId, ...]
-
-    @property
-    def leader(self) -> MemberId:
-        """Who decides."""
-        return self.members[0]
-
-    def __str__(self) -> str:
-        """`7: a.1 + b.2`."""
-        return f"{self.round_}: {' + '.join(map(str, self.members))}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Offer:
-    """`sender` has published its payload, which covers the samples `[since, upto)` of its consumption order."""
-
-    pair: PairId
-    sender: MemberId
-    since: int
-    upto: int
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ready:
-    """`sender` holds all payloads, can apply, and will do as the leader or the controller says."""
-
-    pair: PairId
-    sender: MemberId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
-    """The leader has applied."""
-
-    pair: PairId
-    sender: MemberId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Abort:
-    """`sender` will never apply, and without it nobody can."""
-
-    pair: PairId
-    sender: MemberId
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """To the controller: the exchange is committed, with these offers, or `sender` has made sure that it never is.
-
-    `done_before`: `sender` has nothing open of earlier rounds, and will not begin one.
-    """
-
-    pair: PairId
-    sender: MemberId
-    committed: bool
-    offers: tuple[Offer, ...] = ()
-    why: str = ""
-    done_before: bool = True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Query:
-    """To the controller: what became of it? `sender` will do as it says, and hear nobody else."""
-
-    pair: PairId
-    sender: MemberId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recorded:
-    """From the controller: the outcome, on the record."""
-
-    pair: PairId
-    committed: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """From the controller: say what became of this exchange, or see to it that nothing will."""
-
-    pair: PairId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gone:
-    """From the controller: this member is fenced."""
-
-    member: MemberId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Begin:
-    """The worker is at its send point, and this is the newest roster it knows."""
-
-    pair: PairId
-    since: int
-    upto: int
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fetched:
-    """A member's payload is here and has the digest of its offer."""
-
-    pair: PairId
-    member: MemberId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FetchFailed:
-    """It could not be had now; it is tried again with the next retry."""
-
-    pair: PairId
-    member: MemberId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TimedOut:
-    """The pair timeout since `Begin` is over."""
-
-    pair: PairId
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetryDue:
-    """A part of the timeout is over: what was not answered is said again."""
-
-    pair: PairId
-
-
-Peer = Offer | Ready | Commit | Abort
-Event = Begin | Peer | Fetched | FetchFailed | TimedOut | RetryDue | Recorded | Asked | Gone
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Say:
-    """Send to a member."""
-
-    to: MemberId
-    message: Peer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tell:
-    """Send to the controller."""
-
-    message: Report | Query
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FetchPayload:
-    """Fetch what an offer names."""
-
-    offer: Offer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Apply:
-    """Average: the outer step over the payloads of these offers, in this order."""
-
-    pair: PairId
-    offers: tuple[Offer, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Skip:
-    """Change nothing: the displacement stays and is offered with the next one."""
-
-    pair: PairId
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KeepTime:
-    """Start the worker's timers of an exchange: `TimedOut` once, `RetryDue` again and again until it is over."""
-
-    pair: PairId
-
-
-Command = Say | Tell | FetchPayload | Apply | Skip | KeepTime
+KEPT_EARLY = 8
+MOST_UNRECORDED = 4
+"""Commits of a member that are not on the record; with as many it begins no further exchange."""
+
+State = Literal["idle", "collecting", "ready", "doubt"]
 
 
 class PairContradiction(Exception):
@@ -227,7 +106,12 @@ class PairContradiction(Exception):
 
 @dataclass(kw_only=True, slots=True)
 class PairMachine:
-    """One member's side; at most one exchange at a time."""
+    """One member's side; at most one exchange at a time.
+
+    untold    what the controller has not confirmed, in the order of the rounds
+    never     exchanges ahead that it has promised not to begin
+    early     what others said of exchanges that it has not begun
+    """
 
     me: MemberId
     state: State = "idle"
@@ -238,7 +122,9 @@ class PairMachine:
     fetching: set[MemberId] = field(default_factory=set)
     votes: set[MemberId] = field(default_factory=set)
     outcomes: dict[PairId, Report] = field(default_factory=dict)
-    early: list[Peer] = field(default_factory=list)
+    untold: dict[PairId, Report] = field(default_factory=dict)
+    never: set[PairId] = field(default_factory=set)
+    early: dict[PairId, list[Peer]] = field(default_factory=dict)
     num_stale: int = 0
     out: list[Command] = field(default_factory=list)
 
@@ -247,13 +133,17 @@ class PairMachine:
         match event:
             case Begin():
                 self._begin(event)
-            case Gone(member=member):
-                self._gone(member)
+            case Gone(pair=pair, member=member):
+                self._gone(pair, member)
             case Asked(pair=pair):
                 self._asked(pair)
-            case _ if event.pair == self.pair and self.state != "idle":
+            case RetryDue():
+                self._retry()
+            case _ if event.pair == self.pair:
                 self._current(event)
-            case Offer() | Ready() | Abort() if event.pair.round_ > self.last_round and self.me in event.pair.members:
+            case Recorded(pair=pair, committed=committed):
+                self._recorded(pair, committed)
+            case Offer() | Ready() | Abort() if self._is_ahead(event.pair):
                 self._keep_for_later(event)
             case Offer() | Ready():
                 self._answer(event)
@@ -261,6 +151,33 @@ class PairMachine:
                 self.num_stale += 1
         out, self.out = self.out, []
         return out
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anybody owes it an answer."""
+        return self.pair is not None or bool(self.untold)
+
+    @property
+    def num_unrecorded(self) -> int:
+        """Its commits that are not on the record, as far as it knows."""
+        return sum(report.committed for report in self.untold.values())
+
+    def may_begin(self, pair: PairId) -> bool:
+        """Whether it would take part, and not refuse at once."""
+        return self._is_ahead(pair) and self.state == "idle" and self.num_unrecorded < MOST_UNRECORDED
+
+    def _is_ahead(self, pair: PairId) -> bool:
+        return pair.round_ > self.last_round and self.me in pair.members and pair not in self.never
+
+    def invited(self) -> PairId | None:
+        """The newest exchange that it has not begun and another one has: who waits there waits one timeout long."""
+        ahead = [pair for pair, said in self.early.items() if any(isinstance(one, Offer) for one in said)]
+        open_ = [pair for pair in ahead if self.may_begin(pair) and not self.is_void(pair)]
+        return max(open_, key=lambda pair: pair.round_, default=None)
+
+    def is_void(self, pair: PairId) -> bool:
+        """Whether another one has given up an exchange that it has not begun."""
+        return any(isinstance(one, Abort) for one in self.early.get(pair, ()))
 
     def validate(self) -> None:
         """Our invariants, for tests."""
@@ -270,58 +187,62 @@ class PairMachine:
             assert self.held <= self.offers.keys() <= set(self.pair.members)
             if self.state in ("ready", "doubt"):
                 assert self.pair.leader != self.me and self.held == set(self.pair.members)
-            if self.state == "unrecorded":
-                assert self.pair in self.outcomes
-        assert len(self.outcomes) <= KEPT_OUTCOMES
+        assert len(self.outcomes) <= KEPT_OUTCOMES and len(self.early) <= KEPT_EARLY
+        assert self.num_unrecorded <= MOST_UNRECORDED
+        assert not self.never & {pair for pair, report in self.untold.items() if report.committed}
 
     # ------------------------------------------------------------ beginning
 
     def _begin(self, event: Begin) -> None:
         pair = event.pair
-        if pair.round_ <= self.last_round or self.me not in pair.members:
+        if not self._is_ahead(pair):
             self.num_stale += 1
             return
-        if self.state != "idle":
+        if not self.may_begin(pair):
             # Nobody waits for a third: the others go on at once.
-            self._refuse(pair, f"{self.me} is not done with round {self.last_round}")
+            why = f"round {self.last_round}" if self.state != "idle" else "what the controller has not heard of"
+            self._refuse(pair, f"{self.me} is not done with {why}")
             self.out.append(Skip(pair=pair, why=f"still {self.state}"))
             return
         self.state, self.pair, self.last_round = "collecting", pair, pair.round_
         self.held, self.fetching, self.votes = {self.me}, set(), set()
-        offer = Offer(pair=pair, sender=self.me, since=event.since, upto=event.upto, digest=event.digest)
+        offer = Offer(
+            pair=pair, sender=self.me, since=event.since, upto=event.upto, digest=event.digest, rests_on=self._known()
+        )
         self.offers = {self.me: offer}
         self.out.append(KeepTime(pair=pair))
         self._say_to_others(offer)
-        waiting, self.early = self.early, []
+        waiting = self.early.get(pair, [])
+        self.early = {ahead: said for ahead, said in self.early.items() if ahead.round_ > pair.round_}
+        self.never = {ahead for ahead in self.never if ahead.round_ > pair.round_}
         for message in waiting:
             if message.pair == self.pair:
                 self._current(message)
 
     def _keep_for_later(self, message: Offer | Ready | Abort) -> None:
-        newest = max((kept.pair.round_ for kept in self.early), default=-1)
-        if message.pair.round_ > newest:
-            self.early = []
-        if message.pair.round_ >= newest and message not in self.early:
-            self.early.append(message)
+        kept = self.early.setdefault(message.pair, [])
+        if message not in kept:
+            kept.append(message)
+        while len(self.early) > KEPT_EARLY:
+            del self.early[min(self.early, key=lambda pair: pair.round_)]
 
     def _refuse(self, pair: PairId, why: str) -> None:
         done = self.state == "idle"
-        self._remember(Report(pair=pair, sender=self.me, committed=False, why=why, done_before=done))
-        for member in pair.members:
-            if member != self.me:
-                self.out.append(Say(to=member, message=Abort(pair=pair, sender=self.me, why=why)))
+        self._remember(self._never_report(pair, why, done_before=done))
+        self.last_round = max(self.last_round, pair.round_)
+        self._say_to_others_of(pair, Abort(pair=pair, sender=self.me, why=why))
 
     # ------------------------------------------------------------ the exchange that is going on
 
     def _current(self, event: Event) -> None:
         match self.state, event:
-            case "unrecorded", Offer() | Ready():
-                self._answer(event)
-            case "unrecorded" | "doubt" | "ready", Recorded(committed=committed):
-                self._settle(committed)
+            case "doubt" | "ready", Recorded(committed=True):
+                self._commit(told=True)
+            case "doubt" | "ready", Recorded():
+                self._give_up("the controller says so", told=True)
             case "collecting", Recorded(committed=committed):
                 assert not committed, f"{event}: {self.me} never agreed to it"
-                self._settle(False)
+                self._give_up("the controller says so", told=True)
             case "collecting", Offer(sender=sender):
                 self._offer(event, sender)
             case "collecting", Fetched(member=member):
@@ -344,8 +265,6 @@ class PairMachine:
                 self._give_up(why)
             case "ready", TimedOut():
                 self._doubt()
-            case _, RetryDue():
-                self._retry()
             case _:
                 self.num_stale += 1
 
@@ -367,88 +286,94 @@ class PairMachine:
             self.out.append(Say(to=pair.leader, message=Ready(pair=pair, sender=self.me)))
         elif self.votes >= set(self._members()) - {self.me}:
             self._commit()
-            self._say_to_others(Commit(pair=pair, sender=self.me))
+            self._say_to_others_of(pair, Commit(pair=pair, sender=self.me))
 
-    def _commit(self) -> None:
+    def _commit(self, *, told: bool = False) -> None:
         pair = self._pair()
-        offers = tuple(self.offers[member] for member in pair.members)
-        self.out.append(Apply(pair=pair, offers=offers))
-        self._report(Report(pair=pair, sender=self.me, committed=True, offers=offers))
+        offers = [self.offers[member] for member in pair.members]
+        known = _in_order(one for offer in offers for one in offer.rests_on)
+        plain = tuple(replace(offer, rests_on=()) for offer in offers)
+        self.out.append(Apply(pair=pair, offers=plain))
+        report = Report(
+            pair=pair, sender=self.me, committed=True, offers=plain, rests_on=known, confirmed=self._confirmed(pair)
+        )
+        self._end(report, told=told)
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, *, told: bool = False) -> None:
         pair = self._pair()
         if self.state == "collecting":
             self._say_to_others(Abort(pair=pair, sender=self.me, why=why))
         self.out.append(Skip(pair=pair, why=why))
-        self._report(Report(pair=pair, sender=self.me, committed=False, why=why))
+        self._end(self._never_report(pair, why), told=told)
 
-    def _report(self, report: Report) -> None:
-        self.state = "unrecorded"
+    def _end(self, report: Report, *, told: bool) -> None:
+        """The exchange is over; the controller hears of it until it says so, unless it was the one that said so."""
+        self.state, self.pair = "idle", None
         self._remember(report)
-        self.out.append(Tell(message=report))
+        if not told:
+            self.untold[report.pair] = report
+            self.out.append(Tell(message=report))
 
     def _doubt(self) -> None:
         self.state = "doubt"
         self.out.append(Tell(message=Query(pair=self._pair(), sender=self.me)))
 
-    def _settle(self, committed: bool) -> None:
-        pair = self._pair()
-        if self.state == "unrecorded":
-            if self.outcomes[pair].committed != committed:
-                raise PairContradiction(
-                    f"{self.me}, {pair}: recorded as committed = {committed}, {self.outcomes[pair]}"
-                )
-        elif committed:
-            self._commit()
-        else:
-            self._give_up("the controller says so")
-        if self.state == "unrecorded":
-            # What it just told the controller, that knew already.
-            self.out = [command for command in self.out if not isinstance(command, Tell)]
-        self.state, self.pair = "idle", None
-
     def _retry(self) -> None:
-        pair = self._pair()
         if self.state == "collecting":
             self._say_to_others(self.offers[self.me])
             for member in sorted(self.offers.keys() - self.held - self.fetching):
                 self._fetch(member)
         elif self.state == "ready":
-            self.out.append(Say(to=pair.leader, message=Ready(pair=pair, sender=self.me)))
+            self.out.append(Say(to=self._pair().leader, message=Ready(pair=self._pair(), sender=self.me)))
             self._say_to_others(self.offers[self.me])
         elif self.state == "doubt":
-            self.out.append(Tell(message=Query(pair=pair, sender=self.me)))
-        else:
-            self.out.append(Tell(message=self.outcomes[pair]))
+            self.out.append(Tell(message=Query(pair=self._pair(), sender=self.me)))
+        self.out += [Tell(message=report) for report in self.untold.values()]
 
     # ------------------------------------------------------------ what others want to know
 
-    def _gone(self, member: MemberId) -> None:
-        if self.pair is None or member not in self.pair.members:
-            return
-        if self.state == "collecting":
+    def _recorded(self, pair: PairId, committed: bool) -> None:
+        report = self.untold.pop(pair, None)
+        if report is None:
+            self.num_stale += 1
+        elif report.committed != committed:
+            raise PairContradiction(f"{self.me}, {pair}: recorded as committed = {committed}, {report}")
+
+    def _gone(self, pair: PairId, member: MemberId) -> None:
+        if pair != self.pair:
+            self._asked(pair)
+        elif self.state == "collecting":
             self._give_up(f"{member} is gone")
-        elif self.state == "ready" and member == self.pair.leader:
+        elif self.state == "ready" and member == pair.leader:
             self._doubt()
 
     def _asked(self, pair: PairId) -> None:
+        known = self.untold.get(pair) or self.outcomes.get(pair)
         if self.me not in pair.members:
             self.num_stale += 1
-        elif pair in self.outcomes:
-            self.out.append(Tell(message=self.outcomes[pair]))
+        elif known is not None:
+            self.out.append(Tell(message=known))
         elif pair == self.pair and self.state == "collecting":
             self._give_up("the controller asked")
-        elif pair == self.pair and self.state in ("ready", "doubt"):
+        elif pair == self.pair:
             self._doubt()
-        elif pair.round_ > self.last_round:
-            # Never begun, and now it never will be.
-            self.last_round = pair.round_
-            self._refuse(pair, "the controller asked")
-            self.out.append(Tell(message=self.outcomes[pair]))
+        elif self._is_ahead(pair):
+            self._promise_never(pair)
+        else:
+            report = self._never_report(pair, "it is over", done_before=False)
+            self.out.append(Tell(message=replace(report, held=False)))
+
+    def _promise_never(self, pair: PairId) -> None:
+        """Never begun, and now it never will be; those of rounds before it may be yet."""
+        why = "the controller asked"
+        self.never.add(pair)
+        self.untold[pair] = self._never_report(pair, why, done_before=False)
+        self.out.append(Tell(message=self.untold[pair]))
+        self._say_to_others_of(pair, Abort(pair=pair, sender=self.me, why=why))
 
     def _answer(self, message: Offer | Ready) -> None:
         """Somebody has not heard the outcome. Silence about what is forgotten: it has been on the record for long."""
-        report = self.outcomes.get(message.pair)
+        report = self.untold.get(message.pair) or self.outcomes.get(message.pair)
         if report is None:
             self.num_stale += 1
         elif not report.committed:
@@ -459,9 +384,25 @@ class PairMachine:
 
     # ------------------------------------------------------------ helpers
 
+    def _never_report(self, pair: PairId, why: str, *, done_before: bool = True) -> Report:
+        return Report(
+            pair=pair, sender=self.me, committed=False, why=why, done_before=done_before, rests_on=self._known(),
+            confirmed=self._confirmed(pair),
+        )  # fmt: skip
+
+    def _confirmed(self, pair: PairId) -> int:
+        """Up to which round nothing is left to be confirmed, beside this exchange."""
+        rounds = [open_.round_ for open_ in (pair, self.pair or pair, *self.untold)]
+        return min(rounds) - 1
+
+    def _known(self) -> tuple[Commitment, ...]:
+        """Commits that its parameters rest on, and that the record may lack."""
+        mine = [report for report in self.untold.values() if report.committed]
+        before = [one for report in mine for one in report.rests_on]
+        return _in_order([*before, *(report.as_commitment() for report in mine)])
+
     def _remember(self, report: Report) -> None:
         self.outcomes[report.pair] = report
-        self.last_round = max(self.last_round, report.pair.round_)
         while len(self.outcomes) > KEPT_OUTCOMES:
             del self.outcomes[next(iter(self.outcomes))]
 
@@ -476,6 +417,13 @@ class PairMachine:
         return self._pair().leader == self.me
 
     def _say_to_others(self, message: Peer) -> None:
-        for member in self._members():
-            if member != self.me:
-                self.out.append(Say(to=member, message=message))
+        self._say_to_others_of(self._pair(), message)
+
+    def _say_to_others_of(self, pair: PairId, message: Peer) -> None:
+        self.out += [Say(to=member, message=message) for member in pair.members if member != self.me]
+
+
+def _in_order(found: Iterable[Commitment]) -> tuple[Commitment, ...]:
+    """Each once, from the oldest round on."""
+    by_pair = {one.pair: one for one in found}
+    return tuple(by_pair[pair] for pair in sorted(by_pair, key=lambda pair: (pair.round_, pair.members)))

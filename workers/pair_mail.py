@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.pair import KEPT_OUTCOMES, Abort, Commit, Offer, PairId, Peer, Ready
+from workers.pair import KEPT_OUTCOMES, Abort, Commit, Commitment, Offer, PairId, Peer, Ready
 from workers.records import MemberId
 from workers.store import BlobStore
 from workers.transport.base import Cancelled, Transport, TransportError
@@ -27,7 +27,8 @@ log = logging.getLogger("atoll.island")
 LISTEN_S = 10.0
 """How long a peer is asked to wait for its next message, before it is asked again."""
 
-MAX_MESSAGE_BYTES = 64 << 10
+MAX_MESSAGE_BYTES = 1 << 20
+"""An offer names the commits that it rests on: up to 73 of groups of 8, in three rounds, and 100 bytes a member."""
 MAX_WHY_CHARS = 1000
 _KINDS: dict[str, type[Ready] | type[Commit]] = {"ready": Ready, "commit": Commit}
 
@@ -43,8 +44,8 @@ def encode_message(message: Peer) -> bytes:
     """The bytes of a message."""
     fields: dict[str, Any] = {"kind": type(message).__name__.lower(), **_heading(message.pair, message.sender)}
     match message:
-        case Offer(since=since, upto=upto, digest=digest):
-            fields |= {"since": since, "upto": upto, "digest": digest}
+        case Offer(since=since, upto=upto, digest=digest, rests_on=before):
+            fields |= {"since": since, "upto": upto, "digest": digest, "rests_on": [_plain(one) for one in before]}
         case Abort(why=why):
             fields |= {"why": why[:MAX_WHY_CHARS]}
         case _:
@@ -64,15 +65,41 @@ def decode_message(raw: bytes, *, pair: PairId, sender: MemberId) -> Peer:
     if heading != _heading(pair, sender):
         raise BadPairMessage(f"it is about another exchange than {pair}, or of another member than {sender}")
     kind = fields.pop("kind", None)
-    if kind == "offer" and fields.keys() == {"since", "upto", "digest"}:
-        since, upto, digest = fields["since"], fields["upto"], fields["digest"]
-        if type(since) is int and type(upto) is int and 0 <= since <= upto and isinstance(digest, str):
-            return Offer(pair=pair, sender=sender, since=since, upto=upto, digest=digest)
+    if kind == "offer" and fields.keys() == {"since", "upto", "digest", "rests_on"}:
+        since, upto, digest, before = fields["since"], fields["upto"], fields["digest"], fields["rests_on"]
+        if _is_span([since, upto]) and isinstance(digest, str) and isinstance(before, list):
+            rests_on = tuple(map(_commitment, before))
+            return Offer(pair=pair, sender=sender, since=since, upto=upto, digest=digest, rests_on=rests_on)
     elif kind == "abort" and fields.keys() == {"why"} and isinstance(fields["why"], str):
         return Abort(pair=pair, sender=sender, why=fields["why"][:MAX_WHY_CHARS])
     elif isinstance(kind, str) and kind in _KINDS and not fields:
         return _KINDS[kind](pair=pair, sender=sender)
     raise BadPairMessage(f"kind {str(kind)[:40]!r} with {sorted(fields)[:8]}")
+
+
+def _plain(one: Commitment) -> list[Any]:
+    return [one.pair.round_, [[*member, *span] for member, span in zip(one.pair.members, one.spans, strict=True)]]
+
+
+def _commitment(value: Any) -> Commitment:
+    """What `_plain` made. Raises BadPairMessage."""
+    match value:
+        case [int(round_), [*entries]] if type(round_) is int and entries and all(map(_is_entry, entries)):
+            members = tuple(MemberId(name=name, incarnation=incarnation) for name, incarnation, _, _ in entries)
+            spans = tuple((since, upto) for _, _, since, upto in entries)
+            return Commitment(pair=PairId(round_=round_, members=members), spans=spans)
+    raise BadPairMessage(f"it rests on what is no commit: {str(value)[:80]}")
+
+
+def _is_entry(value: Any) -> bool:
+    match value:
+        case [str(), incarnation, since, upto]:
+            return type(incarnation) is int and _is_span([since, upto])
+    return False
+
+
+def _is_span(value: list[Any]) -> bool:
+    return all(type(one) is int for one in value) and 0 <= value[0] <= value[1]
 
 
 def _heading(pair: PairId, sender: MemberId) -> dict[str, Any]:

@@ -25,9 +25,8 @@ class PairHear:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PairRoster:
-    """Whom a member meets in a round, and at which addresses; None: nobody."""
+class PairRosters:
+    """Whom a member meets in the present round and in those to come (None: nobody), and at which addresses."""
 
-    round_: int
-    pair: PairId | None
+    rounds: tuple[tuple[int, PairId | None], ...]
     addresses: tuple[tuple[str, str], ...] = ()

@@ -1,13 +1,14 @@
 """A member of a gossip run: the shell of every island, with a `PairMachine` beside its own machine.
 
     training thread --boundary()--> at its send point: publish anchor and displacement; `Begin`
-    controller --> PairRoster, PairHear --> PairMachine --> PairTell --> controller
+    controller --> PairRosters --> PairPlan; PairHear --> PairMachine --> PairTell --> controller
     partners --> PairMail --> PairMachine --> PairMail, fetches of payloads --> partners
     PairMachine --> Apply --> training thread, at its next boundary: `GossipReplica.apply`
 
-From the roster to `Apply` a group needs nobody but itself.
-Full merges are ordinary exchanges, and wait for the pair that is going on; while one is under way no pair begins. The
-machine's timers are looked at with every event and heartbeat.
+From the roster to `Apply` a group needs nobody but itself, and rosters are known of rounds to come: without the
+controller members go on until they have no roster left, `MOST_UNRECORDED` commits, or a full merge to make. Full merges
+are ordinary exchanges, and wait for the pair that is going on, and until all of it is on the record; while one is under
+way no pair begins. The machine's timers are looked at with every event and heartbeat.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from workers.actions import Action
 from workers.digest import digest
 from workers.gossip_replica import Averaging, GossipReplica, GossipStep, PayloadDamaged, Shared
 from workers.pair_mail import Heard, PairMail
-from workers.pair_messages import PairHear, PairRoster, PairTell
+from workers.pair_messages import PairHear, PairRosters, PairTell
+from workers.pair_plan import PairPlan
 from workers.records import MemberId
 from workers.sync import IslandSync
 from workers.transport.errors import TransportError
@@ -51,7 +53,6 @@ class PairSync(IslandSync):
     pairs: GossipReplica | None = None
     pair_machine: p.PairMachine | None = None
     base: tuple[str, int, str] | None = None
-    roster: PairRoster | None = None
     outcome: p.Apply | None = None
     pair_mark = 0
     pair_steps = 0
@@ -62,7 +63,9 @@ class PairSync(IslandSync):
         """Before `start`: how this member's run gossips."""
         self.config = config
         self.shared: dict[MemberId, Shared] = {}
-        self.timers: list[tuple[float, p.Event]] = []
+        self.timeout: tuple[float, p.Event] | None = None
+        self.retry_s = 0.0
+        self.plan, self.addresses = PairPlan(), dict[str, str]()
         self.pairs = GossipReplica(spec=self.replica.specs[0], tensors=self.replica.tensors, step=step_of(config))
         self.mail = PairMail(
             store=self.store,
@@ -109,23 +112,19 @@ class PairSync(IslandSync):
         machine = self._machine()
         if machine is None or self.stopped:
             return
-        pairs: list[p.PairId] = []
-        if machine.pair is not None and machine.state in ("collecting", "ready"):
-            pairs.append(machine.pair)
-        ahead = self.roster.pair if self.roster is not None else None
-        if ahead is not None and ahead.round_ > machine.last_round and machine.me in ahead.members:
-            pairs.append(ahead)
-        self.mail.listen(machine.me, pairs, self._address_of)
+        going_on = machine.pair is not None and machine.state in ("collecting", "ready")
+        now = [machine.pair] if machine.pair is not None and going_on else []
+        self.mail.listen(machine.me, [*now, *self.plan.ahead(machine)], self._address_of)
 
     def _address_of(self, member: MemberId) -> str | None:
-        known = dict(self.roster.addresses).get(str(member)) if self.roster is not None else None
-        return known or self.machine.peers.get(str(member), (None, ()))[0]
+        return self.addresses.get(str(member)) or self.machine.peers.get(str(member), (None, ()))[0]
 
     def _heard(self, batch: msg.Batch) -> None:
         for body in batch.bodies:
-            if isinstance(body, PairRoster):
-                if self.roster is None or body.round_ > self.roster.round_:
-                    self.roster = body
+            if isinstance(body, PairRosters):
+                self._machine()  # a new incarnation has nothing to do with rounds of the old
+                self.plan.learn(body.rounds)
+                self.addresses |= dict(body.addresses)
             elif isinstance(body, PairHear):
                 self._pair(body.message)
 
@@ -135,11 +134,13 @@ class PairSync(IslandSync):
             self._pair(event.event)
 
     def _look_at_timers(self) -> None:
-        now = self.clock()
-        due = [event for at, event in self.timers if at <= now]
-        self.timers = [(at, event) for at, event in self.timers if at > now]
-        for event in due:
+        now, machine = self.clock(), self.pair_machine
+        if self.timeout is not None and self.timeout[0] <= now:
+            event, self.timeout = self.timeout[1], None
             self._pair(event)
+        if machine is not None and machine.is_waiting and self.retry_s <= now:
+            self.retry_s = now + self.config.pair_timeout_s / p.RETRIES_PER_TIMEOUT
+            self._pair(p.RetryDue())
 
     def _pair(self, event: p.Event) -> None:
         machine = self._machine()
@@ -170,14 +171,14 @@ class PairSync(IslandSync):
         if self.pair_machine is None or self.pair_machine.me != self.machine.id:
             self.pair_machine = p.PairMachine(me=self.machine.id)
             self.mail.close()
-            self.timers, self.shared, self.outcome = [], {}, None
+            self.timeout, self.shared, self.outcome = None, {}, None
+            self.plan, self.addresses = PairPlan(), {}
         return self.pair_machine
 
     def _keep_time(self, pair: p.PairId) -> None:
         now, timeout_s = self.clock(), self.config.pair_timeout_s
-        every_s = timeout_s / p.RETRIES_PER_TIMEOUT
-        self.timers = [(now + timeout_s, p.TimedOut(pair=pair))]
-        self.timers += [(now + turn * every_s, p.RetryDue(pair=pair)) for turn in range(1, 20 * p.RETRIES_PER_TIMEOUT)]
+        self.timeout = (now + timeout_s, p.TimedOut(pair=pair))
+        self.retry_s = now + timeout_s / p.RETRIES_PER_TIMEOUT
 
     def _fetch(self, offer: p.Offer) -> ev.Event:
         failed: ev.Event = p.FetchFailed(pair=offer.pair, member=offer.sender)  # type: ignore[assignment]
@@ -234,10 +235,16 @@ class PairSync(IslandSync):
         self.base, self.pair_mark, self.pair_samples = base, self.schedule.total_steps, 0
         self.pair_steps = 0
 
-    def _busy(self) -> bool:
+    def _exchanging(self) -> bool:
         machine = self.pair_machine
         current = machine is not None and machine.me.incarnation == self.machine.incarnation
         return self.outcome is not None or (current and machine is not None and machine.state != "idle")
+
+    def _busy(self) -> bool:
+        """Whether something is not on the record that what is saved or merged now would hold."""
+        machine = self.pair_machine
+        current = machine is not None and machine.me.incarnation == self.machine.incarnation
+        return self._exchanging() or (current and machine is not None and bool(machine.untold))
 
     def _apply_pair(self) -> None:
         outcome, self.outcome = self.outcome, None
@@ -254,41 +261,46 @@ class PairSync(IslandSync):
         self._trim()
 
     def _send_due(self) -> None:
-        if self._busy():
+        if self._exchanging():
             return
         on_time = self.schedule.on_time(0, self._anchor_progress())
-        if not on_time and self._may_meet():
-            self._meet()
-        else:
+        ahead = self._next_round() if not on_time else None
+        if ahead is not None:
+            self._meet(*ahead)
+        elif not self._busy():
             super()._send_due()
 
-    def _may_meet(self) -> bool:
-        """At a send point, with a newer roster, nothing under way, and samples left to offer in the next merge."""
-        machine, state, roster = self._machine(), self.machine.fragments[0], self.roster
-        if machine is None or roster is None or roster.pair is None or machine.me not in roster.pair.members:
-            return False
+    def _next_round(self) -> tuple[int, p.PairId | None] | None:
+        """At a send point, with a roster, nothing under way, and samples left to offer in the next merge."""
+        machine, state = self._machine(), self.machine.fragments[0]
+        if machine is None or self.machine.consumed <= state.watermark:
+            return None
         due = self._at_send_point() or 0 < self.pair_steps < self.config.gossip_steps
-        newer = roster.round_ > machine.last_round and self.machine.consumed > state.watermark
         free = state.pending is None and state.staged is None and not self.machine.open_seen(0)
         left = self.machine.consumed < self.machine.num_leased() and not self.machine.leaving
         behind = self.machine.log.next(0, state.chain) is not None
-        return due and newer and free and left and not behind
+        if not (due and free and left) or behind or machine.num_unrecorded >= p.MOST_UNRECORDED:
+            return None
+        return self.plan.next(machine)
 
     def _at_send_point(self) -> bool:
         """Whether the local steps of a round are made since the last send point."""
         return self.schedule.total_steps - self.pair_mark >= self.config.inner_steps
 
-    def _meet(self) -> None:
-        assert self.roster is not None and self.roster.pair is not None and self.pairs is not None
-        pair, machine = self.roster.pair, self.pair_machine
-        assert machine is not None
+    def _meet(self, round_: int, pair: p.PairId | None) -> None:
+        """Begin an exchange, or let the round pass: it is this member's turn to meet nobody."""
+        machine = self.pair_machine
+        assert machine is not None and self.pairs is not None
+        if self._at_send_point():
+            self.pair_mark, self.pair_steps = self.schedule.total_steps, 0
+        self.pair_steps += 1
+        if pair is None:
+            self.plan.sit_out(round_)
+            return
         data = self.pairs.publish()
         self.store.discard("gossip")
         named = self.store.put(_key(pair), data)
         self.shared = {machine.me: self.pairs.parse(data)}
-        if self._at_send_point():
-            self.pair_mark, self.pair_steps = self.schedule.total_steps, 0
-        self.pair_steps += 1
         self._pair(
             p.Begin(pair=pair, since=self.machine.fragments[0].watermark, upto=self.machine.consumed, digest=named)
         )

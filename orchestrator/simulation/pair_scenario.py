@@ -12,7 +12,7 @@ from strategies.topology import random_groups
 from workers import pair as p
 from workers.records import MemberId
 
-FAULTS = ("kill", "cut", "cut_pair", "cut_head", "crash", "crash_at_row")
+FAULTS = ("kill", "cut", "cut_pair", "cut_head", "crash", "crash_at_row", "away")
 LOSSY = LinkQuality(loss=0.05, duplicate=0.05, straggle=0.05)
 
 

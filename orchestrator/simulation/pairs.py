@@ -1,13 +1,15 @@
 """Pair commits in virtual time: real `PairMachine`s, a real `PairBook`, a network that loses, doubles and re-orders.
 
 Members train on while they exchange, die, are cut off, and come back as new incarnations; the controller crashes at any
-row and reads its journal again. Invariants, checked when something happens and once more after a drain:
+row, for a moment or for several rounds, and reads its journal again. Invariants, checked when something happens and
+once more after a drain:
 
 1. All or none: of the members of an exchange that are neither dead nor fenced, none applied what another one skipped,
    or what the record says did not happen.
 2. The ledger is exact: no sample is committed twice or after it was given back, and what a dead member loses is what it
    did since the last commit it is in.
-3. Nobody waits longer than the pair timeout before it is bound by its `Ready`.
+3. Nobody waits longer than the pair timeout before it is bound by its `Ready`, and nobody has more commits that are
+   not on the record than it may.
 4. When faults stop every doubt ends, everybody commits again, and no exchange of a dead member stays open.
 """
 
@@ -34,6 +36,7 @@ from orchestrator.pairing import (
 from orchestrator.simulation.pair_scenario import FAULTS, Exchange, Ledger, PairResult, PairScenario
 from orchestrator.simulation.symbols import Violation, must
 from workers import pair as p
+from workers.pair_plan import PairPlan
 from workers.records import MemberId
 
 HEAD = "head"
@@ -48,7 +51,7 @@ class Worker:
         self.world, self.me = world, me
         self.machine = world.scenario.machine(me=me)
         self.alive, self.fenced = True, False
-        self.roster: tuple[int, p.PairId | None] = (-1, None)
+        self.plan = PairPlan()
         self.consumed = self.watermark = 0
         self.began_s = 0.0
         self.doubted = False
@@ -65,11 +68,16 @@ class Worker:
             return
         self.world.ledger.lease(self.me, SAMPLES_A_ROUND) if self.counts else None
         self.consumed += SAMPLES_A_ROUND
-        round_, pair = self.roster
-        if pair is not None and self.me in pair.members and round_ > self.machine.last_round:
-            if self.machine.state == "idle":
-                self.began_s, self.doubted = self.world.time.now, False
-            self.handle(p.Begin(pair=pair, since=self.watermark, upto=self.consumed, digest=f"{self.me}/{round_}"))
+        ahead = self.plan.next(self.machine)
+        if ahead is None:
+            return
+        round_, pair = ahead
+        if pair is None:
+            self.plan.sit_out(round_)
+            return
+        if self.machine.may_begin(pair):
+            self.began_s, self.doubted = self.world.time.now, False
+        self.handle(p.Begin(pair=pair, since=self.watermark, upto=self.consumed, digest=f"{self.me}/{round_}"))
 
     def handle(self, event: p.Event) -> None:
         """An event for the machine, and its commands."""
@@ -79,6 +87,7 @@ class Worker:
         commands = self.machine.handle(event)
         self.machine.validate()
         self.doubted |= self.machine.state == "doubt"
+        self.world.most_unrecorded = max(self.world.most_unrecorded, self.machine.num_unrecorded)
         for command in commands:
             self._obey(command, before)
 
@@ -93,7 +102,6 @@ class Worker:
                 world.fetch(self, offer)
             case p.KeepTime(pair=pair):
                 world.time.after(world.scenario.timeout_s, self.handle, p.TimedOut(pair=pair))
-                self._retry_later(pair)
             case p.Apply(pair=pair, offers=offers):
                 for offer in offers:
                     if offer.sender == self.me:
@@ -102,13 +110,12 @@ class Worker:
             case p.Skip(pair=pair):
                 self._over(pair, False, before)
 
-    def _retry_later(self, pair: p.PairId) -> None:
-        self.world.time.after(self.world.scenario.timeout_s / p.RETRIES_PER_TIMEOUT, self._retry, pair)
-
-    def _retry(self, pair: p.PairId) -> None:
-        if self.alive and self.machine.pair == pair:
-            self.handle(p.RetryDue(pair=pair))
-            self._retry_later(pair)
+    def retry(self) -> None:
+        """A part of the timeout is over."""
+        if self.alive:
+            if self.machine.is_waiting:
+                self.handle(p.RetryDue())
+            self.world.time.after(self.world.scenario.timeout_s / p.RETRIES_PER_TIMEOUT, self.retry)
 
     def _over(self, pair: p.PairId, committed: bool, before: str) -> None:
         world = self.world
@@ -116,9 +123,8 @@ class Worker:
         self.outcomes[pair] = committed
         world.check_outcome(self, pair, committed)
         world.counts["applied" if committed else "skipped"] += 1
-        if not committed and before not in ("idle", "collecting", "ready", "doubt"):
-            world.counts["busy"] += 1
-            return
+        if committed and world.book is None:
+            world.counts["commits without a controller"] += 1
         seconds = world.time.now - self.began_s
         if before == "collecting":
             must(seconds <= world.scenario.timeout_s + 1e-9, 3, f"{self.me} waited {seconds:.2f} s, bound by nothing")
@@ -152,6 +158,7 @@ class PairWorld:
         self.crash_at_row = False
         self.counts: Counter[str] = Counter()
         self.exchanges: list[Exchange] = []
+        self.most_unrecorded = 0
         self.faulty = scenario.fault_gap_s is not None
 
     # ------------------------------------------------------------ the run
@@ -204,6 +211,8 @@ class PairWorld:
                 self.kill(name)
             case "crash":
                 self.crash()
+            case "away":
+                self.crash(self.rng.uniform(1.0, p.MOST_UNRECORDED + 2.0) * self.scenario.inner_s)
             case "crash_at_row":
                 self.crash_at_row = True
             case "cut":
@@ -234,6 +243,7 @@ class PairWorld:
         self.incarnations[name] += 1
         me = MemberId(name=name, incarnation=self.incarnations[name])
         self.workers[name] = Worker(self, me)
+        self.workers[name].retry()
         self.heard_s[name] = self.time.now
         self.obey(self.book.join(me))
 
@@ -247,8 +257,13 @@ class PairWorld:
             self.time.after(1.0 + 2.0 * self.rng.random(), self.spawn, name)
 
     def _told_of_death(self, member: MemberId) -> None:
+        self._fence(member)
+
+    def _fence(self, member: MemberId) -> None:
         if self.book is not None:
             self.obey(self.book.fence(member))
+        if self.book is not None:  # which may have crashed at a row
+            self.obey(self.book.plan_anew())
 
     def _send_point(self, name: str) -> None:
         self.workers[name].send_point()
@@ -312,11 +327,11 @@ class PairWorld:
                 self.obey(book.fence(member))
         self.time.after(HEARTBEAT_S, self.watch, book)
 
-    def crash(self) -> None:
+    def crash(self, away_s: float | None = None) -> None:
         """The controller's process ends; what it had not sent is lost, its journal is not."""
         if self.book is not None:
             self.book = None
-            self.time.after(0.5 + 3.0 * self.rng.random(), self._restart)
+            self.time.after(0.5 + 3.0 * self.rng.random() if away_s is None else away_s, self._restart)
 
     def _restart(self) -> None:
         if self.book is None:
@@ -330,7 +345,7 @@ class PairWorld:
             silence_s = self.time.now - self.heard_s[name]
             book.suspected(member, silence_s > SUSPECT_S)
             if silence_s > LIMBO_S and book is self.book:
-                self.obey(book.fence(member))
+                self._fence(member)
         self.time.after(HEARTBEAT_S, self.watch, book)
 
     def next_round(self) -> None:
@@ -363,18 +378,17 @@ class PairWorld:
                         self.crash()
                 case Send(to=to, message=message):
                     self.to_member(HEAD, to, message)
-                case Publish(round_=round_, pairs=pairs):
-                    mine = {member.name: pair for pair in pairs for member in pair.members}
+                case Publish(rounds=rounds):
+                    groups = [(r, {m.name: pair for pair in pairs for m in pair.members}) for r, pairs in rounds]
                     for name in self.names:
-                        self.network.send(HEAD, name, self._roster, name, (round_, mine.get(name)))
+                        mine = tuple((round_, of.get(name)) for round_, of in groups)
+                        self.network.send(HEAD, name, self._rosters, name, mine)
                 case FenceWanted(member=member):
                     self.counts["fenced for a doubt"] += 1
-                    assert book is not None
-                    self.obey(book.fence(member))
+                    self._fence(member)
 
-    def _roster(self, name: str, roster: tuple[int, p.PairId | None]) -> None:
-        worker = self.workers[name]
-        worker.roster = max(worker.roster, roster, key=lambda r: r[0])
+    def _rosters(self, name: str, rounds: tuple[tuple[int, p.PairId | None], ...]) -> None:
+        self.workers[name].plan.learn(rounds)
 
     def _write(self, row: Row) -> None:
         self.rows.append(row)
@@ -410,11 +424,11 @@ class PairWorld:
         self.ledger.check()
         assert self.book is not None
         for name, worker in self.workers.items():
-            must(worker.counts and worker.machine.state in ("idle", "unrecorded"), 4, f"{worker.me} is stuck")
+            must(worker.counts and worker.machine.state == "idle", 4, f"{worker.me} is stuck")
             must(worker.watermark > before[name] or worker.me.incarnation > 1, 4, f"{name} commits no more")
             must(worker.watermark > 0, 4, f"{worker.me} never committed")
             for pair, committed in worker.outcomes.items():
-                last = worker.machine.pair == pair
+                last = pair in worker.machine.untold
                 must(last or committed == (pair in self.records), 1, f"{worker.me}, {pair}: {committed}, not on record")
         must(not self.book.unsettled, 4, f"never settled: {sorted(self.book.unsettled)}")
 
@@ -429,6 +443,7 @@ def simulate_pairs(scenario: PairScenario) -> PairResult:
         problem, invariant = violation.story, violation.number
     except (p.PairContradiction, LedgerContradiction, AssertionError, KeyError) as error:
         problem = f"{type(error).__name__}: {error}"
+    world.counts["most unrecorded"] = world.most_unrecorded
     return PairResult(
         seed=scenario.seed, problem=problem, invariant=invariant, num_events=world.time.num_events,
         num_faults=sum(world.counts[kind] for kind in FAULTS), counts=dict(sorted(world.counts.items())),

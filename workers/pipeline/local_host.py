@@ -109,7 +109,9 @@ class LocalWork:
     def moved(self, before: Flats, after: Flats, *, included: Collection[int]) -> None:
         """The anchor moved: go on from it by the rule of `strategies/merge.py`.
 
-        With an offer that is not in it, or without one, be translated along, and offer that the next time.
+        With an offer that is not in it, or without one, be translated along, and offer that the next time. Raises
+        Damaged for parameters that are not finite: what was lost behind the offer would be covered up, and nobody would
+        hear that this process loses numbers.
         """
         offer, strategy = self.offer, self._spec.strategy
         for unit in self._spec.units_of(self._stage):
@@ -128,6 +130,8 @@ class LocalWork:
             for name in olds:
                 parameter = self._model.names[name]
                 theta, a, b = parameter.detach().reshape(-1).clone(), olds[name].reshape(-1), news[name].reshape(-1)
+                if not is_finite(theta):
+                    raise Damaged(f"{name} of stage {self._stage} holds values that are not finite, behind its offer")
                 if is_in:
                     d = offered[name].reshape(-1) if name in offered else None
                     advance_included(theta, a, b, d, alpha=strategy.merge_alpha, kappa=strategy.merge_kappa)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import rule_time
 from benchmarks.robust_plan import ATTACKERS, GOSSIP, INNER_STEPS, PRESET, SEEDS, STEPS, all_jobs, judge
 from orchestrator.config import load_config
 
@@ -49,3 +50,13 @@ def test_goals_are_judged_by_what_is_there() -> None:
     assert found(runs, "with robust.clip_times = 2") == ("+0.50 %, 1 seed", True)
     runs.append(record("clip/clean/skewed", 2.0, banned=["island-0"]))
     assert found(runs, "no honest member is banned")[1] is False
+
+
+def test_the_time_of_an_exchange_is_judged_by_what_was_measured_in_turn() -> None:
+    def place(cost: float) -> dict[str, Any]:
+        return {"over_mean": {PRESET: {"median": cost}, "mean again": {"median": 0.99}}}
+
+    assert rule_time.goals({}) == []
+    (paced, loopback) = rule_time.goals({"paced": place(1.04), "loopback": place(1.11)})
+    assert "50 Mbit/s a member" in paced[0] and paced[1:] == ("+4.0 % (plain averaging against itself -1.0 %)", True)
+    assert "loopback" in loopback[0] and not loopback[2]

@@ -300,3 +300,25 @@ def test_an_attack_lasts_as_long_as_it_was_asked_for(islands: dict[str, Island])
     assert torch.equal(replica.distort(torch.ones(2)), torch.full((2,), -10.0))
     island.apply("scale:island-1")
     assert replica.tamper is not None and replica.distort is None, "one attack at a time"
+
+
+def test_healing_a_member_ends_whatever_began_there_without_an_end(islands: dict[str, Island]) -> None:
+    island, other = islands["island-1"], islands["island-2"]
+    replica = SimpleNamespace(tamper=None, distort=None)
+    cast(Any, island.context.store).replica = replica
+    cast(Any, other.context.store).replica = other_replica = SimpleNamespace(tamper=None, distort=None)
+    other.apply("scale:island-2")
+    for fault in ("lying_owner", "hang", "slow", "delay"):
+        island.apply(f"{fault}:island-1")
+    assert replica.distort is not None
+    other.apply("heal:island-1")  # a cut has two ends: others hear of it too
+    island.apply("heal:island-1+island-2")  # the link between two, and nothing else
+    assert replica.distort is not None and other_replica.tamper is not None
+    island.apply("heal:island-1")
+    assert replica.tamper is None and replica.distort is None
+    island.step()
+    island.say()
+    assert (island.steps, len(island.posted)) == (1, 1), "it hangs, or what it says is late"
+    assert other_replica.tamper is not None, "nobody else is healed"
+    other.apply("heal:island-2")
+    assert other_replica.tamper is None

@@ -96,6 +96,19 @@ def test_a_lying_owner_is_blamed_and_its_results_reach_no_version(tmp_path: Path
     assert heads[0].digest == heads[1].digest, "as if nobody had lied"
 
 
+def test_verification_at_most_doubles_what_travels(tmp_path: Path) -> None:
+    sent = {}
+    for verify in ("false", "true"):
+        (tmp_path / verify).mkdir()
+        run = start(tmp_path / verify, 4, 4, f"robust.verify={verify}")
+        transports = [island.transport for island in run.islands.values()]
+        run.run(max_turns=20_000, until=lambda run=run: run.host.coordinator.state.heads != [])  # type: ignore[misc]
+        before = sum(transport.bytes_sent for transport in transports)  # states of those that joined
+        finish(run)
+        sent[verify] = sum(transport.bytes_sent for transport in transports) - before
+    assert 1.2 * sent["false"] < sent["true"] <= 2 * sent["false"], "a second one pulls all pieces, nobody more results"
+
+
 def test_without_verify_a_lying_owner_is_believed(tmp_path: Path) -> None:
     """The attack is real: without a second owner it gets into the model."""
     run = start(tmp_path, 4, 4)

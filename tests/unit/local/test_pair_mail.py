@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from workers.pair import KEPT_OUTCOMES, Abort, Commit, Offer, PairId, Peer, Ready
+from workers.pair import KEPT_OUTCOMES, Abort, Commit, Commitment, Offer, PairId, Peer, Ready
 from workers.pair_mail import MAX_WHY_CHARS, BadPairMessage, Heard, PairMail, decode_message, encode_message
 from workers.records import MemberId
 from workers.store import BlobStore
@@ -24,8 +24,9 @@ pytestmark = pytest.mark.timeout(60)
 
 A, B, C = (MemberId(name=f"island-{i}", incarnation=1) for i in range(3))
 PAIR = PairId(round_=7, members=(A, B))
+BEFORE = Commitment(pair=PairId(round_=6, members=(C, A)), spans=((0, 4), (1, 3)))
 SAID: tuple[Peer, ...] = (
-    Offer(pair=PAIR, sender=A, since=3, upto=9, digest="d" * 32),
+    Offer(pair=PAIR, sender=A, since=3, upto=9, digest="d" * 32, rests_on=(BEFORE,)),
     Ready(pair=PAIR, sender=A),
     Commit(pair=PAIR, sender=A),
     Abort(pair=PAIR, sender=A, why="b.1 did not come in time"),
@@ -48,7 +49,9 @@ def test_a_message_is_what_it_was(message: Peer) -> None:
     "change",
     [
         {"kind": "report"}, {"kind": ["offer"]}, {"kind": None}, {"since": -1}, {"since": 10}, {"since": 1.5},
-        {"upto": True}, {"digest": 3}, {"more": 1}, {"members": "all"}, {"sender": None},
+        {"upto": True}, {"digest": 3}, {"more": 1}, {"members": "all"}, {"sender": None}, {"rests_on": None},
+        {"rests_on": [6]}, {"rests_on": [[6, []]]}, {"rests_on": [[True, [["a", 1, 0, 4]]]]},
+        {"rests_on": [[6, [["a", 1, 4, 0]]]]}, {"rests_on": [[6, [["a", 1.0, 0, 4]]]]}, {"rests_on": [[6, ["a"]]]},
     ],
 )  # fmt: skip
 def test_what_no_member_says_is_refused(change: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -56,6 +56,7 @@ from tests.small_run import PIPELINE_TOML, make_pack
 from workers.config import ModelConfig
 from workers.model.shape import resolve_shape
 from workers.pipeline.host import PeerHost
+from workers.pipeline.local_host import LocalHost
 from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord
 from workers.records import FaultRecord, FenceRecord, OperatorRecord, PauseRecord, SettingRecord, SnapshotRecord
 
@@ -225,17 +226,24 @@ def test_faults_of_pipelines_are_read_and_others_refused(tmp_path: Path) -> None
             read_faults(config, [text], [])
 
 
-@pytest.mark.parametrize("strategy", [(), DILOCO], ids=["ddp", "diloco"])
+@pytest.mark.parametrize(
+    ("strategy", "behind"), [((), False), (DILOCO, False), (DILOCO, True)], ids=["ddp", "diloco", "behind-its-offer"]
+)
 def test_a_peer_that_loses_a_number_is_ended_and_nobody_else(
-    make: Make, tmp_path: Path, strategy: tuple[str, ...]
+    make: Make, tmp_path: Path, strategy: tuple[str, ...], behind: bool
 ) -> None:
     swarm = make(*strategy)
     at(swarm, 2)
-    # Between two synchronisations: the next anchor would heal it.
+    # Between two synchronisations.
     swarm.run(lambda: swarm.brain.commit is not None and swarm.brain.version == (3 if strategy else 2))
     victim = swarm.brain.roster.serving(1)[0].process
     host = swarm.processes[victim].host
     assert isinstance(host, PeerHost)
+    if behind:  # the next anchor is going to cover it up
+        work = cast(LocalHost, host).work
+        assert work is not None
+        swarm.run(lambda: work.offer is not None)
+        assert work.offer is not None and work.offer.num_steps == 4
     text = f"nan:{victim}"
     swarm._tell_brain(FaultInjected(fault="nan", member=victim, detail=text))
     StageChaos(host).apply(parse_fault(text, [victim]))

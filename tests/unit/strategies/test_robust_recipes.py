@@ -25,9 +25,11 @@ def vectors(seed: int = 0, num: int = NUM) -> list[torch.Tensor]:
     return [common + 0.5 * torch.randn(VALUES, generator=generator) for _ in range(num)]
 
 
-def run(rule: robust.Rule, updates: list[torch.Tensor], clip_times: float = 1.0, **settings: int) -> torch.Tensor:
+def run(
+    rule: robust.Rule, updates: list[torch.Tensor], clip_times: float = 1.0, total: float = 1.0, **settings: int
+) -> torch.Tensor:
     """As an exchange does it: lengths, distances part by part, one decision, results part by part."""
-    lengths, coefficients = agg.norms(updates), [1.0 / len(updates)] * len(updates)
+    lengths, coefficients = agg.norms(updates), [total / len(updates)] * len(updates)
     wanted = robust.to_measure(rule, lengths, clip_times=clip_times)
     squares = None
     if wanted is not None:
@@ -70,6 +72,12 @@ def test_parts_give_what_the_whole_gives(rule: robust.Rule, seed: int) -> None:
     updates = vectors(seed)
     updates[seed] = updates[seed] * 3.0
     torch.testing.assert_close(run(rule, updates), reference(rule, updates), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["mean", "clip", "median", "trimmed", "krum", "nnm", "centered_clip"])
+def test_half_the_weight_is_half_the_result(rule: robust.Rule) -> None:
+    updates = vectors(6)
+    torch.testing.assert_close(2.0 * run(rule, updates, total=0.5), run(rule, updates))
 
 
 def test_with_a_wider_limit_who_is_below_it_counts_in_full() -> None:

@@ -153,6 +153,21 @@ def test_one_attacker_moves_centered_clip_by_its_share_of_the_radius() -> None:
     assert float((agg.centered_clip(far, center_N=center, radius=radius) - center).norm()) <= 3 * radius * 1.001
 
 
+def test_at_the_fixed_point_of_centered_clip_what_is_clipped_adds_up_to_nothing() -> None:
+    updates, radius = [*draw(7, 16), torch.full((N,), 100.0)], 2.0
+    value = agg.centered_clip(updates, radius=radius, iterations=200)
+    offsets = [u - value for u in updates]
+    clipped = torch.stack([o * min(1.0, radius / float(o.norm())) for o in offsets])
+    assert float(clipped.norm(dim=1).min()) > 0.5 * radius and float(clipped.sum(0).norm()) < 1e-3 * radius
+
+
+def test_a_radius_for_parts_is_another_rule_than_one_for_the_whole() -> None:
+    updates, center, cut = draw(7, 17), draw(1, 18)[0], (slice(0, N // 2), slice(N // 2, N))
+    whole = agg.centered_clip(updates, center_N=center, radius=2.0, iterations=1)
+    parts = [agg.centered_clip([u[p] for u in updates], center_N=center[p], radius=2.0, iterations=1) for p in cut]
+    assert float((torch.cat(parts) - whole).norm()) > 0.1 * float((whole - center).norm())
+
+
 def test_history_is_the_next_centre_and_is_never_poisoned() -> None:
     center = None
     for round_ in range(5):
