@@ -26,7 +26,7 @@ from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name, island_actor_name
 from workers.pipeline.calls import Call
 from workers.pipeline.memory import resident_bytes
-from workers.pipeline.messages import FromPeer, FromTrainer, PeerPlace, ToPeer, ToTrainer
+from workers.pipeline.messages import FromPeer, FromTrainer, PeerPlace, Ping, ToPeer, ToTrainer
 from workers.pipeline.spec import PipelineSpec
 from workers.stack import allow_dumps
 
@@ -96,7 +96,10 @@ class _Process:
         }
 
 
-@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"calls": 3, "book": 2, "orders": 1, "work": 6, "watch": 16})
+GROUPS = {"calls": 3, "book": 2, "orders": 1, "work": 6, "signs": 2, "watch": 16}
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups=GROUPS)
 class StagePeerActor(_Process):
     """One stage peer's process."""
 
@@ -146,6 +149,12 @@ class StagePeerActor(_Process):
         assert self.host is not None, "begin() comes first"
         with self._ends_if_damaged():
             return self.host.do(order)
+
+    @ray.method(concurrency_group="signs")
+    def ping(self) -> FromPeer:
+        """See `Ping`: answered whatever else goes on."""
+        assert self.host is not None, "begin() comes first"
+        return self.host.do(Ping())
 
     @contextmanager
     def _ends_if_damaged(self) -> Iterator[None]:

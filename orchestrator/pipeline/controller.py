@@ -63,7 +63,7 @@ from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, isl
 from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
 from workers.data.index import load_index
-from workers.pipeline.messages import FromTrainer, Probe, Reduce, Spread, TakeStage
+from workers.pipeline.messages import FromTrainer, Ping, Probe, Reduce, Spread, TakeStage
 from workers.records import FaultRecord, Record
 
 TICK_S = 0.1
@@ -425,7 +425,7 @@ class PipelineActor(PipelineControls):
         handle, brain = self.handles[command.process][1], self.brain
         call = handle.work if isinstance(command.order, Probe | TakeStage | Reduce | Spread) else handle.obey
         try:
-            answer = await call.remote(command.order)
+            answer = await (handle.ping.remote() if isinstance(command.order, Ping) else call.remote(command.order))
         except (RayActorError, RayTaskError) as error:
             why = reason_of(error)
             log.info("%s did not obey %s: %s", command.process, type(command.order).__name__, why)
