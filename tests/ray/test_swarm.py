@@ -32,6 +32,8 @@ from orchestrator.summary import Summary, load_summary
 from tests.ray.prometheus import Prometheus, expressions
 from workers.data.index import load_index
 from workers.pipeline.records import (
+    LeftRecord,
+    ServeRecord,
     StageCommitRecord,
     StageSyncRecord,
     StepFenceRecord,
@@ -168,6 +170,24 @@ class LiveSwarm:
         self.until(lambda _: not Path(f"/proc/{pid}").exists(), f"process {pid}, which hung, to be gone")
         return took_s
 
+    def cause(self, fault: str) -> None:
+        """Cause a fault now."""
+        caused = ray.get(self.controller.chaos.remote([fault]), timeout=WAIT_S)
+        assert caused == {"done": [fault], "error": None}
+
+    def rest(self, seconds: float) -> None:
+        """Let the run go on for a while."""
+        ray.get(self.controller.wait.remote(seconds), timeout=WAIT_S)
+
+    def leave(self, *names: str) -> None:
+        """Ask processes to go, until they have gone and their successors serve; steps are made meanwhile."""
+        pids = {name: self.status()["pids"][name] for name in names}
+        asks = self.controller.leave.remote
+        self.until(lambda _: not ray.get(asks(list(names)), timeout=WAIT_S)["leaving"], f"{names} to leave")
+        for name, pid in pids.items():
+            self.until(lambda _, pid=pid: not Path(f"/proc/{pid}").exists(), f"{name}, process {pid}, to be gone")  # type: ignore[misc]
+        self.steps_more(2)
+
     def records(self) -> list[Record]:
         return [row.record for row in read_run(self.run_dir).rows]
 
@@ -180,6 +200,9 @@ class Story:
     summary: Summary
     recovered_s: dict[str, float]
     dead: list[str]
+    left: list[str]
+    left_stage: int
+    left_since: int
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +224,11 @@ def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.T
         ray.kill(run.controller, no_restart=False)
         run.until(lambda _: sum(isinstance(r, TermRecord) for r in run.records()) > lives, "the controller's next life")
         run.steps_more(2)
+        run.until_complete()
+        # All who serve a stage, of which another can spare a peer: the last one waits until it has taken over.
+        stage = min(range(3), key=lambda stage: len(run.serving(stage)))
+        left, left_since = run.serving(stage), len(run.records())
+        run.leave(*left)
         ray.get(run.controller.stop.remote(), timeout=WAIT_S)
         run.until(lambda status: status["over"], "the end")
     finally:
@@ -213,6 +241,9 @@ def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.T
         summary=load_summary(run.run_dir),
         recovered_s=recovered_s,
         dead=[*whole, *third, "trainer-1", "trainer-0"],
+        left=left,
+        left_stage=stage,
+        left_since=left_since,
     )
 
 
@@ -235,7 +266,8 @@ def test_every_microbatch_counts_once_in_every_stage(story: Story) -> None:
 
 
 def test_the_dead_are_blamed_and_nobody_else(story: Story) -> None:
-    assert sorted(r.member for r in story.records if isinstance(r, FenceRecord)) == sorted(story.dead)
+    dead = [r.member for r in story.records if isinstance(r, FenceRecord) and not r.why.startswith("left:")]
+    assert sorted(dead) == sorted(story.dead)
     blamed = {r.peer.partition(".")[0] for r in story.records if isinstance(r, StepFenceRecord)}
     moved = {move.partition(".")[0] for move in story.history.moves}
     assert blamed <= set(story.dead) | moved | _filled(story.records)
@@ -249,6 +281,19 @@ def _filled(records: list[Record]) -> set[str]:
 def test_a_trainer_that_hangs_is_ended(story: Story) -> None:
     [hung] = [r for r in story.records if isinstance(r, FenceRecord) and "it hangs" in r.why]
     assert hung.member == "trainer-0" and "no heartbeat for 5 s" in hung.why
+
+
+def test_a_whole_stage_leaves_and_hands_over(story: Story) -> None:
+    """Nothing that it had counted is counted again, and another peer serves its stage before its last one goes."""
+    since = story.records[story.left_since :]
+    gone = {r.process: i for i, r in enumerate(since) if isinstance(r, LeftRecord)}
+    assert gone.keys() == set(story.left) and gone
+    [came] = [i for i, r in enumerate(since) if isinstance(r, ServeRecord) and r.stage == story.left_stage]
+    heir = since[came]
+    assert isinstance(heir, ServeRecord) and heir.why.startswith("moved from stage") and heir.process not in gone
+    assert came < max(gone.values())
+    assert not [r for r in since if isinstance(r, StepFenceRecord)]
+    assert all(not r.why for r in since if isinstance(r, StepRecord)), "a step was begun anew"
 
 
 def test_no_commit_has_a_single_holder(story: Story) -> None:
@@ -352,8 +397,7 @@ def _strike(run: LiveSwarm, victim: str) -> None:
         if not ended and time.monotonic() - struck_s > AGAIN_S:
             strikes += 1
             assert strikes <= 3, f"{victim} lost three numbers and goes on"
-            caused = ray.get(run.controller.chaos.remote([f"nan:{victim}"]), timeout=WAIT_S)
-            assert caused == {"done": [f"nan:{victim}"], "error": None}
+            run.cause(f"nan:{victim}")
             struck_s = time.monotonic()
         return ended
 
@@ -394,7 +438,7 @@ def _rest(run: LiveSwarm) -> None:
     assert ask(run, "runs")[0]["state"] == "paused"
     run.until(lambda status: not status["busy"], "the step to end")
     resting = run.status()["version"]
-    ray.get(run.controller.wait.remote(1.0), timeout=WAIT_S)
+    run.rest(1.0)
     assert run.status()["version"] == resting
     ask(run, "resume")
     run.steps_more(1)
