@@ -40,7 +40,7 @@ from workers.pipeline.records import (
     StepRecord,
     WorkLostRecord,
 )
-from workers.records import FenceRecord, Record, TermRecord
+from workers.records import FaultRecord, FenceRecord, Record, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -178,6 +178,10 @@ class LiveSwarm:
     def rest(self, seconds: float) -> None:
         """Let the run go on for a while."""
         ray.get(self.controller.wait.remote(seconds), timeout=WAIT_S)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What is said of each step, in order."""
+        return [json.loads(line) for line in (self.run_dir / "pipeline.jsonl").read_text().splitlines()]
 
     def leave(self, *names: str) -> None:
         """Ask processes to go, until they have gone and their successors serve; steps are made meanwhile."""
@@ -351,6 +355,7 @@ def test_diloco_inside_stages_is_operated_like_any_run(
         saved = ask(run, "save")["snapshot"]
         run.until(lambda _: (run.run_dir / "snapshots" / saved / "pipeline.json").exists(), "the snapshot")
         assert ask(run, "set", values={"strategy.inner_steps": 2})["set"] == {"strategy.inner_steps": 2}
+        _cut(run)
         _strike(run, victim := run.serving(1)[0])
         run.steps_more(4)
         _look(run, victim)
@@ -383,6 +388,26 @@ def test_diloco_inside_stages_is_operated_like_any_run(
     assert list((run.run_dir / "tensorboard").glob("events*"))
 
 
+def _cut(run: LiveSwarm) -> None:
+    """Nothing passes a link that is cut, and nobody dies of it; one that is slow makes steps slow."""
+    victim = run.serving(0)[0]
+    for link in (victim, f"{victim}+trainer-0"):
+        run.cause(f"cut:{link}")
+        run.rest(0.7)  # a step that it had counted already may be over by then
+        version = run.status()["version"]
+        run.rest(0.7)
+        assert run.status()["version"] == version, f"steps were made while {link} was cut"
+        run.cause(f"heal:{link}")
+        run.steps_more(2)
+    run.cause("delay:trainer-0,for=3s,by=0.03s")
+    [since_s] = [r.t_s for r in run.records() if isinstance(r, FaultRecord) and r.fault == "delay"]
+    run.until(lambda _: run.steps()[-1]["t_s"] > since_s + 3.0, "the end of the delay")
+    slow = [one for one in run.steps() if since_s + 0.1 < one["t_s"] - one["seconds"] and one["t_s"] < since_s + 3.0]
+    # Five calls, one after the other, each late on its way there and back.
+    assert slow and all(one["seconds"] > 0.3 for one in slow), run.steps()[-8:]
+    assert not [r for r in run.records() if isinstance(r, FenceRecord)]
+
+
 def _strike(run: LiveSwarm, victim: str) -> None:
     """A peer loses a number, which is what it dies of, and nobody else.
 
@@ -401,7 +426,7 @@ def _strike(run: LiveSwarm, victim: str) -> None:
             struck_s = time.monotonic()
         return ended
 
-    refused = ray.get(run.controller.chaos.remote([f"cut:{victim}"]), timeout=WAIT_S)
+    refused = ray.get(run.controller.chaos.remote([f"corrupt:{victim}"]), timeout=WAIT_S)
     assert "no fault of a pipeline" in refused["error"]
     run.until(dies, f"the end of {victim}")
     [gone] = [r for r in run.records() if isinstance(r, FenceRecord)]
