@@ -2,10 +2,7 @@
 
 `Chaos` is put around the context that an island is given (`Chaos.context`): what it posts, hears and fetches passes
 here, and so do its clock and the ends of its steps. Without a fault everything passes at once; the code of the island
-knows nothing of it. `Chaos.apply` begins a fault from any thread, and ends it after its time.
-
-A link that is cut carries nothing and says nothing, like a cable that was pulled: a fetch hangs until a keepalive would
-have noticed, then its peer is unreachable; control messages arrive late, in their order, once the link is healed.
+knows nothing of it. `Chaos.apply` begins a fault from any thread, and ends it after its time. Links: `faults.links`.
 """
 
 from __future__ import annotations
@@ -17,14 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
+from faults.links import OF_LINKS, Lasting, LinkedTransport, Links
 from faults.plan import ATTACKS, LABEL_FLIP, PlannedFault
 from faults.process import FullDisk, JumpClock, die, pause, run_out_of_memory
 from workers.context import IslandContext
 from workers.messages import Announce, Batch, Envelope, Offer, Peers
-from workers.transport.base import Blob, Transport
-from workers.transport.errors import PeerUnreachable
+from workers.transport.base import Transport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,51 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("atoll.chaos")
 
-NOTICED_S = 4.0
-"""Seconds after which a fetch over a cut link fails: keepalive time and time-out of the real transport."""
 RECENT_STEPS = 16
-Message = TypeVar("Message")
-
-
-class Line(Generic[Message]):
-    """Messages in one direction, in order: at once, late, or not before the line is healed."""
-
-    def __init__(self, send: Callable[[Message], None], *, name: str) -> None:
-        """`send` takes the messages that get through."""
-        self._send, self._name = send, name
-        self._changed = threading.Condition()
-        self._queue: deque[tuple[float, Message]] = deque()
-        self._cut = self._busy = False
-        self._delay_s = 0.0
-
-    def put(self, message: Message) -> None:
-        """Send a message; never blocks longer than `send`, unless messages are waiting."""
-        with self._changed:
-            at_once = not (self._cut or self._delay_s or self._busy)
-            if not at_once:
-                self._queue.append((time.monotonic() + self._delay_s, message))
-                if not self._busy:
-                    self._busy = True
-                    threading.Thread(target=self._run, name=f"line-{self._name}", daemon=True).start()
-        if at_once:
-            self._send(message)
-
-    def set(self, *, cut: bool, delay_s: float) -> None:
-        """Cut it or heal it, and delay what is put from now on."""
-        with self._changed:
-            self._cut, self._delay_s = cut, delay_s
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._queue and (self._cut or self._queue[0][0] > time.monotonic()):
-                    self._changed.wait(None if self._cut else max(self._queue[0][0] - time.monotonic(), 0.0))
-                if not self._queue:
-                    self._busy = False
-                    return
-                _, message = self._queue.popleft()
-            self._send(message)
 
 
 class Chaos:
@@ -90,16 +43,14 @@ class Chaos:
         self.disk = FullDisk()
         self._inner = context
         self._changed = threading.Condition()
-        self._addresses: dict[str, str] = {}  # transport address -> member
-        self._cut_off = False
-        self._cut_peers: set[str] = set()
-        self._delay_s, self._factor = 0.0, 1.0
+        self._factor = 1.0
         self._hung = self._nan = self._corrupt = False
-        self._serial: dict[str, int] = {}  # of the newest fault of a kind: an older one's end does not end it
+        self._lasting = Lasting(self._change)
+        self.links = Links(self.name)
         self._stepped_s: float | None = None
         self._gaps: deque[float] = deque(maxlen=RECENT_STEPS)
-        self.out: Line[Envelope] = Line(context.post, name="out")
-        self.into: Line[Batch] = Line(self._deliver, name="in")
+        self.out = self.links.line(context.post, name="out")
+        self.into = self.links.line(self._deliver, name="in")
         self.context: IslandContext = _ChaosContext(self, context)
         self._attack = Attack(self.name, self.context)
 
@@ -123,62 +74,37 @@ class Chaos:
                 self._nan = True
             case "corrupt":
                 self._corrupt = True
-            case "heal":
-                self._set(fault, on=False)
-            case "hang" | "slow" | "cut" | "delay" | "disk_full" | "attack":
-                self._set(fault, on=True)
+            case kind if kind in OF_LINKS:
+                self.links.apply(fault)
+                if kind == "heal" and fault.targets == (self.name,):
+                    self._recover()
+            case "hang" | "slow" | "disk_full" | "attack" as kind:
+                self._lasting.set(fault, on=True, what=kind)
             case _:
                 raise ValueError(f"{fault.kind} is no fault of a member")
 
-    def _set(self, fault: PlannedFault, *, on: bool) -> None:
-        """Begin or end what lasts; what has a length ends by itself."""
-        peers = [name for name in fault.targets if name != self.name]
-        kind = "attack" if fault.kind in ATTACKS else fault.kind
-        what = f"cut:{'+'.join(peers)}" if fault.kind in ("cut", "heal") else kind
+    def _change(self, fault: PlannedFault, on: bool) -> None:
         with self._changed:
-            serial = self._serial[what] = self._serial.get(what, 0) + 1
-            self._change(fault, peers, on=on)
-        if on and fault.for_s is not None:
-            timer = threading.Timer(fault.for_s, self._end, (fault, peers, what, serial))
-            timer.daemon = True
-            timer.start()
-
-    def _end(self, fault: PlannedFault, peers: Sequence[str], what: str, serial: int) -> None:
-        with self._changed:
-            if self._serial[what] == serial:
-                log.warning("over: %s", fault)
-                self._change(fault, peers, on=False)
-
-    def _change(self, fault: PlannedFault, peers: Sequence[str], *, on: bool) -> None:
-        match fault.kind:
-            case "hang":
-                self._hung = on
-            case "slow":
-                self._factor = (fault.factor or 1.0) if on else 1.0
-            case "delay":
-                self._delay_s = (fault.by_s or 0.0) if on else 0.0
-            case attack if attack in ATTACKS:
-                self._attack.end()
-                if on:
-                    self._attack.begin(fault)
-            case "disk_full":
-                self.disk.fill() if on else self.disk.free()
-            case "cut" | "heal" if self.name not in fault.targets or peers:
-                (self._cut_peers.update if on else self._cut_peers.difference_update)(peers)
-            case _:
-                self._cut_off = on
-                if fault.kind == "heal":
-                    self._recover()
-        for line in (self.out, self.into):
-            line.set(cut=self._cut_off, delay_s=self._delay_s)
-        self._changed.notify_all()
+            match fault.kind:
+                case "hang":
+                    self._hung = on
+                case "slow":
+                    self._factor = (fault.factor or 1.0) if on else 1.0
+                case "disk_full":
+                    self.disk.fill() if on else self.disk.free()
+                case _:
+                    self._attack.end()
+                    if on:
+                        self._attack.begin(fault)
+            self._changed.notify_all()
 
     def _recover(self) -> None:
         """Whatever lasts here is over, also what began without an end."""
-        self._cut_peers.clear()
-        self._hung, self._factor, self._delay_s = False, 1.0, 0.0
-        self._attack.end()
-        self.disk.free()
+        with self._changed:
+            self._hung, self._factor = False, 1.0
+            self._attack.end()
+            self.disk.free()
+            self._changed.notify_all()
 
     # ------------------------------------------------------------ what passes
 
@@ -190,7 +116,7 @@ class Chaos:
         for body in batch.bodies:
             match body:
                 case Peers(peers=peers):
-                    self._addresses.update({address: who.rpartition(".")[0] for who, address, _ in peers})
+                    self.links.addresses.update({address: who.rpartition(".")[0] for who, address, _ in peers})
                     self._attack.num_others = len(peers) - 1
                 case Announce():
                     self._attack.hear(body)
@@ -207,21 +133,6 @@ class Chaos:
                     self._corrupt = False
                     _flip_a_byte(self._inner, body, envelope)
         self.out.put(envelope)
-
-    def pass_link(self, address: str, timeout_s: float) -> None:
-        """A fetch comes by: it waits while the link is cut, and fails as it would. Raises PeerUnreachable."""
-        deadline_s = time.monotonic() + min(timeout_s, NOTICED_S)
-        with self._changed:
-            while self._cut_off or self._addresses.get(address) in self._cut_peers:
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0:
-                    raise PeerUnreachable(peer=address, cause="no answer on a link that is cut on purpose")
-                self._changed.wait(left_s)
-
-    def late(self, address: str) -> None:
-        """A fetch waits for its delay."""
-        if self._delay_s:
-            time.sleep(self._delay_s)
 
     def stepped(self) -> None:
         """The training thread has made a step: it is slowed down, hangs, or loses its numbers here."""
@@ -318,31 +229,13 @@ def _flip_a_byte(context: IslandContext, offer: Offer, envelope: Envelope) -> No
             context.store.put(key, damaged, digest_hex=digest(damaged))
 
 
-class _ChaosTransport:
-    """A transport whose fetches pass `Chaos`."""
-
-    def __init__(self, inner: Transport, chaos: Chaos) -> None:
-        self._inner, self._chaos = inner, chaos
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def fetch(self, address: str, keys: Sequence[str], *, timeout_s: float, **how: Any) -> list[Blob]:
-        """As the transport does."""
-        self._chaos.late(address)
-        self._chaos.pass_link(address, timeout_s)
-        blobs = self._inner.fetch(address, keys, timeout_s=timeout_s, **how)
-        self._chaos.pass_link(address, timeout_s)  # what was under way when the link was cut does not arrive
-        return blobs
-
-
 class _ChaosContext(IslandContext):
     """A context whose calls in all directions pass `Chaos`."""
 
     def __init__(self, chaos: Chaos, inner: IslandContext) -> None:
         self._chaos = chaos
         values = {field.name: getattr(inner, field.name) for field in fields(inner) if field.name != "deliver"}
-        values["transport"] = cast(Transport, _ChaosTransport(inner.transport, chaos))
+        values["transport"] = cast(Transport, LinkedTransport(inner.transport, chaos.links))
         super().__init__(**{**values, "post": chaos.say, "clock": chaos.clock, "on_step": chaos.stepped})
 
     @property

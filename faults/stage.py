@@ -1,7 +1,8 @@
-"""What can be made to go wrong in a stage peer's process while it runs; `faults.chaos` is the same of islands.
+"""What can be made to go wrong in a process of a pipeline while it runs; `faults.chaos` is the same of islands.
 
 `StageChaos.after` runs at the end of each call of a trainer, while the peer's one device is taken: there it is slowed
-down, or hangs. Death, memory and a stop are of the process as a whole, also of a trainer's.
+down, or hangs. Death, memory and a stop are of the process as a whole, also of a trainer's; so are its links, which the
+actor's shell has its calls, its messages and its transport pass (`ProcessChaos.links`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import threading
 import time
 
+from faults.links import OF_LINKS, Lasting, Links
 from faults.plan import PlannedFault
 from faults.process import strike_process
 from workers.pipeline.host import PeerHost
@@ -17,50 +19,69 @@ from workers.pipeline.host import PeerHost
 log = logging.getLogger("atoll.chaos")
 
 
-class StageChaos:
-    """The faults of one stage peer."""
+class ProcessChaos:
+    """The faults of any process of a pipeline: of a trainer these are all."""
 
-    def __init__(self, host: PeerHost) -> None:
-        self._host = host
-        self._changed = threading.Condition()
-        self._factor, self._hung = 1.0, False
-        self._serial: dict[str, int] = {}  # of the newest fault of a kind: an older one's end does not end it
-        host.after_call = self.after
+    what = "trainer"
+
+    def __init__(self, links: Links) -> None:
+        """`links`: of the process; nothing is wrong yet."""
+        self.links = links
 
     def apply(self, fault: PlannedFault) -> None:
-        """Begin a fault. Raises ValueError for one that stage peers do not have."""
+        """Begin a fault. Raises ValueError for one that such a process does not have."""
         if strike_process(fault):
             return
         log.warning("injected: %s", fault)
+        if fault.kind in OF_LINKS:
+            self.links.apply(fault)
+            if fault.kind == "heal" and fault.targets == (self.links.name,):
+                self._recover()
+        else:
+            self._begin(fault)
+
+    def _begin(self, fault: PlannedFault) -> None:
+        raise ValueError(f"{fault.kind} is no fault of a {self.what}")
+
+    def _recover(self) -> None:
+        """Whatever lasts here beside its links is over."""
+
+
+class StageChaos(ProcessChaos):
+    """The faults of one stage peer."""
+
+    what = "stage peer"
+
+    def __init__(self, host: PeerHost, links: Links) -> None:
+        """From now on each call of `host` ends in `after`."""
+        super().__init__(links)
+        self._host = host
+        self._changed = threading.Condition()
+        self._factor, self._hung = 1.0, False
+        self._lasting = Lasting(self._change)
+        host.after_call = self.after
+
+    def _begin(self, fault: PlannedFault) -> None:
         match fault.kind:
             case "nan":
                 self._host.lose_a_number()
             case "hang" | "slow":
-                self._set(fault)
+                self._lasting.set(fault, on=True)
             case _:
-                raise ValueError(f"{fault.kind} is no fault of a stage peer")
+                super()._begin(fault)
 
-    def _set(self, fault: PlannedFault) -> None:
+    def _change(self, fault: PlannedFault, on: bool) -> None:
         with self._changed:
-            serial = self._serial[fault.kind] = self._serial.get(fault.kind, 0) + 1
-            self._change(fault, on=True)
-        if fault.for_s is not None:
-            timer = threading.Timer(fault.for_s, self._end, (fault, serial))
-            timer.daemon = True
-            timer.start()
+            if fault.kind == "hang":
+                self._hung = on
+            else:
+                self._factor = (fault.factor or 1.0) if on else 1.0
+            self._changed.notify_all()
 
-    def _end(self, fault: PlannedFault, serial: int) -> None:
+    def _recover(self) -> None:
         with self._changed:
-            if self._serial[fault.kind] == serial:
-                log.warning("over: %s", fault)
-                self._change(fault, on=False)
-
-    def _change(self, fault: PlannedFault, *, on: bool) -> None:
-        if fault.kind == "hang":
-            self._hung = on
-        else:
-            self._factor = (fault.factor or 1.0) if on else 1.0
-        self._changed.notify_all()
+            self._hung, self._factor = False, 1.0
+            self._changed.notify_all()
 
     def after(self, seconds: float) -> None:
         """A call has taken so long: it takes longer, or does not end."""

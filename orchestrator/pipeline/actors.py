@@ -8,34 +8,35 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from faults.plan import PlannedFault
-from faults.process import strike_process
 from orchestrator.island_actor import _logged, log_to, own_run_dir
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name, island_actor_name
 from workers.pipeline.calls import Call
 from workers.pipeline.memory import resident_bytes
-from workers.pipeline.messages import FromPeer, FromTrainer, PeerPlace, ToPeer, ToTrainer
+from workers.pipeline.messages import FromPeer, FromTrainer, PeerPlace, Ping, ToPeer, ToTrainer
 from workers.pipeline.spec import PipelineSpec
 from workers.stack import allow_dumps
 
 if TYPE_CHECKING:
-    from faults.stage import StageChaos
+    from faults.links import Line, Links
+    from faults.stage import ProcessChaos, StageChaos
     from workers.pipeline.host import PeerHost
     from workers.pipeline.peer import Reply, Request
     from workers.pipeline.trainer import TrainerHost
     from workers.store import BlobStore
+    from workers.transport.base import Transport
     from workers.transport.flight import FlightTransport
 
 TICK_S = 0.1
@@ -44,6 +45,7 @@ FETCH_THREADS = 8
 
 log = logging.getLogger("atoll.pipeline")
 
+T = TypeVar("T")
 Present = dict[str, Any]
 """What a process says of itself when it has begun: fields of `Joined`, its id, and the name of its log."""
 
@@ -58,12 +60,13 @@ class _Process:
         self.log_file = str(self.spec.run_dir / "logs" / Path(log_file).name)
         self.transport: FlightTransport | None = None
 
-    def _settle_in(self) -> tuple[BlobStore, FlightTransport]:
+    def _settle_in(self, links: Links) -> tuple[BlobStore, Transport]:
         log_to(Path(self.log_file))
         allow_dumps()
         log.info("%s is process %d", self.process, os.getpid())
         import torch
 
+        from faults.links import LinkedTransport
         from workers.data.fetch import is_uri, local_pack
         from workers.store import BlobStore
         from workers.transport.flight import FlightTransport
@@ -78,7 +81,7 @@ class _Process:
         )
         transport.start()
         self.transport = transport
-        return store, transport
+        return store, cast("Transport", LinkedTransport(transport, links))
 
     def _has_log_at(self, probe: str) -> bool:
         Path(probe).touch()
@@ -96,7 +99,10 @@ class _Process:
         }
 
 
-@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"calls": 3, "book": 2, "orders": 1, "work": 6, "watch": 16})
+GROUPS = {"calls": 3, "book": 2, "orders": 1, "work": 6, "signs": 2, "watch": 16}
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups=GROUPS)
 class StagePeerActor(_Process):
     """One stage peer's process."""
 
@@ -112,40 +118,55 @@ class StagePeerActor(_Process):
         """Open the log and serve; what this process is, and what it holds. Idempotent."""
         if self.host is None:
             with _logged("the peer did not start"):
+                from faults.links import Links
                 from faults.stage import StageChaos
                 from workers.pipeline.local_host import build_host
 
-                store, transport = self._settle_in()
+                links = Links(self.process)
+                store, transport = self._settle_in(links)
                 self.host = build_host(self.spec, self.process, store, transport)
-                self.chaos = StageChaos(self.host)
+                self.chaos = StageChaos(self.host, links)
         return {**self._present(), **self.host.present()}
 
     @ray.method(concurrency_group="calls")
     def call(self, request: Request) -> Reply:
         """See `PeerHost.call`; calls wait here for their turn, while the next one's tensors are fetched."""
-        assert self.host is not None, "begin() comes first"
-        with self._ends_if_damaged():
-            return self.host.call(request)
+        with self._links_hold() as host, self._ends_if_damaged():
+            return host.call(request)
 
     @ray.method(concurrency_group="book")
     def withdraw(self, call: Call, round_: int) -> Reply | None:
         """See `PeerHost.withdraw`."""
-        assert self.host is not None, "begin() comes first"
-        return self.host.withdraw(call, round_)
+        with self._links_hold() as host:
+            return host.withdraw(call, round_)
 
     @ray.method(concurrency_group="orders")
     def obey(self, order: ToPeer) -> FromPeer:
         """Orders that come one after the other."""
-        assert self.host is not None, "begin() comes first"
-        with self._ends_if_damaged():
-            return self.host.do(order)
+        with self._links_hold() as host, self._ends_if_damaged():
+            return host.do(order)
 
     @ray.method(concurrency_group="work")
     def work(self, order: ToPeer) -> FromPeer:
         """Orders that fetch and compute: beside each other."""
-        assert self.host is not None, "begin() comes first"
-        with self._ends_if_damaged():
-            return self.host.do(order)
+        with self._links_hold() as host, self._ends_if_damaged():
+            return host.do(order)
+
+    @ray.method(concurrency_group="signs")
+    def ping(self) -> FromPeer:
+        """See `Ping`: answered whatever else goes on."""
+        with self._links_hold() as host:
+            return host.do(Ping())
+
+    @contextmanager
+    def _links_hold(self) -> Iterator[PeerHost]:
+        """What comes, and what goes back, passes the links, which may be cut or slow on purpose."""
+        assert self.host is not None and self.chaos is not None, "begin() comes first"
+        self.chaos.links.hold()
+        try:
+            yield self.host
+        finally:
+            self.chaos.links.hold()
 
     @contextmanager
     def _ends_if_damaged(self) -> Iterator[None]:
@@ -181,6 +202,12 @@ class StagePeerActor(_Process):
             self.chaos.apply(fault)
 
     @ray.method(concurrency_group="watch")
+    def meet(self, addresses: dict[str, str]) -> None:
+        """Whose transport is at which address, for links that are cut."""
+        if self.chaos is not None:
+            self.chaos.links.addresses.update(addresses)
+
+    @ray.method(concurrency_group="watch")
     def figures(self) -> dict[str, float]:
         """Seconds inside calls and bytes on the wire so far, and memory now."""
         assert self.host is not None and self.transport is not None, "begin() comes first"
@@ -207,24 +234,40 @@ class TrainerActor(_Process):
     """One trainer's process: an event loop around a `TrainerHost`."""
 
     host: TrainerHost | None = None
+    chaos: ProcessChaos | None = None
+    links: Links
+    into: Line[ToTrainer]
+    out: Line[FromTrainer]
 
     async def begin(self) -> Present:
         """Open the log and the data, and serve. Idempotent."""
         if self.host is None:
             with _logged("the trainer did not start"):
+                from faults.links import Links
+                from faults.stage import ProcessChaos
                 from workers.pipeline.trainer import TrainerHost
 
-                store, transport = self._settle_in()
+                loop = asyncio.get_running_loop()
+                self.links = Links(self.process)
+                # In their order, whatever a fault holds back: always by the loop's queue, also where nothing does.
+                self.into = self.links.line(lambda one: _soon(loop, self._hear, one), name="in")
+                self.out = self.links.line(lambda one: _soon(loop, self._say, one), name="out")
+                store, transport = self._settle_in(self.links)
                 self.controller = ray.get_actor(controller_name(self.spec.run_id), namespace=NAMESPACE)
                 self.peers: dict[str, ActorHandle] = {}
                 self.fetching = ThreadPoolExecutor(max_workers=FETCH_THREADS, thread_name_prefix="fetch")
                 self.tasks: set[asyncio.Task[None]] = set()
                 self.host = TrainerHost(self.spec, self.process, store, transport, self, time.monotonic)
+                self.chaos = ProcessChaos(self.links)
                 self._task(self._tick())
         return {**self._present(), "memory_bytes": 0}
 
     async def deliver(self, message: ToTrainer) -> None:
         """A message of the controller."""
+        assert self.host is not None, "begin() comes first"
+        self.into.put(message)
+
+    def _hear(self, message: ToTrainer) -> None:
         assert self.host is not None, "begin() comes first"
         with _logged("the trainer failed"):
             self.host.handle(message)
@@ -243,8 +286,13 @@ class TrainerActor(_Process):
         os.kill(os.getpid(), signal_number)
 
     async def afflict(self, fault: PlannedFault) -> None:
-        """Injected fault of a whole process."""
-        strike_process(fault)
+        """Injected fault: it begins now, and ends by itself if it has a length."""
+        if self.chaos is not None:
+            self.chaos.apply(fault)
+
+    async def meet(self, addresses: dict[str, str]) -> None:
+        """Whose transport is at which address, for links that are cut."""
+        self.links.addresses.update(addresses)
 
     async def read_log(self, offset: int, num_bytes: int) -> bytes:
         """What this process's log has at an offset."""
@@ -278,6 +326,9 @@ class TrainerActor(_Process):
 
     def tell(self, message: FromTrainer) -> None:
         """See `workers.pipeline.trainer.Hands.tell`."""
+        self.out.put(message)
+
+    def _say(self, message: FromTrainer) -> None:
         self._task(self._tell(message))
 
     async def _tell(self, message: FromTrainer) -> None:
@@ -293,13 +344,21 @@ class TrainerActor(_Process):
             self.peers[place.nonce] = ray.get_actor(name, namespace=NAMESPACE)
         return self.peers[place.nonce]
 
+    async def _ask(self, place: PeerPlace, ask: Callable[[ActorHandle], Awaitable[T]]) -> T:
+        """Call a peer: what goes there and what comes back passes the links."""
+        await self.links.hold_async(place.process)
+        try:
+            return await ask(self._peer(place))
+        finally:
+            await self.links.hold_async(place.process)
+
     async def _send(self, place: PeerPlace, request: Request) -> None:
         from workers.transport.errors import TransportError
 
         host, call, round_ = self.host, request.call, request.round_
         assert host is not None, "it sends after it began"
         try:
-            reply = await self._peer(place).call.remote(request)
+            reply = await self._ask(place, lambda peer: peer.call.remote(request))
             loop = asyncio.get_running_loop()
             reply, data = await loop.run_in_executor(self.fetching, host.fetch_timed, place, reply)
         except RayTaskError as error:
@@ -316,7 +375,7 @@ class TrainerActor(_Process):
         host = self.host
         assert host is not None, "it withdraws after it began"
         try:
-            reply = await self._peer(place).withdraw.remote(call, round_)
+            reply = await self._ask(place, lambda peer: peer.withdraw.remote(call, round_))
             data = None
             if reply is not None:
                 data = await asyncio.get_running_loop().run_in_executor(self.fetching, host.fetch, place, reply)
@@ -324,6 +383,10 @@ class TrainerActor(_Process):
             host.unreachable(call, round_, _first_line(error))
         else:
             host.withdrawn(call, round_, reply, data)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, what: Callable[[T], None], one: T) -> None:
+    loop.call_soon_threadsafe(what, one)
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,9 @@ from orchestrator.pipeline.commands import (
 from orchestrator.pipeline.commit import Contradiction, StepCommit
 from orchestrator.pipeline.leaving import Leaving
 from orchestrator.pipeline.roster import Peer, deal
+from orchestrator.pipeline.watch import PING
 from workers.pipeline.messages import (
+    Alive,
     Applied,
     Apply,
     Evaluated,
@@ -84,7 +86,8 @@ class PipelineBrain(Leaving):
                 self._died(event)
             case Answered(ticket=ticket, answer=answer):
                 process, about = self._open.pop(ticket, ("", ()))
-                self._strikes.pop(process, None)
+                if about != PING:  # whose orders wait for a call that hangs answers that as well
+                    self._strikes.pop(process, None)
                 if about and process in self.roster.peers:
                     self._answered(self.roster.peers[process], about, answer)
             case Failed(ticket=ticket, why=why):
@@ -378,6 +381,8 @@ class PipelineBrain(Leaving):
         match about, answer:
             case ("probe",), Probed(seconds=seconds):
                 peer.link_s = seconds
+            case ("ping",), Alive():
+                self._lives(peer, answer)
             case ("take", int(stage), (str() | None) as name, int()), Holds():
                 self._took(peer, stage, name, answer)
             case ("offer", int(stage), str(name)), Offered(microbatches=ids) if commit is not None:
@@ -471,8 +476,10 @@ class PipelineBrain(Leaving):
         self._later = [(time_s, what) for time_s, what in self._later if time_s > self._now_s]
         for what in due:
             what()
+        self._forgive_absence()
         self._look_for_silence()
         self._look_for_trainers()
+        self._look_for_peers()
         self._look_for_leavers()
         if self.begun and not self.roster.trainers and self.commit is not None and self.commit.trainers:
             self.commit.stop_spreading()

@@ -26,7 +26,6 @@ from orchestrator.config import RunConfig
 from orchestrator.ending import make_sure
 from orchestrator.events import FaultNoticed, LeaveRequested
 from orchestrator.hands import new_nonce, reason_of
-from orchestrator.injector import Injector
 from orchestrator.island_actor import log_to
 from orchestrator.journal import open_segment
 from orchestrator.pipeline.actors import StagePeerActor, TrainerActor
@@ -57,13 +56,13 @@ from orchestrator.pipeline.figures import Figures, seconds_so_far
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import PipelineHistory, replay, seal, set_aside
 from orchestrator.pipeline.rounds import resumed_brain
-from orchestrator.pipeline.site import PipelineSite
+from orchestrator.pipeline.site import PipelineInjector, PipelineSite
 from orchestrator.pipeline.telemetry import PipelineAlarms, PipelineTelemetry
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, find_islands, island_actor_name
 from orchestrator.rundir import RunDir, RunDirInUse
 from orchestrator.summary import save_summary
 from workers.data.index import load_index
-from workers.pipeline.messages import FromTrainer, Probe, Reduce, Spread, TakeStage
+from workers.pipeline.messages import FromTrainer, Ping, Probe, Reduce, Spread, TakeStage
 from workers.records import FaultRecord, Record
 
 TICK_S = 0.1
@@ -133,12 +132,13 @@ class PipelineActor(PipelineControls):
             self.over.set()
             raise
         with must_not_fail():
-            self.injector = Injector(
+            self.injector = PipelineInjector(
                 self.planned,
                 PipelineSite(lambda: self.brain, self.journal, self._now_s, self._do),
                 self.clock,
                 self._actors,
                 lambda: str(ray.get_runtime_context().gcs_address),
+                addresses=lambda: self.brain.roster.at(),
             )
             self.injector.resume()
             self.telemetry.open()
@@ -384,6 +384,7 @@ class PipelineActor(PipelineControls):
             self.labels[process], self.log_of[nonce] = f"{name}.{life}", self.run_dir / "logs" / written
             self.here.add(process)
             self._do(Joined(**present))
+            self.injector.greet(process)
             self._task(self._collect_log(nonce, handle))
             node = self.nodes[process] = present["node"]
             damage = ""
@@ -425,7 +426,7 @@ class PipelineActor(PipelineControls):
         handle, brain = self.handles[command.process][1], self.brain
         call = handle.work if isinstance(command.order, Probe | TakeStage | Reduce | Spread) else handle.obey
         try:
-            answer = await call.remote(command.order)
+            answer = await (handle.ping.remote() if isinstance(command.order, Ping) else call.remote(command.order))
         except (RayActorError, RayTaskError) as error:
             why = reason_of(error)
             log.info("%s did not obey %s: %s", command.process, type(command.order).__name__, why)

@@ -129,7 +129,7 @@ class StageKeeper:
         commit.fence(name, process)
         self._tell_all(PeerFenced(peer=name, step=commit.step))
         if process in self.roster.peers:
-            self._order((process, FenceStep(peer=name, step=commit.step), ("nothing",)))
+            self._order((process, FenceStep(peer=name, step=commit.step, round_=commit.round_), ("nothing",)))
 
     # ------------------------------------------------------------ stages
 

@@ -200,7 +200,8 @@ class LocalSwarm:
                         self.processes[name].alive = False
                         self.processes[name].transport.stop()
                 case Order():
-                    self._at(0.001, lambda one=command: self._do(one))  # type: ignore[misc]
+                    life = self._life
+                    self._at(0.001, lambda one=command, life=life: self._do(one, life))  # type: ignore[misc]
                 case Tell():
                     self._at(0.001, lambda one=command: self._tell(one))  # type: ignore[misc]
                 case StepDone():
@@ -218,14 +219,13 @@ class LocalSwarm:
             assert isinstance(host, TrainerHost), command
             host.handle(command.message)
 
-    def _do(self, command: Order) -> None:
+    def _do(self, command: Order, life: int) -> None:
         self.on_order(command)
         if not self._is_alive(command.process, command.nonce) or self.processes[command.process].hangs:
             return
         host = self.processes[command.process].host
         assert isinstance(host, PeerHost), command
         event: BrainEvent
-        life = self._life
         try:
             event = Answered(ticket=command.ticket, answer=host.do(command.order))
         except (PeerError, TransportError, Damaged) as error:

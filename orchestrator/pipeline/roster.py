@@ -101,6 +101,11 @@ class Roster:
             if peer.stage is not None
         )
 
+    def at(self) -> dict[str, str]:
+        """Transport address -> process, of everybody."""
+        peers = {peer.address: peer.process for peer in self.peers.values()}
+        return peers | {self.addresses[name]: name for name in self.trainers}
+
     def buddy_for(self, stage: int) -> Peer | None:
         """Who should keep a copy of a stage: of another stage, on another machine if possible, with fewest copies."""
         nodes = {peer.node for peer in self.serving(stage)}

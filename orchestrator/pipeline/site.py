@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from faults.plan import FaultPlanError, PlannedFault
 from orchestrator.events import FaultInjected, FaultNoticed
+from orchestrator.injector import Injector
 from orchestrator.journal import FileJournal
 from orchestrator.pipeline.brain import PipelineBrain
 from workers.records import Record
 
-KINDS = ("kill", "oom", "stop", "hang", "slow", "nan", "controller_kill", "head_kill", "storm")
-"""Of those of islands: messages, links and updates of islands are others than those of stage peers."""
+KINDS = (
+    "kill", "oom", "stop", "hang", "slow", "nan", "cut", "heal", "delay", "controller_kill", "head_kill", "storm"
+)  # fmt: skip
+"""Of those of islands: what islands send each other is not what stage peers do."""
 OF_PEERS = frozenset({"hang", "slow", "nan"})
 """What happens in computing, which a trainer does not do."""
 
@@ -70,3 +74,24 @@ class PipelineSite:
     def handle(self, event: FaultInjected | FaultNoticed) -> None:
         """See `Site`."""
         self._handle(event)
+
+
+class PipelineInjector(Injector):
+    """Also tells processes whose links are cut where the others are: islands hear it in their messages."""
+
+    def __init__(self, *of_any_run: Any, addresses: Callable[[], Mapping[str, str]]) -> None:
+        """`addresses`: transport address -> process, of all that are there."""
+        super().__init__(*of_any_run)
+        self._addresses = addresses
+
+    def greet(self, name: str) -> None:
+        """See `Injector.greet`; the others learn where the new process is."""
+        super().greet(name)
+        if self._links:
+            for actor in self._actors().values():
+                actor.meet.remote(dict(self._addresses()))
+
+    def _afflict(self, name: str, fault: PlannedFault) -> None:
+        if fault.kind == "cut" and (actor := self._actors().get(name)) is not None:
+            actor.meet.remote(dict(self._addresses()))
+        super()._afflict(name, fault)

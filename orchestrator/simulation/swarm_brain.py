@@ -185,7 +185,8 @@ class BrainWorld:
                         self.processes[name].alive = False
                         self.counts["ended"] += 1
                 case Order():
-                    self.at(0.01, lambda one=command: self._order(one))  # type: ignore[misc]
+                    life = self.life  # a controller that has died hears no answer, nor does its successor
+                    self.at(0.01, lambda one=command, life=life: self._order(one, life))  # type: ignore[misc]
                 case Tell(process=name, nonce=nonce, message=message):
                     process = self.processes.get(name)
                     if process is not None and process.nonce == nonce and isinstance(process.body, SymbolTrainer):
@@ -218,14 +219,13 @@ class BrainWorld:
         held, has_next, serves = process.body.present()
         return replace(known, held=held, has_next=has_next, serves=serves)
 
-    def _order(self, command: Order) -> None:
+    def _order(self, command: Order, life: int) -> None:
         process = self.processes.get(command.process)
         if process is not None and process.nonce == command.nonce:
-            self._into(process, lambda: self._do(process, command))
+            self._into(process, lambda: self._do(process, command, life))
 
-    def _do(self, process: _Process, command: Order) -> None:
+    def _do(self, process: _Process, command: Order, life: int) -> None:
         assert isinstance(process.body, SymbolPeer), command
-        life = self.life
         event: Event
         try:
             event = Answered(ticket=command.ticket, answer=process.body.do(command.order))

@@ -15,6 +15,7 @@ from orchestrator.pipeline.plan import PipelinePlan
 from workers.pipeline.accumulator import Accumulator, Begin
 from workers.pipeline.calls import Call
 from workers.pipeline.messages import (
+    Alive,
     Applied,
     Apply,
     Collect,
@@ -31,6 +32,7 @@ from workers.pipeline.messages import (
     OfferWork,
     OpenStep,
     PeerPlace,
+    Ping,
     Probe,
     Probed,
     Reduce,
@@ -146,7 +148,7 @@ class SymbolPeer:
     def withdraw(self, call: Call, round_: int) -> bool:
         """See `PeerHost.withdraw`."""
         serving = self.serving
-        if serving is None or serving.name != call.peer or self._rounds.get(call.step, 0) > round_:
+        if serving is None or serving.name != call.peer or not self._is_current(call.step, round_):
             return False
         return serving.book.withdraw(call.step, call.microbatch, call.attempt)
 
@@ -180,8 +182,10 @@ class SymbolPeer:
                 self._step(order)
             case OfferWork():
                 return self._offer(order)
-            case FenceStep(peer=name, step=step):
-                if self.serving is not None and self.serving.name == name:
+            case Ping():
+                return Alive(progress=0, owes=False)
+            case FenceStep(peer=name, step=step, round_=round_):
+                if self.serving is not None and self.serving.name == name and self._is_current(step, round_):
                     self.serving.book.fence(step)
                     self.serving.sums.pop(step, None)
             case DropStage(stage=stage):

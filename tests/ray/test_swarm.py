@@ -32,13 +32,15 @@ from orchestrator.summary import Summary, load_summary
 from tests.ray.prometheus import Prometheus, expressions
 from workers.data.index import load_index
 from workers.pipeline.records import (
+    LeftRecord,
+    ServeRecord,
     StageCommitRecord,
     StageSyncRecord,
     StepFenceRecord,
     StepRecord,
     WorkLostRecord,
 )
-from workers.records import FenceRecord, Record, TermRecord
+from workers.records import FaultRecord, FenceRecord, Record, TermRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -167,6 +169,28 @@ class LiveSwarm:
         self.until(lambda _: not Path(f"/proc/{pid}").exists(), f"process {pid}, which hung, to be gone")
         return took_s
 
+    def cause(self, fault: str) -> None:
+        """Cause a fault now."""
+        caused = ray.get(self.controller.chaos.remote([fault]), timeout=WAIT_S)
+        assert caused == {"done": [fault], "error": None}
+
+    def rest(self, seconds: float) -> None:
+        """Let the run go on for a while."""
+        ray.get(self.controller.wait.remote(seconds), timeout=WAIT_S)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What is said of each step, in order."""
+        return [json.loads(line) for line in (self.run_dir / "pipeline.jsonl").read_text().splitlines()]
+
+    def leave(self, *names: str) -> None:
+        """Ask processes to go, until they have gone and their successors serve; steps are made meanwhile."""
+        pids = {name: self.status()["pids"][name] for name in names}
+        asks = self.controller.leave.remote
+        self.until(lambda _: not ray.get(asks(list(names)), timeout=WAIT_S)["leaving"], f"{names} to leave")
+        for name, pid in pids.items():
+            self.until(lambda _, pid=pid: not Path(f"/proc/{pid}").exists(), f"{name}, process {pid}, to be gone")  # type: ignore[misc]
+        self.steps_more(2)
+
     def records(self) -> list[Record]:
         return [row.record for row in read_run(self.run_dir).rows]
 
@@ -179,6 +203,9 @@ class Story:
     summary: Summary
     recovered_s: dict[str, float]
     dead: list[str]
+    left: list[str]
+    left_stage: int
+    left_since: int
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +227,11 @@ def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.T
         ray.kill(run.controller, no_restart=False)
         run.until(lambda _: sum(isinstance(r, TermRecord) for r in run.records()) > lives, "the controller's next life")
         run.steps_more(2)
+        run.until_complete()
+        # All who serve a stage, of which another can spare a peer: the last one waits until it has taken over.
+        stage = min(range(3), key=lambda stage: len(run.serving(stage)))
+        left, left_since = run.serving(stage), len(run.records())
+        run.leave(*left)
         ray.get(run.controller.stop.remote(), timeout=WAIT_S)
         run.until(lambda status: status["over"], "the end")
     finally:
@@ -212,6 +244,9 @@ def story(ray_cluster_of_eight: None, pack_dir: Path, tmp_path_factory: pytest.T
         summary=load_summary(run.run_dir),
         recovered_s=recovered_s,
         dead=[*whole, *third, "trainer-1", "trainer-0"],
+        left=left,
+        left_stage=stage,
+        left_since=left_since,
     )
 
 
@@ -234,7 +269,8 @@ def test_every_microbatch_counts_once_in_every_stage(story: Story) -> None:
 
 
 def test_the_dead_are_blamed_and_nobody_else(story: Story) -> None:
-    assert sorted(r.member for r in story.records if isinstance(r, FenceRecord)) == sorted(story.dead)
+    dead = [r.member for r in story.records if isinstance(r, FenceRecord) and not r.why.startswith("left:")]
+    assert sorted(dead) == sorted(story.dead)
     blamed = {r.peer.partition(".")[0] for r in story.records if isinstance(r, StepFenceRecord)}
     moved = {move.partition(".")[0] for move in story.history.moves}
     assert blamed <= set(story.dead) | moved | _filled(story.records)
@@ -248,6 +284,19 @@ def _filled(records: list[Record]) -> set[str]:
 def test_a_trainer_that_hangs_is_ended(story: Story) -> None:
     [hung] = [r for r in story.records if isinstance(r, FenceRecord) and "it hangs" in r.why]
     assert hung.member == "trainer-0" and "no heartbeat for 5 s" in hung.why
+
+
+def test_a_whole_stage_leaves_and_hands_over(story: Story) -> None:
+    """Nothing that it had counted is counted again, and another peer serves its stage before its last one goes."""
+    since = story.records[story.left_since :]
+    gone = {r.process: i for i, r in enumerate(since) if isinstance(r, LeftRecord)}
+    assert gone.keys() == set(story.left) and gone
+    [came] = [i for i, r in enumerate(since) if isinstance(r, ServeRecord) and r.stage == story.left_stage]
+    heir = since[came]
+    assert isinstance(heir, ServeRecord) and heir.why.startswith("moved from stage") and heir.process not in gone
+    assert came < max(gone.values())
+    assert not [r for r in since if isinstance(r, StepFenceRecord)]
+    assert all(not r.why for r in since if isinstance(r, StepRecord)), "a step was begun anew"
 
 
 def test_no_commit_has_a_single_holder(story: Story) -> None:
@@ -305,6 +354,7 @@ def test_diloco_inside_stages_is_operated_like_any_run(
         saved = ask(run, "save")["snapshot"]
         run.until(lambda _: (run.run_dir / "snapshots" / saved / "pipeline.json").exists(), "the snapshot")
         assert ask(run, "set", values={"strategy.inner_steps": 2})["set"] == {"strategy.inner_steps": 2}
+        _cut(run)
         _strike(run, victim := run.serving(1)[0])
         run.steps_more(4)
         _look(run, victim)
@@ -337,9 +387,29 @@ def test_diloco_inside_stages_is_operated_like_any_run(
     assert list((run.run_dir / "tensorboard").glob("events*"))
 
 
+def _cut(run: LiveSwarm) -> None:
+    """Nothing passes a link that is cut, and nobody dies of it; one that is slow makes steps slow."""
+    victim = run.serving(0)[0]
+    for link in (victim, f"{victim}+trainer-0"):
+        run.cause(f"cut:{link}")
+        run.rest(0.7)  # a step that it had counted already may be over by then
+        version = run.status()["version"]
+        run.rest(0.7)
+        assert run.status()["version"] == version, f"steps were made while {link} was cut"
+        run.cause(f"heal:{link}")
+        run.steps_more(2)
+    run.cause("delay:trainer-0,for=3s,by=0.03s")
+    [since_s] = [r.t_s for r in run.records() if isinstance(r, FaultRecord) and r.fault == "delay"]
+    run.until(lambda _: run.steps()[-1]["t_s"] > since_s + 3.0, "the end of the delay")
+    slow = [one for one in run.steps() if since_s + 0.1 < one["t_s"] - one["seconds"] and one["t_s"] < since_s + 3.0]
+    # Five calls, one after the other, each late on its way there and back.
+    assert slow and all(one["seconds"] > 0.3 for one in slow), run.steps()[-8:]
+    assert not [r for r in run.records() if isinstance(r, FenceRecord)]
+
+
 def _strike(run: LiveSwarm, victim: str) -> None:
     """A peer loses a number, which is what it dies of, and nobody else: at any moment, also behind its offer."""
-    refused = ray.get(run.controller.chaos.remote([f"cut:{victim}"]), timeout=WAIT_S)
+    refused = ray.get(run.controller.chaos.remote([f"corrupt:{victim}"]), timeout=WAIT_S)
     assert "no fault of a pipeline" in refused["error"]
     caused = ray.get(run.controller.chaos.remote([f"nan:{victim}"]), timeout=WAIT_S)
     assert caused == {"done": [f"nan:{victim}"], "error": None}
@@ -378,7 +448,7 @@ def _rest(run: LiveSwarm) -> None:
     assert ask(run, "runs")[0]["state"] == "paused"
     run.until(lambda status: not status["busy"], "the step to end")
     resting = run.status()["version"]
-    ray.get(run.controller.wait.remote(1.0), timeout=WAIT_S)
+    run.rest(1.0)
     assert run.status()["version"] == resting
     ask(run, "resume")
     run.steps_more(1)

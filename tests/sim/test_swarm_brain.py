@@ -21,7 +21,8 @@ KINDS = {
 }
 FLAWS = [
     (347, "every step"), (136, "every step"), (38, "after some steps"), (130, "after some steps"), (139, "delayed"),
-    (212, "delayed"), (256, "delayed"), (275, "after some steps"), (307, "fragments"),
+    (212, "delayed"), (256, "delayed"), (275, "after some steps"), (307, "fragments"), (957, "every step"),
+    (433, "delayed"), (480, "delayed"), (163, "fragments"),
 ]  # fmt: skip
 """Seeds that stood still once, beyond the first ones or of the kind that rarely does."""
 MUTANT_SEEDS = range(120)

@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "atoll": {"faults", "orchestrator", "strategies", "workers"},
 }
 # The tools that cause failures wrap what the workers use; the judgement of failures does not.
-FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.eavesdrop", "faults.process", "faults.stage",
-               "faults.virtual", "faults.lab"}  # fmt: skip
+FAULT_TOOLS = {"faults.plan", "faults.inject", "faults.chaos", "faults.eavesdrop", "faults.links", "faults.process",
+               "faults.stage", "faults.virtual", "faults.lab"}  # fmt: skip
 
 HEAVY = {"torch", "ray"}
 # Imported by the controller and the command line, which answer without torch and Ray.

@@ -26,6 +26,7 @@ from workers.pipeline.boundary import Boundary
 from workers.pipeline.calls import BACKWARD_SIZE, Call
 from workers.pipeline.memory import machine_bytes
 from workers.pipeline.messages import (
+    Alive,
     Applied,
     Apply,
     Collect,
@@ -38,6 +39,7 @@ from workers.pipeline.messages import (
     LocalStep,
     Offered,
     OfferWork,
+    Ping,
     Probe,
     Probed,
     Reduce,
@@ -88,6 +90,9 @@ class PeerHost:
         self._clock, self._sleep = clock, sleep
         self._pace_s = spec.pipeline.pace_for(process)
         self._rounds: dict[int, int] = {}
+        # Of `_rounds` and of the numbers of calls: withdrawals and pings do not wait for what is computed.
+        self._noted = threading.Lock()
+        self._num_begun = self._num_ended = 0
         # One call at a time: a peer is one device. Orders that change what calls see take it too.
         self._compute = threading.RLock()
         self._orders = threading.RLock()
@@ -110,6 +115,15 @@ class PeerHost:
 
     def call(self, request: Request) -> Reply:
         """Do a call of a trainer. Raises what transport and codec raise; nothing is counted then."""
+        with self._noted:
+            self._num_begun += 1
+        try:
+            return self._call(request)
+        finally:
+            with self._noted:
+                self._num_ended += 1
+
+    def _call(self, request: Request) -> Reply:
         peer = self._wait_for(request)
         if peer is None:
             return Reply(begin=Begin.OTHER_VERSION)
@@ -156,7 +170,8 @@ class PeerHost:
     def withdraw(self, call: Call, round_: int) -> Reply | None:
         """The reply of a backward that is counted here; None: this attempt is not, and never will be."""
         peer = self.serving
-        if peer is None or peer.name != call.peer or self._rounds.get(call.step, 0) > round_:
+        # Of a round that no call has come of yet: the promise is made in that round, or its first call would undo it.
+        if peer is None or peer.name != call.peer or not self._is_current(call.step, round_):
             return None  # whatever it was is void
         return peer.withdraw(call)
 
@@ -185,12 +200,13 @@ class PeerHost:
 
     def _is_current(self, step: int, round_: int) -> bool:
         """Whether a round is the newest; a newer one than was known begins the step anew."""
-        known = self._rounds.get(step, 0)
-        if round_ > known:
-            self._rounds[step] = round_
-            if self.serving is not None:
-                self.serving.restart(step)
-        return round_ >= known
+        with self._noted:
+            known = self._rounds.get(step, 0)
+            if round_ > known:
+                self._rounds[step] = round_
+                if self.serving is not None:
+                    self.serving.restart(step)
+            return round_ >= known
 
     # ------------------------------------------------------------ the controller
 
@@ -209,13 +225,17 @@ class PeerHost:
                 return self._spread(order)
             case Apply():
                 return self._apply(order)
-            case FenceStep(peer=name, step=step):
-                if (peer := self.serving) is not None and peer.name == name:
+            case FenceStep(peer=name, step=step, round_=round_):
+                peer = self.serving
+                if peer is not None and peer.name == name and self._is_current(step, round_):
                     peer.fence(step)
             case DropStage(stage=stage):
                 self._drop(stage)
             case SaveStage():
                 self._save(order)
+            case Ping():
+                with self._noted:
+                    return Alive(progress=self._num_ended, owes=self._num_begun > self._num_ended)
             case LocalStep() | OfferWork():
                 raise PeerError(f"{self.process} makes no steps of its own: {order}")
         return Done()
@@ -332,7 +352,8 @@ class PeerHost:
                 return Applied(done=False)
             if (peer := self.serving) is not None and peer.stage == order.stage:
                 peer.committed(order.step)
-            self._rounds = {step: round_ for step, round_ in self._rounds.items() if step > order.step}
+            with self._noted:
+                self._rounds = {step: round_ for step, round_ in self._rounds.items() if step > order.step}
         self._pieces.publish_state(state)
         self._pieces.forget(order.step)
         with self._moved:

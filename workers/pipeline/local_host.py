@@ -174,7 +174,8 @@ class LocalHost(PeerHost):
 
     def _bind(self, state: StageState, peer: StagePeer) -> None:
         self.work, self._applies_at = LocalWork(self.spec, peer.model, state), None
-        self._rounds.clear()  # of another name's calls
+        with self._noted:
+            self._rounds.clear()  # of another name's calls
 
     def _waits(self, version: int) -> bool:
         # From the first sight of the next anchor on: a call of that step must not run before it is applied.

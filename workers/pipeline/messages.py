@@ -305,10 +305,11 @@ class Applied:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FenceStep:
-    """What this peer has counted in a step is void."""
+    """What this peer has counted in a round of a step is void."""
 
     peer: str
     step: int
+    round_: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -328,6 +329,19 @@ class SaveStage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ping:
+    """Do you live, and do calls come to an end? Answered beside whatever else is done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alive:
+    """`progress`: calls of trainers that have ended so far; `owes`: some are under way."""
+
+    progress: int
+    owes: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
     """Nothing to say but that it was done."""
 
@@ -344,5 +358,6 @@ ToPeer = (
     | FenceStep
     | DropStage
     | SaveStage
+    | Ping
 )  # fmt: skip
-FromPeer = Probed | Holds | Offered | Reduced | Have | Applied | Done
+FromPeer = Probed | Holds | Offered | Reduced | Have | Applied | Alive | Done

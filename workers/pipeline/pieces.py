@@ -210,11 +210,11 @@ class Pieces:
             for number in range(len(self._spec.chunks(unit)))
         ]
         flats = {(unit, field): torch.empty(self._spec.num_values(unit)) for unit, field, _ in wanted}
-        left, failure = wanted, None
-        for turn in range(len(sources)):
+        left, answering, failure = wanted, list(sources), None
+        while left and answering:
             dealt: dict[str, list[tuple[str, str, int]]] = {}
             for place, one in enumerate(left):
-                dealt.setdefault(sources[(place + turn) % len(sources)], []).append(one)
+                dealt.setdefault(answering[place % len(answering)], []).append(one)
             with ThreadPoolExecutor(max_workers=max(len(dealt), 1)) as pool:
                 jobs = {
                     address: pool.submit(self._pull_some, address, stage, version, some, flats)
@@ -225,10 +225,11 @@ class Pieces:
                 error = job.exception()
                 if isinstance(error, TransportError):
                     failure, left = error, [*left, *dealt[address]]
+                    answering.remove(address)
                 elif error is not None:
                     raise error
-            if not left:
-                return flats
+        if not left:
+            return flats
         assert failure is not None, "something was left"
         raise failure
 

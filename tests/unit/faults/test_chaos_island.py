@@ -13,7 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from faults.chaos import Chaos, Line
+from faults.chaos import Chaos
+from faults.links import Line
 from faults.plan import parse_fault
 from workers.context import IslandContext
 from workers.jobs import MemberStore

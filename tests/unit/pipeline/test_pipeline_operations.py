@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
-from faults.plan import FaultPlanError, parse_fault
-from faults.process import JumpClock
-from faults.stage import StageChaos
 from orchestrator.alarms import Alarms, NotifyConfig
 from orchestrator.cli.inspect import status as status_command
 from orchestrator.cli.why import why as why_command
@@ -32,8 +27,6 @@ from orchestrator.events import (
     SaveRequested,
     SettingsRequested,
 )
-from orchestrator.fault_plan import read_faults
-from orchestrator.injector import Injector
 from orchestrator.journal import open_segment
 from orchestrator.pipeline.commands import StepDone
 from orchestrator.pipeline.controls import check_pipeline_changes, find_snapshot
@@ -42,7 +35,6 @@ from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.planner import pipeline_cost
 from orchestrator.pipeline.replay import newest_snapshot, replay, saved_snapshots
-from orchestrator.pipeline.site import PipelineSite
 from orchestrator.pipeline.telemetry import PipelineAlarms, PipelineTelemetry
 from orchestrator.pipeline.views import PipelineStatus, read_pipeline_status
 from orchestrator.planner import Case
@@ -55,9 +47,7 @@ from strategies.errors import SettingError
 from tests.small_run import PIPELINE_TOML, make_pack
 from workers.config import ModelConfig
 from workers.model.shape import resolve_shape
-from workers.pipeline.host import PeerHost
-from workers.pipeline.local_host import LocalHost
-from workers.pipeline.records import StageCommitRecord, StageSyncRecord, StepFenceRecord
+from workers.pipeline.records import StageCommitRecord, StageSyncRecord
 from workers.records import FaultRecord, FenceRecord, OperatorRecord, PauseRecord, SettingRecord, SnapshotRecord
 
 NUM_STEPS = 6
@@ -201,127 +191,6 @@ def test_what_can_be_set_is_checked_with_what_was_set_before() -> None:
     assert check_pipeline_changes(config, {"pipeline.rebalance_s": 3.0}, {"strategy.inner_steps": 5}) == (
         ("strategy.inner_steps", 5),
     )
-
-
-# ---------------------------------------------------------------- faults
-
-
-def test_faults_of_pipelines_are_read_and_others_refused(tmp_path: Path) -> None:
-    config = load_config("swarm").config
-    assert read_faults(config, [], []) == ()
-    texts = ["kill:peer-0@round=3", "nan:peer-5@round=4", "stop:trainer-0,for=3s", "controller_kill@t=9s"]
-    assert [str(fault) for fault in read_faults(config, texts, [])] == texts
-    plan = tmp_path / "plan.toml"
-    plan.write_text('[[fault]]\nkind = "slow"\ntarget = "peer-1"\nround = 2\n')
-    planned = load_config("swarm", overrides=[f"run.fault_plan={plan}"]).config
-    assert [str(fault) for fault in read_faults(planned, [], [])] == ["slow:peer-1@round=2,factor=3"]
-    for text, words in {
-        "kill:island-0": "no member 'island-0'",
-        "kill:peer-6": "no member 'peer-6'",
-        "cut:peer-0": "cut is no fault of a pipeline; known: kill, oom",
-        "hang:trainer-0": "trainer-0 computes nothing",
-        "storm@round=1": "a storm with cut is no fault of a pipeline",
-    }.items():
-        with pytest.raises(FaultPlanError, match=words):
-            read_faults(config, [text], [])
-
-
-@pytest.mark.parametrize(
-    ("strategy", "behind"), [((), False), (DILOCO, False), (DILOCO, True)], ids=["ddp", "diloco", "behind-its-offer"]
-)
-def test_a_peer_that_loses_a_number_is_ended_and_nobody_else(
-    make: Make, tmp_path: Path, strategy: tuple[str, ...], behind: bool
-) -> None:
-    swarm = make(*strategy)
-    at(swarm, 2)
-    # Between two synchronisations.
-    swarm.run(lambda: swarm.brain.commit is not None and swarm.brain.version == (3 if strategy else 2))
-    victim = swarm.brain.roster.serving(1)[0].process
-    host = swarm.processes[victim].host
-    assert isinstance(host, PeerHost)
-    if behind:  # the next anchor is going to cover it up
-        work = cast(LocalHost, host).work
-        assert work is not None
-        swarm.run(lambda: work.offer is not None)
-        assert work.offer is not None and work.offer.num_steps == 4
-    text = f"nan:{victim}"
-    swarm._tell_brain(FaultInjected(fault="nan", member=victim, detail=text))
-    StageChaos(host).apply(parse_fault(text, [victim]))
-    digests = finish(swarm)
-    noticed = [r for r in swarm.records if isinstance(r, FaultRecord) and not r.injected]
-    assert [(r.fault, r.member) for r in noticed] == [("non_finite", victim)] and "not finite" in noticed[0].detail
-    assert {r.member for r in swarm.records if isinstance(r, FenceRecord)} == {victim}
-    assert {r.peer.partition(".")[0] for r in swarm.records if isinstance(r, StepFenceRecord)} <= {victim}
-    if not strategy:
-        assert digests == finish(make(run_dir=tmp_path / "other"))
-
-
-class Actors(dict[str, Any]):
-    """Processes that note what is done to them."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.struck: list[str] = []
-        super().__init__(
-            {
-                name: SimpleNamespace(afflict=SimpleNamespace(remote=lambda f: self.struck.append(str(f))))
-                for name in names
-            }
-        )
-
-
-def test_a_plan_strikes_at_its_step_and_once_in_a_run(make: Make) -> None:
-    swarm, actors = make(), Actors(["peer-0", "peer-1", "trainer-0"])
-    plan = [parse_fault(text, actors) for text in ("kill:peer-1@round=2", "stop:trainer-0@t=1h")]
-
-    def injector() -> Injector:
-        rows = [SimpleNamespace(record=record) for record in swarm.records]
-        journal: Any = SimpleNamespace(rows=rows)
-        site = PipelineSite(lambda: swarm.brain, journal, lambda: swarm.now_s, swarm._tell_brain)
-        made = Injector(plan, site, JumpClock(time.monotonic), lambda: actors, lambda: "10.0.0.1:1")
-        made.resume()
-        return made
-
-    first = injector()
-    first.tick()
-    assert actors.struck == [], "the run has not begun"
-    at(swarm, 2)
-    first.tick()
-    first.tick()
-    assert actors.struck == ["kill:peer-1@round=2"]
-    [row] = [r for r in swarm.records if isinstance(r, FaultRecord)]
-    assert (row.fault, row.member, row.injected) == ("kill", "peer-1", True)
-    injector().tick()  # of the controller's next life
-    assert len(actors.struck) == 1 and [str(f) for f in first.schedule.unfired()] == ["stop:trainer-0@t=3600s,for=5s"]
-    with pytest.raises(FaultPlanError, match="cut is no fault of a pipeline"):
-        first.now(["cut:peer-0"])
-    assert first.now(["nan:peer-0"]) == ["nan:peer-0"] and actors.struck[1:] == ["nan:peer-0"]
-
-
-def test_a_slow_peer_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    host: Any = SimpleNamespace(after_call=None)
-    chaos, slept = StageChaos(host), list[float]()
-    monkeypatch.setattr("faults.stage.time.sleep", slept.append)
-    host.after_call(0.5)
-    chaos.apply(parse_fault("slow:peer-0,factor=4", ["peer-0"]))
-    host.after_call(0.5)
-    assert slept == [1.5]
-    chaos.apply(parse_fault("hang:peer-0,for=50ms", ["peer-0"]))
-    call = threading.Thread(target=host.after_call, args=(0.0,))
-    call.start()
-    call.join(30)
-    assert not call.is_alive(), "it hung for longer than it was told to"
-    with pytest.raises(ValueError, match="corrupt is no fault of a stage peer"):
-        chaos.apply(parse_fault("corrupt:peer-0", ["peer-0"]))
-
-
-def test_numbers_that_nobody_has_broken_end_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    swarm = make()
-    at(swarm, 1)
-    monkeypatch.setattr("workers.pipeline.peer.forward", lambda model, x: model(x) * math.inf)
-    swarm.run()
-    assert swarm.finished is not None and swarm.finished.reason == "failed"
-    assert "is not finite" in swarm.finished.detail, swarm.finished
-    assert not any(isinstance(r, FenceRecord) for r in swarm.records), "nobody was to blame"
 
 
 # ---------------------------------------------------------------- telling

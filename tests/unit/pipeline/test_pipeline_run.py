@@ -6,7 +6,7 @@ The controller, peers and trainers are those of a run on Ray; the transport and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from workers.pipeline.trainer import TrainerHost
 from workers.pipeline.whole import load_whole
 from workers.records import FenceRecord
 from workers.samples import evenly_spread
+from workers.transport.errors import PeerUnreachable
 
 NUM_STEPS = 5
 
@@ -250,6 +251,34 @@ def test_the_last_peers_of_a_stage_die_at_once(make: Make, expected: tuple[str, 
     assert any(isinstance(r, ServeRecord) and r.stage == stage and r.process not in dead for r in since)
 
 
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_newcomer_pulls_its_stage_from_all_who_hold_it(make: Make, expected: tuple[str, ...], silent: int) -> None:
+    """Whoever does not answer leaves all of its chunks to the others, not some."""
+    swarm = make()
+    swarm.run(lambda: swarm.brain.version == 1 and bool(swarm.brain.roster.buddies(1)))
+    swarm.run(lambda: all(not p.taking for p in swarm.brain.roster.peers.values()))
+    victim = swarm.brain.roster.serving(1)[0].process
+    nonce = swarm.processes[victim].nonce
+    swarm.kill(victim)
+    swarm.run(lambda: swarm.processes[victim].nonce != nonce)
+    holders = sorted(p.address for p in swarm.brain.roster.holders(1, swarm.brain.version))
+    transport, asked = swarm.processes[victim].transport, list[str]()
+    fetch = transport.fetch
+
+    def pull(address: str, keys: Sequence[str], **how: Any) -> Any:
+        if keys[0].startswith("state/1/"):
+            asked.append(address)
+            if address in holders[:silent]:
+                raise PeerUnreachable(peer=address, cause="it does not answer")
+        return fetch(address, keys, **how)
+
+    transport.fetch = pull  # type: ignore[method-assign]
+    assert finish(swarm) == expected
+    assert set(asked) == set(holders) and len(holders) == 2
+    # In one order: each once, and whoever answers a second time for what the other one leaves.
+    assert len(asked) == 2 + silent, asked
+
+
 def test_a_trainer_dies_and_its_microbatches_are_anothers(make: Make, expected: tuple[str, ...]) -> None:
     swarm = make("pipeline.trainers=2")
     swarm.run(lambda: swarm.brain.version == 1)
@@ -380,10 +409,9 @@ def test_a_peer_that_joins_makes_steps_quicker_after_the_next_look(make: Make) -
     before = [step.seconds for step in swarm.steps[-4:]]
     assert len(before) == 4, "it began without the one that is late"
     swarm.run(lambda: not any(peer.taking for peer in swarm.brain.roster.peers.values()))
-    for _ in range(2):
-        swarm._tell_brain(Rebalance())
-        version = swarm.brain.version
-        swarm.run(lambda version=version: swarm.brain.version >= version + 4)
+    swarm._tell_brain(Rebalance())
+    version = swarm.brain.version
+    swarm.run(lambda: swarm.brain.version >= version + 4)
     after = [step.seconds for step in swarm.steps[-3:]]
     assert max(after) < 0.85 * min(before), (before, after, swarm.brain.moves, swarm.brain.why_no_move)
 
