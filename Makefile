@@ -41,13 +41,17 @@ demo: $(RUN_STAMP)
 	$(BIN)/atoll demo $(ARGS)
 
 # Two at a time, in the order of their folders: those that wait for processes first, and many short ones to fill up at
-# the end. But for those that measure times of real processes or of links: they have the machine alone.
+# the end. Then those that last as long as what they watch (a storm of a minute, a cut of 20 s), each beside one other.
+# At last those that measure times of real processes or of links: they have the machine alone.
+PYTEST := $(BIN)/python -m pytest
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: $(DEV_STAMP)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone and not lab" tests
-	$(BIN)/python -m pytest -m "alone or lab" tests/ray tests/lab
+	$(PYTEST) $(TWO) -m "not alone and not paired and not lab" tests
+	$(PYTEST) $(TWO) -m paired tests/lab tests/ray
+	$(PYTEST) -m "(alone or lab) and not paired" tests/ray tests/lab
 else
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 endif
 
 check: $(DEV_STAMP)

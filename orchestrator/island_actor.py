@@ -22,7 +22,6 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from faults.chaos import Chaos
 from faults.plan import PlannedFault
 from orchestrator.cluster.state import state_root
-from orchestrator.host import Handed
 from orchestrator.log_shipping import read_piece
 from orchestrator.processes import NAMESPACE, controller_name
 from workers.context import IslandContext, IslandSpec, enter
@@ -32,6 +31,7 @@ from workers.records import Term
 from workers.stack import allow_dumps, write_stack
 
 if TYPE_CHECKING:
+    from orchestrator.host import Handed  # the controller's: an island need not import it
     from workers.standby import Standby
 
 # What a fault injector puts around an island: the context comes out with its calls wrapped. None in production.

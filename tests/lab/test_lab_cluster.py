@@ -34,7 +34,7 @@ from tests.lab.live import WAIT_S, LabRun
 from tests.small_run import small_config
 from workers.records import CommitRecord, FaultRecord, FenceRecord, JoinRecord, MemberId
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.paired, pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 CUT_S = 20.0

@@ -28,7 +28,7 @@ from workers.records import CommitRecord, MemberId, Record, TermRecord
 T = TypeVar("T")
 
 WAIT_S = 100.0
-POLL_S = 0.05
+POLL_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from orchestrator.storm.run import fired_kinds
 from tests.ray.command import ROOT
 from workers.records import FaultRecord, TermRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(360)]
+pytestmark = [pytest.mark.ray, pytest.mark.paired, pytest.mark.timeout(360)]
 
 WAIT_S = 150.0
 ISLANDS = 3

@@ -42,10 +42,10 @@ from workers.records import (
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-PACE_S, PAIR_TIMEOUT_S = 0.1, 1.0
+PACE_S, PAIR_TIMEOUT_S = 0.2, 1.0  # so that the tokens last for half a minute: a successor comes in that time
 ALONE_S, ALONE_TRIES = 4.0, 5
 AT_ONCE = 3  # two of three islands at most, the others of two: the cluster has room for eight
-TOKENS = 26_000
+TOKENS = 20_000
 SMALL = (
     "run.islands=2", f"train.tokens={TOKENS}", "train.batch_size=4", "train.threads=1", "train.device=cpu",
     "model.layers=2", "model.dim=16", "model.heads=2", "strategy.inner_steps=8", "exchange.quorum=1.0",

@@ -42,7 +42,7 @@ from workers.pipeline.records import (
 )
 from workers.records import FaultRecord, FenceRecord, Record, TermRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.paired, pytest.mark.timeout(300)]
 
 T = TypeVar("T")
 
