@@ -20,7 +20,7 @@ from tests.ray.command import ROOT, Command
 from tests.small_run import TOML
 from workers.records import CommitRecord, FenceRecord, JoinRecord, Record, TermRecord
 
-# Ray gives up a node that takes more than 30 s to start: nothing else may start processes meanwhile.
+# Alone: a Ray that is started meanwhile may take ports of the dead head, which then comes back late.
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 90.0
