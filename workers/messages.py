@@ -27,9 +27,11 @@ class Version:
     chain: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExchangeId:
-    """Names one exchange for ever: a term is one controller life, so serials never collide."""
+class ExchangeId(NamedTuple):
+    """Names one exchange for ever: a term is one controller life, so serials never collide.
+
+    A named tuple: every message of an exchange is asked whether it is of this one.
+    """
 
     term: Term
     serial: int
