@@ -28,10 +28,7 @@ class Version:
 
 
 class ExchangeId(NamedTuple):
-    """Names one exchange for ever: a term is one controller life, so serials never collide.
-
-    A named tuple: every message of an exchange is asked whether it is of this one.
-    """
+    """Names one exchange for ever: a term is one controller life, so serials never collide. Compared all the time."""
 
     term: Term
     serial: int
