@@ -52,7 +52,9 @@ class SilenceDetector:
         """A message came `gap_s` after the one before. Bursts count as one: only gaps of some length tell a rhythm."""
         if gap_s < self.expected_s / 4:
             return
-        gap_s = min(gap_s, MAX_GAP_FLOORS * self.floor_s)
+        longest_s = MAX_GAP_FLOORS * self.floor_s
+        if gap_s > longest_s:
+            gap_s = longest_s
         if len(self.gaps_s) < WINDOW:
             self.gaps_s.append(gap_s)
         else:

@@ -40,6 +40,7 @@ from orchestrator.injector import Injector, IslandSite
 from orchestrator.island_actor import ContextWrapper, log_to
 from orchestrator.keeper import Keeper
 from orchestrator.lost_journal import JOURNAL_DAMAGED, JOURNAL_LOST, ask_copies, set_aside_damaged
+from orchestrator.membership import process_of
 from orchestrator.processes import (
     NAMESPACE,
     answering,
@@ -50,7 +51,7 @@ from orchestrator.processes import (
 )
 from orchestrator.rundir import RunDir
 from orchestrator.segments import JournalError, segment_paths
-from orchestrator.standby import StandbyPool, is_standby, status_of
+from orchestrator.standby import StandbyPool, status_of
 from orchestrator.summary import save_summary
 from orchestrator.telemetry.telemetry import Telemetry
 from workers.messages import Batch, Envelope, News
@@ -230,7 +231,7 @@ class ControllerActor(Hands, Keeper):
         await self.begin()
         with must_not_fail():
             if not self.over.is_set() and self.host.died is None and not self.lost_journal:
-                self.spoke.add(self.nonce_of.get(envelope.name, ""))
+                self.spoke.add(process_of(envelope.nonce))
                 self.host.receive(envelope)
                 self._conclude_if_over()
 
@@ -417,16 +418,12 @@ class ControllerActor(Hands, Keeper):
         self.handles[nonce] = handle
         self.nonce_of[name] = nonce
         self.watches[nonce] = self._task(self._watch(name, nonce, handle))
+        self._task(self._watch_arrival(name, nonce, handle))
 
     async def _watch(self, name: str, nonce: str, handle: ActorHandle) -> None:
-        """Learn of a process's death within milliseconds: its pending call fails.
-
-        A process that waited runs already: one that does not say so in time is stopped, or cut off.
-        """
-        waited = nonce in self.pids and is_standby(self.started_as.get(nonce, ""))
-        limbo_s = self.config.exchange.limbo_s if waited else None
+        """Learn of a process's death within milliseconds: its pending call fails."""
         try:
-            node = await asyncio.wait_for(through_cuts(handle.begin.remote, None, name), limbo_s)
+            node = await through_cuts(handle.begin.remote, None, name)
             self.begun.add(nonce)
             await self._look_after(name, nonce, handle, node)
             if self.nonce_of.get(name) == nonce:
@@ -437,8 +434,6 @@ class ControllerActor(Hands, Keeper):
                 why = await through_cuts(lambda: handle.wait.remote(WATCH_S), node, name)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
             why, raised, taken = reason_of(error), isinstance(error, RayTaskError), self._taken(name, error)
-        except TimeoutError:
-            why, raised, taken = f"it did not take its place within {limbo_s:g} s, limbo is over", False, "lost"
         if self.nonce_of.get(name) != nonce or self.host.finished is not None or not why:
             return
         if nonce in self.begun:

@@ -90,7 +90,8 @@ class Coordinator(Heartbeats):
                     self._tick()
         elif isinstance(event, ev.Received):
             self._last_rows(event.envelope)
-        self._emit()
+        if self.pending or self.held:  # mostly nothing is
+            self._emit()
         return self.commands
 
     def _last_rows(self, envelope: msg.Envelope) -> None:
@@ -126,14 +127,15 @@ class Coordinator(Heartbeats):
             self.stale_messages += 1
             self._say(f"message of another run {envelope.run_id!r} from {envelope.name!r} dropped", level="warning")
             return
-        if envelope.term is not None and envelope.term.rank > self.rank:
+        term = envelope.term
+        if term != self.term and term is not None and term.rank > self.rank:
             self.ended = True
             self.commands.append(
                 ev.Die(why=f"{envelope.name} obeys term {envelope.term}, this controller is {self.term}")
             )
             return
-        process = self.roll.speaker(envelope.nonce, envelope.name, envelope.incarnation)
-        if process is None:
+        process = self.roll.by_nonce.get(envelope.nonce)
+        if process is None or process.id != (envelope.name, envelope.incarnation):  # not here, or not what it says
             self._from_stranger(envelope)
             return
         if (verdict := self.roll.heard(process, self.now)) is not None:
@@ -170,16 +172,16 @@ class Coordinator(Heartbeats):
 
     def _body(self, member: MemberId, body: msg.MemberBody) -> None:
         match body:
-            case msg.GenesisMade():
-                self._genesis_made(member, body)
             case msg.Offer() if body.fragment < len(self.exchanges):
                 self._mark_consumed(member, body.upto)
                 exchange = self.exchanges[body.fragment]
                 self._effects(exchange, exchange.on_offer(member, body, self._fleet(body.fragment), self.now))
-            case msg.Missing() | msg.Refused() | msg.Reduced() | msg.Measured() | msg.Have() if body.fragment < len(
+            case msg.Have() | msg.Missing() | msg.Refused() | msg.Reduced() | msg.Measured() if body.fragment < len(
                 self.exchanges
             ):
                 self._exchange_body(member, body)
+            case msg.GenesisMade():
+                self._genesis_made(member, body)
             case Reached(member=other):
                 for exchange in self.exchanges:
                     exchange.on_reached(member, other)
@@ -220,6 +222,8 @@ class Coordinator(Heartbeats):
             return
         fleet = self._fleet(body.fragment)
         match body:
+            case msg.Have():
+                effects = exchange.on_have(member, body, fleet, self.now)
             case msg.Missing():
                 effects = exchange.on_missing(member, body, fleet, self.now)
             case msg.Refused():
@@ -228,8 +232,6 @@ class Coordinator(Heartbeats):
                 effects = exchange.on_reduced(member, body, fleet, self.now)
             case msg.Measured():
                 effects = exchange.on_measured(member, body, fleet, self.now)
-            case msg.Have():
-                effects = exchange.on_have(member, body, fleet, self.now)
         self._effects(exchange, effects)
 
     # ------------------------------------------------------------ exchanges

@@ -189,19 +189,19 @@ class Desk:
             self.pending = []
         if not self.held:
             return
-        due: list[tuple[Recipients, tuple[msg.ControllerBody, ...]]] = []
-        while self.held and may_tell(self.held[0][0], self.flushed):
-            due.append(self.held.popleft()[1:])
+        held, due = self.held, []
+        while held and may_tell(held[0][0], self.flushed):
+            due.append(held.popleft())
         slices: dict[int, tuple[Row, ...]] = {}  # many lack the same rows
         if len(due) == 1:  # mostly
-            to, bodies = due[0]
+            _, to, bodies = due[0]
             if isinstance(to, list):
                 self._send_to_all(to, bodies, slices)
             else:
                 self._send(to, bodies, slices)
             return
         grouped: dict[MemberId | str, tuple[msg.ControllerBody, ...]] = {}
-        for to, bodies in due:
+        for _, to, bodies in due:
             for one in to if isinstance(to, list) else (to,):
                 grouped[one] = grouped[one] + bodies if one in grouped else bodies
         for one, all_bodies in grouped.items():
@@ -244,11 +244,11 @@ class Desk:
             process = self.roll.processes.get(to)
             if process is None:
                 return
-            name, member, nonce, rows_from = to.name, to, process.nonce, process.rows_sent
-            if rows_from not in slices:
-                slices[rows_from] = tuple(self.rows[rows_from : self.flushed + 1])
-            rows = slices[rows_from]
-            if rows_from <= self.flushed:
+            name, member, nonce, rows_from, rows = to.name, to, process.nonce, process.rows_sent, ()
+            if rows_from <= self.flushed:  # mostly it has them all
+                if rows_from not in slices:
+                    slices[rows_from] = tuple(self.rows[rows_from : self.flushed + 1])
+                rows = slices[rows_from]
                 process.rows_sent = self.flushed + 1
         self.num_batches += 1
         incarnation = member.incarnation if member is not None else None

@@ -35,7 +35,8 @@ class ProcessDied:
     """The process with this nonce (or any process of `name`, if none joined yet) is known to be dead.
 
     `hopeless`: the user's settings or code are wrong, another process would end the same way. `raised`: an exception
-    ended its training, nobody killed it. `taken`: its machine was taken away, on notice or not.
+    ended its training, nobody killed it. `taken`: its machine was taken away, on notice or not, or nobody can reach it.
+    `hung`: it lived and did nothing.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ProcessDied:
     raised: bool = False
     hopeless: bool = False
     taken: Literal["", "preempted", "lost"] = ""
+    hung: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -169,12 +169,9 @@ class FragmentExchange(OwnersWork):
         if not able:
             return [*fences, *self.discard(f"no member can own a part of fragment {self.fragment}")]
         open_.roster = tuple(
-            RosterEntry(
-                member=member.name, incarnation=member.incarnation, seq=offer.seq, since=offer.since, upto=offer.upto,
-                ranges=offer.ranges, num_steps=offer.num_steps, coefficient=0.0,
-            )
-            for member, (_, offer) in sorted(open_.offers.items())
-        )  # fmt: skip
+            RosterEntry(*member, offer.seq, offer.since, offer.upto, offer.ranges, offer.num_steps, coefficient=0.0)
+            for member, offer in ((member, open_.offers[member][1]) for member in sorted(open_.offers))
+        )
         open_.state, open_.closed_s, open_.closed_because = "reducing", now, because
         open_.base_samples = fleet.samples_committed
         self.turned_away = (self.turned_away - set(open_.offers)) & set(fleet.members)

@@ -176,12 +176,13 @@ def coefficients(offers: Sequence[tuple[MemberId, Offer]], fleet: Fleet) -> list
     limit = 2.0 * fleet.inner_steps
     if effective > limit:
         raw = [c * limit / effective for c in raw]
-    return [as_fp32(c) for c in raw]
+    return as_fp32(raw)
 
 
-def as_fp32(value: float) -> float:
-    """Rounded once, to what owners calculate with."""
-    return float(np.float32(value))
+def as_fp32(values: Sequence[float]) -> list[float]:
+    """Each rounded once, to what owners calculate with."""
+    rounded: list[float] = np.asarray(values, dtype=np.float32).tolist()
+    return rounded
 
 
 def refused_lengths(offers: Mapping[MemberId, tuple[str, Offer]], times: float) -> dict[MemberId, str]:
@@ -207,7 +208,7 @@ def far_behind(member: MemberView) -> bool:
 
 def able_owners(fleet: Fleet) -> list[MemberId]:
     """Who can own parts; those who are about to leave, or far behind, only where nobody else is there."""
-    able = [m for m in fleet.members.values() if m.ready and not m.suspect and m.trust > 0.0]
+    able = [m for m in fleet.members.values() if m.can_own]
     return [m.id for m in able if not m.leaving and not far_behind(m)] or [m.id for m in able]
 
 

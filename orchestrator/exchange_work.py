@@ -76,7 +76,7 @@ class OwnersWork:
 
     def _weigh(self, open_: OpenExchange, weights: Sequence[float]) -> None:
         open_.roster = tuple(
-            entry.weighed(rules.as_fp32(weight)) for entry, weight in zip(open_.roster, weights, strict=True)
+            entry.weighed(weight) for entry, weight in zip(open_.roster, rules.as_fp32(weights), strict=True)
         )
 
     def _assign(self, open_: OpenExchange, fleet: Fleet, now: float) -> list[Effect]:

@@ -54,6 +54,14 @@ class MemberView:
         return self._process is not None and self._process.holds_state
 
     @property
+    def can_own(self) -> bool:
+        """Whether it can be given parts: it is here, holds the state, is not suspect, and is trusted."""
+        process = self._process
+        if process is None or not process.holds_state or process.silence or process.hanging:
+            return False
+        return not self._state.bans.entries or self.trust > 0.0
+
+    @property
     def stepped(self) -> bool:
         """Whether this incarnation has made an inner step."""
         return self._process is not None and self._process.consumed > 0

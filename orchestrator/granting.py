@@ -44,8 +44,12 @@ class Granting(Standings):
             return
         if only is None and self.granted_to_all == (self.num_events, len(self.rows)):
             return
-        processes = self.roll.processes
+        plan, by_speed, processes = self._lease_plan(), self.state.shares, self.roll.processes
+        self.lease_plan = plan
         asked = self.state.live() if only is None else [only]  # in member order, as leases are granted
+        if leases.left_to_issue(self.state, plan) == 0 and not self.state.scopes.own:
+            asked = []  # nobody can be given any
+        bans = self.state.bans
         members = {
             m: (p.info.batch_size, p.consumed)
             for m in asked
@@ -53,10 +57,8 @@ class Granting(Standings):
             and p.holds_state
             and not (p.silence or p.hanging)
             and m.name not in self.leaving
-            and self.state.bans.may_contribute(m.name)
+            and (not bans.entries or bans.may_contribute(m.name))
         }
-        plan, by_speed = self._lease_plan(), self.state.shares
-        self.lease_plan = plan
         steps = {m: round_steps(by_speed, str(m), plan.inner_steps) for m in members} if by_speed is not None else {}
         records = leases.grant(self.state, members, plan, steps)
         for record in records:
@@ -76,7 +78,7 @@ class Granting(Standings):
 
     def _in_tail(self, name: str) -> bool:
         """Whether a member is given nothing more for now: neither of what is shared nor of its own."""
-        return self.tail and leases.own_left(self.state, name) == 0
+        return self.tail and (not self.state.scopes.own or leases.own_left(self.state, name) == 0)
 
     def _tell_tails(self, members: Iterable[MemberId]) -> None:
         """Where members have samples of their own, each hears for itself that there are no more."""
@@ -143,7 +145,7 @@ class Granting(Standings):
         if self.granted_at != len(self.rows):
             return True
         # The journal is as it was when leases were last granted.
-        if self._in_tail(process.id.name) or not process.holds_state:
+        if not process.holds_state or self._in_tail(process.id.name):
             return False
         if self.lease_plan is None or self.state.shares is not None:
             return True

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from faults.recovery import Kind
 from orchestrator import places
 from orchestrator.actor_tools import must_not_fail
+from orchestrator.arriving import not_arriving
 from orchestrator.build import OWN_PACK_LABEL, island_index, island_spec, machine_labels
 from orchestrator.config import RunConfig
 from orchestrator.ending import make_sure, whereabouts
-from orchestrator.events import ProcessDied
+from orchestrator.events import Event, ProcessDied
 from orchestrator.host import Host
 from orchestrator.island_actor import ContextWrapper, IslandActor
 from orchestrator.processes import NAMESPACE, WORKER_RESOURCE, draining_nodes, find_islands, island_actor_name
@@ -56,6 +58,8 @@ class Hands:
     host: Host
     pool: StandbyPool
     handles: dict[str, ActorHandle]
+    nonce_of: dict[str, str]
+    spoke: set[str]
     place_of: dict[str, str]
     log_of: dict[str, Path]
     unplaced: list[str]
@@ -69,6 +73,12 @@ class Hands:
         raise NotImplementedError
 
     def _adopt(self, name: str, nonce: str, handle: ActorHandle) -> None:
+        raise NotImplementedError
+
+    def _end(self, name: str, nonce: str, save_stack: bool = False) -> None:
+        raise NotImplementedError
+
+    def _do(self, event: Event) -> None:
         raise NotImplementedError
 
     # ------------------------------------------------------------ processes
@@ -162,6 +172,32 @@ class Hands:
             log.warning("the stack of %s could not be saved: %s", name, error or "no answer")
         self._kill(name, nonce, handle)
 
+    async def _watch_arrival(self, name: str, nonce: str, handle: ActorHandle) -> None:
+        """A process that does not join is ended, and another one takes its place: no heartbeats tell of it yet."""
+
+        def is_awaited() -> bool:
+            is_over = self.host.finished is not None or self.host.died is not None
+            return not is_over and nonce not in self.spoke and self.nonce_of.get(name) == nonce
+
+        waited = nonce in self.pids and is_standby(self.started_as.get(nonce, ""))
+        verdict = await self._not_arriving(nonce, handle, is_awaited, waited=waited)
+        if verdict is not None:
+            hung, why = verdict[0] == "hung", verdict[1]
+            self._end(name, nonce, save_stack=hung)
+            self._do(ProcessDied(name=name, nonce=None, why=why, hung=hung, taken="" if hung else "lost"))
+
+    async def _not_arriving(
+        self, nonce: str, handle: ActorHandle, is_awaited: Callable[[], bool], *, waited: bool = False
+    ) -> tuple[Kind, str] | None:
+        """See `not_arriving`; where the process is is known from the first look on, so that it can be ended."""
+        return await not_arriving(
+            handle,
+            is_awaited=is_awaited,
+            seen=lambda where: self.pids.setdefault(nonce, where),
+            patience_s=self.config.exchange.limbo_s,
+            waited=waited,
+        )
+
     # ------------------------------------------------------------ nodes that go
 
     def _let_leave(self, name: str, why: str, at_once: bool) -> None:
@@ -222,16 +258,16 @@ class Hands:
         """One that waits has died, failed, or stands still: another one is started in its stead, not at once."""
         limbo_s = self.config.exchange.limbo_s
         try:
-            node = await handle.stand_by.remote()
+            node = await self._comes_up(name, nonce, handle)
             self.pool.here(name, node)
-            self.pids[nonce] = await handle.pid.remote(), node
+            self.pids[nonce] = await asyncio.wait_for(handle.pid.remote(), limbo_s), node
             why = None
             while why is None and name in self.pool.nonces:
                 why = await asyncio.wait_for(handle.wait.remote(STANDBY_LOOK_S), STANDBY_LOOK_S + limbo_s)
         except (RayActorError, RayTaskError, ActorUnschedulableError) as error:
             why = reason_of(error)
-        except TimeoutError:
-            why = f"silent for {limbo_s:g} s, limbo is over"
+        except TimeoutError as error:
+            why = str(error) or f"silent for {limbo_s:g} s, limbo is over"
         if name not in self.pool.nonces or self.host.finished is not None:
             return
         log.warning("%s is gone: %s", name, why)
@@ -240,6 +276,21 @@ class Hands:
         await asyncio.sleep(STANDBY_AGAIN_S)
         self.pool.gone(name)
         self.place_of.pop(name, None)
+
+    async def _comes_up(self, name: str, nonce: str, handle: ActorHandle) -> str:
+        """The node of a process once it waits there; TimeoutError with the verdict on one that never does."""
+        waits = asyncio.ensure_future(_answer(handle.stand_by.remote()))
+        looks = asyncio.ensure_future(
+            self._not_arriving(nonce, handle, lambda: name in self.pool.nonces and not waits.done())
+        )
+        try:
+            await asyncio.wait((waits, looks), return_when=asyncio.FIRST_COMPLETED)
+            if looks.done() and (verdict := looks.result()) is not None:
+                raise TimeoutError(verdict[1])
+            return await waits
+        finally:
+            waits.cancel()
+            looks.cancel()
 
     def _let_standby(self, name: str, why: str, node: str | None) -> bool:
         """Whether a process that waits takes the island's place."""
@@ -270,6 +321,10 @@ class Hands:
         held = min(held, coordinator.flushed + 1)
         rows = tuple(coordinator.rows[held : coordinator.flushed + 1])
         return News(rows_from=held, rows=rows, peers=coordinator.peers())
+
+
+async def _answer(ref: Any) -> str:
+    return str(await ref)
 
 
 def new_nonce() -> str:

@@ -20,6 +20,8 @@ from orchestrator.run_state import Head
 from workers import messages as msg
 from workers.records import MemberId, Row, Term
 
+TAIL = msg.Tail(active=True)
+
 
 class Heartbeats(PairDesk):
     """Progress of members, and what they are told again because they seem to have missed it."""
@@ -78,16 +80,16 @@ class Heartbeats(PairDesk):
                 self._effects(exchange, exchange.welcome(member))
         heads, behind = self.state.heads, False
         for exchange, report in zip(self.exchanges, hello.fragments, strict=False):
-            if exchange.open is not None:
+            if exchange.open is not None and exchange.open.state != "open":
                 self._repeat(member, exchange, report, had)
             if report.barred is not None:
                 self.revocations.release_barred(member, exchange.fragment, report, self._tell)
             behind = behind or report.n < heads[exchange.fragment].version.n
         if behind and had is not None and is_stuck_behind(hello, had, heads):
             self._tell(member, self._peers_now())
-        if hello.waiting == "leases" and self._in_tail(member.name):
-            self._tell(member, msg.Tail(active=True))
-        if member.name in self.leaving and hello.waiting != "leaving":
+        if self.tail and hello.waiting == "leases" and self._in_tail(member.name):
+            self._tell(member, TAIL)
+        if self.leaving and member.name in self.leaving and hello.waiting != "leaving":
             self._tell(member, msg.Leave())
         if not self.started:
             self._start_if_ready()

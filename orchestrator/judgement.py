@@ -23,6 +23,8 @@ SHORT_FOR_S = 5.0
 QUORUM_S_PER_MEMBER = 5e-4
 """Whether there are enough of them is looked at no more often than this: ten thousand every 5 s."""
 SAY_AGAIN_S = 60.0
+UNSEEN: tuple[Kind, ...] = ("lost", "hung")
+"""Ends of a process that never joined which nobody would hear of otherwise: not even Ray noticed them."""
 
 
 class Judgement(Lifecycle):
@@ -138,7 +140,7 @@ class Judgement(Lifecycle):
 
     def _process_died(self, event: ev.ProcessDied) -> None:
         name, nonce, why = event.name, event.nonce, event.why
-        kind: Kind = event.taken or ("crash" if event.raised else "died")
+        kind: Kind = "hung" if event.hung else event.taken or ("crash" if event.raised else "died")
         member = self.state.nonces.get(nonce) if nonce else self.state.current.get(name)
         stepped = False
         if member is not None and self.state.members[member].live:
@@ -146,6 +148,9 @@ class Judgement(Lifecycle):
             process = self.roll.processes.get(member)
             stepped = process is not None and process.stepped
             self._fence(member, why, refused=False)
+        elif kind in UNSEEN:
+            self._say(f"{name} is {kind}: {why}", member=name, level="warning")
+            self._fault(kind, name, why, injected=False)
         if event.hopeless:
             self._end("failed", f"{name}: {why}")
         else:

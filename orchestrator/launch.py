@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from faults.plan import PlannedFault
 from orchestrator.attach import note_address
 from orchestrator.build import num_islands
+from orchestrator.cluster.run_tokens import run_token
+from orchestrator.cluster.tokens import new_token
 from orchestrator.errors import ClusterUnreachable, UserError
 from orchestrator.lean_ray import lean_start
 from orchestrator.progress import Progress
@@ -268,10 +270,11 @@ class RaySession:
             found = check_resumable(RunDir(run_dir), snapshots=self.config.run.snapshots, elsewhere=elsewhere)
             if elsewhere:  # else it was said before Ray was started
                 _say(found)
-        self._say_where(run_dir)
+        salt = secrets.token_hex(16)
+        self._say_where(run_dir, salt)
         options = {"name": controller_name(run_id), "namespace": NAMESPACE, "lifetime": "detached"}
         arguments = (self.config.to_tables(), run_id, str(run_dir), None if pack is None else str(pack))
-        token = secrets.token_hex(16)
+        token = run_token(cluster_token() or new_token(), run_id, salt)
         if self.config.pipeline.stages is not None:
             from orchestrator.pipeline.controller import PipelineActor
             from orchestrator.prepare import layer_table
@@ -292,8 +295,8 @@ class RaySession:
         ray.get(self.controller.begin.remote(), timeout=60)
         return self.controller
 
-    def _say_where(self, run_dir: Path) -> None:
-        """Leave in the run's directory where its Ray is."""
+    def _say_where(self, run_dir: Path, salt: str) -> None:
+        """Leave in the run's directory where its Ray is, and what its token is made with beside the cluster's."""
         import ray
 
         from orchestrator.log_files import write_cluster_file
@@ -301,7 +304,8 @@ class RaySession:
         context = ray.get_runtime_context()
         node = next(n for n in ray.nodes() if n["NodeID"] == context.get_node_id())  # type: ignore[no-untyped-call]
         values = {"address": context.gcs_address, "node_ip": node["NodeManagerAddress"], "run": run_dir.name}
-        write_cluster_file(RunDir(run_dir).cluster_file, {**values, "local": self.config.run.address is None})
+        how = {"local": self.config.run.address is None, "salt": salt}
+        write_cluster_file(RunDir(run_dir).cluster_file, {**values, **how})
 
     def run(
         self,
@@ -364,6 +368,14 @@ def enter_cluster(address: str, *, known: bool = True, asked: str = SETTING) -> 
     if "ray" in sys.modules:
         reread_environment()
     return state
+
+
+def cluster_token() -> str | None:
+    """What the cluster that this process has entered asks for; None where Ray asks for nothing."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    loader = AuthenticationTokenLoader.instance()
+    return str(loader.get_raw_token()) if loader.has_token() else None
 
 
 def reread_environment() -> None:

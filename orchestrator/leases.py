@@ -78,7 +78,8 @@ def waiting(state: RunState) -> dict[str, int]:
 
 def wanted(entry: Membership, batch: int, consumed: int, plan: Plan) -> int:
     """Samples that a member should be given now; whole batches; 0 if it has enough ahead."""
-    watermark = min(entry.watermarks, default=0)
+    marks = entry.watermarks
+    watermark = marks[0] if len(marks) == 1 else min(marks, default=0)
     ahead = entry.num_leased - watermark
     if ahead < plan.low_steps * batch + 1:
         return max(plan.high_steps * batch - ahead, 0)

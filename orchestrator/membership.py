@@ -133,7 +133,7 @@ class Process:
         for report in hello.fragments:  # no `all`: everybody says this all the time
             if report.n < 0:
                 self.holds_state = False
-        return self.consumed_to(hello.consumed, now)
+        return hello.consumed != self.consumed and self.consumed_to(hello.consumed, now)
 
     def consumed_to(self, consumed: int, now: float) -> bool:
         """It has trained on that much; whether that includes its first inner step."""
@@ -236,11 +236,6 @@ class Roll:
             process.here = False
             self.by_nonce.pop(process.nonce, None)
         return process
-
-    def speaker(self, nonce: str, name: str, incarnation: int | None) -> Process | None:
-        """The process that an envelope is from, if it is here and is what it says."""
-        process = self.by_nonce.get(nonce)
-        return process if process is not None and process.id == (name, incarnation) else None
 
     def take_changed(self) -> list[MemberId]:
         """Whose status may have changed since this was last asked."""

@@ -94,7 +94,7 @@ class SpanRow:
 class ExchangeRow:
     """One committed exchange: `bytes` is the payload that all members sent for it, over all its attempts.
 
-    `tokens_committed` is the total of the run after this commit; `seconds` runs from the first offer to the commit.
+    `tokens_committed` is the total of the run after this commit; `seconds` runs from the closing to the commit.
     `closed_because`: why it waited for no further offer.
     """
 

@@ -96,8 +96,13 @@ class Membership:
         """The samples at positions `since` to `upto`; of a long life only the spans that matter are looked at."""
         if not 0 <= since < upto or upto > self.num_leased:
             return ranges.cut(self.leases, since, upto)  # nothing, or a complaint
-        first, last = bisect_right(self.offsets, since) - 1, bisect_left(self.offsets, upto)
+        first = bisect_right(self.offsets, since) - 1
         offset = self.offsets[first]
+        start, stop = self.leases[first]
+        begin, end = start + since - offset, start + upto - offset
+        if end <= stop:  # mostly in one piece
+            return ((begin, end),)
+        last = bisect_left(self.offsets, upto)
         return ranges.cut(self.leases[first:last], since - offset, upto - offset)
 
 
@@ -281,11 +286,14 @@ class RunState:
             r.n == head.version.n + 1 and r.prev_chain == head.version.chain,
             f"commit {r.n} of fragment {r.fragment} does not extend the head {head.version.n}",
         )
-        for entry in r.roster:
+        for entry in r.roster:  # thousands: what would be said of each is not written out before it is wrong
             member = self.members[entry.member_id]
-            _must(not member.settled, f"commit names {member.id}, which is settled")
-            _must(member.watermarks[r.fragment] == entry.since, f"gap or overlap in the coverage of {member.id}")
-            _must(entry.ranges == member.cut(entry.since, entry.upto), f"{member.id} was not leased that")
+            if member.settled:
+                raise JournalContradiction(f"commit names {member.id}, which is settled")
+            if member.watermarks[r.fragment] != entry.since:
+                raise JournalContradiction(f"gap or overlap in the coverage of {member.id}")
+            if entry.ranges != member.cut(entry.since, entry.upto):
+                raise JournalContradiction(f"{member.id} was not leased that")
             member.watermarks[r.fragment] = entry.upto
             self.committed[r.fragment] += entry.upto - entry.since
         self.heads[r.fragment] = Head(version=Version(n=r.n, chain=r.chain), digest=r.digest)

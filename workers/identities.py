@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from workers.ranges import Range
@@ -23,8 +22,7 @@ class MemberId(NamedTuple):
         return f"{self.name}.{self.incarnation}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """One life of a controller; it fences every lower term. `lineage` rises only when a lost journal is rebuilt."""
 
     lineage: int
@@ -76,4 +74,4 @@ class RosterEntry(NamedTuple):
 
     def weighed(self, coefficient: float) -> RosterEntry:
         """The same with another coefficient."""
-        return self._replace(coefficient=coefficient)
+        return RosterEntry(*self[:-1], coefficient)  # `_replace` takes three times as long

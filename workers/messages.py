@@ -27,9 +27,8 @@ class Version:
     chain: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExchangeId:
-    """Names one exchange for ever: a term is one controller life, so serials never collide."""
+class ExchangeId(NamedTuple):
+    """Names one exchange for ever: a term is one controller life, so serials never collide. Compared all the time."""
 
     term: Term
     serial: int

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,15 +19,20 @@ from orchestrator.answers import ClusterJoined, Left
 from orchestrator.cluster.door import Door
 from orchestrator.cluster.join_string import JoinString, parse
 from orchestrator.cluster.ray_node import cluster_environment, process_environment
+from orchestrator.cluster.run_tokens import run_token
 from orchestrator.cluster.state import ClusterState, known_clusters
 from orchestrator.cluster.tokens import new_token
 from orchestrator.cluster.versions import my_versions
+from orchestrator.rundir import RunDir
 from orchestrator.segments import read_run
 from orchestrator.summary import load_summary
 from tests.leaks import our_processes
 from tests.ray.command import ROOT, Command
 from tests.small_run import TOML
 from workers.records import LEFT, CommitRecord, FenceRecord, JoinRecord
+from workers.store import BlobStore
+from workers.transport.base import TransportError
+from workers.transport.flight import FlightTransport
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(100)]
 
@@ -40,6 +45,10 @@ import json, sys, ray
 address, node_ip, script = sys.argv[1:]
 ray.init(address=address, _node_ip_address=node_ip, namespace="atoll", log_to_driver=False, logging_level=40)
 exec(script)
+"""
+WHERE_ISLANDS_ARE = """
+news = ray.get(ray.get_actor("controller/run").standby_news.remote("nobody", 0, False), timeout=30)
+print(json.dumps([address for _, address, _ in news.peers]))
 """
 ON_EVERY_NODE = """
 @ray.remote(num_cpus=0, resources={"atoll_worker": 1})
@@ -161,6 +170,20 @@ def until(
         assert process is None or process.poll() is None, f"ended before {what}:\n{told}"
         assert time.monotonic() < deadline_s, f"waited {WAIT_S:g} s for {what}:\n{told}"
         time.sleep(0.05)
+
+
+def answers(addresses: Sequence[str], token: str) -> set[str]:
+    """What islands say to whoever asks them, with this token, for a blob that nobody has."""
+    visitor, said = FlightTransport(BlobStore(), host="127.0.0.1", token=token, num_connections=1), set()
+    visitor.start()
+    try:
+        for address in addresses:
+            with pytest.raises(TransportError) as caught:
+                visitor.fetch(address, ["none"], timeout_s=10.0, max_bytes=0)
+            said.add(type(caught.value).__name__)
+    finally:
+        visitor.stop()
+    return said
 
 
 def one_error(done: subprocess.CompletedProcess[str]) -> str:
@@ -355,6 +378,11 @@ def test_a_run_follows_the_machines_of_its_cluster(
         node = cluster.join()
         run.until(lambda: node.node_id in contributors().values(), "the new machine's island to contribute")
         [name] = [member for member, place in contributors().items() if place == node.node_id]
+        islands, salt = cluster.drive(WHERE_ISLANDS_ARE), json.loads(RunDir(run_dir).cluster_file.read_text())["salt"]
+        assert isinstance(islands, list) and len(islands) == 5
+        assert answers(islands, run_token(cluster.place.token, "run", salt)) == {"BlobMissing"}, "one of the run"
+        for token in run_token(cluster.place.token, "run", "another start"), cluster.place.token:
+            assert answers(islands, token) == {"Unauthorized"}
         for arguments, leaver in (("--cluster", node.name), name), (("island-0",), "island-0"):
             done = cluster.atoll("leave", *arguments)
             assert done.returncode == 0, done.stderr

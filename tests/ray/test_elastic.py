@@ -6,7 +6,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 import ray
@@ -16,7 +18,7 @@ from ray.core.generated import autoscaler_pb2
 
 from orchestrator.build import OWN_PACK_LABEL, pack_path, resolve
 from orchestrator.ledger import ledger_command
-from orchestrator.metrics import SpanRow, read_rows
+from orchestrator.metrics import ExchangeRow, SpanRow, StepRow, read_rows
 from orchestrator.processes import WORKER_RESOURCE
 from orchestrator.summary import Summary
 from tests.ray.live_run import LiveRun
@@ -33,6 +35,9 @@ OWN_TOKENS = 1_600  # of them, of a pack that only island-1 has
 HAS_THE_PACK = {OWN_PACK_LABEL: "island-1"}
 NODE = {"num_cpus": 1, "resources": {WORKER_RESOURCE: 1}, "object_store_memory": 80_000_000}
 JOINED_WITHIN_S = 15.0
+PACE_S = 0.2
+SLOWER_BY = 1.05
+STEPS_BEFORE = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +48,8 @@ class Story:
     records: list[Record]
     summary: Summary
     contributed_after_s: float
+    steps_before_s: list[float]
+    steps_meanwhile_s: list[float]
     left: MemberId
     rejoined: MemberId
     killed: MemberId
@@ -84,6 +91,15 @@ def contributed(run: LiveRun, name: str, more_than: int) -> Callable[[], MemberI
     return look
 
 
+def steps_s(run: LiveRun, name: str) -> list[float]:
+    """What each of an island's steps took so far, pace and all, without its waits: from one row to the next."""
+    rows = [row for row in run.steps() if row.member == name]
+    return [
+        (row.t_s - last.t_s - (row.data_wait_ms + row.sync_wait_ms) / 1000) / (row.step - last.step)
+        for last, row in pairwise(rows)
+    ]
+
+
 @pytest.fixture(scope="module")
 def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("elastic")
@@ -105,7 +121,7 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
     config = small_config(pack_dir, *values, "strategy.inner_steps=4", "exchange.quorum=0.5", "exchange.limbo_s=60")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", caches["here"]["XDG_CACHE_HOME"])
-        run = LiveRun(config, pack_path(resolve(config)), folder / "run", pace_s=0.2)
+        run = LiveRun(config, pack_path(resolve(config)), folder / "run", pace_s=PACE_S)
     assert (run.config.run.islands, run.config.run.elastic) == (1, True)
     cluster.add_node(**NODE, env_vars=caches["here"])
     run.start()
@@ -113,10 +129,14 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
         run.until(contributed(run, "island-0", 0), "the first machine's island in a commit")
 
         shutil.rmtree(far)  # whoever joins from now on has to ask the others for the tokens
+        before = run.until(
+            lambda: found if len(found := steps_s(run, "island-0")) >= STEPS_BEFORE else None, "steps of one island"
+        )
         began = time.monotonic()
         second = cluster.add_node(**NODE, labels=HAS_THE_PACK, env_vars=caches["there"])
         left = run.until(contributed(run, "island-1", 0), "the second machine's island in a commit")
         contributed_after_s = time.monotonic() - began
+        meanwhile = steps_s(run, "island-0")[len(before) :]
 
         take_away(cluster, second.node_id, within_s=60)
         run.until(lambda: not is_live(run, left), "the second machine's island to leave, as Ray drains its machine")
@@ -142,6 +162,8 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
         records=run.records(),
         summary=summary,
         contributed_after_s=contributed_after_s,
+        steps_before_s=before,
+        steps_meanwhile_s=meanwhile,
         left=left,
         rejoined=rejoined,
         killed=rejoined,
@@ -154,6 +176,22 @@ def story(cluster: Cluster, pack_dir: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_machine_that_joins_contributes_soon(story: Story) -> None:
     print(f"contributed {story.contributed_after_s:.1f} s after the machine was there")
     assert story.contributed_after_s < JOINED_WITHIN_S
+
+
+def test_a_machine_that_joins_is_in_the_next_exchange_that_closes(story: Story) -> None:
+    rows = list(read_rows(story.run_dir / "metrics.jsonl"))
+    back_s = next(row.t_s for row in rows if isinstance(row, StepRow) and row.member == "island-1")
+    closed = [row for row in rows if isinstance(row, ExchangeRow) and row.t_s - row.seconds > back_s]
+    assert "island-1" in closed[0].roster
+
+
+def test_who_trains_already_is_not_held_up_by_a_machine_that_joins(story: Story) -> None:
+    """While Ray starts there, processes are started, and state and tokens are fetched."""
+    before_s, meanwhile_s = median(story.steps_before_s), median(story.steps_meanwhile_s)
+    num = len(story.steps_meanwhile_s)
+    print(f"steps of {before_s:.4f} s before, {meanwhile_s:.4f} s in the {num} steps until the machine contributed")
+    assert before_s > PACE_S and num >= STEPS_BEFORE
+    assert meanwhile_s < SLOWER_BY * before_s
 
 
 def test_who_leaves_hands_over_everything(story: Story) -> None:

@@ -5,6 +5,7 @@ One run goes through all the kills, and the tests look at its files; the others 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import statistics
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from faults.inject import Point, read_anchors, read_marks
 from orchestrator.ledger import ledger_command
-from orchestrator.metrics import StepRow
+from orchestrator.metrics import ExchangeRow, StepRow, read_rows
 from orchestrator.summary import Summary
 from tests.ray.live_run import Kill, LiveRun
 from tests.small_run import small_config
@@ -33,6 +34,7 @@ from workers.records import (
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(400)]
 
 BACK_WITHIN_S = 15.0
+COMMIT_LATER_BY_S = 1.0
 PACE_S = 0.3
 TOKENS = 64_000
 # Who dies where. island-0 made version 0; each point of an exchange once.
@@ -153,6 +155,19 @@ def test_survivors_hardly_wait(kill: Kill, story: Story) -> None:
         inside = [gap for start, gap in gaps if start + gap >= fault.detected_s - 2 and start <= fault.contributed_s]
         print(f"{kill.point} {member}: longest {max(inside):.2f} s, median {median:.2f} s")
         assert max(inside) <= 2 * median + 0.5, f"{member}: median {median:.2f} s"
+
+
+def test_survivors_commit_hardly_later(kill: Kill, story: Story) -> None:
+    """The commit after a death comes at most 1 s later than it would have: by then there is one on average."""
+    rows = [row for row in read_rows(story.run_dir / "metrics.jsonl") if isinstance(row, ExchangeRow)]
+    paced_until_s = max(one.fault.contributed_s or 0.0 for one in story.kills)
+    times_s = [row.t_s for row in rows if row.t_s <= paced_until_s]
+    usual_s = statistics.median(later - sooner for sooner, later in itertools.pairwise(times_s))
+    assert kill.fault.detected_s is not None
+    place = bisect.bisect(times_s, kill.fault.detected_s)
+    waited_s = times_s[place] - times_s[place - 1]
+    print(f"{kill.point}: {waited_s:.2f} s from commit to commit, usually {usual_s:.2f} s")
+    assert waited_s <= usual_s + COMMIT_LATER_BY_S
 
 
 def test_what_the_dead_had_offered_counts_once_or_goes_back(kill: Kill, story: Story) -> None:

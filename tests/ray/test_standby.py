@@ -21,7 +21,7 @@ from faults.inject import faults_dir, read_marks
 from orchestrator.ledger import ledger_command
 from orchestrator.metrics import CopyRow, FaultEvent, MemberRow, read_rows
 from orchestrator.summary import Summary, load_summary
-from tests.ray.hang import Hang
+from tests.ray.hang import Hang, StopOnTheWay
 from tests.ray.live_run import LiveRun
 from tests.small_run import small_config
 from workers.records import HUNG, FaultRecord, FenceRecord, JoinRecord, Record
@@ -62,7 +62,7 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
     values += [f"exchange.limbo_s={LIMBO_S}", "exchange.quorum=0.5"]
     config = small_config(pack_dir, "run.islands=3", "run.standby=1", BUDDY, *values)
     run = LiveRun(config, pack_dir, folder / "story", pace_s=PACE_S)
-    run.wrap = Hang(inner=run.wrap)
+    run.wrap = StopOnTheWay(inner=Hang(inner=run.wrap))
     calm.start()
     try:
         run.start()
@@ -81,10 +81,14 @@ def story(ray_cluster: None, pack_dir: Path, tmp_path_factory: pytest.TempPathFa
             hang_ended_s = time.monotonic()
             run.until(lambda: all(f.contributed_s is not None for f in run.faults()), "both successors to contribute")
             frozen = freeze_standby(run)
+            (faults_dir(run.run_dir) / "island-0.stop").touch()
             freeze(run, "island-0")
             run.until(
                 lambda: not Path(f"/proc/{frozen}").exists(), f"process {frozen}, which waits and is stopped, to go"
             )
+            stopped = run.until(lambda: pid_in(run, "island-0.stopped"), "a process to be stopped before it has joined")
+            run.until(lambda: not Path(f"/proc/{stopped}").exists(), f"process {stopped}, which never joined, to go")
+            run.until(lambda: run.state().current.get("island-0"), "another process to take its place")
             stop(run)
             calm.until(lambda: time.monotonic() - began > CALM_S, "a minute")
             stop(calm)
@@ -146,6 +150,11 @@ def freeze_standby(run: LiveRun) -> int:
     return pid
 
 
+def pid_in(run: LiveRun, mark: str) -> int:
+    path = faults_dir(run.run_dir) / mark
+    return int(path.read_text()) if path.exists() else 0
+
+
 def stop(run: LiveRun) -> None:
     """A stop at once: what these runs would train is of no interest."""
     run.controller.stop.remote(False)
@@ -191,7 +200,16 @@ def test_a_standby_that_is_stopped_is_given_up_when_limbo_is_over_and_its_proces
     log = (story.run_dir / "logs" / "controller.log").read_text()
     assert re.search(rf"process {story.frozen_standby} of \S+ did not end by itself", log)
     # It was stopped for as long as the island whose place it was to take: whichever was noticed first.
-    assert re.search(r"standby-\d+ is gone: silent for|it did not take its place within", log)
+    assert re.search(r"standby-\d+ is gone: silent for|island-0 is lost: silent for [\d.]+ s before it joined", log)
+
+
+def test_who_is_stopped_before_it_has_joined_is_given_up_with_a_reason_and_replaced(story: Story) -> None:
+    lost = [r for r in story.records if isinstance(r, FaultRecord) and (r.fault, r.member) == ("lost", "island-0")]
+    unseen = [r for r in lost if re.match(r"silent for [\d.]+ s before it joined, limbo is over", r.detail)]
+    assert unseen, [r.detail for r in lost]
+    assert all(float(r.detail.split()[2]) < LIMBO_S + 2.5 for r in unseen)
+    joins = [r for r in story.records if isinstance(r, JoinRecord) and r.member == "island-0"]
+    assert joins[-1].incarnation > 1, "somebody joined in its place"
 
 
 def test_what_the_hung_thread_was_in_is_kept(story: Story) -> None:

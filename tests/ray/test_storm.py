@@ -25,6 +25,7 @@ WAIT_S = 150.0
 ISLANDS = 3
 ASKED = "delay:island-0,for=2s,by=0.02s"
 MINUTES = 1.0
+KILL_NOTICED_WITHIN_S = 0.5
 # Chosen so that each kind comes within the first half minute.
 SEED, RATE = 19, 720
 
@@ -96,6 +97,8 @@ def test_each_kind_was_detected(story: Story) -> None:
         row = story.figures.kinds[kind]
         assert row.detected == row.injected, f"{kind}: {row}"
         assert row.detection.max_s is not None
+    kills_s = story.figures.kinds["kill"].detection.max_s
+    assert kills_s is not None and kills_s <= KILL_NOTICED_WITHIN_S
     assert story.figures.kinds["kill"].detected_as == {"died": story.figures.kinds["kill"].injected}
 
 

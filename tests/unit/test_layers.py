@@ -34,6 +34,7 @@ RAY_IN_WORKERS: set[str] = set()
 # The shells: the controller's and the islands' actors need Ray (never torch), a run in one process trains in it.
 SHELLS = {
     "orchestrator.actor_tools": {"ray"},
+    "orchestrator.arriving": {"ray"},
     "orchestrator.actors": {"ray"},
     "orchestrator.caretaker": {"ray"},
     "orchestrator.controls": {"ray"},

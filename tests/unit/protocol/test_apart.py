@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import cast
 
+import pytest
 from control import Control
 from mate import Mate, entry, member_id, offer_id
 
 from orchestrator.exchange import PARTED_S
 from workers import member_events as ev
+from workers import messages as msg
 from workers.apart import KNOCK_EVERY_S, KNOCK_FOR_S, TRUST_S, Apart, Reached
+from workers.jobs import Jobs
+from workers.record_log import RecordLog
 from workers.records import MemberId
+from workers.replica import Replica
+from workers.store import BlobStore
+from workers.transport.flight import FlightTransport
 
+TOKEN = "of this run"
 A, B = (MemberId(name=name, incarnation=1) for name in ("a", "b"))
 PEERS = {"a.1": ("at-a", (0,)), "b.1": ("at-b", (0,))}
 
@@ -70,6 +82,61 @@ def test_who_could_not_be_reached_is_knocked_at_until_it_answers() -> None:
     assert mate.found(Reached) == [Reached(member=member_id("island-1"))]
     mate.tick(5.0)
     assert len(mate.found(ev.Knock)) == 2
+
+
+# ---------------------------------------------------------------- over sockets
+
+
+def test_who_is_there_again_is_noticed_by_the_next_knock(jobs: Jobs) -> None:
+    """Refused at first (the port is held, nobody listens), then let in; one of another run is no answer."""
+    held, other = socket.socket(), member_id("island-1")
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
+    address = f"grpc+tcp://127.0.0.1:{port}"
+    mate = Mate().start()
+    mate.tell(msg.Peers(peers=((str(other), address, (0,)),)))
+    mate.tell(mate.assign(entry("island-1", 0, 4), owners=("island-0", "island-2")))
+    mate.happen(ev.PiecesFailed(fragment=0, offer=offer_id("island-1"), chunks=(0,), why="no answer"))
+
+    def knock() -> list[Reached]:
+        mate.commands.clear()
+        mate.tick(KNOCK_EVERY_S)
+        (command,) = mate.found(ev.Knock)
+        assert command.address == address
+        event = jobs.do(command)
+        assert event is not None
+        mate.happen(event)
+        return mate.found(Reached)
+
+    assert knock() == []
+    held.close()
+    with serving(port, "of another run"):
+        assert knock() == []
+    with serving(port, TOKEN):
+        assert knock() == [Reached(member=other)]
+        mate.commands.clear()
+        mate.tick(KNOCK_EVERY_S)
+        assert mate.found(ev.Knock) == []
+
+
+@contextmanager
+def serving(port: int, token: str) -> Iterator[FlightTransport]:
+    transport = FlightTransport(BlobStore(), host="127.0.0.1", port=port, token=token, num_connections=1)
+    transport.start()
+    try:
+        yield transport
+    finally:
+        transport.stop()
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    """Of a member whose transport is that of runs on Ray; knocks need no replica."""
+    with serving(0, TOKEN) as transport:
+        yield Jobs(
+            replica=cast(Replica, None), store=BlobStore(), transport=transport, log=RecordLog, lock=threading.RLock(),
+            timeout_s=10.0, threaded=True,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the controller

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
+import pytest
 from control import Control
 
 from orchestrator import events as ev
@@ -184,6 +186,22 @@ def test_who_was_taken_away_is_not_given_up() -> None:
         control.handle(ev.ProcessDied(name="island-1", nonce=None, why="drained", taken="preempted"))
         control.join("island-1", nonce=f"life-{life}")
     assert len(control.spawned) == 30 and control.coordinator.given_up == {}
+
+
+@pytest.mark.parametrize("hung", [True, False])
+def test_a_process_that_never_joined_gets_a_verdict_and_a_successor(hung: bool) -> None:
+    control = started()
+    control.commit()
+    control.die("island-1")
+    before = len(control.spawned)
+    taken: Literal["", "lost"] = "" if hung else "lost"
+    control.handle(ev.ProcessDied(name="island-1", nonce=None, why="silent", hung=hung, taken=taken))
+    assert control.faults("hung" if hung else "lost") == ["island-1"]
+    assert any(text == f"island-1 is {'hung' if hung else 'lost'}: silent" for text in control.said)
+    control.tick(8.0)
+    assert len(control.spawned) == before + 1
+    spent = control.coordinator.policy.spent("island-1", "hung", control.coordinator.seconds())
+    assert spent == hung, "where nobody can be blamed no budget is spent"
 
 
 # ---------------------------------------------------------------- quorum

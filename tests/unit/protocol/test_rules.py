@@ -46,7 +46,7 @@ WITHOUT: dict[str, Rule] = {
     "orchestrator.exchange_rules.enough_copies": lambda holders, config, fleet: bool(list(holders)),
     "orchestrator.exchange_rules.refused_lengths": lambda offers, times: {},
     "orchestrator.exchange_rules.length_of": lambda offer: 1.0,
-    "orchestrator.exchange_rules.as_fp32": lambda value: value,
+    "orchestrator.exchange_rules.as_fp32": lambda values: list(values),
     "orchestrator.exchange_rules.is_current": lambda open_, exchange, attempt: open_ is not None,
     "orchestrator.exchange_rules.parts_after_roster_change": dict,
     "orchestrator.exchange_rules.make_exchange_id": lambda term, serial: ExchangeId(
