@@ -20,9 +20,9 @@ from tests.ray.command import ROOT, Command
 from tests.small_run import TOML
 from workers.records import CommitRecord, FenceRecord, JoinRecord, Record, TermRecord
 
-# Alone: the next death comes as soon as the islands go on. On a busy machine the command may still be connecting then, and
-# Ray ends a process that was registering with what has just died; and a Ray that is started meanwhile may take ports of
-# the dead head, which then comes back late.
+# Alone: the next death comes as soon as the islands go on. On a busy machine the command may still be connecting then,
+# and Ray ends a process that was registering with what has just died; and a Ray that is started meanwhile may take
+# ports of the dead head, which then comes back late.
 pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(300)]
 
 WAIT_S = 90.0
