@@ -103,7 +103,7 @@ def cost(options: Options, congestion: str, num_streams: int, extra: dict[str, f
             before_s = lab.status().cpu_s
             done = fill_streams(lab, "a", "b", seconds=options.seconds, num_streams=num_streams, warm_up_s=1.5)
             rates.append(done.goodput_mbit / PAYLOAD_SHARE)
-            cpu.append(100 * (lab.status().cpu_s - before_s) / options.seconds)
+            cpu.append(100 * (lab.status().cpu_s - before_s) / done.seconds)
         row = {"rate_mbit": spread_of(rates), "cpu_percent": spread_of(cpu), **_punctuality(lab)}
     # A protocol that backs off where packets are lost or late does not fill the link: that is no error of the link.
     exact = bool(extra) or abs(statistics.median(rates) / 100 - 1) < RATE_WITHIN

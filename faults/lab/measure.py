@@ -46,10 +46,15 @@ class Datagrams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Streams:
-    """What TCP streams reached together: million bits of payload a second, and their congestion control."""
+    """What TCP streams reached together: million bits of payload a second, and their congestion control.
+
+    `seconds`: from the first byte to the last one. That is longer than was sent for: what waited in the senders'
+    buffers arrives too.
+    """
 
     goodput_mbit: float
     num_bytes: int
+    seconds: float
     congestion: str
 
 
@@ -105,7 +110,7 @@ def fill_streams(
         arguments = ("stream", host, port, seconds, num_streams)
         sent = _finish(lab.popen(source, _probe(*arguments), **_PIPES))
         result = _finish(sink)
-    return Streams(goodput_mbit=result["goodput_mbit"], num_bytes=result["num_bytes"], congestion=sent["congestion"])
+    return Streams(**result, congestion=sent["congestion"])
 
 
 _PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

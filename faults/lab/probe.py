@@ -118,7 +118,8 @@ def sink(host: str, num_streams: str, warm_up_s: str) -> None:
                 counted += received
             if not received:
                 streams.remove(stream)
-    _say({"goodput_mbit": counted * 8e-6 / (last_s - from_s) if last_s > from_s else 0.0, "num_bytes": total})
+    goodput_mbit = counted * 8e-6 / (last_s - from_s) if last_s > from_s else 0.0
+    _say({"goodput_mbit": goodput_mbit, "num_bytes": total, "seconds": last_s - begin_s})
 
 
 def stream(host: str, port: str, seconds: str, num_streams: str) -> None:
