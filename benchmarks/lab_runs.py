@@ -95,7 +95,11 @@ def _cut(lab: Lab, run: LabRun, seconds: float) -> Row:
 
 
 def exchange(name: str, congestion: str) -> Row:
-    """Exchanges of two islands against plain Flight with as many connections and as many bytes each way."""
+    """Exchanges of two islands against plain Flight with as many connections and as many bytes each way.
+
+    An exchange is timed by the controller of a real run, from its closing to its commit: without the way of the offers,
+    the pieces that owners pull while an offer is awaited, the way of the commit, and its application.
+    """
     topology = load_topology(name).model_copy(update={"congestion": congestion})
     with tempfile.TemporaryDirectory() as scratch, Lab(topology) as lab:
         cluster = LabCluster(lab)
@@ -122,7 +126,11 @@ def exchange(name: str, congestion: str) -> Row:
 
 
 def judged(row: Row) -> Row:
-    """An exchange against its optimum: the plain transfer and, where distance counts, the five messages it needs."""
+    """An exchange against its optimum: the plain transfer and, where distance counts, the five messages it needs.
+
+    The optimum is that of a whole exchange, and what is timed is a part of one (`exchange`), so the share is this at
+    most: a row can show that a promise is broken, not that it is kept. `benchmarks.exchange` times all of it.
+    """
     topology = str(row["topology"])
     delays, at_least = TARGETS[topology]
     optimum_s = row["plain_flight_s"] + delays * one_way_s(load_topology(topology))

@@ -22,6 +22,7 @@ from strategies.config import Section
 
 MAX_NODES = 100
 NO_HOSTS = ipaddress.IPv4Network("0.0.0.0/8")
+LOCALHOST = "localhost"
 # What orchestrator/config_errors.py looks for: a problem of several settings together, with its key and remedy.
 CROSS_CHECK = "cross_check"
 
@@ -247,6 +248,8 @@ def _check_names(topology: Topology) -> None:
     names = topology.node_names()
     if twice := duplicates([*topology.regions, *names]):
         _refuse("regions", f"{twice[0]!r} is the name of two nodes or regions", "a name of its own for each")
+    if LOCALHOST in names:
+        _refuse("regions", f"no node can be called {LOCALHOST!r}: each node calls itself that", "node-1")
     if len(names) > MAX_NODES:
         _refuse("regions", f"{len(names)} nodes are too many", f"at most {MAX_NODES}")
     for name in topology.nodes:

@@ -127,6 +127,7 @@ def test_a_node_can_be_killed_and_comes_back(lab_root: Path) -> None:
 def test_nothing_stays_behind_after_sigkill_of_the_lab(lab_root: Path) -> None:
     """Its wires end at once, the rest with the next lab, which is not disturbed by what it finds."""
     with holder(lab_root) as (owner, record, inside), Lab(pair(), root=lab_root) as other:
+        assert Path(record.scratch).is_dir()
         assert sorted(LabStates(lab_root).names()) == sorted([record.name, other.name]), "a living lab is left alone"
         owner.kill()
         owner.wait(timeout=20)
@@ -135,6 +136,7 @@ def test_nothing_stays_behind_after_sigkill_of_the_lab(lab_root: Path) -> None:
         wait_for(lambda: not switch.is_alive, what="the switch to end")
         with Lab(pair(), root=lab_root):
             assert record.name not in LabStates(lab_root).names()
+            assert not Path(record.scratch).exists()
             assert [process for process in inside if process.is_alive] == []
             assert [path for path in namespaces_of(record) if path.exists()] == []
             assert other.processes("a") == []

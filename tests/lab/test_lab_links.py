@@ -34,6 +34,10 @@ import random, socket, sys
 with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as stream:
     stream.sendall(random.Random(3).randbytes(int(sys.argv[3])))
 """
+KNOCK = """
+import socket, sys
+socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"knock", (sys.argv[1], 9))
+"""
 BOTH_ENDS = """
 import socket, sys
 if len(sys.argv) == 2:
@@ -148,7 +152,14 @@ def test_cuts_of_a_node_a_region_a_pair_and_one_way(lab_root: Path) -> None:
             except LabError:
                 return False
 
+        def is_stopped(source: str, target: str) -> bool:
+            """Whether a packet ends at a cut: sooner seen than that it does not come."""
+            before = sum(link.dropped_cut for link in lab.status().links)
+            lab.run(source, python(KNOCK, lab.address(target)), check=True, timeout=20)
+            return sum(link.dropped_cut for link in lab.status().links) > before
+
         lab.cut("us")
+        assert is_stopped("us-2", "eu-1") and is_stopped("asia-1", "us-1")
         assert reaches("us-1", "us-2"), "a region goes on inside"
         assert reaches("eu-1", "asia-1")
         lab.heal("us:eu")
@@ -158,7 +169,7 @@ def test_cuts_of_a_node_a_region_a_pair_and_one_way(lab_root: Path) -> None:
         )  # fmt: skip
         lab.heal()
         lab.cut("eu-1>us-1")
-        assert reaches("us-1", "eu-1")
+        assert is_stopped("eu-1", "us-1") and reaches("us-1", "eu-1")
         assert lab.status().cut == (("eu-1", "us-1"),)
         lab.cut("us-2")
         assert ("us-2", "us-1") in lab.status().cut

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from faults.lab import namespaces, tap
+from faults.lab.cluster import LabCluster
 from faults.lab.errors import LabError
 from faults.lab.lab import Lab
 from faults.lab.processes import ProcessId, end_all, identify, myself, processes_in
@@ -24,6 +25,7 @@ from faults.lab.state import LabRecord, LabStates, overlapping, remove_folder
 from faults.lab.switch import BURST, TURN_S, Pace
 from faults.lab.topology import Topology
 from orchestrator.cli.main import main
+from tests.lab import would_run
 
 PAIR = Topology.model_validate({"regions": {"p": {"nodes": ["a", "b"]}}})
 GONE = ProcessId(pid=os.getpid(), started=1)
@@ -114,6 +116,23 @@ def test_a_sweep_removes_stale_labs_only(tmp_path: Path) -> None:
     assert states.names() == ["alive"]
 
 
+def test_down_removes_what_a_dead_lab_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its nodes' processes and files too, whether it is named or not."""
+    states, scratch = LabStates(tmp_path / "labs"), tmp_path / "scratch"
+    monkeypatch.setattr("faults.lab.state.LabStates", lambda: states)
+    for arguments in ([], ["dead"]):
+        scratch.mkdir()
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as switch:
+            with states.lock():
+                states.write(record("dead", owner=GONE, switch=identify(switch.pid), scratch=str(scratch)))
+            assert main(["lab", "down", *arguments]) == 0
+            assert switch.wait() == -signal.SIGKILL
+        assert capsys.readouterr().out == "lab dead removed\n"
+        assert not states.root.exists() and not scratch.exists()
+
+
 def test_an_empty_root_is_not_left_behind(tmp_path: Path) -> None:
     states = LabStates(tmp_path / "labs")
     with states.lock():
@@ -190,6 +209,51 @@ def test_what_a_lab_cannot_do_without(
     assert main(["lab", "up", "slow-pair"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: no lab here: ") and "try:" in error
+
+
+@pytest.mark.parametrize(
+    ("has_tap", "num_skipped", "code"), [(True, 0, 0), (True, 2, 1), (False, 2, 0)], ids=["run", "skipped", "no TAP"]
+)
+def test_make_check_fails_where_there_is_tap_and_the_tests_of_the_lab_are_skipped(
+    has_tap: bool,
+    num_skipped: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Item:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def get_closest_marker(self, name: str) -> object:
+            return name if name == "skip" and self.number < num_skipped else None
+
+    def collect(arguments: list[str], plugins: list[Any]) -> pytest.ExitCode:
+        plugins[0].items = [Item(number) for number in range(3)]
+        return pytest.ExitCode.OK
+
+    if has_tap:
+        (tmp_path / "tun").touch()
+    monkeypatch.setattr(would_run, "DEVICE", tmp_path / "tun")
+    monkeypatch.setattr(would_run, "why_no_lab", lambda: "needs root" if num_skipped else None)
+    monkeypatch.setattr(pytest, "main", collect)
+    assert would_run.main() == code
+    said = capsys.readouterr()
+    why = ": needs root" if num_skipped else ""
+    assert said.out == f"{num_skipped} of 3 tests of the lab would be skipped{why}\n"
+    assert said.err.startswith("error: there is TAP on this machine") == bool(code)
+
+
+def test_a_host_that_does_not_start_is_named_with_its_last_words(tmp_path: Path) -> None:
+    class FakeLab:
+        folder = tmp_path
+
+    cluster = LabCluster(cast("Lab", FakeLab()))
+    (tmp_path / "a.err").write_text("starting\nerror: the port is taken\n", encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], text=True)
+    with pytest.raises(LabError, match="on a: exit code 3; its last words are:\nstarting\nerror: the port is taken"):
+        cluster._wait("a", process)
 
 
 def test_without_iproute2_there_is_no_lab(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,7 @@ def test_what_cannot_be_set(target: str, values: dict[str, Any], message: str) -
         (PLAIN + "[links.'us:us-1']\ndelay_ms = 2", "share a node"),
         (PLAIN + "[links.'us:eu']\n[links.'eu:us']\n", "are the same link"),
         (PLAIN + "[regions.asia]\nnodes = ['us-1']", "'us-1' is the name of two"),
+        (PLAIN + "[regions.asia]\nnodes = ['localhost']", "no node can be called 'localhost'"),
         (PLAIN + "[regions.asia]\nnodes = []", "regions.asia.nodes = .* a list of at least 1"),
         (PLAIN + "[regions.asia]\nnodes = ['X_1']", r"regions.asia.nodes\[0\] = \"X_1\" is not allowed"),
         (PLAIN + "[regions.Asia]\nnodes = ['x']", "'Asia' is no name for a table of .regions."),
