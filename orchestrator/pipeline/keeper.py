@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from orchestrator.errors import UserError
 from orchestrator.pipeline.commands import Command, Finish, Order, Stop, Tell, Write
 from orchestrator.pipeline.commit import StepCommit, Wanted
 from orchestrator.pipeline.plan import PipelinePlan
@@ -28,10 +29,11 @@ from workers.pipeline.messages import (
     TakeStage,
 )
 from workers.pipeline.records import ServeRecord, StepFenceRecord
-from workers.records import Record, StopRecord
+from workers.records import FaultRecord, Record, StopRecord
 
 PROBE_WAIT_S = 15.0
 SAME_LINK_S = 0.005
+FITS_NO_STAGE = "fits_no_stage"
 
 
 def link_class(seconds: float | None) -> float | None:
@@ -170,17 +172,28 @@ class StageKeeper:
         known = {peer.process: peer.serves for peer in self.roster.peers.values() if peer.serves is not None}
         if not known and self._probes():
             return
+        assignment = known or self._first_placement(everybody=everybody)
+        if not assignment:
+            return
         self.placed = True
-        for process, stage in sorted(known.items()):
+        for process, stage in sorted(assignment.items()):
             self.roster.peers[process].taking[stage] = self.roster.next_name(process)
-        if known:
-            for process in sorted(self.roster.peers.keys() - known):
-                self._place_newcomer(self.roster.peers[process])
-        else:
-            assignment = place(self._needs(), self._powers(), minimum=self.plan.pipeline.min_peers)
-            for process, stage in sorted(assignment.items()):
-                self.roster.peers[process].taking[stage] = self.roster.next_name(process)
+        for process in sorted(self.roster.peers.keys() - assignment.keys() - self.roster.leaving.keys()):
+            self._place_newcomer(self.roster.peers[process])
         self._take_what_can()
+
+    def _first_placement(self, *, everybody: bool) -> dict[str, int]:
+        """Process -> stage; nothing where a stage fits too few, with which the run ends, and says the numbers.
+
+        Where somebody is still to come, who may be what is lacking, that is waited for.
+        """
+        try:
+            return place(self._needs(), self._powers(), minimum=self.plan.pipeline.min_peers)
+        except UserError as refusal:
+            self.why_no_move = str(refusal)
+            if everybody:
+                self._finish("failed", str(refusal))
+            return {}
 
     def _probes(self) -> bool:
         """Whether peers still measure how far they are from the trainers; for some seconds that is waited for."""
@@ -195,11 +208,18 @@ class StageKeeper:
         return waiting and self._now_s < self._probed_s + PROBE_WAIT_S
 
     def _place_newcomer(self, peer: Peer) -> None:
-        """A process in the place of a dead one: to the stage that has fewest, or is slowest."""
+        """A process in the place of a dead one: to the stage that has fewest, or is slowest.
+
+        One that no stage fits is on the record with the numbers, and waits for nothing.
+        """
         counts = self.roster.counts(self.layout.num_stages)
         needs = self._needs()
         fitting = [s for s in range(self.layout.num_stages) if needs[s].bytes <= peer.memory_bytes]
         if not fitting:
+            least = min(need.bytes for need in needs)
+            detail = f"it may take {peer.memory_bytes:,} bytes, and the smallest stage needs {least:,}: it serves none"
+            t_s = round(self._now_s, 6)
+            self._write(FaultRecord(fault=FITS_NO_STAGE, member=peer.process, injected=False, t_s=t_s, detail=detail))
             return
         loads = self._loads()
         stage = max(fitting, key=lambda s: (counts[s] < self.plan.pipeline.min_peers, -min(counts[s], 1), loads[s]))
