@@ -245,7 +245,8 @@ def _refuse(stage: int, stages: Sequence[StageNeed], peers: Sequence[PeerPower],
     raise UserError(
         f"stage {stage} needs {need:,} bytes and at least {minimum} of {len(peers)} peers; {fit} can hold it, "
         f"and other stages may need them; the largest has {max((peer.memory_bytes for peer in peers), default=0):,}",
-        remedy="more stages (each is smaller then), more or larger machines, or a smaller minimum per stage",
+        remedy="more stages (each is smaller then), more or larger machines, a smaller minimum per stage, or "
+        "pipeline.peer_memory_bytes where a peer may take more than its share of its machine",
     )
 
 

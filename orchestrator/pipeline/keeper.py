@@ -145,6 +145,12 @@ class StageKeeper:
             for work, num_bytes, size, traffic in four
         ]
 
+    def memory_of(self, peer: Peer) -> int:
+        """What a stage may take of a peer: as configured, or its share of its machine."""
+        if self.plan.pipeline.peer_memory_bytes is not None:
+            return peer.memory_bytes
+        return peer.memory_bytes // sum(one.node == peer.node for one in self.roster.peers.values())
+
     def _powers(self) -> list[PeerPower]:
         """Peers with their speeds: measured where they served, else as configured."""
         known: dict[str, float] = {}
@@ -156,7 +162,7 @@ class StageKeeper:
             PeerPower(
                 name=peer.process,
                 speed=known.get(peer.process, usual * self.plan.relative_speed(peer.process)),
-                memory_bytes=peer.memory_bytes,
+                memory_bytes=self.memory_of(peer),
                 link_s=link_class(peer.link_s),
             )
             for peer in sorted(self.roster.peers.values(), key=lambda peer: peer.process)
@@ -214,10 +220,11 @@ class StageKeeper:
         """
         counts = self.roster.counts(self.layout.num_stages)
         needs = self._needs()
-        fitting = [s for s in range(self.layout.num_stages) if needs[s].bytes <= peer.memory_bytes]
+        memory_bytes = self.memory_of(peer)
+        fitting = [s for s in range(self.layout.num_stages) if needs[s].bytes <= memory_bytes]
         if not fitting:
             least = min(need.bytes for need in needs)
-            detail = f"it may take {peer.memory_bytes:,} bytes, and the smallest stage needs {least:,}: it serves none"
+            detail = f"it may take {memory_bytes:,} bytes, and the smallest stage needs {least:,}: it serves none"
             t_s = round(self._now_s, 6)
             self._write(FaultRecord(fault=FITS_NO_STAGE, member=peer.process, injected=False, t_s=t_s, detail=detail))
             return
@@ -322,6 +329,7 @@ class StageKeeper:
                 if peer.process not in self.roster.leaving
             ]
             needs = self._needs()
+            # Its whole machine, however many share it: without this stage nobody does anything.
             spare = [peer for peer in spare if peer.memory_bytes >= needs[stage].bytes]
             if not spare:
                 continue

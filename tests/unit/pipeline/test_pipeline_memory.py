@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import parse_config
+from orchestrator.pipeline.figures import stage_table
 from orchestrator.pipeline.keeper import FITS_NO_STAGE
 from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
@@ -26,7 +27,9 @@ def make(tmp_path: Path) -> Make:
         own = [f"data.path={pack}", f"train.tokens={4 * 12 * 16}", *overrides]
         config = parse_config(PIPELINE_TOML, overrides=own).config
         spec = pipeline_spec(config, run_id="local", run_dir=tmp_path, pack=pack)
-        return LocalSwarm(spec=spec, plan=pipeline_plan(config, spec, tmp_path))
+        swarm = LocalSwarm(spec=spec, plan=pipeline_plan(config, spec, tmp_path))
+        swarm.node_of = {name: f"machine of {name}" for name in swarm.plan.peers}
+        return swarm
 
     return build
 
@@ -84,3 +87,26 @@ def test_a_successor_that_no_stage_fits_is_named_and_the_others_go_on(make: Make
     assert [fault.member for fault in idle(swarm)] == [victim]
     assert [r.member for r in swarm.records if isinstance(r, FenceRecord)] == [victim]
     assert len(swarm.brain.roster.serving(1)) == 1
+
+
+def test_peers_of_one_machine_share_its_memory(make: Make) -> None:
+    swarm = make("pipeline.peers=1")
+    needs = max(swarm.brain.layout.stage_bytes)
+    swarm.memory_of = dict.fromkeys(swarm.plan.peers, 2 * needs)
+    swarm.node_of["peer-1"] = swarm.node_of["peer-0"]
+    swarm.run(lambda: swarm.brain.version == 1)
+    limits = {p["peer"][:6]: p["memory_limit_bytes"] for s in stage_table(swarm.brain, {}) for p in s["serving"]}
+    assert limits == {"peer-0": needs, "peer-1": needs, "peer-2": 2 * needs}
+    crowded = make("pipeline.peers=1")
+    crowded.memory_of, crowded.node_of = dict.fromkeys(crowded.plan.peers, 2 * needs), {}
+    crowded.run()
+    assert crowded.finished is not None and crowded.finished.reason == "failed"
+    assert f"the largest has {2 * needs // 3:,}" in crowded.finished.detail
+
+
+def test_what_is_configured_for_a_peer_is_not_shared(make: Make) -> None:
+    swarm = make("pipeline.peer_memory_bytes=1000000000")
+    swarm.node_of = {}
+    swarm.memory_of = dict.fromkeys(swarm.plan.peers, 1_000_000_000)
+    swarm.run(lambda: swarm.brain.version == 1)
+    assert {p["memory_limit_bytes"] for s in stage_table(swarm.brain, {}) for p in s["serving"]} == {1_000_000_000}
