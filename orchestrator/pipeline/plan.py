@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,10 +174,12 @@ def check_memory(
     table: LayerTable | None = None,
     outer_states: int | None = None,
 ) -> tuple[Stage, ...]:
-    """Cut the model and refuse, with the numbers, what can never run (`check_pipeline`); returns the stages."""
+    """Cut the model and refuse, with the numbers, what can never run (`check_pipeline`); returns the stages.
+
+    `machine_bytes` are this machine's. Those of others are known when processes have begun there: `place` refuses then.
+    """
     stages = cut_model(shape, pipeline, table)
-    share = machine_bytes // pipeline.num_processes if on_one_machine else machine_bytes
-    limit = pipeline.peer_memory_bytes or share
+    limit = pipeline.peer_memory_bytes or (machine_bytes // pipeline.num_processes if on_one_machine else sys.maxsize)
     check_pipeline(
         stages,
         pipeline_size(shape, pipeline, table, outer_states=outer_states),
