@@ -7,7 +7,8 @@
 Parts, each with the figure that it must reach:
 
     paced       peers that take their time: tokens a second over the smallest stage's summed speed, at least 0.85
-    unequal     peers of speeds 1:2:4, placed by the controller: over the best static assignment, at least 0.9
+    unequal     peers of speeds 1:2:4, placed by the controller, which knows their paces: over the best static
+                assignment, at least 0.9
     plain       peers without pace in one process against the same stage functions in a loop: at least 0.85
     recovery    each process killed once: seconds until the next step, at most 2 for peers (trainers beside it)
     third       a third of the peers killed at once: the speed after the next move of peers over what those that are

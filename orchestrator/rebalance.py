@@ -2,8 +2,9 @@
 
 Source: SWARM (arXiv 2301.11913), algorithm 2, which its authors never released: the least loaded peer of the least
 loaded stage goes to the most loaded one. What differs: load is the time that a stage takes for a microbatch, 1 / sum of
-its peers' throughputs, so that the effect of a move is known before; a move must make the slowest stage quicker by the
-hysteresis; no stage goes below its minimum; the decision is one place's, and a claim is atomic (`Rebalancer.claim`).
+its peers' throughputs, so that the effect of a move is known before; a move must leave both the slowest stage and the
+one that gives quicker by the hysteresis than the slowest was; no stage goes below its minimum; the decision is one
+place's, and a claim is atomic (`Rebalancer.claim`).
 """
 
 from __future__ import annotations
@@ -86,13 +87,14 @@ def decide(
     """Return the move that helps the slowest stage most, if one helps enough.
 
     A stage below its minimum is filled without regard to the hysteresis. A move never leaves its source below the
-    minimum, except that an empty stage may take from one with two peers.
+    minimum, except that an empty stage may take from one with two peers. Of stages that are equally slow the first one
+    is helped, and the others by the moves that follow; until then the pipeline is as slow as before.
     """
     counts = [sum(stage == s for stage in assignment.values()) for s in range(len(stages))]
     loads = stage_loads(stages, peers, assignment)
     short = [s for s in range(len(stages)) if counts[s] < minimum]
     target = max(short or range(len(stages)), key=lambda s: (-counts[s] if short else 0, loads[s], -s))
-    options = []
+    options, spread = [], max(loads) - min(loads)
     for peer in peers:
         source = assignment.get(peer.name)
         if source is None or source == target or not may_leave(counts, source, target, minimum):
@@ -100,19 +102,21 @@ def decide(
         if peer.memory_bytes < stages[target].bytes:
             continue
         after = stage_loads(stages, peers, {**assignment, peer.name: target})
-        options.append((max(after), max(after) - min(after), peer.name, source))
+        both = max(after[source], after[target])
+        helps = both * hysteresis <= loads[target] and max(after) - min(after) < spread
+        options.append((not (helps or short), sorted(after, reverse=True), peer.name, source, both))
     state = f"stage {target} takes {loads[target]:.3g} s a microbatch with {counts[target]} peers"
     if not options:
         return Decision(move=None, reason=f"{state}; nobody may move there")
-    worst, spread, name, source = min(options)
+    idle, _, name, source, both = min(options)
     move = Move(peer=name, source=source, target=target)
     if short:
         return Decision(move=move, reason=f"{state}, fewer than {minimum}: {name} moves from stage {source}")
-    if worst * hysteresis > max(loads) or spread >= max(loads) - min(loads):
+    if idle:
         return Decision(
-            move=None, reason=f"{state}; the best move ({name}) would make that {worst:.3g} s, not {hysteresis} x less"
+            move=None, reason=f"{state}; the best move ({name}) would make that {both:.3g} s, not {hysteresis} x less"
         )
-    return Decision(move=move, reason=f"{state}; with {name} from stage {source} the slowest takes {worst:.3g} s")
+    return Decision(move=move, reason=f"{state}; with {name} from stage {source} neither takes more than {both:.3g} s")
 
 
 def may_leave(counts: Sequence[int], source: int, target: int, minimum: int) -> bool:
@@ -241,7 +245,8 @@ def _refuse(stage: int, stages: Sequence[StageNeed], peers: Sequence[PeerPower],
     raise UserError(
         f"stage {stage} needs {need:,} bytes and at least {minimum} of {len(peers)} peers; {fit} can hold it, "
         f"and other stages may need them; the largest has {max((peer.memory_bytes for peer in peers), default=0):,}",
-        remedy="more stages (each is smaller then), more or larger machines, or a smaller minimum per stage",
+        remedy="more stages (each is smaller then), more or larger machines, a smaller minimum per stage, or "
+        "pipeline.peer_memory_bytes where a peer may take more than its share of its machine",
     )
 
 

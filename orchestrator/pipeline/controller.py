@@ -53,6 +53,7 @@ from orchestrator.pipeline.commands import (
 )
 from orchestrator.pipeline.controls import PipelineControls
 from orchestrator.pipeline.figures import Figures, seconds_so_far
+from orchestrator.pipeline.keeper import FITS_NO_STAGE
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import PipelineHistory, replay, seal, set_aside
 from orchestrator.pipeline.rounds import resumed_brain
@@ -332,6 +333,8 @@ class PipelineActor(PipelineControls):
         """Rows are durable: whoever wants to be told is told."""
         self.telemetry.records(records, self.brain)
         for record in records:
+            if isinstance(record, FaultRecord) and record.fault == FITS_NO_STAGE:
+                log.warning("%s: %s", record.member, record.detail)
             if isinstance(record, FaultRecord) and record.injected and record.member in self.handles:
                 self.figures.injected(record.fault, record.member, self._now_s())
         if self.alarms is not None:

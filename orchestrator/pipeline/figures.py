@@ -240,7 +240,7 @@ def stage_table(brain: PipelineBrain, memory_bytes: Mapping[str, int]) -> list[d
                         "throughput": p.throughput,
                         "queue": brain.queue(p.name),
                         "memory_bytes": memory_bytes.get(p.process),
-                        "memory_limit_bytes": p.memory_bytes,
+                        "memory_limit_bytes": brain.memory_of(p),
                         "why": p.came,
                     }
                     for p in serving

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+from orchestrator.errors import UserError
 from orchestrator.pipeline.commands import Command, Finish, Order, Stop, Tell, Write
 from orchestrator.pipeline.commit import StepCommit, Wanted
 from orchestrator.pipeline.plan import PipelinePlan
@@ -28,10 +30,11 @@ from workers.pipeline.messages import (
     TakeStage,
 )
 from workers.pipeline.records import ServeRecord, StepFenceRecord
-from workers.records import Record, StopRecord
+from workers.records import FaultRecord, Record, StopRecord
 
 PROBE_WAIT_S = 15.0
 SAME_LINK_S = 0.005
+FITS_NO_STAGE = "fits_no_stage"
 
 
 def link_class(seconds: float | None) -> float | None:
@@ -143,6 +146,12 @@ class StageKeeper:
             for work, num_bytes, size, traffic in four
         ]
 
+    def memory_of(self, peer: Peer) -> int:
+        """What a stage may take of a peer: as configured, or its share of its machine."""
+        if self.plan.pipeline.peer_memory_bytes is not None:
+            return peer.memory_bytes
+        return peer.memory_bytes // sum(one.node == peer.node for one in self.roster.peers.values())
+
     def _powers(self) -> list[PeerPower]:
         """Peers with their speeds: measured where they served, else as configured."""
         known: dict[str, float] = {}
@@ -154,7 +163,7 @@ class StageKeeper:
             PeerPower(
                 name=peer.process,
                 speed=known.get(peer.process, usual * self.plan.relative_speed(peer.process)),
-                memory_bytes=peer.memory_bytes,
+                memory_bytes=self.memory_of(peer),
                 link_s=link_class(peer.link_s),
             )
             for peer in sorted(self.roster.peers.values(), key=lambda peer: peer.process)
@@ -170,17 +179,28 @@ class StageKeeper:
         known = {peer.process: peer.serves for peer in self.roster.peers.values() if peer.serves is not None}
         if not known and self._probes():
             return
+        assignment = known or self._first_placement(everybody=everybody)
+        if not assignment:
+            return
         self.placed = True
-        for process, stage in sorted(known.items()):
+        for process, stage in sorted(assignment.items()):
             self.roster.peers[process].taking[stage] = self.roster.next_name(process)
-        if known:
-            for process in sorted(self.roster.peers.keys() - known):
-                self._place_newcomer(self.roster.peers[process])
-        else:
-            assignment = place(self._needs(), self._powers(), minimum=self.plan.pipeline.min_peers)
-            for process, stage in sorted(assignment.items()):
-                self.roster.peers[process].taking[stage] = self.roster.next_name(process)
+        for process in sorted(self.roster.peers.keys() - assignment.keys() - self.roster.leaving.keys()):
+            self._place_newcomer(self.roster.peers[process])
         self._take_what_can()
+
+    def _first_placement(self, *, everybody: bool) -> dict[str, int]:
+        """Process -> stage; nothing where a stage fits too few, with which the run ends, and says the numbers.
+
+        Where somebody is still to come, who may be what is lacking, that is waited for.
+        """
+        try:
+            return place(self._needs(), self._powers(), minimum=self.plan.pipeline.min_peers)
+        except UserError as refusal:
+            self.why_no_move = str(refusal)
+            if everybody:
+                self._finish("failed", str(refusal))
+            return {}
 
     def _probes(self) -> bool:
         """Whether peers still measure how far they are from the trainers; for some seconds that is waited for."""
@@ -195,11 +215,19 @@ class StageKeeper:
         return waiting and self._now_s < self._probed_s + PROBE_WAIT_S
 
     def _place_newcomer(self, peer: Peer) -> None:
-        """A process in the place of a dead one: to the stage that has fewest, or is slowest."""
+        """A process in the place of a dead one: to the stage that has fewest, or is slowest.
+
+        One that no stage fits is on the record with the numbers, and waits for nothing.
+        """
         counts = self.roster.counts(self.layout.num_stages)
         needs = self._needs()
-        fitting = [s for s in range(self.layout.num_stages) if needs[s].bytes <= peer.memory_bytes]
+        memory_bytes = self.memory_of(peer)
+        fitting = [s for s in range(self.layout.num_stages) if needs[s].bytes <= memory_bytes]
         if not fitting:
+            least = min(need.bytes for need in needs)
+            detail = f"it may take {memory_bytes:,} bytes, and the smallest stage needs {least:,}: it serves none"
+            t_s = round(self._now_s, 6)
+            self._write(FaultRecord(fault=FITS_NO_STAGE, member=peer.process, injected=False, t_s=t_s, detail=detail))
             return
         loads = self._loads()
         stage = max(fitting, key=lambda s: (counts[s] < self.plan.pipeline.min_peers, -min(counts[s], 1), loads[s]))
@@ -275,6 +303,15 @@ class StageKeeper:
             commit.ask(stage, peer)
             commit.retry()
 
+    def _has_room(self, stage: int, peer: Peer) -> bool:
+        """Whether a peer can keep a copy of a stage; what its own stage needs has room for one already."""
+        kept = (peer.versions.keys() | peer.taking.keys()) - {peer.stage, stage}
+        if not kept or peer.stage is None or not self.layout.copy_bytes:
+            return True
+        sizes = self.layout.copy_bytes
+        needs = self.layout.stage_bytes[peer.stage] - max(sizes) + sum(sizes[one] for one in kept | {stage})
+        return needs <= self.memory_of(peer)
+
     def _want_buddies(self) -> None:
         """Each stage has a copy elsewhere, one and no more."""
         if not self.plan.pipeline.buddies or self.layout.num_stages < 2:
@@ -282,7 +319,7 @@ class StageKeeper:
         for stage in range(self.layout.num_stages):
             buddies = self.roster.buddies(stage)
             if not buddies and self.roster.serving(stage):
-                if (buddy := self.roster.buddy_for(stage)) is not None:
+                if (buddy := self.roster.buddy_for(stage, partial(self._has_room, stage))) is not None:
                     buddy.taking[stage] = None
             for spare in sorted(buddies, key=lambda one: one.process)[1:]:
                 if stage in spare.versions and stage not in spare.taking and spare.moving_to != stage:
@@ -302,6 +339,7 @@ class StageKeeper:
                 if peer.process not in self.roster.leaving
             ]
             needs = self._needs()
+            # Its whole machine, however many share it: without this stage nobody does anything.
             spare = [peer for peer in spare if peer.memory_bytes >= needs[stage].bytes]
             if not spare:
                 continue

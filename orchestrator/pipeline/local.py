@@ -62,14 +62,16 @@ class _Process:
 
 @dataclass(kw_only=True)
 class LocalSwarm:
-    """See the module. `speeds`: of peers, 1 where it is not given; `late_s`: who takes longer to start; `on_order` and
-    `on_call` see what is about to be done, and may kill.
+    """See the module. `speeds`: of peers, 1 where it is not given; `memory_of`: bytes of a peer's machine, `node_of`:
+    its name, one for all where it is not given; `late_s`: who takes longer to start; `on_order` and `on_call` see what
+    is about to be done, and may kill.
     """
 
     spec: PipelineSpec
     plan: PipelinePlan
     speeds: dict[str, float] = field(default_factory=dict)
     memory_of: dict[str, int] = field(default_factory=dict)
+    node_of: dict[str, str] = field(default_factory=dict)
     start_s: float = 2.0
     late_s: dict[str, float] = field(default_factory=dict)
     on_order: Callable[[Order], None] = lambda order: None
@@ -157,7 +159,8 @@ class LocalSwarm:
         present: dict[str, Any] = process.host.present() if isinstance(process.host, PeerHost) else {}
         present["memory_bytes"] = self.memory_of.get(process.name, 1 << 40)
         address = process.transport.address
-        return Joined(process=process.name, nonce=process.nonce, address=address, node="local", **present)
+        node = self.node_of.get(process.name, "local")
+        return Joined(process=process.name, nonce=process.nonce, address=address, node=node, **present)
 
     def _is_alive(self, name: str, nonce: str) -> bool:
         process = self.processes.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,15 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.pipeline.commands import Layout
 from strategies.errors import SettingError
-from strategies.swarm import WORKING_COPIES, PipelineSize, Stage, check_pipeline, peer_bytes, split_layers
+from strategies.swarm import (
+    PARAMETER_BYTES,
+    WORKING_COPIES,
+    PipelineSize,
+    Stage,
+    check_pipeline,
+    peer_bytes,
+    split_layers,
+)
 from workers.config import TrainConfig
 from workers.data.index import load_index
 from workers.model.shape import DecoderShape, resolve_shape
@@ -165,10 +174,12 @@ def check_memory(
     table: LayerTable | None = None,
     outer_states: int | None = None,
 ) -> tuple[Stage, ...]:
-    """Cut the model and refuse, with the numbers, what can never run (`check_pipeline`); returns the stages."""
+    """Cut the model and refuse, with the numbers, what can never run (`check_pipeline`); returns the stages.
+
+    `machine_bytes` are this machine's. Those of others are known when processes have begun there: `place` refuses then.
+    """
     stages = cut_model(shape, pipeline, table)
-    share = machine_bytes // pipeline.num_processes if on_one_machine else machine_bytes
-    limit = pipeline.peer_memory_bytes or share
+    limit = pipeline.peer_memory_bytes or (machine_bytes // pipeline.num_processes if on_one_machine else sys.maxsize)
     check_pipeline(
         stages,
         pipeline_size(shape, pipeline, table, outer_states=outer_states),
@@ -245,6 +256,7 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         is_tied=spec.is_tied,
         seconds=tuple(stage.seconds for stage in spec.stages) if config.pipeline.split == "time" else (),
         fragment_of={unit: spec.fragment_of(unit) for unit in spec.units},
+        copy_bytes=tuple(stage.num_params * PARAMETER_BYTES * size.buddy_copies for stage in spec.stages),
     )
     return PipelinePlan(
         layout=layout,

@@ -70,6 +70,16 @@ def test_a_stage_that_fits_nobody_is_refused_with_the_numbers(settings: dict[str
         check_memory(SHAPE, pipeline, machine_bytes=1 << 34, on_one_machine=True)
 
 
+def test_the_memory_of_the_machine_that_starts_a_run_is_not_that_of_others() -> None:
+    pipeline, own = PipelineConfig(stages=3), 4_000_000
+    assert len(check_memory(SHAPE, pipeline, machine_bytes=own, on_one_machine=False)) == 3
+    with pytest.raises(SettingError, match=f"the largest of 6 peers has {own // 7:,}"):
+        check_memory(SHAPE, pipeline, machine_bytes=own, on_one_machine=True)
+    told = PipelineConfig(stages=3, peer_memory_bytes=own)
+    with pytest.raises(SettingError, match="the largest of 6 peers has 4,000,000"):
+        check_memory(SHAPE, told, machine_bytes=1 << 34, on_one_machine=False)
+
+
 def test_the_preset_has_room_and_counts_its_processes() -> None:
     config = resolve(load_config("swarm").config)
     assert num_islands(config) == config.run.islands == 7

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 from hypothesis import given
@@ -49,8 +49,41 @@ def test_a_move_keeps_the_peers_empties_nothing_and_helps(
     assert all(new > 0 for old, new in zip(*counts, strict=True) if old > 0)
     old, new = (stage_loads(EQUAL, peers, one) for one in (before, after))
     if min(counts[0]) >= minimum:
-        assert max(new) * hysteresis <= max(old) and max(new) - min(new) < max(old) - min(old)
+        assert old[move.target] == max(old) >= max(new[move.source], new[move.target]) * hysteresis
+        assert sorted(new, reverse=True) < sorted(old, reverse=True) and max(new) - min(new) < max(old) - min(old)
         assert min(counts[1]) >= minimum
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 4), (2, 2, 5), (1, 1, 1, 5)])
+def test_stages_that_are_equally_slow_are_helped_one_after_the_other(counts: tuple[int, ...]) -> None:
+    """A move that helps one of them does not make the slowest stage quicker: the other one is as slow."""
+    stages = [StageNeed(work=1.0, bytes=1)] * len(counts)
+    names = [f"p{i}" for i in range(sum(counts))]
+    where = [stage for stage, count in enumerate(counts) for _ in range(count)]
+    assignment = at_rest(stages, [power(name, 1.0) for name in names], dict(zip(names, where, strict=True)))
+    least, most = (pick([*assignment.values()].count(stage) for stage in range(len(counts))) for pick in (min, max))
+    assert most - least <= 1, assignment
+
+
+def test_moves_alone_come_within_a_fifth_of_the_best_assignment() -> None:
+    """Peers of speeds 1:2:4 that nobody knows at the start, two for each stage, whoever they are."""
+    stages = [StageNeed(work=work, bytes=1) for work in (3.5, 3.5, 2.5)]
+    peers = [power(f"p{i}", speed) for i, speed in enumerate((1.0, 1.0, 2.0, 2.0, 4.0, 4.0))]
+    names = [peer.name for peer in peers]
+    every = (dict(zip(names, option, strict=True)) for option in product(range(3), repeat=6))
+    best = min(max(stage_loads(stages, peers, one)) for one in every)
+    for option in set(permutations((0, 0, 1, 1, 2, 2))):
+        found = at_rest(stages, peers, dict(zip(names, option, strict=True)))
+        assert best >= 0.8 * max(stage_loads(stages, peers, found)) - 1e-9, (option, found)
+
+
+def at_rest(stages: list[StageNeed], peers: list[PeerPower], assignment: dict[str, int]) -> dict[str, int]:
+    """After as many moves as there are."""
+    for _ in range(20):
+        if (move := decide(stages, peers, assignment).move) is None:
+            return assignment
+        assignment = {**assignment, move.peer: move.target}
+    pytest.fail("it never came to rest")
 
 
 def test_hysteresis_keeps_what_is_nearly_even() -> None:
@@ -63,13 +96,7 @@ def test_hysteresis_keeps_what_is_nearly_even() -> None:
 
 def test_repeated_decisions_come_to_rest() -> None:
     peers = [power(f"p{i}", 1.0 + i % 3) for i in range(9)]
-    assignment = {peer.name: 0 for peer in peers}
-    for _ in range(20):
-        if (move := decide(EQUAL, peers, assignment).move) is None:
-            break
-        assignment[move.peer] = move.target
-    else:
-        pytest.fail("it never came to rest")
+    assignment = at_rest(EQUAL, peers, {peer.name: 0 for peer in peers})
     loads = stage_loads(EQUAL, peers, assignment)
     assert max(loads) < 1.5 * min(loads)
 

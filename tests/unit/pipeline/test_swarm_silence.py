@@ -1,13 +1,14 @@
 """Peers that say nothing while nobody asks them: the last of a stage hangs, and only forwards wait for it.
 
 And what may arrive late of a round that is over: a withdrawal that comes before the round's first call, a fence that
-comes after it.
+comes after it. And what does not wait for the call that computes: a sign of life, the next call's tensors.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,41 @@ def test_a_ping_is_answered_while_a_call_computes(make: Make) -> None:
     ends.set()
     calls.join(30)
     assert host.do(Ping()) == Alive(progress=before.progress + 1, owes=False) and len(replies) == 1
+
+
+def test_the_tensors_of_a_call_come_while_another_one_computes(make: Make) -> None:
+    swarm = make()
+    host = _host_of(swarm, 1)
+    assert host.serving is not None
+    fetch, computes, fetched, ends = host.serving.fetch, threading.Event(), threading.Event(), threading.Event()
+
+    def note(request: Request) -> Fetched:
+        if computes.is_set():
+            fetched.set()
+        return fetch(request)
+
+    def hang(seconds: float) -> None:
+        computes.set()
+        assert ends.wait(30)
+
+    host.serving.fetch = note  # type: ignore[method-assign]
+    host.after_call = hang
+    replies: list[Reply] = []
+    first = _request(swarm, 1, round_=1)
+    second = replace(first, call=replace(first.call, microbatch=1))
+    calls = [
+        threading.Thread(target=lambda one: replies.append(host.call(one)), args=(request,))
+        for request in (first, second)
+    ]
+    calls[0].start()
+    assert computes.wait(30)
+    calls[1].start()
+    assert fetched.wait(30), "they wait for the call before them"
+    assert replies == []
+    ends.set()
+    for call in calls:
+        call.join(30)
+    assert [reply.begin for reply in replies] == [Begin.DONE] * 2
 
 
 # ---------------------------------------------------------------- rounds
