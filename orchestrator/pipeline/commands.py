@@ -191,8 +191,7 @@ class Layout:
 
     `chunks`: unit -> number of its chunks; `stages_of`: unit -> the stages that contribute to it, owner first;
     `fragment_of`: unit -> the fragment that it is in, 0 where it is not named;
-    `seconds`: of a microbatch in each stage, where they were measured; `copy_bytes`: of a buddy's copy of each stage,
-    the largest of which is in `stage_bytes`.
+    `seconds`: of a microbatch in each stage, where they were measured.
     """
 
     num_stages: int
@@ -203,7 +202,6 @@ class Layout:
     is_tied: bool
     seconds: tuple[float, ...] = ()
     fragment_of: dict[str, int] = field(default_factory=dict)
-    copy_bytes: tuple[int, ...] = ()
 
     @property
     def num_params(self) -> int:

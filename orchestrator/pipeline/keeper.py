@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline.commands import Command, Finish, Order, Stop, Tell, Write
@@ -303,15 +302,6 @@ class StageKeeper:
             commit.ask(stage, peer)
             commit.retry()
 
-    def _has_room(self, stage: int, peer: Peer) -> bool:
-        """Whether a peer can keep a copy of a stage; what its own stage needs has room for one already."""
-        kept = (peer.versions.keys() | peer.taking.keys()) - {peer.stage, stage}
-        if not kept or peer.stage is None or not self.layout.copy_bytes:
-            return True
-        sizes = self.layout.copy_bytes
-        needs = self.layout.stage_bytes[peer.stage] - max(sizes) + sum(sizes[one] for one in kept | {stage})
-        return needs <= self.memory_of(peer)
-
     def _want_buddies(self) -> None:
         """Each stage has a copy elsewhere, one and no more."""
         if not self.plan.pipeline.buddies or self.layout.num_stages < 2:
@@ -319,7 +309,7 @@ class StageKeeper:
         for stage in range(self.layout.num_stages):
             buddies = self.roster.buddies(stage)
             if not buddies and self.roster.serving(stage):
-                if (buddy := self.roster.buddy_for(stage, partial(self._has_room, stage))) is not None:
+                if (buddy := self.roster.buddy_for(stage)) is not None:
                     buddy.taking[stage] = None
             for spare in sorted(buddies, key=lambda one: one.process)[1:]:
                 if stage in spare.versions and stage not in spare.taking and spare.moving_to != stage:

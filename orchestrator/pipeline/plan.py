@@ -12,15 +12,7 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.pipeline.commands import Layout
 from strategies.errors import SettingError
-from strategies.swarm import (
-    PARAMETER_BYTES,
-    WORKING_COPIES,
-    PipelineSize,
-    Stage,
-    check_pipeline,
-    peer_bytes,
-    split_layers,
-)
+from strategies.swarm import WORKING_COPIES, PipelineSize, Stage, check_pipeline, peer_bytes, split_layers
 from workers.config import TrainConfig
 from workers.data.index import load_index
 from workers.model.shape import DecoderShape, resolve_shape
@@ -256,7 +248,6 @@ def pipeline_plan(config: RunConfig, spec: PipelineSpec, run_dir: Path) -> Pipel
         is_tied=spec.is_tied,
         seconds=tuple(stage.seconds for stage in spec.stages) if config.pipeline.split == "time" else (),
         fragment_of={unit: spec.fragment_of(unit) for unit in spec.units},
-        copy_bytes=tuple(stage.num_params * PARAMETER_BYTES * size.buddy_copies for stage in spec.stages),
     )
     return PipelinePlan(
         layout=layout,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from workers.pipeline.messages import PeerPlace
@@ -106,19 +106,12 @@ class Roster:
         peers = {peer.address: peer.process for peer in self.peers.values()}
         return peers | {self.addresses[name]: name for name in self.trainers}
 
-    def buddy_for(self, stage: int, has_room: Callable[[Peer], bool]) -> Peer | None:
-        """Who should keep a copy of a stage: of another stage, with the memory for it and on another machine if
-        possible, with fewest copies.
-        """
+    def buddy_for(self, stage: int) -> Peer | None:
+        """Who should keep a copy of a stage: of another stage, on another machine if possible, with fewest copies."""
         nodes = {peer.node for peer in self.serving(stage)}
         others = [peer for peer in self.peers.values() if peer.stage is not None and peer.stage != stage]
         others = [peer for peer in others if stage not in peer.taking and peer.process not in self.leaving]
-
-        def cost(peer: Peer) -> tuple[bool, bool, int, str]:
-            num_held = len(peer.versions.keys() | peer.taking.keys())
-            return (not has_room(peer), peer.node in nodes, num_held, peer.process)
-
-        return min(others, key=cost, default=None)
+        return min(others, key=lambda peer: (peer.node in nodes, len(peer.versions), peer.process), default=None)
 
     def buddies(self, stage: int) -> list[Peer]:
         """Processes of other stages that hold, or take, a copy of this one."""

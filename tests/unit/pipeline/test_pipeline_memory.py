@@ -13,7 +13,6 @@ from orchestrator.pipeline.keeper import FITS_NO_STAGE
 from orchestrator.pipeline.local import LocalSwarm
 from orchestrator.pipeline.plan import pipeline_plan, pipeline_spec
 from orchestrator.pipeline.replay import replay
-from orchestrator.pipeline.roster import Peer
 from tests.small_run import PIPELINE_TOML, make_pack
 from workers.records import FaultRecord, FenceRecord, StopRecord
 
@@ -111,47 +110,3 @@ def test_what_is_configured_for_a_peer_is_not_shared(make: Make) -> None:
     swarm.memory_of = dict.fromkeys(swarm.plan.peers, 1_000_000_000)
     swarm.run(lambda: swarm.brain.version == 1)
     assert {p["memory_limit_bytes"] for s in stage_table(swarm.brain, {}) for p in s["serving"]} == {1_000_000_000}
-
-
-def test_copies_of_other_stages_go_where_there_is_room(make: Make) -> None:
-    """One machine apart from the others would keep the copies of all of them."""
-    swarm = make("pipeline.stages=4", "pipeline.peers=1")
-    for index in range(4):
-        name, node = f"peer-{index}", "apart" if index == 0 else "together"
-        peer = Peer(process=name, nonce=name, address=name, node=node, memory_bytes=1 << 40, stage=index)
-        peer.versions[index] = 0
-        swarm.brain.roster.peers[name] = peer
-    swarm.brain.begun = True
-    swarm.brain._want_buddies()
-    assert copies(swarm) == {"peer-0": {1, 2, 3}, "peer-1": {0}, "peer-2": set(), "peer-3": set()}
-    for peer in swarm.brain.roster.peers.values():
-        peer.taking.clear()
-    swarm.brain._has_room = lambda stage, peer: not peer.taking  # type: ignore[method-assign]
-    swarm.brain._want_buddies()
-    assert copies(swarm) == {"peer-0": {1}, "peer-1": {0}, "peer-2": {3}, "peer-3": {2}}
-
-
-def test_copies_are_spread_also_where_all_are_wanted_at_once(make: Make) -> None:
-    swarm = make()
-    swarm.run(lambda: swarm.brain.version == 2)
-    held = [len(peer.versions.keys() | peer.taking.keys()) for peer in swarm.brain.roster.peers.values()]
-    assert sum(held) == 6 + 3 and max(held) == 2
-
-
-def test_room_for_a_second_copy_is_counted(make: Make) -> None:
-    brain = make("pipeline.stages=4", "pipeline.peers=1").brain
-    sizes, needs = brain.layout.copy_bytes, brain.layout.stage_bytes[0]
-    peer = Peer(process="peer-0", nonce="n", address="a", node="apart", memory_bytes=needs, stage=0)
-    brain.roster.peers[peer.process] = peer
-    peer.versions[0] = 0
-    assert brain._has_room(1, peer), "one copy is in what the stage needs"
-    peer.versions[1] = 0
-    more = max(sizes[1] + sizes[2] - max(sizes), 0)
-    peer.memory_bytes = needs + more
-    assert more > 0 and brain._has_room(2, peer)
-    peer.memory_bytes -= 1
-    assert not brain._has_room(2, peer)
-
-
-def copies(swarm: LocalSwarm) -> dict[str, set[int]]:
-    return {name: set(peer.taking) for name, peer in swarm.brain.roster.peers.items()}
